@@ -1,0 +1,1 @@
+"""Everything that touches ImpactMesh-Flood's files: names and splits, chips, generated data."""

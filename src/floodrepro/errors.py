@@ -1,0 +1,52 @@
+"""Every exception that floodrepro raises on purpose, and the exit code that each one means."""
+
+from pathlib import Path
+
+
+class FloodreproError(Exception):
+    """The work could not be done: exit code 1.
+
+    Args:
+        what: What is wrong, in one sentence. Line breaks are folded, so that the report keeps to three lines.
+        where: The file, key or command that it is about.
+        fix: What the user can do next.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None) -> None:
+        self.what = _fold(what)
+        self.where = _fold(str(where)) if where is not None else None
+        self.fix = _fold(fix) if fix is not None else None
+        super().__init__(self.what)
+
+    def report(self) -> str:
+        """The error as one to three lines of text, without a final line break."""
+        lines = [f"floodrepro: error: {self.what}"]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  to do: {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(FloodreproError):
+    """A command, flag or recipe that cannot be carried out as given: exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(FloodreproError):
+    """Chips, splits or archives that are missing, damaged or not what they are said to be."""
+
+
+class CheckpointError(FloodreproError):
+    """A checkpoint that is missing, damaged, unsafe or made for another model."""
+
+
+class RunFolderError(FloodreproError):
+    """A run folder that cannot be written, or holds a run that must not be overwritten."""
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,119 @@
+"""One pass over a split with a checkpoint: validate, test, predict. The config counts, not the checkpoint's memory."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from floodrepro import console
+from floodrepro import recipe as recipes
+from floodrepro.data.presence import check_present
+from floodrepro.errors import UsageError
+from floodrepro.evaluation.checkpoint import load_strictly, read_checkpoint
+from floodrepro.recipe import check_precision
+from floodrepro.training.recipe_cli import CustomWriter, RecipeCLI
+from floodrepro.training.wiring import without_files
+
+MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Metrics of one pass.
+
+    Args:
+        stage: validate or test.
+        checkpoint: The file that was measured.
+        recipe_sha256: Fingerprint of the recipe that was used.
+        chips: Number of chips in the split.
+        metrics: TerraTorch's metrics by name (``test/mIoU`` …).
+    """
+
+    stage: str
+    checkpoint: Path
+    recipe_sha256: str
+    chips: int | None
+    metrics: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return {
+            "stage": self.stage,
+            "checkpoint": str(self.checkpoint),
+            "recipe_sha256": self.recipe_sha256,
+            "chips": self.chips,
+            "metrics": self.metrics,
+        }
+
+    def table(self) -> str:
+        """The main metrics in two columns."""
+        prefix = "val" if self.stage == "validate" else "test"
+        rows = [[n, f"{self.metrics[n]:.6f}"] for m in MAIN_METRICS if (n := f"{prefix}/{m}") in self.metrics]
+        return console.columns(rows or [[name, f"{value:.6f}"] for name, value in self.metrics.items()])
+
+
+def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
+    """Run TerraTorch's own validation or test loop once.
+
+    Args:
+        cli: The parsed recipe.
+        checkpoint: Weights to measure.
+        stage: validate or test.
+
+    Returns:
+        TerraTorch's metrics without Boundary_mIoU, which depends on the batch size where pixels are ignored
+        (terratorch 1.2.7).
+
+    Raises:
+        UsageError: The recipe does not build or run here.
+        DataError: Chips are missing.
+        CheckpointError: The weights cannot be read or do not fit.
+    """
+    split = "val" if stage == "validate" else "test"
+    chips = _prepare(cli, checkpoint, split, labels=True)
+    with console.stdout_to_stderr():
+        run = cli.trainer.validate if stage == "validate" else cli.trainer.test
+        results = run(cli.model, datamodule=cli.datamodule, verbose=False)
+    metrics = {k: float(v) for result in results for k, v in result.items() if not k.endswith("Boundary_mIoU")}
+    return PassResult(stage, checkpoint, recipes.fingerprint(cli.recipe), chips.get(split), metrics)
+
+
+def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
+    """Write one GeoTIFF for each chip of the predict split, in the chip's own CRS: class by pixel, -1 where unknown.
+
+    Args:
+        cli: The parsed recipe.
+        checkpoint: Weights to predict with.
+        output: Folder for the masks; made if it is not there, refused if it holds anything.
+
+    Returns:
+        The files, ``<chip id>_DEM_pred.tif``: TerraTorch names them after the file whose georeference they take.
+
+    Raises:
+        UsageError: The folder is not empty or cannot be made; otherwise as `measure`.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        taken = any(output.iterdir())
+    except OSError as error:
+        raise UsageError(f"the output folder cannot be made: {error.strerror}", where=output) from error
+    if taken:
+        raise UsageError("the output folder is not empty and nothing in it is overwritten", where=output)
+    _prepare(cli, checkpoint, "predict", labels=False)
+    cli.trainer.predict_output_dir = str(output)
+    cli.trainer.callbacks.append(CustomWriter(write_interval="batch"))
+    with console.stdout_to_stderr():
+        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    return sorted(output.glob("*.tif"))
+
+
+def _prepare(cli: RecipeCLI, checkpoint: Path, split: str, *, labels: bool) -> dict[str, int]:
+    check_precision(cli.recipe, gpu=torch.cuda.is_available())
+    weights = read_checkpoint(checkpoint)
+    chips = check_present(cli.recipe, (split,), labels=labels)
+    cli.build(lambda config: without_files(config, progress_bar=sys.stderr.isatty()))
+    load_strictly(weights, cli.model, cli.recipe)
+    console.say(f"{checkpoint.name} over {chips.get(split, 'all')} chips ({split})")
+    return chips

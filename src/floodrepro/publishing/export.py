@@ -1,0 +1,149 @@
+"""Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from floodrepro import __version__
+from floodrepro import recipe as recipes
+from floodrepro.errors import CheckpointError, RunFolderError, UsageError
+from floodrepro.evaluation.checkpoint import Checkpoint, list_differences, read_checkpoint
+from floodrepro.recipe import Recipe
+from floodrepro.run_folder import write_atomically
+
+_DATA_ROOT = Path("ImpactMesh-Flood")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The exported pair.
+
+    Args:
+        weights: The safetensors file.
+        config: The YAML.
+        tensors: Number of tensors.
+        parameters: Number of values in them, buffers included.
+        sha256: Of the safetensors file.
+    """
+
+    weights: Path
+    config: Path
+    tensors: int
+    parameters: int
+    sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON types."""
+        return {**vars(self), "weights": str(self.weights), "config": str(self.config)}
+
+
+def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportResult:
+    """Write NAME.safetensors and NAME.yaml and read the weights back.
+
+    Args:
+        checkpoint_path: A ``.ckpt``, ``.pt`` or ``.safetensors``.
+        recipe: The recipe that it was trained with.
+        output: Folder for the pair; made if it is not there.
+        name: Stem of both files.
+
+    Returns:
+        What was written.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or does not read back bit for bit.
+        UsageError: The recipe describes another model than the checkpoint, or a file of that name is there already.
+        RunFolderError: The folder cannot be written.
+    """
+    checkpoint = read_checkpoint(checkpoint_path)
+    given = recipe["model"].get("init_args") or {}
+    if differences := list_differences(checkpoint.hyper_parameters, given):
+        raise UsageError(
+            f"the checkpoint was made with another recipe: {'; '.join(differences)}",
+            where=checkpoint_path,
+            fix="give the --config that it was trained with: the exported YAML has to describe these weights",
+        )
+    weights, config = output / f"{name}.safetensors", output / f"{name}.yaml"
+    for file in (weights, config):
+        if file.exists():
+            raise UsageError("the file exists already and is not overwritten", where=file, fix="--output DIR")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _save_weights(checkpoint, recipe, weights)
+        write_atomically(config, _yaml_text(recipe, checkpoint_path))
+    except OSError as error:
+        raise RunFolderError(f"the export cannot be written: {error.strerror or error}", where=output) from error
+    parameters = sum(tensor.numel() for tensor in checkpoint.weights.values())
+    return ExportResult(weights, config, len(checkpoint.weights), parameters, sha256_of(weights))
+
+
+def portable(recipe: Recipe) -> Recipe:
+    """The recipe without what belongs to one machine or one run: loggers, callbacks, paths, pretrained weights."""
+    plain = copy.deepcopy(recipe)
+    trainer = plain.setdefault("trainer", {})
+    for key in ("callbacks", "default_root_dir"):
+        trainer.pop(key, None)
+    trainer["logger"] = False
+    model_args = plain["model"].get("init_args", {}).get("model_args") or {}
+    if "backbone_pretrained" in model_args:
+        model_args["backbone_pretrained"] = False
+    data = plain["data"].get("init_args") or {}
+    for key, value in data.items():
+        if key.endswith("data_root") and value:
+            data[key] = str(_DATA_ROOT / "data")
+        elif key.endswith("_split") and value:
+            data[key] = str(_DATA_ROOT / "split" / Path(value).name)
+    return plain
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path) -> None:
+    # Names as in Lightning's state dict: TerraTorch's LightningInferenceModel strips one leading "model.".
+    # clone: safetensors refuses tensors that share memory.
+    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    metadata = {
+        "format": "pt",
+        "floodrepro": __version__,
+        "recipe_sha256": recipes.fingerprint(recipe),
+        "source_sha256": sha256_of(checkpoint.path),
+        "hyper_parameters": json.dumps(recipe["model"].get("init_args") or {}, sort_keys=True),
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        if not _identical(tensors, load_file(temporary)):
+            raise CheckpointError("the written safetensors do not read back bit for bit", where=path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _identical(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    """Same names, dtypes, shapes and bits; a NaN equals itself here."""
+    return first.keys() == second.keys() and all(
+        a.dtype == (b := second[name]).dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        for name, a in first.items()
+    )
+
+
+def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
+    return (
+        f"# Exported from {checkpoint.name}; recipe sha256 {recipes.fingerprint(recipe)}.\n"
+        "# Plain TerraTorch loads it with the .safetensors of the same name (torch 2.13 or newer):\n"
+        "#   LightningInferenceModel.from_config(THIS_FILE, WEIGHTS)\n"
+        f"{recipes.to_yaml(portable(recipe))}"
+    )

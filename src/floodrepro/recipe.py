@@ -1,0 +1,133 @@
+"""Recipes: where they are found, how a YAML is read, what identifies one. Cheap: nothing here imports torch."""
+
+import difflib
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from floodrepro.errors import UsageError
+
+Recipe = dict[str, Any]
+
+# The top-level keys of a TerraTorch YAML; the same words open an override on the command line.
+SECTIONS = (
+    "seed_everything",
+    "trainer",
+    "data",
+    "model",
+    "optimizer",
+    "lr_scheduler",
+    "predict_output_dir",
+    "output_file_prefix",
+    "out_dtype",
+    "deploy_config_file",
+    "custom_modules_path",
+)
+
+# Lightning's names for what --precision chooses.
+PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp32": "32-true"}
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with floodrepro, by name."""
+    packaged = Path(str(resources.files("floodrepro"))) / "configs"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"  # a checkout: not yet in a wheel
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(name_or_path: str) -> Path:
+    """Find a recipe by its path, or by the name of a shipped one.
+
+    Raises:
+        UsageError: There is neither.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    known = shipped()
+    if name_or_path in known:
+        return known[name_or_path]
+    close = difflib.get_close_matches(name_or_path, known, n=1)
+    raise UsageError(
+        "is a folder, not a recipe" if path.is_dir() else "config file not found",
+        where=name_or_path,
+        fix=f"--config {close[0]}" if close else "give a path to a YAML, or a name that 'floodrepro configs ls' lists",
+    )
+
+
+def read(path: Path) -> Recipe:
+    """Read a YAML and check what can be checked without TerraTorch: that it parses, and its top-level keys.
+
+    Raises:
+        UsageError: The file cannot be read, is no YAML mapping, or holds an unknown top-level key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UsageError(f"the YAML does not parse: {problem}", where=f"{path}{line}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"the config cannot be read: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise UsageError("the YAML holds no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
+    return content
+
+
+def unknown_sections(recipe: Recipe) -> dict[str, str]:
+    """The top-level keys that TerraTorch does not know, each with one line that names the nearest one that it does."""
+    problems = {}
+    for key in recipe:
+        if key not in SECTIONS:
+            close = difflib.get_close_matches(str(key), SECTIONS, n=1)
+            problems[key] = f"{key}: unknown key" + (f", did you mean '{close[0]}'?" if close else "")
+    return problems
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The sha256 of a recipe's content: order of keys, comments and layout of the YAML do not count."""
+    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML text, keys in the order in which they were given."""
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
+
+
+def data_overrides(root: Path) -> list[str]:
+    """Overrides that point a recipe at a folder in ImpactMesh-Flood's layout (``data/`` and ``split/`` inside)."""
+    splits = {name: root / "split" / f"impactmesh_flood_{name}.txt" for name in ("train", "val", "test")}
+    overrides = {f"{name}_split": path for name, path in splits.items()}
+    overrides |= {"data_root": root / "data", "predict_split": splits["test"]}
+    return [f"--data.init_args.{key}={value}" for key, value in overrides.items()]
+
+
+def check_precision(recipe: Recipe, *, gpu: bool) -> None:
+    """Refuse fp16 on a CPU.
+
+    Lightning 2.6.1 (``_check_and_init_precision``) would train in bf16 instead and say so in one warning: other
+    numerics than the recipe's, without being asked for.
+
+    Args:
+        recipe: A resolved recipe.
+        gpu: Whether torch sees a GPU.
+
+    Raises:
+        UsageError: The recipe asks for fp16 and will run on a CPU.
+    """
+    trainer = recipe.get("trainer") or {}
+    accelerator = str(trainer.get("accelerator", "auto"))
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu)
+    if on_cpu and str(trainer.get("precision", "32-true")) in ("16", "16-mixed", "16-true"):
+        reason = "trainer.accelerator is cpu" if gpu else "torch sees no GPU"
+        raise UsageError(
+            "fp16 does not run on a CPU: Lightning would quietly use bf16 in its place",
+            where=f"trainer.precision: {trainer['precision']}, and {reason}",
+            fix="--precision fp32 (exact, slower) or --precision bf16",
+        )

@@ -1,0 +1,166 @@
+"""The run folder: where everything of one run lies, and the record that the run keeps of itself."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from floodrepro import recipe as recipes
+from floodrepro.errors import RunFolderError, UsageError
+from floodrepro.recipe import Recipe
+
+RECORD_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run's folder. Nothing is created by asking for a path."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, saved before the first step."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def record(self) -> Path:
+        """The run's own record, ``run.json``."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """What Lightning's CSV logger wrote: a row a logging step, a row a validation."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Weights of the epoch with the lowest val/loss."""
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the exported pair."""
+        return self.path / "export"
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Raise `UsageError` if *path* is taken: a run is never written over."""
+        if path.exists():
+            raise UsageError(
+                "the run folder exists already and is never written over",
+                where=path,
+                fix=f"--name {free_name(path)} for a new run, or move the old one away",
+            )
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """Make a new run folder.
+
+        Raises:
+            UsageError: The path exists already; a run is never written over.
+            RunFolderError: The folder cannot be made.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except OSError as error:
+            cls.refuse_existing(path)  # someone else made it a moment ago
+            raise RunFolderError(
+                f"the run folder cannot be made: {error.strerror}",
+                where=path,
+                fix="--runs-root DIR puts it elsewhere",
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """An existing run folder.
+
+        Raises:
+            UsageError: There is none, or it holds no recipe.
+        """
+        run = cls(path)
+        if not run.recipe.is_file():
+            raise UsageError("this is no run folder: it holds no recipe.yaml", where=path, fix="give runs/NAME")
+        return run
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> Self | None:
+        """The run folder that a checkpoint lies in; None if it lies in none."""
+        run = cls(checkpoint.resolve().parent.parent)
+        return run if run.checkpoints.name == checkpoint.resolve().parent.name and run.recipe.is_file() else None
+
+    def save_recipe(self, recipe: Recipe) -> str:
+        """Save the resolved recipe and return its sha256."""
+        digest = recipes.fingerprint(recipe)
+        write_atomically(self.recipe, f"# The resolved recipe of this run, sha256 {digest}\n{recipes.to_yaml(recipe)}")
+        return digest
+
+    def update_record(self, **entries: Any) -> None:
+        """Add entries to ``run.json`` or change them; the file is whole at every moment."""
+        record = self.read_record() if self.record.exists() else {"schema": RECORD_SCHEMA}
+        write_atomically(self.record, json.dumps(record | entries, indent=2) + "\n")
+
+    def read_record(self) -> dict[str, Any]:
+        """The content of ``run.json``.
+
+        Raises:
+            RunFolderError: It is missing or damaged.
+        """
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(f"the run's record cannot be read: {error}", where=self.record) from error
+        if not isinstance(record, dict):
+            raise RunFolderError("the run's record is no JSON object", where=self.record)
+        return record
+
+
+def config_beside(checkpoint: Path) -> Path:
+    """The config that goes with a checkpoint: ``recipe.yaml`` of its run folder, or the YAML beside an export.
+
+    Raises:
+        UsageError: There is none, or more than one.
+    """
+    run = RunFolder.of_checkpoint(checkpoint)
+    if run is not None:
+        return run.recipe
+    twin = checkpoint.with_suffix(".yaml")
+    if twin.is_file():
+        return twin
+    found = sorted([*checkpoint.parent.glob("*.yaml"), *checkpoint.parent.glob("*.yml")])
+    if len(found) == 1:
+        return found[0]
+    problem = f"{len(found)} configs lie beside the checkpoint" if found else "no config lies beside the checkpoint"
+    raise UsageError(problem, where=checkpoint, fix="--config YAML")
+
+
+def free_name(path: Path) -> str:
+    """The first of NAME-2, NAME-3, … that is not taken beside *path*."""
+    number = 2
+    while (path.parent / f"{path.name}-{number}").exists():
+        number += 1
+    return f"{path.name}-{number}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp gives 0600, which would hide results from the user's group
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""TerraTorch's own command-line class driven from Python, and what surrounds a fit."""

@@ -1,0 +1,84 @@
+"""Where a recipe's files go and which callbacks run, decided when the objects are built. No mathematics here."""
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+from floodrepro.run_folder import RunFolder
+
+_WRITERS = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor")
+
+
+def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool) -> None:
+    """Send logs and checkpoints of a fit into its run folder, whatever paths the recipe names.
+
+    Args:
+        config: Parsed config, changed in place.
+        run: Where everything goes.
+        progress_bar: Whether Lightning's bar is kept; in a log file it would be noise.
+    """
+    trainer = config.trainer
+    trainer.default_root_dir = str(run.path)
+    for logger in _as_list(trainer.logger):
+        arguments = logger.init_args
+        if logger.class_path.endswith("CSVLogger"):
+            # Lightning writes to save_dir/name/version/metrics.csv: empty names leave RunFolder.metrics.
+            arguments.update(Namespace(save_dir=str(run.path), name="", version=""))
+        elif logger.class_path.endswith("TensorBoardLogger"):
+            arguments.update(Namespace(save_dir=str(run.path), name="tensorboard", version=""))
+        elif "save_dir" in arguments:
+            arguments.save_dir = str(run.path)
+    trainer.callbacks = _as_list(trainer.callbacks)
+    if trainer.enable_checkpointing is not False and not any(_is_checkpoint(c) for c in trainer.callbacks):
+        trainer.callbacks.append(_best_weights())
+    for callback in trainer.callbacks:
+        if _is_checkpoint(callback):
+            arguments = callback.init_args
+            arguments.dirpath = str(run.checkpoints)
+            if arguments.monitor == "val/loss" and arguments.save_top_k == 1:
+                arguments.filename = run.best.stem
+    _progress(trainer, keep=progress_bar)
+
+
+def without_files(config: Namespace, *, progress_bar: bool) -> None:
+    """Let a pass over a split (validate, test, predict) read only: no loggers, no checkpoints, no pretrained weights.
+
+    Args:
+        config: Parsed config, changed in place.
+        progress_bar: As in `into_run_folder`.
+    """
+    trainer = config.trainer
+    trainer.logger = False
+    trainer.enable_checkpointing = False
+    trainer.callbacks = [c for c in _as_list(trainer.callbacks) if not c.class_path.endswith(_WRITERS)]
+    _progress(trainer, keep=progress_bar)
+    forget_pretrained_weights(config)
+
+
+def forget_pretrained_weights(config: Namespace) -> None:
+    """Build the backbone from random weights: a checkpoint will replace them all, and none is worth a download."""
+    model_args: dict[str, Any] | None = config.model.init_args.get("model_args")
+    if model_args and model_args.get("backbone_pretrained"):
+        model_args["backbone_pretrained"] = False
+
+
+def _is_checkpoint(callback: Namespace) -> bool:
+    return bool(callback.class_path.endswith("ModelCheckpoint"))
+
+
+def _best_weights() -> Namespace:
+    """The checkpoint of a recipe that names none; Lightning's own default would keep the last epoch, not the best."""
+    arguments = Namespace(monitor="val/loss", mode="min", save_top_k=1, save_weights_only=True)
+    return Namespace(class_path="lightning.pytorch.callbacks.ModelCheckpoint", init_args=arguments)
+
+
+def _progress(trainer: Namespace, *, keep: bool) -> None:
+    if not keep:
+        trainer.callbacks = [c for c in _as_list(trainer.callbacks) if not c.class_path.endswith("ProgressBar")]
+        trainer.enable_progress_bar = False
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list) else [value]

@@ -1,0 +1,74 @@
+"""Generated chips and one trained run, made once and shared by the tests that only read them."""
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before any library is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from floodrepro.cli.main import main
+from floodrepro.data.synth import generate
+from floodrepro.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def report(self) -> list[str]:
+        """The error report at the end of stderr."""
+        lines = self.err.splitlines()
+        starts = [i for i, line in enumerate(lines) if line.startswith("floodrepro: error:")]
+        return lines[starts[-1] :] if starts else []
+
+
+def call(*argv: object) -> Outcome:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in argv])
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Outcome]:
+    return call
+
+
+@pytest.fixture(scope="session")
+def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighteen chips of six events, protocol v0, extracted."""
+    root = tmp_path_factory.mktemp("chips") / "ImpactMesh-Flood"
+    generate(root, events=6, chips=18, size=64, protocol="v0", seed=1)
+    return root
+
+
+@pytest.fixture
+def own_chips(chips: Path, tmp_path: Path) -> Path:
+    """A copy of the chips, to be damaged."""
+    return Path(shutil.copytree(chips, tmp_path / "chips"))
+
+
+@pytest.fixture(scope="session")
+def trained(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """Two epochs of the demo recipe."""
+    runs = tmp_path_factory.mktemp("runs")
+    outcome = call(
+        *("fit", "--config", "demo", "--data-root", chips, "--runs-root", runs, "--name", "trained"),
+        *("--trainer.max_epochs", "2"),
+    )
+    assert outcome.code == 0, outcome.err
+    return RunFolder(runs / "trained")
