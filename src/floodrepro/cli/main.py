@@ -75,16 +75,17 @@ def _dispatch(arguments: list[str]) -> int:
     command.add_arguments(parser)
     _refuse_unknown_flags(arguments[1:], _flags(parser), getattr(command, "OVERRIDE_SECTIONS", ()), parser.prog)
     try:
-        args, args.overrides = parser.parse_known_args(arguments[1:])
+        args, overrides = parser.parse_known_args(arguments[1:])
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
-    _refuse_stray_arguments(args.overrides, parser.prog)
+    _refuse_stray_arguments(overrides, parser.prog)
+    args.overrides = overrides
     return int(command.run(args))
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
     """All flags of a command, those of its actions included."""
-    flags = []
+    flags: list[str] = []
     for action in parser._actions:
         flags += action.option_strings
         if isinstance(action, argparse._SubParsersAction):

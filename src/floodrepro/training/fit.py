@@ -127,7 +127,7 @@ def _seed_augmentation(datamodule: Any, seed: int) -> None:
     Exact for ``num_workers: 0``. Each worker of a loader still replays one and the same stream.
     """
     transform = getattr(datamodule, "train_transform", None)
-    if hasattr(transform, "set_random_seed"):
+    if transform is not None and hasattr(transform, "set_random_seed"):
         transform.set_random_seed(int(seed))
 
 
