@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 OVERRIDE_SECTIONS = SECTIONS
 
-DATA = {"events": 8, "chips": 128, "size": 64, "protocol": "v0", "seed": 42}
+DATA = {"events": 16, "chips": 128, "size": 64, "protocol": "v0", "seed": 42}
 MIN_FLOOD_IOU = 0.5  # what the demo promises on events that the model has not seen
 # Two passes of the same weights through the same layers in two processes; threads may split sums differently.
 LOAD_BACK_TOLERANCE = 1e-4

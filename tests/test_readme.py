@@ -1,0 +1,62 @@
+"""Every command of the README is one that the program takes."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from conftest import ROOT
+from floodrepro.cli.main import COMMANDS
+
+COMMAND_LINES = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("floodrepro ")
+]
+# Run by other tests with these very flags, or not without a GPU and 200 GB; here it counts that they parse.
+SCRIPTS = ("scripts/reproduce.sh --demo", "scripts/test.sh")
+
+
+def test_readme_has_commands():
+    assert len(COMMAND_LINES) >= 8
+    assert all(script in (ROOT / "README.md").read_text() for script in SCRIPTS)
+    assert all((ROOT / script.split()[0]).is_file() for script in SCRIPTS)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line.startswith("floodrepro fit ")])
+def test_fit_commands_of_the_readme_resolve(line, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "mine.yaml" in line:
+        assert cli("configs", "cp", "demo", "mine.yaml").code == 0
+    outcome = cli(*shlex.split(line)[1:], "--print_config")
+    assert outcome.code == 0, outcome.err
+    assert "model" in yaml.safe_load(outcome.out)
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in COMMAND_LINES if line.split()[1] in ("validate", "test", "predict", "export")]
+)
+def test_checkpoint_commands_of_the_readme_run_on_a_trained_run(line, cli, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    words = shlex.split(line)[1:]
+    name = next(word for word in words if word.startswith("runs/")).split("/")[1]
+    (tmp_path / "runs" / name).symlink_to(trained.path)
+    if words[0] == "export":
+        words += ["--output", "export"]  # the trained run is shared with other tests
+    outcome = cli(*words)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line.split()[1] in ("configs", "data")])
+def test_other_commands_of_the_readme_run(line, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli(*shlex.split(line)[1:])
+    assert outcome.code == 0, outcome.err
+
+
+def test_every_command_has_a_test_above_or_is_the_demo():
+    assert {line.split()[1] for line in COMMAND_LINES} == set(COMMANDS) - {"reproduce"}
