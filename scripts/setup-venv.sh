@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv at the tested versions, or uses the one that is there.
 #
 #   setup_venv EXTRA     EXTRA is "" or an extra of pyproject.toml, such as dev
