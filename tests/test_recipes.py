@@ -53,12 +53,7 @@ def test_base_recipe_is_the_published_one():
     assert recipe["lr_scheduler"]["init_args"] == {"monitor": "val/loss", "factor": 0.5, "patience": 2}
     assert (data["batch_size"], data["num_workers"], data["no_data_replace"]) == (16, 8, 0)
     assert data["timesteps"] == [0, 1, 2, 3]
-    assert [t["class_path"].rsplit(".", 1)[-1] for t in data["train_transform"]] == [
-        "FlattenTemporalIntoChannels",
-        "D4",
-        "ToTensorV2",
-        "UnflattenTemporalFromChannels",
-    ]
+    assert (data["augment"], data["label_map"]) == (True, [0, 1])
     assert (task["loss"], task["ignore_index"], task["class_weights"]) == ("dice", -1, [0.342, 1.316])
     assert task["model_args"] == {
         "backbone": "terramind_v1_base",
@@ -160,7 +155,7 @@ def test_all_problems_of_a_recipe_come_in_one_report(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda r: r["data"].update(class_path="impactmesh.Nothing"), "data.class_path: 'impactmesh.Nothing' does not"),
+        (lambda r: r["data"].update(class_path="floodrepro.Nothing"), "data.class_path: 'floodrepro.Nothing' does not"),
         (lambda r: r["model"].update(class_path="no.such.Task"), "model.class_path: 'no.such.Task' does not import"),
         (lambda r: r.pop("model"), "the section 'model' is missing"),
         (lambda r: r["model"]["init_args"]["model_args"].update(backbone="terramind_v9"), "does not build"),
@@ -181,7 +176,7 @@ def test_recipe_that_cannot_be_built_is_a_clear_error(change, says, tmp_path: Pa
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("--data.init_args.nothing=2", "unknown key 'nothing' of impactmesh"),
+        ("--data.init_args.nothing=2", "unknown key 'nothing' of floodrepro"),
         ("--trainer.max_epochs=x", "trainer.max_epochs: expected int"),
         ("--trainer.nothing=1", "--trainer.nothing"),
     ],

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from floodrepro.data.chips import open_source_loudly
 from floodrepro.data.names import LABEL_DIR, MODALITIES, SUFFIXES
 from floodrepro.errors import DataError
 from floodrepro.recipe import Recipe
@@ -12,7 +13,7 @@ _GET_DATA = "set --data-root, or make toy data: floodrepro data synth --root DIR
 
 
 def check_present(recipe: Recipe, splits: Sequence[str], *, labels: bool = True) -> dict[str, int]:
-    """Check that every chip of the named splits has its files.
+    """Check that every chip of the named splits has its parts.
 
     impactmesh 0.1.2 finds a missing file only when its turn comes, hours into an epoch, and takes a blank line of a
     split file for a chip.
@@ -23,30 +24,27 @@ def check_present(recipe: Recipe, splits: Sequence[str], *, labels: bool = True)
         labels: Whether masks are needed too.
 
     Returns:
-        Number of chips by split.
+        Number of chips by split; several test splits are counted by their names.
 
     Raises:
-        DataError: The root, a split file or a chip's part is missing, or a split is empty.
+        DataError: The chips, a split file or a chip's part are missing, or a split is empty.
     """
     arguments: Mapping[str, Any] = recipe["data"].get("init_args") or {}
     if "data_root" not in arguments:
         return {}  # another data module than ImpactMesh's: it knows its own files
-    label_dir = arguments.get("label_dir", LABEL_DIR)
-    suffixes = SUFFIXES | {label_dir: SUFFIXES[LABEL_DIR]} | (arguments.get("image_grep") or {})
+    parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if labels else [])]
     counts = {}
     for split in splits:
         root = Path((split == "predict" and arguments.get("predict_data_root")) or arguments["data_root"])
-        if not root.is_dir():
-            raise DataError("the data root does not exist", where=root, fix=_GET_DATA)
-        if not any(root.iterdir()):
-            raise DataError("the data root is empty", where=root, fix=_GET_DATA)
-        if (file := arguments.get(f"{split}_split")) is None:
-            continue  # impactmesh then takes every chip below the root
-        chips = _read_split(Path(file), split)
-        folders = [*(arguments.get("modalities") or MODALITIES), *([label_dir] if labels else [])]
-        for folder in folders:
-            _check_folder(root / folder, suffixes[folder].strip("*"), chips, Path(file))
-        counts[split] = len(chips)
+        source = open_source_loudly(root)
+        files = arguments.get(f"{split}_split")
+        named = files if isinstance(files, dict) else {split: files} if files else {}
+        for name, file in named.items():  # none: impactmesh then takes every chip below the root
+            chips = _read_split(Path(file), name)
+            for part in parts:
+                _check_part(source.parts(part), part, chips, f"{source.root} (chips named in {file})")
+            counts[name] = len(chips)
+        source.close()
     return counts
 
 
@@ -67,12 +65,11 @@ def _read_split(file: Path, split: str) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def _check_folder(folder: Path, suffix: str, chips: Sequence[str], split_file: Path) -> None:
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [chip for chip in chips if f"{chip}{suffix}" not in present]
+def _check_part(present: frozenset[str], part: str, chips: Sequence[str], where: str) -> None:
+    missing = [chip for chip in chips if chip not in present]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(chips)} chips have no {folder.name} file, the first is {missing[0]}{suffix}",
-            where=f"{folder} (chips named in {split_file})",
+            f"{len(missing)} of {len(chips)} chips have no {part} file, the first is {missing[0]}{SUFFIXES[part]}",
+            where=where,
             fix="fetch or extract the missing files, or take the chips out of the split",
         )

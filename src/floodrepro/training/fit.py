@@ -106,7 +106,6 @@ def fit(cli: RecipeCLI, path: Path) -> FitResult:
     start = time.monotonic()
     try:
         cli.build(lambda config: into_run_folder(config, run, progress_bar=sys.stderr.isatty()))
-        _seed_augmentation(cli.datamodule, cli.recipe.get("seed_everything", 0))
         trainer = cli.trainer
         trainer.callbacks.append(EpochLines())
         with console.stdout_to_stderr():
@@ -119,16 +118,6 @@ def fit(cli: RecipeCLI, path: Path) -> FitResult:
         raise
     run.update_record(status="finished", ended=_now(), **{k: v for k, v in result.as_dict().items() if k != "run"})
     return result
-
-
-def _seed_augmentation(datamodule: Any, seed: int) -> None:
-    """Seed the training transform: albumentations 2.0.8 draws from a generator that seed_everything does not reach.
-
-    Exact for ``num_workers: 0``. Each worker of a loader still replays one and the same stream.
-    """
-    transform = getattr(datamodule, "train_transform", None)
-    if transform is not None and hasattr(transform, "set_random_seed"):
-        transform.set_random_seed(int(seed))
 
 
 def _result(run: RunFolder, digest: str, trainer: Trainer, seconds: float) -> FitResult:

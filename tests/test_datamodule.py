@@ -1,0 +1,285 @@
+"""The data module: what reaches the model equals stock impactmesh and TerraTorch, to the bit."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import albumentations
+import numpy as np
+import pytest
+import rasterio
+import torch
+from albumentations.augmentations.geometric import functional as geometric
+
+from floodrepro import recipe as recipes
+from floodrepro.data import d4
+from floodrepro.data.synth import generate
+from floodrepro.errors import DataError
+from floodrepro.training.importing import import_terratorch
+
+import_terratorch()
+
+from impactmesh.impactmesh_datamodule import ImpactMeshDataModule  # noqa: E402
+
+from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
+
+DATA = recipes.read(recipes.find("demo"))["data"]["init_args"]
+
+
+class StageOnly:
+    """What both data modules ask of a trainer: which stage it is in, and the epoch."""
+
+    def __init__(self, stage: str, epoch: int = 0) -> None:
+        self.training, self.validating = stage == "fit", stage == "validate"
+        self.testing, self.predicting = stage == "test", stage == "predict"
+        self.sanity_checking = False
+        self.current_epoch = epoch
+
+
+def arguments(chips: Path, **changes) -> dict:
+    paths = {
+        f"{name}_split": str(chips / "split" / f"impactmesh_flood_{name}.txt") for name in ("train", "val", "test")
+    }
+    given = {"means": DATA["means"], "stds": DATA["stds"], "data_root": str(chips / "data"), **paths}
+    return {"predict_split": paths["test_split"], "batch_size": 2, **given, **changes}
+
+
+def ours(chips: Path, stage: str = "test", epoch: int = 0, **changes) -> FloodDataModule:
+    module = FloodDataModule(
+        **{
+            "label_map": [0, 1],
+            "class_names": ["rest", "flood"],
+            "augmentation_seed": 5,
+            **arguments(chips, **changes),
+        }
+    )
+    module.trainer = StageOnly(stage, epoch)
+    module.setup(stage)
+    return module
+
+
+def stock(chips: Path, stage: str = "test", **changes) -> ImpactMeshDataModule:
+    module = ImpactMeshDataModule(**arguments(chips, **changes), no_data_replace=0, disaster_type="flood")
+    module.trainer = StageOnly(stage)
+    module.setup(stage)
+    return module
+
+
+def batches(module, stage: str = "test") -> list:
+    loader = getattr(module, f"{'train' if stage == 'fit' else stage}_dataloader")()
+    return [module.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def assert_same(first, second) -> None:
+    assert len(first) == len(second) > 0
+    for mine, theirs in zip(first, second, strict=True):
+        assert mine["image"].keys() == theirs["image"].keys()
+        for modality, image in theirs["image"].items():
+            found = mine["image"][modality]
+            assert found.dtype == image.dtype == torch.float32
+            assert torch.equal(found, image), modality
+        if "mask" in theirs:
+            assert torch.equal(mine["mask"], theirs["mask"])
+            assert mine["mask"].dtype == theirs["mask"].dtype
+        assert [Path(name).name for name in mine["filename"]] == [Path(name).name for name in theirs["filename"]]
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> Path:
+    """The same chips as in `chips`, in the hub's layout."""
+    root = tmp_path_factory.mktemp("tars") / "ImpactMesh-Flood"
+    generate(root, events=6, chips=18, size=64, protocol="v0", seed=1, layout="hub")
+    return root
+
+
+@pytest.fixture(scope="module")
+def spoilt(chips: Path, tmp_path_factory) -> Path:
+    """Chips with every kind of missing value: -9999 in S2 and DEM, NaN and infinities in S1."""
+    import zarr
+
+    root = Path(shutil.copytree(chips, tmp_path_factory.mktemp("spoilt") / "ImpactMesh-Flood"))
+    for modality, values in {"S2L2A": [-9999], "S1RTC": [np.nan, np.inf, -np.inf, -9999]}.items():
+        for path in (root / "data" / modality).iterdir():
+            with zarr.ZipStore(str(path), mode="r") as store:
+                group = {name: bytes(store[name]) for name in store}
+            opened = zarr.open_group(group, mode="r+")
+            bands = opened["bands"][...]
+            for i, value in enumerate(values):
+                bands[i % 4, i % 2, i : i + 9, 5:20] = value
+            opened["bands"][...] = bands
+            path.unlink()
+            with zarr.ZipStore(str(path), mode="w") as store:
+                for name, content in group.items():
+                    store[name] = content
+    for path in (root / "data" / "DEM").iterdir():
+        with rasterio.open(path, "r+") as file:
+            height = file.read(1)
+            height[3:9, 4:30] = -9999
+            file.write(height, 1)
+    return root
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_batches_equal_stock_to_the_bit(chips, stage):
+    def of(module):
+        name = {"validate": "val"}.get(stage, stage)
+        return [module.on_after_batch_transfer(batch, 0) for batch in getattr(module, f"{name}_dataloader")()]
+
+    assert_same(of(ours(chips, stage)), of(stock(chips, stage)))
+
+
+def test_missing_values_of_every_kind_equal_stock_to_the_bit(spoilt):
+    mine, theirs = batches(ours(spoilt)), batches(stock(spoilt))
+    assert_same(mine, theirs)
+    assert all(torch.isfinite(image).all() for batch in mine for image in batch["image"].values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modalities": ["S1RTC", "DEM"]},
+        {"modalities": ["S2L2A", "DEM"]},
+        {"modalities": ["DEM"]},
+        {"timesteps": [1, 2]},
+        {"timesteps": [2, 0, 1]},
+        {"timesteps": [2]},
+        {"timesteps": [3, 2, 1, 0]},  # as many as on disk: impactmesh keeps the order on disk
+        {"modalities": ["S1RTC", "DEM"], "timesteps": [2, 3]},
+    ],
+    ids=str,
+)
+def test_subsets_of_modalities_and_timesteps_equal_stock_to_the_bit(spoilt, changes):
+    assert_same(batches(ours(spoilt, **changes)), batches(stock(spoilt, **changes)))
+
+
+def test_subset_of_bands_equals_stocks_bands(spoilt):
+    bands = {"S2L2A": [3, 2, 1, 11], "S1RTC": [1]}
+    chosen = {
+        name: {m: [values[i] for i in bands.get(m, range(len(values)))] for m, values in DATA[name].items()}
+        for name in ("means", "stds")
+    }
+    for mine, theirs in zip(batches(ours(spoilt, bands=bands, **chosen)), batches(stock(spoilt)), strict=True):
+        for modality, image in theirs["image"].items():
+            assert torch.equal(mine["image"][modality], image[:, bands.get(modality, slice(None))])
+
+
+def test_tars_and_extracted_folders_give_identical_tensors(chips, tars):
+    assert_same(batches(ours(tars)), batches(ours(chips)))
+
+
+def test_training_chips_are_stocks_turned_by_the_element_drawn_for_them(chips):
+    module = ours(chips, "fit", epoch=3)
+    plain = ours(chips, "validate", val_split=arguments(chips)["train_split"], batch_size=1)
+    upright = {
+        batch.chips[0]: batch
+        for loader in [plain.val_dataloader()]
+        for batch in [plain.on_after_batch_transfer(raw, 0) for raw in loader]
+    }
+    turned = 0
+    for batch in batches(module, "fit"):
+        for i, chip in enumerate(batch.chips):
+            element = d4.draw(5, 3, chip)
+            turned += element != "e"
+            for modality, image in upright[chip]["image"].items():
+                assert torch.equal(batch["image"][modality][i], d4.apply(element, image[0]))
+            assert torch.equal(batch["mask"][i], d4.apply(element, upright[chip]["mask"][0]))
+    assert turned > 0
+
+
+def test_chip_and_event_travel_with_the_batch_but_not_as_arguments_of_the_model(chips):
+    [batch, *_] = batches(ours(chips))
+    assert set(batch) == {"image", "mask", "filename"}
+    assert [Path(name).name for name in batch["filename"]] == [f"{chip}_DEM.tif" for chip in batch.chips]
+    assert batch.events == tuple(chip.split("_")[0] for chip in batch.chips)
+
+
+def test_workers_hand_on_what_is_on_disk(chips):
+    raw = next(iter(ours(chips).test_dataloader()))
+    assert {name: raw[name].dtype for name in ("S2L2A", "S1RTC", "DEM", "mask")} == {
+        "S2L2A": torch.int16,
+        "S1RTC": torch.float16,
+        "DEM": torch.int16,
+        "mask": torch.int8,
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_tensors_do_not_depend_on_the_number_of_workers(chips, workers):
+    torch.manual_seed(3)
+    reference = batches(ours(chips, "fit"), "fit")
+    torch.manual_seed(3)
+    assert_same(batches(ours(chips, "fit", num_workers=workers), "fit"), reference)
+
+
+def test_workers_read_tars_after_the_parent_has(tars):
+    module = ours(tars, num_workers=2)
+    alone = [module.test_dataset[i]["S2L2A"] for i in range(len(module.test_dataset))]  # opens the tars here first
+    read = [chip for batch in module.test_dataloader() for chip in batch["S2L2A"]]
+    assert all(torch.equal(first, second) for first, second in zip(alone, read, strict=True))
+
+
+@pytest.mark.parametrize("element", d4.ELEMENTS)
+def test_each_symmetry_equals_albumentations(element):
+    image = np.arange(5 * 5 * 3, dtype=np.int16).reshape(5, 5, 3)
+    expected = geometric.d4(image, element)
+    found = d4.apply(element, torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0)
+    assert np.array_equal(found.numpy(), expected)
+    assert element in albumentations.core.type_definitions.d4_group_elements
+
+
+def test_the_eight_symmetries_are_uniform_and_independent_of_each_other():
+    """Chi-square with 7 degrees of freedom stays below 24.3 in 99.9 % of uniform draws (NIST/SEMATECH 1.3.6.7.4)."""
+    for epoch in range(3):
+        drawn = Counter(d4.draw(42, epoch, f"EMSR{i}_1_35TMF_x{i}_y1") for i in range(8000))
+        assert sum((drawn[element] - 1000) ** 2 / 1000 for element in d4.ELEMENTS) < 24.3
+    pairs = Counter((d4.draw(42, 0, f"c{i}"), d4.draw(42, 1, f"c{i}")) for i in range(6400))
+    assert len(pairs) == 64
+    assert sum((count - 100) ** 2 / 100 for count in pairs.values()) < 103.4  # 63 degrees of freedom, 99.9 %
+
+
+def test_symmetry_depends_on_seed_epoch_and_chip_and_on_nothing_else():
+    chips = [f"EMSR{i}_1_35TMF_x1_y1" for i in range(64)]
+    drawn = [d4.draw(1, 2, chip) for chip in chips]
+    assert drawn == [d4.draw(1, 2, chip) for chip in reversed(chips)][::-1]
+    assert drawn != [d4.draw(2, 2, chip) for chip in chips]
+    assert drawn != [d4.draw(1, 3, chip) for chip in chips]
+
+
+def test_chips_that_are_not_square_cannot_be_turned():
+    with pytest.raises(ValueError, match="square"):
+        d4.apply("t", torch.zeros(4, 6))
+
+
+def test_mask_value_that_the_label_map_does_not_know_is_named_with_its_chip(own_chips):
+    chip = (own_chips / "split" / "impactmesh_flood_test.txt").read_text().split()[0]
+    with rasterio.open(own_chips / "data" / "MASK" / f"{chip}_annotation_flood.tif", "r+") as file:
+        mask = file.read(1)
+        mask[0, 0] = 2
+        file.write(mask, 1)
+    with pytest.raises(DataError, match=rf"mask of {chip} holds \[2\]"):
+        batches(ours(own_chips))
+
+
+def test_label_map_joins_classes(chips):
+    swapped = batches(ours(chips, label_map=[1, 0]))
+    for mine, plain in zip(swapped, batches(ours(chips)), strict=True):
+        expected = torch.where(plain["mask"] == -1, -1, 1 - plain["mask"])
+        assert torch.equal(mine["mask"], expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"class_names": ["only one"]},
+        {"bands": {"S1RTC": [0]}},
+    ],
+    ids=str,
+)
+def test_parameters_that_do_not_fit_each_other_are_refused(chips, changes):
+    with pytest.raises(ValueError, match=r"label_map|bands"):
+        ours(chips, **changes)
+
+
+def test_neither_fire_nor_flood_in_a_path_matters(chips, tmp_path: Path):
+    elsewhere = Path(shutil.copytree(chips, tmp_path / "firefly"))
+    assert_same(batches(ours(elsewhere)), batches(ours(chips)))
