@@ -15,6 +15,9 @@ from floodrepro.training.recipe_cli import RecipeCLI
 
 BASE = "terramind_v1_base_impactmesh_flood_amd"
 TINY = "terramind_v1_tiny_impactmesh_flood"
+V1 = {size: f"terramind_v1_{size}_impactmesh_flood_v1" for size in ("base", "tiny")}
+BINARY = {size: f"{name}_binary" for size, name in V1.items()}
+NAMES = [BASE, TINY, "demo", *V1.values(), *BINARY.values()]
 RANDOM_WEIGHTS = "--model.init_args.model_args.backbone_pretrained=false"
 ON_CPU = "--trainer.precision=32-true"
 
@@ -26,7 +29,16 @@ def built(name: str) -> RecipeCLI:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "tensors"), [(BASE, 167_800_450, 180), (TINY, 13_992_066, 216), ("demo", 13_992_066, 216)]
+    ("name", "parameters", "tensors"),
+    [
+        (BASE, 167_800_450, 180),
+        (TINY, 13_992_066, 216),
+        ("demo", 13_992_066, 216),
+        (V1["base"], 167_800_450 + 64 + 1, 180),  # one class more: 64 weights and a bias in the head
+        (V1["tiny"], 13_992_066 + 32 + 1, 216),
+        (BINARY["base"], 167_800_450, 180),
+        (BINARY["tiny"], 13_992_066, 216),
+    ],
 )
 def test_every_shipped_recipe_builds_the_model_it_claims(name, parameters, tensors):
     cli = built(name)
@@ -37,7 +49,7 @@ def test_every_shipped_recipe_builds_the_model_it_claims(name, parameters, tenso
 
 
 def test_no_shipped_recipe_is_left_out_of_the_test_above():
-    assert set(recipes.shipped()) == {BASE, TINY, "demo"}
+    assert set(recipes.shipped()) == set(NAMES)
 
 
 def test_base_recipe_is_the_published_one():
@@ -79,13 +91,30 @@ def test_base_recipe_is_the_published_one():
 def test_statistics_written_out_are_impactmesh_0_1_2s_own():
     from impactmesh.impactmesh_datamodule import datasets_stats
 
-    for name in recipes.shipped():
+    for name in set(NAMES) - set(V1.values()):
         data = recipes.read(recipes.find(name))["data"]["init_args"]
         assert data["means"] == datasets_stats["flood"]["means"]
         assert data["stds"] == datasets_stats["flood"]["stds"]
 
 
-@pytest.mark.parametrize("name", [BASE, TINY, "demo"])
+def test_v1_recipes_differ_from_their_siblings_in_the_protocol_only():
+    """Statistics: impactmesh 0.2.0's for v1 (its package was read), 0.1.2's for v1-binary, as the published ones."""
+    for size, sibling in (("base", BASE), ("tiny", TINY)):
+        plain, v1, binary = (recipes.read(recipes.find(name)) for name in (sibling, V1[size], BINARY[size]))
+        data, task = v1["data"]["init_args"], v1["model"]["init_args"]
+        assert data["means"]["S2L2A"][0] == 1460.264
+        assert (data["means"]["S1RTC"], data["stds"]["DEM"]) == ([-9.871, -15.993], [368.796])
+        assert (data["label_map"], len(data["class_names"])) == ([0, 1, 2], 3)
+        assert list(data["test_split"]) == task["test_dataloaders_names"] == ["test", "seen_events", "holdout"]
+        assert (task["model_args"]["num_classes"], task["class_weights"]) == (3, [0.044, 0.487, 0.469])
+        assert binary["data"]["init_args"].pop("label_map") == [0, 0, 1]
+        plain["data"]["init_args"].pop("label_map")
+        assert binary["data"] == plain["data"]
+        assert binary["model"] == plain["model"]
+        assert binary["optimizer"] == v1["optimizer"] == plain["optimizer"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_recipe_opens_with_what_it_assumes_and_names_no_machine(name):
     text = recipes.find(name).read_text()
     head = text[: text.index("seed_everything:")]

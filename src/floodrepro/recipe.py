@@ -100,11 +100,20 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
 
 
-def data_overrides(root: Path) -> list[str]:
-    """Overrides that point a recipe at a folder in ImpactMesh-Flood's layout (``data/`` and ``split/`` inside)."""
-    splits = {name: root / "split" / f"impactmesh_flood_{name}.txt" for name in ("train", "val", "test")}
-    overrides = {f"{name}_split": path for name, path in splits.items()}
-    overrides |= {"data_root": root / "data", "predict_split": splits["test"]}
+def data_overrides(root: Path, *given: Recipe) -> list[str]:
+    """Overrides that point recipes at a folder in ImpactMesh-Flood's layout: ``data`` or tars, and ``split``, inside.
+
+    Args:
+        root: The folder.
+        given: The recipes, whose split files keep their names.
+    """
+    overrides: dict[str, Any] = {"data_root": str(root / "data")}
+    for recipe in given:
+        for key, value in ((recipe.get("data") or {}).get("init_args") or {}).items():
+            if key.endswith("_split") and value:
+                files = value if isinstance(value, dict) else {"": value}
+                moved = {name: str(root / "split" / Path(file).name) for name, file in files.items()}
+                overrides[key] = json.dumps(moved) if isinstance(value, dict) else moved[""]
     return [f"--data.init_args.{key}={value}" for key, value in overrides.items()]
 
 

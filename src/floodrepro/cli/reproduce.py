@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
     from floodrepro.training.fit import fit
     from floodrepro.training.recipe_cli import RecipeCLI
 
-    overrides = [*recipes.data_overrides(data), *args.overrides]
+    demo = recipes.find("demo")
+    overrides = [*recipes.data_overrides(data, recipes.read(demo)), *args.overrides]
     console.say("training")
-    fitted = fit(RecipeCLI([recipes.find("demo")], overrides), path)
+    fitted = fit(RecipeCLI([demo], overrides), path)
     console.say("testing on events that are in no other split")
     result = measure(RecipeCLI([fitted.run.recipe]), fitted.run.best, "test")
     split = data / "split"
@@ -124,7 +125,7 @@ def _report(
     rows |= {f"{b.name} ({b.detail})": b.scores for b in baselines}
     return {
         "split": "test",
-        "chips": result.chips,
+        "chips": result.chips["test"],
         "scores": rows,
         "load_back_difference": difference,
         "seconds": round(seconds, 1),

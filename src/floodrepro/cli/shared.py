@@ -55,9 +55,8 @@ def parse_recipe(args: argparse.Namespace, found: Path | None = None) -> "Recipe
         configs = [found]
     else:
         raise UsageError("no config", fix="--config YAML")
-    for path in configs:
-        recipes.read(path)  # a YAML that does not parse is answered before TerraTorch's slow import
-    overrides = recipes.data_overrides(args.data_root) if args.data_root else []
+    given = [recipes.read(path) for path in configs]  # a YAML that does not parse is answered before the slow import
+    overrides = recipes.data_overrides(args.data_root, *given) if args.data_root else []
     if args.precision:
         overrides.append(f"--trainer.precision={PRECISIONS[args.precision]}")
     console.say("loading TerraTorch (10 to 20 s)")

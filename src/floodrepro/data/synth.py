@@ -83,8 +83,9 @@ def generate(
 ) -> SynthReport:
     """Write a generated data set; the same arguments give the same bytes.
 
-    Each event is one scene, drawn from a generator of its own and cut into neighbouring chips, and lies in one split
-    only. The split files are written last: where they are, everything else is.
+    Each event is one scene, drawn from a generator of its own and cut into neighbouring chips. It lies in one split
+    only, but that v1, as published, tests on one chip of each training event too: `..._test_seen_events.txt` lists
+    these, `..._test_holdout.txt` the others. The split files are written last: where they are, everything else is.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -104,6 +105,7 @@ def generate(
     held_out = (events + 2) // 5
     event_counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
     listed: dict[str, list[str]] = {split: [] for split in names.SPLITS}
+    subsets: dict[str, list[str]] = {"seen_events": [], "holdout": []}
     class_names = names.PROTOCOLS[protocol].class_names
     pixels = np.zeros(1 + len(class_names), np.int64)
     try:
@@ -111,14 +113,19 @@ def generate(
         with (_extracted if layout == "extracted" else _hub)(root) as put:
             for event, split in enumerate(np.repeat(names.SPLITS, list(event_counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
-                for place, mask, files in _event_chips(seed, event, share, size, protocol):
+                for number, (place, mask, files) in enumerate(_event_chips(seed, event, share, size, protocol), 1):
+                    # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
+                    seen = protocol == "v1" and split == "train" and number == share > 1
+                    target = "test" if seen else split
                     for part, content in files.items():
-                        put(split, part, f"{place.chip}{names.SUFFIXES[part]}", content)
-                    listed[split].append(str(place.chip))
+                        put(target, part, f"{place.chip}{names.SUFFIXES[part]}", content)
+                    listed[target].append(str(place.chip))
+                    subsets["seen_events" if seen else "holdout"] += [str(place.chip)] * (target == "test")
                     pixels += np.bincount(mask.ravel() - names.IGNORE_INDEX, minlength=len(pixels))
                     if progress is not None:
                         progress(sum(map(len, listed.values())), chips)
-        for split, chip_ids in listed.items():
+        extra = {f"test_{name}": chip_ids for name, chip_ids in subsets.items()} if protocol == "v1" else {}
+        for split, chip_ids in (extra | listed).items():
             _write_whole(root / "split" / names.split_file(split), "".join(f"{c}\n" for c in chip_ids).encode())
     except OSError as error:
         problem = f"cannot write the data set: {error.strerror or error}"

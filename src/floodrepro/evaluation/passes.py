@@ -16,25 +16,25 @@ from floodrepro.recipe import check_precision
 from floodrepro.training.recipe_cli import CustomWriter, RecipeCLI
 from floodrepro.training.wiring import without_files
 
-MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
+MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """Metrics of one pass.
+    """Metrics of one pass over one split, or over several at once.
 
     Args:
         stage: validate or test.
         checkpoint: The file that was measured.
         recipe_sha256: Fingerprint of the recipe that was used.
-        chips: Number of chips in the split.
+        chips: Number of chips by split.
         metrics: TerraTorch's metrics by name (``test/mIoU`` …).
     """
 
     stage: str
     checkpoint: Path
     recipe_sha256: str
-    chips: int | None
+    chips: dict[str, int]
     metrics: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,9 +49,8 @@ class PassResult:
 
     def table(self) -> str:
         """The main metrics in two columns."""
-        prefix = "val" if self.stage == "validate" else "test"
-        rows = [[n, f"{self.metrics[n]:.6f}"] for m in MAIN_METRICS if (n := f"{prefix}/{m}") in self.metrics]
-        return console.columns(rows or [[name, f"{value:.6f}"] for name, value in self.metrics.items()])
+        rows = [[n, f"{v:.6f}"] for n, v in self.metrics.items() if _is_main(n.rsplit("/", 1)[-1])]
+        return console.columns(sorted(rows, key=_place))
 
 
 def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
@@ -77,7 +76,7 @@ def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
         run = cli.trainer.validate if stage == "validate" else cli.trainer.test
         results = run(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {k: float(v) for result in results for k, v in result.items() if not k.endswith("Boundary_mIoU")}
-    return PassResult(stage, checkpoint, recipes.fingerprint(cli.recipe), chips.get(split), metrics)
+    return PassResult(stage, checkpoint, recipes.fingerprint(cli.recipe), chips, metrics)
 
 
 def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
@@ -109,11 +108,21 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
     return sorted(output.glob("*.tif"))
 
 
+def _is_main(metric: str) -> bool:
+    return metric in MAIN_METRICS
+
+
+def _place(row: list[str]) -> tuple[str, int]:
+    """Split by split, the metrics of each in the order of `MAIN_METRICS`."""
+    split, _, metric = row[0].rpartition("/")
+    return split, MAIN_METRICS.index(metric)
+
+
 def _prepare(cli: RecipeCLI, checkpoint: Path, split: str, *, labels: bool) -> dict[str, int]:
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
     weights = read_checkpoint(checkpoint)
     chips = check_present(cli.recipe, (split,), labels=labels)
     cli.build(lambda config: without_files(config, progress_bar=sys.stderr.isatty()))
     load_strictly(weights, cli.model, cli.recipe)
-    console.say(f"{checkpoint.name} over {chips.get(split, 'all')} chips ({split})")
+    console.say(f"{checkpoint.name} over {chips or split}")
     return chips
