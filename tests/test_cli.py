@@ -115,6 +115,7 @@ def test_flags_are_a_promise():
         "export": ["--ckpt", "--config", "--format", "--name", "--output", "--run"],
         "configs": [],
         "data": [],
+        "bench": [],
         "reproduce": ["--demo", "--folder", "--format"],
     }
     found = {}

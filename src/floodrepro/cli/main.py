@@ -19,6 +19,7 @@ COMMANDS = {
     "export": ("floodrepro.cli.export", "write a safetensors + YAML pair that plain TerraTorch loads"),
     "configs": ("floodrepro.cli.configs", "list, show or copy the shipped recipes"),
     "data": ("floodrepro.cli.data", "make data sets: data synth"),
+    "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data"),
     "reproduce": ("floodrepro.cli.reproduce", "the whole path at toy size: reproduce --demo"),
 }
 

@@ -7,6 +7,7 @@ normalisation are done on the device for a whole batch.
 Shape suffixes: B = chips, T = timesteps, C = bands, H, W = pixels.
 """
 
+import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from numcodecs import blosc
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from floodrepro.data import d4
 from floodrepro.data.chips import ChipSource, open_source_loudly
@@ -74,18 +75,36 @@ class ChipDataset(Dataset[RawChip]):
     def __getitem__(self, index: int) -> RawChip:
         """One chip: each modality (T, C, H, W) in its dtype on disk (DEM with T = 1), mask (H, W) int8, id."""
         chip = self.chips[index]
-        raw: RawChip = {"chip": chip}
-        for modality in self.modalities:
-            if modality == "DEM":
-                array = self.source.read_raster(chip, modality)[None, None]
-            else:
-                array = self.source.read_bands(chip, modality, self._timesteps)
-            if modality in self._bands:
-                array = array[:, self._bands[modality]]
-            raw[modality] = torch.from_numpy(array)
+        raw: RawChip = {modality: torch.from_numpy(self._read(chip, modality)) for modality in self.modalities}
         if self._classes is not None:
             raw["mask"] = torch.from_numpy(self._classified(chip))
-        return raw
+        return raw | {"chip": chip}
+
+    def __getitems__(self, indices: Sequence[int]) -> RawChip:
+        """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more."""
+        first = self[indices[0]]
+        batch: RawChip = {"chip": [self.chips[index] for index in indices]}
+        for name in self.modalities:
+            batch[name] = _room(first[name], len(indices))
+            for place, chip in zip(batch[name][1:].numpy(), batch["chip"][1:], strict=True):
+                array = self._read(chip, name, out=place)
+                if array.shape != place.shape:
+                    raise DataError(f"{chip}: {name} is {array.shape}, other chips are {place.shape}")
+                if array is not place:
+                    place[...] = array
+        if self._classes is not None:
+            batch["mask"] = _room(first["mask"], len(indices))
+            for place, chip in zip(batch["mask"][1:].numpy(), batch["chip"][1:], strict=True):
+                place[...] = self._classified(chip)
+        return batch
+
+    def _read(self, chip: str, modality: str, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        """A modality (T, C, H, W); DEM has T = C = 1."""
+        if modality == "DEM":
+            return self.source.read_raster(chip, modality)[None, None]
+        if modality in self._bands:
+            return self.source.read_bands(chip, modality, self._timesteps)[:, self._bands[modality]]
+        return self.source.read_bands(chip, modality, self._timesteps, out)
 
     def _classified(self, chip: str) -> np.ndarray[Any, np.dtype[np.int8]]:
         values = self.source.read_raster(chip, LABEL_DIR)
@@ -104,6 +123,22 @@ class ChipDataset(Dataset[RawChip]):
     def _known(self) -> list[int]:
         assert self._classes is not None
         return [IGNORE_INDEX, *(int(i) for i in np.flatnonzero(self._classes[:255] != _UNKNOWN))]
+
+
+def _room(first: torch.Tensor, count: int) -> torch.Tensor:
+    """A batch's tensor with its first chip in place; in shared memory where a worker fills it for another process."""
+    if get_worker_info() is None:
+        room = first.new_empty((count, *first.shape))
+    else:  # as torch's own collate function does
+        storage = first._typed_storage()  # type: ignore[no-untyped-call]
+        shared = storage._new_shared(count * first.numel(), device=first.device)
+        room = first.new(shared).resize_(count, *first.shape)
+    room[0] = first
+    return room
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 _UNKNOWN = -128
@@ -292,10 +327,21 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             persistent_workers=workers,
             prefetch_factor=self.prefetch_factor if workers else None,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            collate_fn=_as_it_is,
+            worker_init_fn=as_a_worker,
         )
 
 
-def _one_thread(_: int) -> None:
-    """A worker is one core: blosc's own threads would only get in each other's way."""
+def as_a_worker(_: int = 0) -> None:
+    """Set a process up as a loader's worker: one core, and memory that is kept for the next chip.
+
+    Blosc's own threads would only get in each other's way. glibc gives arrays of a chip's size (MiB) back to the kernel
+    one by one, and each new one costs a page fault per 4 KiB, which takes longer than the copy into it; malloc(3),
+    mallopt(3). On another C library nothing is changed.
+    """
     blosc.use_threads = False
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        library.mallopt(m_mmap_threshold, 1 << 30)
+        library.mallopt(m_trim_threshold, 1 << 30)

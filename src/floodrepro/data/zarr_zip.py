@@ -21,6 +21,7 @@ from floodrepro.errors import DataError
 
 ARRAY = "bands"
 ReadAt = Callable[[int, int], bytes]  # (size, offset) -> bytes
+Borrow = Callable[[int, int], bytes | memoryview]  # the same; what it returns may be gone at the next call
 
 # ZIP file format: PKWARE, APPNOTE.TXT 6.3, sections 4.3.7 (local header), 4.3.12 (central directory), 4.3.16 (its end).
 _END = struct.Struct("<4s4H2LH")
@@ -160,13 +161,16 @@ def find_chunks(read_at: ReadAt, size: int) -> Chunks | None:
     return Chunks(layout, tuple(e.offset for e in found), tuple(e.size for e in found))
 
 
-def decode(chunks: Chunks, read_at: ReadAt, timesteps: Sequence[int] | None = None) -> npt.NDArray[Any]:
+def decode(
+    chunks: Chunks, read_at: Borrow, timesteps: Sequence[int] | None = None, out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
     """Decode a chip's modality, or some of its timesteps.
 
     Args:
         chunks: From `find_chunks` of the same ZIP.
         read_at: Reads from the ZIP.
         timesteps: Indices on the first axis, in the order wanted; all where None.
+        out: Contiguous array to decode into, of the result's shape and dtype; a new one where None.
 
     Returns:
         Array (T, C, H, W) in the dtype on disk, writable.
@@ -177,7 +181,9 @@ def decode(chunks: Chunks, read_at: ReadAt, timesteps: Sequence[int] | None = No
     layout = chunks.layout
     codec = _codec(layout.codec)
     wanted = range(layout.shape[0]) if timesteps is None else timesteps
-    out = np.empty((len(wanted), *layout.shape[1:]), layout.dtype)
+    shape = (len(wanted), *layout.shape[1:])
+    if out is None or out.shape != shape or out.dtype != layout.dtype:
+        out = np.empty(shape, layout.dtype)
     if layout.steps == 1:
         for place, step in enumerate(wanted):
             _decode_into(codec, read_at(chunks.sizes[step], chunks.offsets[step]), out[place])
@@ -194,7 +200,7 @@ def _codec(configuration: str) -> Codec | None:
     return None if document is None else get_codec(document)
 
 
-def _decode_into(codec: Codec | None, stored: bytes, out: npt.NDArray[Any]) -> None:
+def _decode_into(codec: Codec | None, stored: bytes | memoryview, out: npt.NDArray[Any]) -> None:
     try:
         if codec is None:
             out.reshape(-1).view(np.uint8)[:] = np.frombuffer(stored, np.uint8)

@@ -1,6 +1,7 @@
 """One pass over a split with a checkpoint: validate, test, predict. The config counts, not the checkpoint's memory."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class PassResult:
 
     def table(self) -> str:
         """The main metrics in two columns."""
-        rows = [[n, f"{v:.6f}"] for n, v in self.metrics.items() if _is_main(n.rsplit("/", 1)[-1])]
+        rows: list[Sequence[str]] = [[n, f"{v:.6f}"] for n, v in self.metrics.items() if _is_main(n.rsplit("/", 1)[-1])]
         return console.columns(sorted(rows, key=_place))
 
 
@@ -112,7 +113,7 @@ def _is_main(metric: str) -> bool:
     return metric in MAIN_METRICS
 
 
-def _place(row: list[str]) -> tuple[str, int]:
+def _place(row: Sequence[str]) -> tuple[str, int]:
     """Split by split, the metrics of each in the order of `MAIN_METRICS`."""
     split, _, metric = row[0].rpartition("/")
     return split, MAIN_METRICS.index(metric)

@@ -1,0 +1,1 @@
+"""The machine: benchmarks, and what they were measured on."""
