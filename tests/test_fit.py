@@ -13,6 +13,7 @@ import yaml
 
 from conftest import ROOT
 from floodrepro import recipe as recipes
+from floodrepro.data.survey import quick_audit
 
 
 def test_run_folder_holds_what_was_run(trained, chips):
@@ -23,6 +24,7 @@ def test_run_folder_holds_what_was_run(trained, chips):
     assert record["recipe_sha256"] == recipes.fingerprint(recipe)
     assert record["recipe_sha256"] in trained.recipe.read_text().splitlines()[0]
     assert (record["status"], record["epochs"]) == ("finished", 2)
+    assert record["data_digest"] == quick_audit(chips, "v0").digest
     assert record["versions"]["terratorch"] == "1.2.7"
     assert sorted(path.name for path in trained.checkpoints.iterdir()) == ["best.ckpt"]
 
@@ -100,15 +102,17 @@ def test_bf16_trains_on_a_cpu(cli, chips, tmp_path: Path):
     assert outcome.code == 0, outcome.err
 
 
-def test_two_fits_with_one_seed_give_the_same_weights(cli, chips, tmp_path: Path):
+def test_two_fits_with_one_seed_give_the_same_weights_whatever_the_number_of_workers(cli, chips, tmp_path: Path):
     states = []
-    for name in ("first", "second"):
+    for workers in (0, 2):
         outcome = cli(
-            *("fit", "--config", "demo", "--data-root", chips, "--runs-root", tmp_path, "--name", name),
-            *("--trainer.max_epochs", "1", "--data.init_args.batch_size", "3"),
+            *("fit", "--config", "demo", "--data-root", chips, "--runs-root", tmp_path, "--name", f"workers-{workers}"),
+            *("--trainer.max_epochs", "2", "--data.init_args.batch_size", "3"),
+            *("--data.init_args.num_workers", workers),
         )
         assert outcome.code == 0, outcome.err
-        states.append(torch.load(tmp_path / name / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"])
+        best = tmp_path / f"workers-{workers}" / "checkpoints" / "best.ckpt"
+        states.append(torch.load(best, weights_only=True)["state_dict"])
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
@@ -122,6 +126,17 @@ def test_failed_fit_says_so_in_its_record(cli, own_chips, tmp_path: Path):
     record = json.loads((tmp_path / "runs" / "demo" / "run.json").read_text())
     assert record["status"] == "failed"
     assert record["reason"]
+
+
+def test_event_in_two_splits_is_found_before_training_starts(cli, own_chips, tmp_path: Path):
+    split = own_chips / "split"
+    moved = (split / "impactmesh_flood_train.txt").read_text().splitlines()[0]
+    with (split / "impactmesh_flood_val.txt").open("a") as file:
+        file.write(f"{moved}\n")
+    outcome = cli("fit", "--config", "demo", "--data-root", own_chips, "--runs-root", tmp_path / "runs")
+    assert outcome.code == 1
+    assert moved.split("_")[0] in outcome.report[0]
+    assert not (tmp_path / "runs").exists()
 
 
 def unwritable() -> Path:

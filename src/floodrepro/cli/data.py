@@ -1,15 +1,20 @@
-"""Make data sets: data synth writes generated chips in ImpactMesh-Flood's own format."""
+"""Get and check data sets: data fetch downloads ImpactMesh-Flood, data audit checks it, data synth generates chips."""
 
 import argparse
 from pathlib import Path
 
 from floodrepro import console
+from floodrepro.cli import data_audit, data_fetch
 from floodrepro.cli.shared import add_format
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their flags."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="synth")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="fetch|audit|synth")
+    fetch = actions.add_parser("fetch", prog=f"{parser.prog} fetch", help="download the data set from the hub")
+    data_fetch.add_arguments(fetch)
+    audit = actions.add_parser("audit", prog=f"{parser.prog} audit", help="check a data set against its protocol")
+    data_audit.add_arguments(audit)
     synth = actions.add_parser("synth", prog=f"{parser.prog} synth", help="generate chips of plausible flood scenes")
     synth.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder to write; must hold no data set")
     synth.add_argument("--events", type=int, default=8, metavar="N", help="flood events, at least 3 (default: 8)")
@@ -23,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.action == "fetch":
+        return data_fetch.run(args)
+    if args.action == "audit":
+        return data_audit.run(args)
     from floodrepro.data.synth import generate
 
     with console.progress("chips") as progress:

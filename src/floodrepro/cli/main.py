@@ -18,7 +18,7 @@ COMMANDS = {
     "predict": ("floodrepro.cli.predict", "write a flood mask (GeoTIFF) for every chip of a split"),
     "export": ("floodrepro.cli.export", "write a safetensors + YAML pair that plain TerraTorch loads"),
     "configs": ("floodrepro.cli.configs", "list, show or copy the shipped recipes"),
-    "data": ("floodrepro.cli.data", "make data sets: data synth"),
+    "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
     "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data"),
     "reproduce": ("floodrepro.cli.reproduce", "the whole path at toy size: reproduce --demo"),
 }

@@ -10,7 +10,7 @@ import torch
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.data.presence import check_present
+from floodrepro.data.presence import audit_quickly, check_present
 from floodrepro.errors import UsageError
 from floodrepro.evaluation.checkpoint import load_strictly, read_checkpoint
 from floodrepro.recipe import check_precision
@@ -123,6 +123,7 @@ def _prepare(cli: RecipeCLI, checkpoint: Path, split: str, *, labels: bool) -> d
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
     weights = read_checkpoint(checkpoint)
     chips = check_present(cli.recipe, (split,), labels=labels)
+    audit_quickly(cli.recipe)
     cli.build(lambda config: without_files(config, progress_bar=sys.stderr.isatty()))
     load_strictly(weights, cli.model, cli.recipe)
     console.say(f"{checkpoint.name} over {chips or split}")

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from floodrepro import __version__, console
-from floodrepro.data.presence import check_present
+from floodrepro.data.presence import audit_quickly, check_present
 from floodrepro.errors import FloodreproError
 from floodrepro.recipe import check_precision
 from floodrepro.run_folder import RunFolder
@@ -92,6 +92,7 @@ def fit(cli: RecipeCLI, path: Path) -> FitResult:
     """
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
     chips = check_present(cli.recipe, ("train", "val"))
+    data_digest = audit_quickly(cli.recipe)
     run = RunFolder.create(path)
     digest = run.save_recipe(cli.recipe)
     run.update_record(
@@ -100,6 +101,7 @@ def fit(cli: RecipeCLI, path: Path) -> FitResult:
         command=["floodrepro", *sys.argv[1:]],
         versions=_versions(),
         chips=chips,
+        data_digest=data_digest,
         started=_now(),
     )
     console.say(f"recipe sha256 {digest[:12]}…, chips {chips}, into {run.path}")

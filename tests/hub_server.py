@@ -1,0 +1,258 @@
+"""A small local stand-in for the Hugging Face hub, spoken to by the real huggingface_hub client.
+
+It answers what a data set download needs: ``/api/datasets/<repo>/revision``, ``/tree``, ``/paths-info`` and
+``/datasets/<repo>/resolve``. As on the hub, archives are LFS files, whose content comes from another host after a
+redirect, and everything else is a git blob that comes from the hub itself. Faults are planted per file or per request.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Self
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+BLOCK = 2**14  # bytes written at a time
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the content of a file, the next `times` times that it is asked for."""
+
+    times: int = 1
+    status: int = 0  # answer with this status, and no content
+    headers: dict[str, str] = field(default_factory=dict)  # sent along with `status`
+    cut_after: int | None = None  # close the connection after so many bytes
+    stall_after: int | None = None  # say nothing more after so many bytes
+    rate: int = 0  # bytes a second
+    content: bytes | None = None  # give out this instead
+    ignores_range: bool = False
+    wrong_range: bool = False  # answer a range with another one
+    untold_length: bool = False  # no Content-Length: the content ends where the connection does
+
+
+@dataclass
+class Sent:
+    """One answer with content: which file, from which byte, and how many bytes were given to the network so far."""
+
+    path: str
+    start: int
+    size: int = 0
+
+
+class HubServer:
+    """One repository with its commits. ``with HubServer() as hub:`` starts it; `url` is what HF_ENDPOINT takes."""
+
+    def __init__(self, repo: str = "ibm-esa-geospatial/ImpactMesh-Flood") -> None:
+        self.repo = repo
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.refs: dict[str, str] = {}
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.refusals: dict[str, list[tuple[int, dict[str, str], bytes]]] = defaultdict(list)
+        self.requests: list[tuple[str, str, float]] = []  # (method, address, time.monotonic())
+        self.authorized: dict[str, set[str]] = {"hub": set(), "cdn": set()}  # tokens that each host saw
+        self.sent: list[Sent] = []
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.daemon_threads = True
+        self._server.hub = self
+        self.port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
+        """Add a commit with these files, let a branch point to it, and return its sha."""
+        digests = [f"{path} {hashlib.sha256(content).hexdigest()}" for path, content in sorted(files.items())]
+        sha = hashlib.sha1(f"{ref} {len(self.commits)} {digests}".encode()).hexdigest()
+        self.commits[sha] = dict(files)
+        self.refs[ref] = sha
+        return sha
+
+    def fault(self, path: str, **fault: object) -> None:
+        """Plant a fault for a file."""
+        self.faults[path].append(Fault(**fault))
+
+    def refuse(
+        self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", on: str = "revision"
+    ) -> None:
+        """Answer the next API request about a `revision` or a `tree` in this way."""
+        self.refusals[on].append((status, headers or {}, body))
+
+    def bytes_of(self, path: str) -> int:
+        """Bytes of a file's content that went out so far."""
+        return sum(sent.size for sent in self.sent if sent.path == path)
+
+    def starts_of(self, path: str) -> list[int]:
+        """From which byte on each answer gave out a file."""
+        return [sent.start for sent in self.sent if sent.path == path]
+
+    def forget(self) -> None:
+        """Start counting anew."""
+        self.requests.clear()
+        self.sent.clear()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    @property
+    def hub(self) -> HubServer:
+        return self.server.hub
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.answer()
+
+    def answer(self) -> None:
+        self.hub.requests.append((self.command, self.path, time.monotonic()))
+        host = "cdn" if self.headers.get("Host", "").startswith("localhost") else "hub"
+        if token := self.headers.get("Authorization"):
+            self.hub.authorized[host].add(token)
+        address = urlsplit(self.path)
+        api, resolve = f"/api/datasets/{self.hub.repo}/", f"/datasets/{self.hub.repo}/resolve/"
+        with suppress(ConnectionError):
+            if host == "cdn":
+                query = parse_qs(address.query)
+                self.send_content(query["commit"][0], query["path"][0])
+            elif address.path.startswith(resolve):
+                revision, path = address.path.removeprefix(resolve).split("/", 1)
+                self.send_file(unquote(revision), unquote(path))
+            elif address.path.startswith(api):
+                self.send_api(address.path.removeprefix(api).split("/"))
+            else:
+                self.send_error_code(401, "RepoNotFound")  # what the hub says where there is no token
+
+    def send_api(self, parts: list[str]) -> None:
+        what, revision = parts[0], unquote(parts[1])
+        if self.hub.refusals[what]:
+            status, headers, body = self.hub.refusals[what].pop(0)
+            return self.send(status, body, headers)
+        sha = self.hub.refs.get(revision, revision)
+        if sha not in self.hub.commits:
+            return self.send_error_code(404, "RevisionNotFound")
+        files = self.hub.commits[sha]
+        if what == "revision":
+            siblings = [{"rfilename": path} for path in sorted(files)]
+            return self.send_json({"id": self.hub.repo, "sha": sha, "siblings": siblings, "private": False, "tags": []})
+        entries = [{"type": "file", "path": path, **_description(path, files[path])} for path in sorted(files)]
+        if what == "paths-info":
+            asked = parse_qs(self.body.decode()).get("paths", [])
+            return self.send_json([entry for entry in entries if entry["path"] in asked])
+        folders = sorted({path.rsplit("/", 1)[0] for path in files if "/" in path})
+        return self.send_json([{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders] + entries)
+
+    def send_file(self, revision: str, path: str) -> None:
+        sha = self.hub.refs.get(revision, revision)
+        content = self.hub.commits.get(sha, {}).get(path)
+        if content is None:
+            return self.send_error_code(404, "EntryNotFound")
+        if not _is_lfs(path):
+            return self.send_content(sha, path)
+        description = _description(path, content)
+        headers = {
+            "X-Repo-Commit": sha,
+            "ETag": f'"{description["oid"]}"',
+            "X-Linked-ETag": f'"{description["lfs"]["oid"]}"',
+            "X-Linked-Size": str(len(content)),
+            "Location": f"http://localhost:{self.hub.port}/cdn?commit={sha}&path={quote(path, safe='')}",
+        }
+        return self.send(302, b"", headers)
+
+    def send_content(self, sha: str, path: str) -> None:
+        content = self.hub.commits[sha][path]
+        etag = _description(path, content)["oid"]
+        fault = Fault()
+        if self.command == "GET" and self.hub.faults[path]:
+            fault = self.hub.faults[path][0]
+            fault.times -= 1
+            if fault.times <= 0:
+                self.hub.faults[path].pop(0)
+        if fault.status:
+            return self.send(fault.status, b"", fault.headers)
+        content = content if fault.content is None else fault.content
+        start, stop = 0, len(content)
+        asked = self.headers.get("Range", "")
+        if asked.startswith("bytes=") and not fault.ignores_range:
+            first, last = asked.removeprefix("bytes=").split("-")
+            start, stop = int(first), min(int(last) + 1, stop) if last else stop
+            if start >= len(content):
+                return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
+            start += fault.wrong_range
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        if start or stop < len(content) or (asked and not fault.ignores_range):
+            self.send_response(206)
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        else:
+            self.send_response(200)
+        headers["Connection" if fault.untold_length else "Content-Length"] = (
+            "close" if fault.untold_length else str(stop - start)
+        )
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.send_body(path, start, content[start:stop], fault)
+        return None
+
+    def send_body(self, path: str, start: int, body: bytes, fault: Fault) -> None:
+        """Write the body block by block, count what goes out, and break off where the fault says so."""
+        end = min(len(body), *(n for n in (fault.cut_after, fault.stall_after, len(body)) if n is not None))
+        sent = Sent(path, start)
+        self.hub.sent.append(sent)
+        while sent.size < end:
+            block = body[sent.size : min(sent.size + BLOCK, end)]
+            sent.size += len(block)  # before it is written: a client that has the last byte may ask at once
+            self.wfile.write(block)
+            if fault.rate:
+                time.sleep(len(block) / fault.rate)
+        if fault.stall_after is not None:
+            time.sleep(5)
+        if end < len(body) or fault.untold_length:
+            self.close_connection = True
+
+    def send_json(self, data: object) -> None:
+        self.send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
+
+    def send_error_code(self, status: int, code: str) -> None:
+        self.send(status, b"", {"X-Error-Code": code})
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _is_lfs(path: str) -> bool:
+    return path.endswith(".tar")
+
+
+def _description(path: str, content: bytes) -> dict:
+    """A file as the hub's tree lists it."""
+    if not _is_lfs(path):
+        return {"oid": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(), "size": len(content)}
+    digest = hashlib.sha256(content).hexdigest()
+    lfs = {"oid": digest, "size": len(content), "pointerSize": 134}
+    return {"oid": hashlib.sha1(digest.encode()).hexdigest(), "size": len(content), "lfs": lfs}
