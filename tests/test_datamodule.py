@@ -21,7 +21,7 @@ import_terratorch()
 
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule  # noqa: E402
 
-from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
+from floodrepro.data.datamodule import FloodDataModule, ShuffledByEpoch  # noqa: E402
 
 DATA = recipes.read(recipes.find("demo"))["data"]["init_args"]
 
@@ -49,7 +49,7 @@ def ours(chips: Path, stage: str = "test", epoch: int = 0, **changes) -> FloodDa
         **{
             "label_map": [0, 1],
             "class_names": ["rest", "flood"],
-            "augmentation_seed": 5,
+            "seed": 5,
             **arguments(chips, **changes),
         }
     )
@@ -209,6 +209,27 @@ def test_tensors_do_not_depend_on_the_number_of_workers(chips, workers):
     reference = batches(ours(chips, "fit"), "fit")
     torch.manual_seed(3)
     assert_same(batches(ours(chips, "fit", num_workers=workers), "fit"), reference)
+
+
+def test_order_of_training_chips_changes_with_the_epoch_and_repeats():
+    orders = []
+    for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0)):
+        sampler = ShuffledByEpoch(50, seed)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(50))
+    assert orders[0] == orders[3]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_loaders_take_nothing_from_the_global_generator(chips):
+    """What they took would be missing in dropout, and how much depends on the number of workers."""
+    before = torch.get_rng_state()
+    module = ours(chips, "fit")
+    for _ in range(2):
+        list(module.train_dataloader())
+        list(module.val_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_workers_read_tars_after_the_parent_has(tars):

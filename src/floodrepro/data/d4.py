@@ -27,8 +27,13 @@ def draw(seed: int, epoch: int, chip: str) -> str:
     interrupted. A hash serves as the generator, since a seeded one would have to be made anew for each chip; eight
     divides 2^64, so that the eight are exactly equally likely.
     """
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{chip}".encode(), digest_size=8).digest()
-    return ELEMENTS[int.from_bytes(digest, "little") % len(ELEMENTS)]
+    return ELEMENTS[number(seed, epoch, chip) % len(ELEMENTS)]
+
+
+def number(seed: int, epoch: int, what: str) -> int:
+    """A number from 0 to 2^64 - 1 that looks random and depends on the three arguments only."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{what}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def apply(element: str, image: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ Shape suffixes: B = chips, T = timesteps, C = bands, H, W = pixels.
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from numcodecs import blosc
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from floodrepro.data import d4
 from floodrepro.data.chips import ChipSource, open_source_loudly
@@ -152,6 +152,31 @@ def _lookup(label_map: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int8]]:
     return table
 
 
+class ShuffledByEpoch(Sampler[int]):
+    """Every chip once, in an order that seed and epoch alone decide; Lightning tells it the epoch.
+
+    Args:
+        count: Number of chips.
+        seed: The run's.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count, self._seed, self._epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the order of this epoch from the next iteration on."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        """Number of chips."""
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of the chips."""
+        generator = torch.Generator().manual_seed(d4.number(self._seed, self._epoch, "order") % 2**63)
+        yield from torch.randperm(self._count, generator=generator).tolist()
+
+
 class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh ships no types
     """ImpactMesh-Flood, from extracted folders or straight from the downloaded tars.
 
@@ -171,7 +196,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         no_data_value: Marks a missing value on disk, besides NaN.
         no_data_replace: What a missing value becomes before normalisation.
         augment: Whether training chips are turned and mirrored (D4).
-        augmentation_seed: Default: what seed_everything was given.
+        seed: Of the order of training chips and of their symmetries. Default: what seed_everything was given.
         batch_size: Chips in a batch.
         num_workers: Loader processes.
         prefetch_factor: Batches that each worker holds ready.
@@ -198,7 +223,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         no_data_value: float = -9999,
         no_data_replace: float = 0,
         augment: bool = True,
-        augmentation_seed: int | None = None,
+        seed: int | None = None,
         batch_size: int = 8,
         num_workers: int = 0,
         prefetch_factor: int = 2,
@@ -225,7 +250,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         self.bands = bands or {}
         self.label_map = label_map
         self.class_names = class_names
-        self.augment, self.augmentation_seed = augment, augmentation_seed
+        self.augment, self.seed = augment, seed
         self.prefetch_factor = prefetch_factor
         for modality, chosen in self.bands.items():
             if len(chosen) != len(self.means[modality]):
@@ -267,10 +292,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         training = self.trainer is not None and self.trainer.training
         elements = ["e"] * len(chips)
         if training and self.augment:
-            seed = (
-                int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.augmentation_seed is None else self.augmentation_seed
-            )
-            elements = [d4.draw(seed, self.trainer.current_epoch, chip) for chip in chips]
+            elements = [d4.draw(self._seed(), self.trainer.current_epoch, chip) for chip in chips]
         images = {modality: self._image(batch[modality], elements) for modality in self.modalities}
         ready = Batch(image=images, filename=[self._filename(chip) for chip in chips])
         if "mask" in batch:
@@ -279,6 +301,10 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         ready.chips = chips
         ready.events = tuple(chip.split("_", 1)[0] for chip in chips)
         return self.aug(ready)
+
+    def _seed(self) -> int:
+        """What order and symmetries are drawn from: as given, or as seed_everything left it."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def _image(self, raw: torch.Tensor, elements: Sequence[str]) -> torch.Tensor:
         """Float32 (B, C, T, H, W), or (B, C, H, W) for a single timestep, from raw (B, T, C, H, W)."""
@@ -318,11 +344,15 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
     def _dataloader_factory(self, split: str) -> DataLoader[RawChip]:
         """As torchgeo's, with pinned memory and prefetching; shuffled and without a last odd batch in training."""
         workers = self.num_workers > 0
+        dataset = getattr(self, f"{split}_dataset")
         return DataLoader(
-            getattr(self, f"{split}_dataset"),
+            dataset,
             batch_size=self.batch_size,
-            shuffle=split == "train",
+            sampler=ShuffledByEpoch(len(dataset), self._seed()) if split == "train" else None,
             drop_last=split == "train",
+            # Of its own: torch 2.14 draws from it once an epoch without workers, and once for all with persistent ones,
+            # and what it took from torch's global generator would be missing in dropout.
+            generator=torch.Generator(),
             num_workers=self.num_workers,
             persistent_workers=workers,
             prefetch_factor=self.prefetch_factor if workers else None,
