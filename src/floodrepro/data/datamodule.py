@@ -262,7 +262,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     def setup(self, stage: str) -> None:
         """Open the chips and list those of the stage's splits."""
-        source = open_source_loudly(Path(self.data_root))
+        root = self.predict_data_root if stage == "predict" else None
+        self.source = source = open_source_loudly(Path(root or self.data_root))
         if stage == "fit":
             self.train_dataset = self._dataset(source, self.train_split)
         if stage in ("fit", "validate"):
@@ -272,9 +273,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             self.test_datasets = [self._dataset(source, split) for split in splits.values()]
             self.test_dataset = self.test_datasets[0]
         if stage == "predict":
-            root = self.predict_data_root
-            own = open_source_loudly(Path(root)) if root else source
-            self.predict_dataset = self._dataset(own, self.predict_split, labels=False)
+            self.predict_dataset = self._dataset(source, self.predict_split, labels=False)
 
     def test_dataloader(self) -> Any:
         """One loader for each test split; a list if there are several."""
@@ -321,14 +320,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     def _filename(self, chip: str) -> str:
         """A file that TerraTorch's writer can take a georeference from."""
-        source = (self.predict_dataset if self.trainer is not None and self.trainer.predicting else self._any()).source
-        path: str = source.path(chip, "DEM")
+        path: str = self.source.path(chip, "DEM")
         return path
-
-    def _any(self) -> ChipDataset:
-        names = ("train_dataset", "val_dataset", "test_dataset", "predict_dataset")
-        found: ChipDataset = next(d for name in names if (d := getattr(self, name, None)) is not None)
-        return found
 
     def _dataset(self, source: ChipSource, split: str | None, *, labels: bool = True) -> ChipDataset:
         chips = Path(split).read_text(encoding="utf-8").split() if split else sorted(source.parts(self.modalities[0]))
