@@ -56,6 +56,14 @@ def test_text_output_is_the_main_metrics(cli, trained):
     ]
 
 
+def test_a_pass_shows_how_far_it_has_come_in_a_log(cli, trained, tmp_path: Path):
+    small = ("--data.init_args.batch_size", "1")
+    for command in (["test"], ["validate"], ["predict", "--output", tmp_path / "masks"]):
+        outcome = cli(*command, "--ckpt", trained.best, *small)
+        assert outcome.code == 0, outcome.err
+        assert "floodrepro: batches 3/3" in outcome.err
+
+
 def test_a_pass_over_a_split_writes_nothing(cli, trained, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(trained.path.rglob("*"))

@@ -1,12 +1,14 @@
 """One pass over a split with a checkpoint: validate, test, predict. The config counts, not the checkpoint's memory."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from floodrepro import console
 from floodrepro import recipe as recipes
@@ -54,6 +56,43 @@ class PassResult:
         return console.columns(sorted(rows, key=_place))
 
 
+class BatchLines(Callback):
+    """How far a pass has come, where no progress bar shows it.
+
+    Args:
+        show: Called with batches done and batches in all.
+    """
+
+    def __init__(self, show: Callable[[int, int], None]) -> None:
+        self._show = show
+
+    def _count(self, batches: Any, index: int, loader: int = 0) -> None:
+        total = batches[loader]
+        if total != float("inf"):
+            self._show(index + 1, int(total))
+
+    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+        """Report; arguments: task, outputs, batch, its index, and the loader's index where there are several."""
+        self._count(trainer.num_val_batches, *args[3:5])
+
+    def on_test_batch_end(self, trainer: Any, *args: Any) -> None:
+        """As for validation."""
+        self._count(trainer.num_test_batches, *args[3:5])
+
+    def on_predict_batch_end(self, trainer: Any, *args: Any) -> None:
+        """As for validation."""
+        self._count(trainer.num_predict_batches, *args[3:5])
+
+
+@contextlib.contextmanager
+def _watched(cli: RecipeCLI) -> Iterator[None]:
+    """Keep libraries off stdout, and show progress in a log, where their bar was left out."""
+    with console.progress("batches") as show, console.stdout_to_stderr():
+        if not sys.stderr.isatty():
+            cli.trainer.callbacks.append(BatchLines(show))
+        yield
+
+
 def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
     """Run TerraTorch's own validation or test loop once.
 
@@ -73,7 +112,7 @@ def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
     """
     split = "val" if stage == "validate" else "test"
     chips = _prepare(cli, checkpoint, split, labels=True)
-    with console.stdout_to_stderr():
+    with _watched(cli):
         run = cli.trainer.validate if stage == "validate" else cli.trainer.test
         results = run(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {k: float(v) for result in results for k, v in result.items() if not k.endswith("Boundary_mIoU")}
@@ -104,7 +143,7 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
     _prepare(cli, checkpoint, "predict", labels=False)
     cli.trainer.predict_output_dir = str(output)
     cli.trainer.callbacks.append(CustomWriter(write_interval="batch"))
-    with console.stdout_to_stderr():
+    with _watched(cli):
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     return sorted(output.glob("*.tif"))
 
