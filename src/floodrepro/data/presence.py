@@ -1,12 +1,12 @@
 """Is what a recipe will read there? A quick look before anything long starts; it reads names, never pixels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.data.chips import open_source_loudly
+from floodrepro.data.chips import ChipSource, open_source_loudly
 from floodrepro.data.names import LABEL_DIR, MODALITIES, SPLITS, SUFFIXES, split_file
 from floodrepro.data.survey import SEEN, quick_audit
 from floodrepro.errors import DataError
@@ -16,40 +16,65 @@ _LABEL_MAPS = {"v0": [0, 1], "v1-binary": [0, 0, 1], "v1": [0, 1, 2]}
 _GET_DATA = "set --data-root, or make toy data: floodrepro data synth --root DIR"
 
 
-def check_present(recipe: Recipe, splits: Sequence[str], *, labels: bool = True) -> dict[str, int]:
-    """Check that every chip of the named splits has its parts.
+@dataclass(frozen=True)
+class DataCheck:
+    """What `check_data` found.
+
+    Args:
+        chips: Number of chips by split that was asked for; several test splits are counted by their names.
+        digest: The data's digest (``data-manifest.json`` has the same); None for a recipe of no known protocol.
+    """
+
+    chips: dict[str, int]
+    digest: str | None
+
+
+def check_data(recipe: Recipe, splits: Sequence[str], *, labels: bool = True) -> DataCheck:
+    """Check that every chip of the named splits has its parts, and that the recipe's splits do not overlap.
 
     impactmesh 0.1.2 finds a missing file only when its turn comes, hours into an epoch, and takes a blank line of a
-    split file for a chip.
+    split file for a chip. What makes a figure mean something else (an event or a chip in two splits, an id out of
+    pattern, a chip twice) is looked for over all splits that the recipe names, in names and sizes only.
 
     Args:
         recipe: A resolved recipe whose data section names ``data_root`` and ``<split>_split`` files.
         splits: Any of train, val, test, predict.
         labels: Whether masks are needed too.
 
-    Returns:
-        Number of chips by split; several test splits are counted by their names.
-
     Raises:
-        DataError: The chips, a split file or a chip's part are missing, or a split is empty.
+        DataError: The chips, a split file or a chip's part are missing, a split is empty, or the splits are faulty.
     """
     arguments: Mapping[str, Any] = recipe["data"].get("init_args") or {}
     if "data_root" not in arguments:
-        return {}  # another data module than ImpactMesh's: it knows its own files
+        return DataCheck({}, None)  # another data module than ImpactMesh's: it knows its own files
+    root = Path(arguments["data_root"])
+    roots = {s: Path((s == "predict" and arguments.get("predict_data_root")) or root) for s in splits}
+    sources = {place: open_source_loudly(place) for place in dict.fromkeys(roots.values())}
+    counts: dict[str, int] = {}
+    for split in splits:
+        counts |= _count(arguments, split, sources[roots[split]], labels=labels)
+    digest = _audit(recipe, sources[root]) if root in sources else None
+    for source in sources.values():
+        source.close()
+    return DataCheck(counts, digest)
+
+
+def _count(arguments: Mapping[str, Any], split: str, source: ChipSource, *, labels: bool) -> dict[str, int]:
+    """Chips by name of the split's files; none of its own: impactmesh then takes every chip below the root."""
     parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if labels else [])]
     counts = {}
-    for split in splits:
-        root = Path((split == "predict" and arguments.get("predict_data_root")) or arguments["data_root"])
-        source = open_source_loudly(root)
-        files = arguments.get(f"{split}_split")
-        named = files if isinstance(files, dict) else {split: files} if files else {}
-        for name, file in named.items():  # none: impactmesh then takes every chip below the root
-            chips = _read_split(Path(file), name)
-            for part in parts:
-                _check_part(source.parts(part), part, chips, f"{source.root} (chips named in {file})")
-            counts[name] = len(chips)
-        source.close()
+    for name, file in _files(arguments, split).items():
+        chips = _read_split(file, name)
+        for part in parts:
+            _check_part(source.parts(part), part, chips, f"{source.root} (chips named in {file})")
+        counts[name] = len(chips)
     return counts
+
+
+def _files(arguments: Mapping[str, Any], split: str) -> dict[str, Path]:
+    given = arguments.get(f"{split}_split")
+    named = given if isinstance(given, dict) else {split: given} if given else {}
+    return {name: Path(file) for name, file in named.items()}
 
 
 def protocol_of(recipe: Recipe) -> str | None:
@@ -58,32 +83,18 @@ def protocol_of(recipe: Recipe) -> str | None:
     return next((name for name, labels in _LABEL_MAPS.items() if labels == label_map), None)
 
 
-def audit_quickly(recipe: Recipe) -> str | None:
-    """Look at names and sizes of all that a recipe's split files name, before anything long starts.
-
-    What a single pass needs is `check_present`'s to say; this finds what makes a figure mean something else: an event
-    or a chip in two splits, an id out of pattern, a chip twice.
-
-    Returns:
-        The data's digest (``data-manifest.json`` has the same); None for a recipe of none of the three protocols.
-
-    Raises:
-        DataError: There is such a fault.
-    """
-    arguments: Mapping[str, Any] = recipe["data"].get("init_args") or {}
-    protocol = protocol_of(recipe)
-    if protocol is None or "data_root" not in arguments:
+def _audit(recipe: Recipe, source: ChipSource) -> str | None:
+    arguments, protocol = recipe["data"]["init_args"], protocol_of(recipe)
+    if protocol is None:
         return None
     files: dict[str, Path] = {}
     for split in SPLITS:
-        given = arguments.get(f"{split}_split")
-        named = given if isinstance(given, dict) else {split: given} if given else {}
-        for name, file in named.items():
-            files[name if name in SPLITS else f"{split}_{name}"] = Path(file)
+        for name, file in _files(arguments, split).items():
+            files[name if name in SPLITS else f"{split}_{name}"] = file
     if "test" in files:  # the list that says which of the test's events were seen in training, on purpose
         files.setdefault(SEEN, files["test"].with_name(split_file(SEEN)))
     files = {name: file for name, file in files.items() if file.is_file()}  # a test split may not have been fetched
-    audit = quick_audit(Path(arguments["data_root"]), protocol, split_files=files)
+    audit = quick_audit(Path(arguments["data_root"]), protocol, split_files=files, source=source)
     for finding in audit.findings:
         if finding.severity == "warning" and finding.check != "unlisted":
             console.warn(finding.message)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.data.presence import audit_quickly, check_present
+from floodrepro.data.presence import check_data
 from floodrepro.errors import UsageError
 from floodrepro.evaluation.checkpoint import load_strictly, read_checkpoint
 from floodrepro.recipe import check_precision
@@ -67,9 +67,9 @@ class BatchLines(Callback):
         self._show = show
 
     def _count(self, batches: Any, index: int, loader: int = 0) -> None:
-        total = batches[loader]
+        total = sum(batches)
         if total != float("inf"):
-            self._show(index + 1, int(total))
+            self._show(int(sum(batches[:loader])) + index + 1, int(total))
 
     def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
         """Report; arguments: task, outputs, batch, its index, and the loader's index where there are several."""
@@ -161,8 +161,7 @@ def _place(row: Sequence[str]) -> tuple[str, int]:
 def _prepare(cli: RecipeCLI, checkpoint: Path, split: str, *, labels: bool) -> dict[str, int]:
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
     weights = read_checkpoint(checkpoint)
-    chips = check_present(cli.recipe, (split,), labels=labels)
-    audit_quickly(cli.recipe)
+    chips = check_data(cli.recipe, (split,), labels=labels).chips
     cli.build(lambda config: without_files(config, progress_bar=sys.stderr.isatty()))
     load_strictly(weights, cli.model, cli.recipe)
     console.say(f"{checkpoint.name} over {chips or split}")

@@ -20,6 +20,7 @@ os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import torch
 from terratorch.cli_tools import LightningInferenceModel
 request = json.loads(sys.argv[1])
+torch.set_float32_matmul_precision(request["matmul_precision"])
 sys.argv = sys.argv[:1]
 wrapper = LightningInferenceModel.from_config(request["config"], request["weights"])
 network = wrapper.model.model.eval()  # from_config leaves it in train mode
@@ -50,6 +51,9 @@ def fixed_chip(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
 def load_in_plain_terratorch(config: Path, weights: Path, shapes: dict[str, tuple[int, ...]]) -> torch.Tensor:
     """Load the pair with ``LightningInferenceModel.from_config`` and predict `fixed_chip`.
 
+    Matrices are multiplied at this process's float32 precision in both. TerraTorch 1.2.7 sets "medium" when it is
+    imported: on a CPU with bf16 instructions (AMX) that alone moves logits by some 0.004.
+
     Args:
         config: Exported YAML.
         weights: Exported safetensors.
@@ -69,6 +73,7 @@ def load_in_plain_terratorch(config: Path, weights: Path, shapes: dict[str, tupl
             "weights": str(weights.resolve()),
             "chip": str(chip),
             "logits": str(logits),
+            "matmul_precision": torch.get_float32_matmul_precision(),
         }
         # -I keeps this checkout, and whatever PYTHONPATH names, out of the other interpreter's path.
         command = [sys.executable, "-I", "-W", "ignore", "-c", _STRANGER, json.dumps(request)]

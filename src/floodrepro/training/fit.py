@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from floodrepro import __version__, console
-from floodrepro.data.presence import audit_quickly, check_present
+from floodrepro.data.presence import check_data
 from floodrepro.errors import FloodreproError
 from floodrepro.recipe import check_precision
 from floodrepro.run_folder import RunFolder
@@ -91,8 +91,7 @@ def fit(cli: RecipeCLI, path: Path) -> FitResult:
         FloodreproError: The fit was interrupted.
     """
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
-    chips = check_present(cli.recipe, ("train", "val"))
-    data_digest = audit_quickly(cli.recipe)
+    data = check_data(cli.recipe, ("train", "val"))
     run = RunFolder.create(path)
     digest = run.save_recipe(cli.recipe)
     run.update_record(
@@ -100,11 +99,11 @@ def fit(cli: RecipeCLI, path: Path) -> FitResult:
         recipe_sha256=digest,
         command=["floodrepro", *sys.argv[1:]],
         versions=_versions(),
-        chips=chips,
-        data_digest=data_digest,
+        chips=data.chips,
+        data_digest=data.digest,
         started=_now(),
     )
-    console.say(f"recipe sha256 {digest[:12]}…, chips {chips}, into {run.path}")
+    console.say(f"recipe sha256 {digest[:12]}…, chips {data.chips}, into {run.path}")
     start = time.monotonic()
     try:
         cli.build(lambda config: into_run_folder(config, run, progress_bar=sys.stderr.isatty()))
