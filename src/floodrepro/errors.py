@@ -48,5 +48,42 @@ class RunFolderError(FloodreproError):
     """A run folder that cannot be written, or holds a run that must not be overwritten."""
 
 
+class Incident(FloodreproError):
+    """The guard stopped a run before a bad state could overwrite a good one: exit code 3.
+
+    Args:
+        kind: loss, gradient, state (a weight or buffer), collapse, or elsewhere (another process found it).
+        detail: What was found.
+        module: Path of the first bad module in forward order; None where there is none to name.
+        epoch: Counted from 0.
+        step: Optimizer steps taken before it.
+        chips: Ids of the batch's chips.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self, kind: str, detail: str, *, module: str | None, epoch: int, step: int, chips: tuple[str, ...]
+    ) -> None:
+        self.kind, self.module, self.epoch, self.step, self.chips = kind, module, epoch, step, chips
+        first = f", first bad module {module}" if module else ""
+        named = f"; chips {', '.join(chips[:3])}{' …' if len(chips) > 3 else ''}" if chips else ""
+        super().__init__(
+            f"the guard stopped the run at step {step}, epoch {epoch + 1}: {detail}{first}{named}",
+            fix="see incident.json; fit --on-overflow rollback goes on from the last good state in bf16",
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """The incident as JSON types."""
+        return {
+            "kind": self.kind,
+            "detail": self.what,
+            "module": self.module,
+            "epoch": self.epoch,
+            "step": self.step,
+            "chips": list(self.chips),
+        }
+
+
 def _fold(text: str) -> str:
     return " ".join(text.split())

@@ -3,15 +3,18 @@
 import json
 import os
 import tempfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
 from floodrepro import recipe as recipes
 from floodrepro.errors import RunFolderError, UsageError
+from floodrepro.lock import hold
 from floodrepro.recipe import Recipe
 
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,24 @@ class RunFolder:
         """Folder of the exported pair."""
         return self.path / "export"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains in this folder."""
+        return self.path / ".lock"
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep every other process from training in this folder.
+
+        Raises:
+            RunFolderError: Another process does so.
+        """
+
+        def taken(process: str) -> RunFolderError:
+            what = f"another fit (process {process}) is at work in this run folder"
+            return RunFolderError(what, where=self.path, fix="wait until it is done, or give another --name")
+
+        return hold(self.lock, taken)
+
     @staticmethod
     def refuse_existing(path: Path) -> None:
         """Raise `UsageError` if *path* is taken: a run is never written over."""
@@ -58,6 +79,25 @@ class RunFolder:
                 "the run folder exists already and is never written over",
                 where=path,
                 fix=f"--name {free_name(path)} for a new run, or move the old one away",
+            )
+
+    def refuse_to_begin(self, resume: str) -> None:
+        """Raise `UsageError` if no fit can begin in this folder: another thing lies there, or a finished run.
+
+        Args:
+            resume: auto, never, or a path; an unfinished run is refused with never.
+        """
+        if not self.path.exists():
+            return
+        old = self.recipe.exists() and self.record.exists()
+        empty = self.path.is_dir() and all(entry.name == self.lock.name for entry in self.path.iterdir())
+        if (resume == "never" and not empty) or not (old or empty):
+            self.refuse_existing(self.path)
+        if old and self.read_record().get("status") == "finished":
+            raise UsageError(
+                "the run is finished and is never written over",
+                where=self.path,
+                fix=f"--name {free_name(self.path)} for a new run",
             )
 
     @classmethod
@@ -141,6 +181,11 @@ def config_beside(checkpoint: Path) -> Path:
         return found[0]
     problem = f"{len(found)} configs lie beside the checkpoint" if found else "no config lies beside the checkpoint"
     raise UsageError(problem, where=checkpoint, fix="--config YAML")
+
+
+def timestamp() -> str:
+    """The time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def free_name(path: Path) -> str:

@@ -18,22 +18,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
     )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|FILE",
+        help="go on with an unfinished run of this name (auto, default), refuse it, or go on from a full state",
+    )
+    parser.add_argument(
+        "--resume-anyway", action="store_true", help="go on although recipe, data or code changed; recorded"
+    )
+    parser.add_argument(
+        "--on-overflow",
+        choices=("stop", "rollback"),
+        default="stop",
+        help="what follows a value that is not finite: stop (default), or go on from the last good state in bf16, once",
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=500, metavar="STEPS", help="full state within an epoch (default: 500 steps)"
+    )
+    parser.add_argument("--no-guard", action="store_true", help="do not watch for values that are not finite")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     path = args.runs_root / (args.name or find(args.config[-1]).stem)
     if not args.print_config:
-        RunFolder.refuse_existing(path)  # before anything slow; RunFolder.create decides for good
+        RunFolder(path).refuse_to_begin(args.resume)  # before anything slow; the fit decides for good
     cli = parse_recipe(args)
     if args.print_config:
         print_recipe(cli)
         return 0
-    from floodrepro.training.fit import fit
+    from floodrepro.training.fit import FitOptions, FitResult, fit
 
-    result = fit(cli, path)
-    text = f"run         {result.run.path}\ncheckpoint  {result.run.best}"
-    if result.best_epoch is not None:
-        text += f"\nbest epoch  {result.best_epoch} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
-    console.emit(result.as_dict(), text, args.format)
+    def report(result: FitResult) -> None:
+        text = f"run         {result.run.path}\ncheckpoint  {result.run.best}"
+        if result.best_epoch is not None:
+            text += f"\nbest epoch  {result.best_epoch} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
+        console.emit(result.as_dict(), text, args.format)
+
+    options = FitOptions(
+        resume=args.resume,
+        resume_anyway=args.resume_anyway,
+        on_overflow=args.on_overflow,
+        save_every=args.save_every,
+        guard=not args.no_guard,
+    )
+    fit(cli, path, options, report)
     return 0

@@ -18,6 +18,7 @@ import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from numcodecs import blosc
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
 
 from floodrepro.data import d4
 from floodrepro.data.chips import ChipSource, open_source_loudly
@@ -81,7 +82,10 @@ class ChipDataset(Dataset[RawChip]):
         return raw | {"chip": chip}
 
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
-        """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more."""
+        """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more.
+
+        A negative index asks for a chip whose mask is all ignored: see `EachOnce`.
+        """
         first = self[indices[0]]
         batch: RawChip = {"chip": [self.chips[index] for index in indices]}
         for name in self.modalities:
@@ -96,6 +100,9 @@ class ChipDataset(Dataset[RawChip]):
             batch["mask"] = _room(first["mask"], len(indices))
             for place, chip in zip(batch["mask"][1:].numpy(), batch["chip"][1:], strict=True):
                 place[...] = self._classified(chip)
+            for index, mask in zip(indices, batch["mask"], strict=True):
+                if index < 0:
+                    mask.fill_(IGNORE_INDEX)
         return batch
 
     def _read(self, chip: str, modality: str, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
@@ -152,29 +159,68 @@ def _lookup(label_map: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int8]]:
     return table
 
 
-class ShuffledByEpoch(Sampler[int]):
-    """Every chip once, in an order that seed and epoch alone decide; Lightning tells it the epoch.
+class ShuffledByEpoch(DistributedSampler[int]):
+    """Every chip once an epoch, in an order that seed and epoch alone decide; Lightning tells it the epoch.
+
+    Several processes take turns batch by batch, so that each step sees the chips that one process with their batches'
+    total size would see. What does not fill a batch of all of them is left out, as torchgeo's loader does.
 
     Args:
         count: Number of chips.
         seed: The run's.
+        batch_size: Chips in the batch of one process.
+        world: Number of processes, and rank, this one's place among them.
+        rank: See above.
+        resumed: Epoch and number of batches that a resumed run has behind it in that epoch.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count, self._seed, self._epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of this epoch from the next iteration on."""
-        self._epoch = epoch
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        *,
+        batch_size: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        resumed: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__(range(count), num_replicas=world, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self._count, self._batch_size, self._resumed = count, batch_size, resumed
+        self.epoch = resumed[0]
 
     def __len__(self) -> int:
-        """Number of chips."""
-        return self._count
+        """Number of chips of this process in an epoch."""
+        return self._count // (self._batch_size * self.num_replicas) * self._batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of the chips."""
-        generator = torch.Generator().manual_seed(d4.number(self._seed, self._epoch, "order") % 2**63)
-        yield from torch.randperm(self._count, generator=generator).tolist()
+        """Indices of the chips; those that a resumed epoch has behind it are left out."""
+        generator = torch.Generator().manual_seed(d4.number(self.seed, self.epoch, "order") % 2**63)
+        order = torch.randperm(self._count, generator=generator)
+        batches = order[: len(self) * self.num_replicas].view(-1, self.num_replicas, self._batch_size)
+        done = self._resumed[1] if self.epoch == self._resumed[0] else 0
+        yield from batches[done:, self.rank].flatten().tolist()
+
+
+class EachOnce(DistributedSampler[int]):
+    """Every chip of an evaluation once, spread over several processes.
+
+    All processes have to make the same number of steps: where chips run out, `ChipDataset` is asked for one more by a
+    negative index and gives a chip with no pixel that counts.
+
+    Args:
+        count: Number of chips.
+        world: Number of processes.
+        rank: This one's place among them.
+    """
+
+    def __init__(self, count: int, *, world: int, rank: int) -> None:
+        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._count = count
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of the chips; negative for one that only fills up."""
+        mine = list(range(self.rank, self._count, self.num_replicas))
+        yield from mine + [-1] * (len(self) - len(mine))
 
 
 class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh ships no types
@@ -341,7 +387,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            sampler=ShuffledByEpoch(len(dataset), self._seed()) if split == "train" else None,
+            sampler=self._sampler(split, len(dataset)),
             drop_last=split == "train",
             # Of its own: torch 2.14 draws from it once an epoch without workers, and once for all with persistent ones,
             # and what it took from torch's global generator would be missing in dropout.
@@ -353,6 +399,20 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             collate_fn=_as_it_is,
             worker_init_fn=as_a_worker,
         )
+
+    def _sampler(self, split: str, count: int) -> Sampler[int] | None:
+        """Lightning leaves a DistributedSampler as it is; any other it would replace in a run of several processes."""
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+        if split == "train":
+            # The loader is asked for its first batches before Lightning tells the epoch of a resumed run.
+            loop = self.trainer.fit_loop if self.trainer is not None else None
+            resumed = (0, 0)
+            if loop is not None:
+                done = loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
+                resumed = (loop.epoch_progress.current.processed, done)
+            size = self.batch_size
+            return ShuffledByEpoch(count, self._seed(), batch_size=size, world=world, rank=rank, resumed=resumed)
+        return EachOnce(count, world=world, rank=rank) if world > 1 and split != "predict" else None
 
 
 def as_a_worker(_: int = 0) -> None:

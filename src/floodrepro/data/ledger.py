@@ -21,13 +21,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from floodrepro.errors import DataError
+from floodrepro.lock import hold
 from floodrepro.run_folder import write_atomically
 
 SCHEMA = 1
@@ -211,26 +211,16 @@ class Ledger:
 def locked(root: Path) -> Iterator[None]:
     """Keep every other fetch out of a folder, which is made where it is missing.
 
-    The lock is the kernel's and goes with its process, however that ends. Its file stays: if it were deleted, two
-    processes could hold locks on two files of one name.
-
     Raises:
         DataError: Another process holds the lock.
     """
+
+    def taken(process: str) -> DataError:
+        what = f"another fetch (process {process}) is at work in this folder"
+        return DataError(what, where=root, fix="wait until it is done, or give another --root")
+
     root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise DataError(
-                f"another fetch (process {file.read().strip() or 'unknown'}) is at work in this folder",
-                where=root,
-                fix="wait until it is done, or give another --root",
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+    with hold(root / LOCK, taken):
         yield
 
 

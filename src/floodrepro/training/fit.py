@@ -1,27 +1,60 @@
 """Turn a recipe and chips into a run folder."""
 
-import platform
+import json
+import os
+import signal
 import sys
 import time
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from floodrepro import __version__, console
+from floodrepro import console
+from floodrepro import recipe as recipes
 from floodrepro.data.presence import check_data
-from floodrepro.errors import FloodreproError
+from floodrepro.errors import Incident, UsageError
 from floodrepro.recipe import check_precision
-from floodrepro.run_folder import RunFolder
+from floodrepro.run_folder import RunFolder, timestamp, write_atomically
+from floodrepro.system.energy import EnergyMeter
+from floodrepro.system.energy_sources import Gpu, find_sources
+from floodrepro.system.environment import code_version, environment
+from floodrepro.training.checkpoint_files import newest_whole
+from floodrepro.training.full_state import FullState
+from floodrepro.training.guard import Guard
 from floodrepro.training.recipe_cli import RecipeCLI
-from floodrepro.training.wiring import into_run_folder
+from floodrepro.training.recorder import Recorder
+from floodrepro.training.resume import begin, follow, identity, read_step
+from floodrepro.training.stopping import Interrupted, StopRequest
+from floodrepro.training.wiring import change_precision, into_run_folder
 
-_RECORDED_PACKAGES = ("torch", "torchvision", "lightning", "terratorch", "torchgeo", "impactmesh", "zarr", "numpy")
+_ROLLBACK_PRECISION = "bf16-mixed"  # fp32's range, so that what overflowed in fp16 does not
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How a fit goes on, stops and watches itself; none of it changes the mathematics of a run that goes well.
+
+    Args:
+        resume: "auto" goes on with a run that is there and unfinished, "never" refuses it, a path goes on from that
+            full state.
+        resume_anyway: Go on although recipe, data or code changed; recorded.
+        on_overflow: "stop", or "rollback": go on from the last good state in bf16, once.
+        save_every: Optimizer steps between two full states within an epoch.
+        guard: Whether the guard watches.
+    """
+
+    resume: str = "auto"
+    resume_anyway: bool = False
+    on_overflow: str = "stop"
+    save_every: int = 500
+    guard: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,50 +108,143 @@ class EpochLines(Callback):
         console.say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(shown)}  {seconds:.1f} s")
 
 
-def fit(cli: RecipeCLI, path: Path) -> FitResult:
-    """Train a recipe.
+def fit(
+    cli: RecipeCLI,
+    path: Path,
+    options: FitOptions = FitOptions(),
+    report: Callable[[FitResult], None] = lambda result: None,
+) -> FitResult:
+    """Train a recipe, or go on with a run that was interrupted.
 
     Args:
         cli: The parsed recipe.
-        path: The run folder to make.
+        path: The run folder, made if it is not there.
+        options: How it goes on, stops and watches itself.
+        report: Called with the result before the run is marked as finished: the mark is the last thing that happens.
 
     Returns:
         What was left behind.
 
     Raises:
-        UsageError: The recipe cannot be built or run on this machine, or the run folder exists.
+        UsageError: The recipe cannot be built or run on this machine, or the run folder is not this run's.
         DataError: Chips are missing.
-        FloodreproError: The fit was interrupted.
+        Incident: The guard stopped the run.
+        Interrupted: The process was told to stop.
     """
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
+    if options.on_overflow == "rollback" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise UsageError("this GPU has no bf16, which a rollback goes on in", fix="--on-overflow stop")
     data = check_data(cli.recipe, ("train", "val"))
-    run = RunFolder.create(path)
-    digest = run.save_recipe(cli.recipe)
-    run.update_record(
-        status="running",
-        recipe_sha256=digest,
-        command=["floodrepro", *sys.argv[1:]],
-        versions=_versions(),
-        chips=data.chips,
-        data_digest=data.digest,
-        started=_now(),
-    )
-    console.say(f"recipe sha256 {digest[:12]}…, chips {data.chips}, into {run.path}")
-    start = time.monotonic()
-    try:
-        cli.build(lambda config: into_run_folder(config, run, progress_bar=sys.stderr.isatty()))
-        trainer = cli.trainer
-        trainer.callbacks.append(EpochLines())
-        with console.stdout_to_stderr():
-            trainer.fit(cli.model, datamodule=cli.datamodule)
-        if trainer.interrupted:
-            raise FloodreproError("the fit was interrupted", where=run.path, fix="start it again under another --name")
-        result = _result(run, digest, trainer, time.monotonic() - start)
-    except BaseException as error:
-        run.update_record(status="failed", ended=_now(), reason=f"{type(error).__name__}: {error}")
-        raise
-    run.update_record(status="finished", ended=_now(), **{k: v for k, v in result.as_dict().items() if k != "run"})
+    code = code_version()
+    now = identity(cli.recipe, recipes.fingerprint(cli.recipe), data.digest, code)
+    if _rank() != 0:  # one of several processes: the first one writes the record
+        run = RunFolder(path)
+        return _train_to_the_end(cli, run, now, follow(run, options.resume), options)
+    run = RunFolder(path) if path.exists() else RunFolder.create(path)
+    with run.locked():
+        state = begin(run, now, options.resume, anyway=options.resume_anyway)
+        run.update_record(
+            status="running",
+            process=os.getpid(),
+            chips=data.chips,
+            data_digest=data.digest,
+            code=now["code"],
+            options=asdict(options),
+        )
+        console.say(f"recipe sha256 {now['recipe_sha256'][:12]}…, chips {data.chips}, into {run.path}")
+        try:
+            result = _train_to_the_end(cli, run, now, state, options)
+        except BaseException as error:
+            run.update_record(status="failed" if not isinstance(error, Interrupted) else "interrupted", **_end(error))
+            raise
+        report(result)
+        kept = {k: v for k, v in result.as_dict().items() if k not in ("run", "seconds")}
+        run.update_record(status="finished", **_end(None), **kept)
     return result
+
+
+def _train_to_the_end(
+    cli: RecipeCLI, run: RunFolder, now: dict[str, Any], state: Path | None, options: FitOptions
+) -> FitResult:
+    """Train; after an incident go on in bf16 where that is wanted and was not done before."""
+    start = time.monotonic()
+    while True:
+        try:
+            trainer = _train(cli, run, now, state, options)
+            return _result(run, now["recipe_sha256"], trainer, time.monotonic() - start)
+        except Incident as incident:
+            if _rank() != 0:
+                raise
+            entry = incident.as_dict() | {"when": timestamp()}
+            write_atomically(run.path / "incident.json", json.dumps(entry, indent=2) + "\n")
+            record = run.read_record()
+            run.update_record(incidents=[*record.get("incidents", []), entry])
+            if options.on_overflow != "rollback" or incident.kind == "collapse" or record.get("rollback"):
+                raise
+            state = newest_whole(run.checkpoints)
+            rollback = {
+                "step": incident.step,
+                "state": state.name if state else "the start",
+                "precision": [cli.recipe["trainer"].get("precision", "32-true"), _ROLLBACK_PRECISION],
+                "when": entry["when"],
+            }
+            run.update_record(rollback=rollback)
+            console.warn(f"{incident.what}")
+            console.warn(f"rolled back to {rollback['state']}; the run goes on in {_ROLLBACK_PRECISION}, this once")
+
+
+def _train(cli: RecipeCLI, run: RunFolder, now: dict[str, Any], state: Path | None, options: FitOptions) -> Trainer:
+    """Build the recipe's objects and fit them, from a state if there is one."""
+    rolled_back = run.record.exists() and "rollback" in run.read_record()
+    step = read_step(state) if state else None
+
+    def wire(config: Namespace) -> None:
+        into_run_folder(config, run, progress_bar=sys.stderr.isatty(), resumed_step=step)
+        if rolled_back:
+            change_precision(config, _ROLLBACK_PRECISION)
+
+    cli.build(wire)
+    trainer = cli.trainer
+    if options.on_overflow == "rollback" and trainer.world_size > 1:
+        raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop, and --resume by hand")
+    lead = trainer.is_global_zero
+    if lead:
+        run.update_record(environment=environment(str(trainer.precision)), seed=cli.config.seed_everything)
+    guard = Guard() if options.guard else None
+    device = trainer.strategy.root_device
+    meter = EnergyMeter(find_sources(Gpu.of_torch(device.index or 0) if device.type == "cuda" else None))
+    # One entry for each session of the run: figures of different methods must not be added.
+    earlier = run.read_record().get("energy", []) if lead else []
+    with StopRequest() as stop:
+        check = guard.check if guard else lambda *_: None
+        keeper = FullState(run, now, stop, options.save_every, check)
+        recorder = Recorder(run, lambda: keeper.seconds, lambda: [*earlier, meter.reading()])
+        trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines()]
+        meter.start()
+        try:
+            with console.stdout_to_stderr():
+                trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
+        except SIGTERMException as error:  # told to stop before the first step
+            raise Interrupted(signal.SIGTERM, run.path, "nothing was trained since the last state") from error
+        finally:
+            energy = meter.stop()
+            if lead:
+                run.update_record(energy=[*earlier, energy])
+        if trainer.interrupted:  # a second signal, or one that came before ours were installed
+            number = stop.signal_number or signal.SIGINT
+            raise Interrupted(number, run.path, "at once, without saving the steps since the last state")
+    return cast(Trainer, trainer)
+
+
+def _rank() -> int:
+    """This process's place in a run of several, before Lightning is asked: torchrun's, Slurm's, or Lightning's own."""
+    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
+
+
+def _end(error: BaseException | None) -> dict[str, Any]:
+    if error is None:
+        return {"ended": timestamp(), "reason": "the recipe's end was reached"}
+    return {"ended": timestamp(), "reason": f"{type(error).__name__}: {error}"}
 
 
 def _result(run: RunFolder, digest: str, trainer: Trainer, seconds: float) -> FitResult:
@@ -129,17 +255,3 @@ def _result(run: RunFolder, digest: str, trainer: Trainer, seconds: float) -> Fi
         return FitResult(run, digest, trainer.current_epoch, None, None, seconds)
     epoch = torch.load(run.best, map_location="cpu", weights_only=True, mmap=True)["epoch"]
     return FitResult(run, digest, trainer.current_epoch, epoch, float(best.best_model_score), seconds)
-
-
-def _versions() -> dict[str, str]:
-    found = {"floodrepro": __version__, "python": platform.python_version()}
-    for package in _RECORDED_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -6,19 +6,24 @@ from jsonargparse import Namespace
 
 from floodrepro.run_folder import RunFolder
 
+_WHOLE_FILES = "floodrepro.training.checkpoint_files.WholeCheckpointIO"
 _WRITERS = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor")
 
 
-def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool) -> None:
+def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool, resumed_step: int | None = None) -> None:
     """Send logs and checkpoints of a fit into its run folder, whatever paths the recipe names.
 
     Args:
         config: Parsed config, changed in place.
         run: Where everything goes.
         progress_bar: Whether Lightning's bar is kept; in a log file it would be noise.
+        resumed_step: The optimizer step that a resumed run goes on from.
     """
     trainer = config.trainer
     trainer.default_root_dir = str(run.path)
+    plugins = _as_list(trainer.plugins)
+    if not any(str(getattr(plugin, "class_path", plugin)).endswith("CheckpointIO") for plugin in plugins):
+        trainer.plugins = [*plugins, Namespace(class_path=_WHOLE_FILES, init_args=Namespace())]
     for logger in _as_list(trainer.logger):
         arguments = logger.init_args
         if logger.class_path.endswith("CSVLogger"):
@@ -26,6 +31,8 @@ def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool) ->
             arguments.update(Namespace(save_dir=str(run.path), name="", version=""))
         elif logger.class_path.endswith("TensorBoardLogger"):
             arguments.update(Namespace(save_dir=str(run.path), name="tensorboard", version=""))
+            if resumed_step is not None:
+                logger.dict_kwargs = {"purge_step": resumed_step}  # what was logged after the state comes again
         elif "save_dir" in arguments:
             arguments.save_dir = str(run.path)
     trainer.callbacks = _as_list(trainer.callbacks)
@@ -35,9 +42,18 @@ def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool) ->
         if _is_checkpoint(callback):
             arguments = callback.init_args
             arguments.dirpath = str(run.checkpoints)
+            arguments.save_last = None  # last.ckpt is the full state's
+            arguments.enable_version_counter = False  # an epoch that is run again writes the same file again, no -v1
             if arguments.monitor == "val/loss" and arguments.save_top_k == 1:
                 arguments.filename = run.best.stem
     _progress(trainer, keep=progress_bar)
+
+
+def change_precision(config: Namespace, precision: str) -> None:
+    """Set the trainer's precision, whatever the recipe says by key or by plugin."""
+    config.trainer.precision = precision
+    plugins = _as_list(config.trainer.plugins)
+    config.trainer.plugins = [p for p in plugins if not str(getattr(p, "class_path", p)).endswith("Precision")]
 
 
 def without_files(config: Namespace, *, progress_bar: bool) -> None:

@@ -1,0 +1,32 @@
+"""One process at a time: a lock that goes with its process, however that ends."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from floodrepro.errors import FloodreproError
+
+
+@contextlib.contextmanager
+def hold(file: Path, taken: Callable[[str], FloodreproError]) -> Iterator[None]:
+    """Keep every other process out while the context lasts.
+
+    The lock is the kernel's. Its file stays: if it were deleted, two processes could hold locks on two files of one
+    name.
+
+    Args:
+        file: The lock's file; made where it is missing.
+        taken: Makes the error for a lock that is held elsewhere, from the holder's process id as text.
+    """
+    with file.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise taken(lock.read().strip() or "unknown") from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield

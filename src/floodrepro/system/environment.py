@@ -1,0 +1,183 @@
+"""What a run records about where it ran: versions, commit, torch's build, device, CPU, and what changes numerics.
+
+Nothing here names a person or a machine: no host name, no user name, no token.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import floodrepro
+
+_RESUMED_WITH = ("torch", "lightning", "terratorch", "impactmesh")
+_PACKAGES = (*_RESUMED_WITH, "torchvision", "torchgeo", "zarr", "numcodecs", "numpy", "jsonargparse", "torchmetrics")
+# NVIDIA_TF32_OVERRIDE overrules torch's own switches without a word.
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
+_PREFIXES = ("MIOPEN_", "PYTORCH_", "HSA_", "NCCL_", "TORCH_")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
+
+
+def environment(
+    precision: str | None = None, *, root: Path = Path("/"), variables: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """Where a run runs, in JSON types, for ``run.json``.
+
+    It asks torch for its first device, which opens a context on it: call it where the run would do so anyway.
+
+    Args:
+        precision: The trainer's precision, recorded as given.
+        root: Where ``/proc``, ``/sys``, ``/etc`` and ``/opt`` are looked for.
+        variables: The environment variables.
+    """
+    import torch  # a command that only asks for code_version() need not wait for it
+
+    try:
+        matmul = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch >= 2.9 refuses to say once the new switch of a single backend was set
+        matmul = f"cuda: {torch.backends.cuda.matmul.fp32_precision}"
+    count = torch.cuda.device_count()
+    try:
+        device = torch.cuda.get_device_properties(0) if count else None
+    except RuntimeError:  # another process holds it for itself: no reason to stop a run on the CPU
+        device = None
+    cpu = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text(root / "etc/os-release") or "", re.MULTILINE)
+    own = {"python": platform.python_version(), "floodrepro": floodrepro.__version__}
+    return {
+        "packages": own | _versions(*_PACKAGES, "segmentation-models-pytorch"),
+        "code": checkout(Path(floodrepro.__file__).parent),
+        "torch": {
+            "version": str(torch.__version__),  # with "+rocm7.2" or "+cpu", which the package's metadata may lack
+            "build": "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu",
+            "build_version": torch.version.hip or torch.version.cuda,
+            "rocm": _text(root / "opt/rocm/.info/version"),  # rocm-smi would print its own library's version
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # MIOpen's where it is ROCm
+        },
+        "accelerator": {
+            "count": count,
+            "name": device.name if device else None,
+            "memory_gib": round(device.total_memory / 2**30, 1) if device else None,
+            "drivers": _drivers(root),
+        },
+        "numerics": {
+            "precision": precision,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+            "cudnn_deterministic": torch.backends.cudnn.deterministic,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+            "float32_matmul_precision": matmul,
+            "python_hash_seed": variables.get("PYTHONHASHSEED"),
+        },
+        "cpu": {
+            "model": cpu[1].strip() if cpu else platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "logical_cores": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "host": {
+            "os": system[1] if system else platform.system(),
+            "kernel": f"{platform.system()} {platform.release()}",
+            "libc": " ".join(platform.libc_ver()).strip(),
+        },
+        "variables": relevant_variables(variables),
+    }
+
+
+def code_version() -> dict[str, Any]:
+    """The code that computes: what a resumed run must share with the run that it continues.
+
+    ``source_sha256`` is there because two dirty checkouts of one commit need not hold the same code, and because an
+    installed wheel has no commit.
+    """
+    package = Path(floodrepro.__file__).parent
+    git = checkout(package)
+    own = {"floodrepro": floodrepro.__version__, "commit": git["commit"], "dirty": git["dirty"]}
+    return own | {"source_sha256": source_digest(package)} | _versions(*_RESUMED_WITH)
+
+
+def checkout(package: Path) -> dict[str, Any]:
+    """The git commit that a package folder is checked out from.
+
+    Args:
+        package: Folder with an ``__init__.py``.
+
+    Returns:
+        ``commit``, ``dirty`` (a tracked file anywhere in the repository differs from the commit) and ``note``. The
+        first two are None where they cannot be known, and the note says why. A package that merely lies inside
+        someone else's repository, as an installed wheel in a project's ``.venv`` does, has no commit.
+    """
+    unknown = {"commit": None, "dirty": None}
+    try:
+        if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+            return unknown | {"note": "git does not track the package, or refuses a repository of another user"}
+        commit = _git(package, "rev-parse", "--verify", "HEAD")
+        changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError) as error:  # git is missing, or hangs on a slow file system
+        return unknown | {"note": f"git cannot be asked: {type(error).__name__}"}
+    if commit is None or changes is None:
+        return unknown | {"note": "the repository has no commit, or is damaged"}
+    return {"commit": commit, "dirty": bool(changes), "note": None}
+
+
+def source_digest(package: Path) -> str:
+    """Sha256 over the paths and contents of a package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that change numerics or speed; names of the user and the host in them are masked."""
+    home = variables.get("HOME", "").rstrip("/")
+    names = {variables.get("USER"), variables.get("LOGNAME"), Path(home).name, platform.node()}
+    masked = "|".join(re.escape(name) for name in sorted(filter(None, names)) if not name.isdigit())
+    found = {}
+    for key in sorted(variables):
+        if (key in _VARIABLES or key.startswith(_PREFIXES)) and not _SECRET.search(key):
+            value = re.sub(rf"{re.escape(home)}(?=/|$)", "~", variables[key]) if home else variables[key]
+            found[key] = re.sub(rf"(?<![\w-])(?:{masked})(?![\w-])", "***", value) if masked else value
+    return found
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None if it fails."""
+    # GIT_DIR and its like, which a hook sets, would answer for another repository. No optional lock: a run that only
+    # looks must not make a commit in another window fail.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, env=variables, text=True, timeout=20, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _drivers(root: Path) -> dict[str, str]:
+    amd, found = root / "sys/module/amdgpu", {}
+    if amd.is_dir():
+        found["amdgpu"] = _text(amd / "version") or "the kernel's own"  # only AMD's packages have a version file
+    banner = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _text(root / "proc/driver/nvidia/version") or "")
+    nvidia = banner[1] if banner else _text(root / "sys/module/nvidia/version")
+    return found | ({"nvidia": nvidia} if nvidia else {})
+
+
+def _text(path: Path) -> str | None:
+    """A small file's text; None where it is missing or closed to us."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None

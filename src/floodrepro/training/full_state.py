@@ -1,0 +1,256 @@
+"""The full state of a run: saved so that a resumed run ends with the same bits as one that was never interrupted.
+
+Lightning 2.6.1 saves model, optimizer, schedulers, loops and callbacks. Missing, and kept here: the generators, the
+epoch's running sums (what ``self.log`` and torchmetrics have gathered so far), and metrics.csv up to the step.
+
+Lightning goes on exactly from two moments only, and there alone a state is saved: before a training batch that does not
+open an epoch, and before a validation. Both were tried against an uninterrupted run, bit by bit.
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+from torchmetrics import Metric, MetricCollection
+
+from floodrepro import console
+from floodrepro.run_folder import RunFolder
+from floodrepro.training.checkpoint_files import LAST
+from floodrepro.training.stopping import Interrupted, StopRequest
+
+KEY = "floodrepro"  # of what is added to Lightning's checkpoint
+_SCHEMA = 1
+
+
+class FullState(Callback):
+    """Saves ``checkpoints/last.ckpt`` before every validation, every N steps, when asked to stop, and at the end.
+
+    Args:
+        run: The run folder.
+        identity: What a resumed run has to have in common with this one; goes into the file.
+        stop: Asked before each batch whether the process was told to stop.
+        every_n_steps: Optimizer steps between two states within an epoch.
+        check: Called with trainer and module before anything is saved; raises if the state is bad.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        identity: Mapping[str, Any],
+        stop: StopRequest,
+        every_n_steps: int,
+        check: Callable[[Trainer, LightningModule], None],
+    ) -> None:
+        self._run, self._identity, self._stop, self._every = run, dict(identity), stop, every_n_steps
+        self._check = check
+        self._moment: str | None = None
+        self._restored: dict[str, Any] | None = None
+        self._saved_step = -1
+        self.seconds = 0.0  # spent in saving by this process
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put back what was saved, once; save where it is time; stop where that was asked for."""
+        self._restore(trainer, pl_module)
+        step = trainer.global_step
+        between_validations = batch_idx > 0 and batch_idx % (trainer.val_check_batch or math.inf) != 0
+        possible = between_validations and batch_idx % trainer.accumulate_grad_batches == 0
+        stopping = self._stop.agreed(trainer)
+        if possible and step != self._saved_step and (stopping or step % self._every == 0):
+            self._save(trainer, "batch")
+        if stopping:
+            raise Interrupted(self._stop.signal_number, self._run.path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals back from Lightning, which has installed its own handlers by now."""
+        self._stop.listen()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save: from here a killed run goes on with the validation, whatever the kill hits in it."""
+        if trainer.sanity_checking:
+            return
+        self._restore(trainer, pl_module)
+        if self._saved_step != trainer.global_step:
+            self._save(trainer, "validation")
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Stop where that was asked for: the state from before the validation is on the disk already."""
+        if not trainer.sanity_checking and self._stop.agreed(trainer):
+            raise Interrupted(self._stop.signal_number, self._run.path)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let plateau schedulers step: Lightning 2.6.1 leaves them out in an epoch that it resumed into."""
+        trainer.fit_loop.restarting = False
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end."""
+        self._save(trainer, "end")
+
+    def _save(self, trainer: Trainer, moment: str) -> None:
+        self._check(trainer, trainer.lightning_module)
+        start = time.perf_counter()
+        self._moment, self._saved_step = moment, trainer.global_step
+        try:
+            trainer.save_checkpoint(self._run.checkpoints / LAST, weights_only=False)
+        finally:
+            self._moment = None
+            self.seconds += time.perf_counter() - start
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add to Lightning's checkpoint; other full checkpoints that a recipe may ask for stay Lightning's own."""
+        if self._moment is None:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        metrics_csv = self._run.metrics.read_bytes().decode() if self._run.metrics.is_file() else ""
+        _settle_progress(checkpoint["loops"]["fit_loop"], self._moment)
+        checkpoint[KEY] = {
+            "schema": _SCHEMA,
+            "moment": self._moment,
+            "identity": self._identity,
+            "metrics_csv": metrics_csv,
+            "ranks": _of_all_ranks(trainer, _rank_state(trainer, pl_module)),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what was added until the first batch, when nothing draws from a generator any more."""
+        self._restored = checkpoint.get(KEY)
+        _relocate(checkpoint.get("callbacks", {}), self._run.checkpoints)
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is None:
+            return
+        state, self._restored = self._restored, None
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            _put_back_metrics(trainer, state["metrics_csv"])
+        _put_back(trainer, pl_module, state["ranks"][trainer.global_rank])
+        if state["moment"] == "batch":
+            # Lightning takes the first batch after a resume for an epoch's first, and would drop the sums.
+            trainer._logger_connector._first_loop_iter = False
+        console.say(f"going on from step {trainer.global_step}, epoch {trainer.current_epoch + 1}")
+
+
+def _settle_progress(fit_loop: dict[str, Any], moment: str) -> None:
+    """Leave Lightning's counters as its resuming reads them rightly; at the end of training they already are."""
+    if moment == "batch":
+        # The batch whose turn it is counts as not begun: it will be fetched again.
+        for counts in ("total", "current"):
+            tracker = fit_loop["epoch_loop.batch_progress"][counts]
+            tracker["ready"] = tracker["completed"]
+    elif moment == "validation":
+        # "Interrupted in its first batch": with nothing begun Lightning would leave the validation out.
+        total = fit_loop["epoch_loop.val_loop.batch_progress"]["total"]
+        total.update(ready=1, started=1, processed=0, completed=0)
+
+
+def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Generators and running sums of this process, as tensors and plain values."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "logged": {k: _logged(m) for k, m in _results(trainer).items() if m.is_tensor and not m.has_reset},
+        "metrics": {
+            name: {"count": metric._update_count, "state": {key: getattr(metric, key) for key in metric._defaults}}
+            for name, metric in _metrics(pl_module)
+            if metric._update_count
+        },
+    }
+
+
+def _put_back(trainer: Trainer, pl_module: LightningModule, state: Mapping[str, Any]) -> None:
+    for key, saved in state["logged"].items():
+        _results(trainer)[key] = _logged_again(trainer, saved)
+    metrics = dict(_metrics(pl_module))
+    for name, saved in state["metrics"].items():
+        for key, value in saved["state"].items():
+            # A copy each: metrics of one compute group shared their tensors, and add to them in place.
+            own = [_own(v, pl_module) for v in value] if isinstance(value, list) else _own(value, pl_module)
+            setattr(metrics[name], key, own)
+        metrics[name]._update_count = saved["count"]
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _own(value: torch.Tensor, pl_module: LightningModule) -> torch.Tensor:
+    return value.detach().clone().to(pl_module.device)
+
+
+def _results(trainer: Trainer) -> dict[str, _ResultMetric]:
+    """What ``self.log`` has gathered in this training epoch."""
+    return cast(dict[str, _ResultMetric], trainer.fit_loop.epoch_loop._results)
+
+
+def _metrics(pl_module: LightningModule) -> list[tuple[str, Metric]]:
+    for module in pl_module.modules():
+        if isinstance(module, MetricCollection):
+            # torchmetrics 1.9 updates one metric of each compute group; the others are stale until they are asked for.
+            module.items(copy_state=False)
+    return [(name, module) for name, module in pl_module.named_modules() if isinstance(module, Metric)]
+
+
+def _logged(metric: _ResultMetric) -> dict[str, Any]:
+    meta = {f.name: getattr(metric.meta, f.name) for f in fields(_Metadata) if f.name not in ("reduce_fx", "_sync")}
+    sync = metric.meta.sync
+    return {
+        "meta": meta | {"reduce_fx": metric.meta.reduce_fx.__name__},
+        "sync": {"_should": sync.should, "rank_zero_only": sync.rank_zero_only, "_op": sync.op},
+        "state": {key: getattr(metric, key) for key in metric._defaults},
+        "count": metric._update_count,
+        "step_value": metric._forward_cache,
+    }
+
+
+def _logged_again(trainer: Trainer, saved: Mapping[str, Any]) -> _ResultMetric:
+    meta = _Metadata(**saved["meta"])
+    meta.sync = _Sync(fn=trainer.strategy.reduce, **saved["sync"])
+    metric = _ResultMetric(meta, is_tensor=True)
+    for key, value in saved["state"].items():
+        setattr(metric, key, value)
+    metric._forward_cache = saved["step_value"]
+    metric._update_count = saved["count"]
+    return metric.to(trainer.strategy.root_device)
+
+
+def _of_all_ranks(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return [state]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, state)
+    return gathered
+
+
+def _put_back_metrics(trainer: Trainer, text: str) -> None:
+    """Give the CSV logger the rows up to the state; it has removed the file, and rows after the state come again."""
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger):
+            writer = logger.experiment
+            writer.metrics = []
+            writer.metrics_keys = text.split("\n", 1)[0].strip().split(",") if text else []
+            Path(writer.metrics_file_path).write_bytes(text.encode())  # as it was, with csv's line ends
+
+
+def _relocate(callbacks: Mapping[str, Any], folder: Path) -> None:
+    """Let the best checkpoint be found where the run folder lies now: Lightning forgets it if the path is another."""
+    for state in callbacks.values():
+        if isinstance(state, dict) and "best_model_path" in state and state.get("dirpath"):
+            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                state[key] = str(folder / Path(state[key]).name) if state[key] else state[key]
+            state["best_k_models"] = {str(folder / Path(p).name): v for p, v in state["best_k_models"].items()}
+            state["dirpath"] = str(folder)

@@ -1,0 +1,222 @@
+"""Notices when a run goes wrong, before the bad state can overwrite a good one.
+
+fp16's trap: one inf in a training forward poisons the running statistics of BatchNorm layers. GradScaler skips the step
+and mends no buffer; training loss stays finite, evaluation is NaN for ever. A check of parameters alone misses it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from floodrepro import console
+from floodrepro.errors import Incident
+from floodrepro.training.diagnosis import ForwardOrder, first_bad_output, first_not_finite, not_finite
+
+_COLLAPSES = 3  # validations in a row with one class everywhere: the first epochs may do it once or twice
+_AGREE_EVERY = 10  # steps between two questions to the other processes
+_PENDING = 2  # losses whose copy may still be on its way from the device
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A value of one step, and whether it was bad, on its way from the device."""
+
+    step: int
+    kind: str
+    batch: Any
+    value: Tensor
+    bad: Tensor
+    arrived: Callable[[], bool]
+
+
+def _at_once() -> bool:
+    return True
+
+
+class Guard(Callback):
+    """Watches losses, gradients, weights, buffers and predictions; raises `Incident`.
+
+    Nothing waits for the device in a step: what a step computed is copied without blocking and looked at when it has
+    arrived, one or two steps later. On a CPU it is looked at on the spot.
+    """
+
+    def __init__(self) -> None:
+        self._order = ForwardOrder()
+        self._pending: deque[_Look] = deque()
+        self._found: Incident | None = None
+        self._batch: Any = None
+        self._norms: Tensor | None = None  # sum, maximum and number of this epoch's finite gradient norms
+        self._collapsed = 0
+        self._asked = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch's sums, for a resumed run."""
+        return {"norms": self._norms, "collapsed": self._collapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self._norms, self._collapsed = state_dict["norms"], state_dict["collapsed"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn in which order modules run, in the first forward; the hooks go after it."""
+        self._order.watch(pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch until its loss is known."""
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look at the loss before it can do anything to the weights."""
+        self._order.done()
+        self._look(trainer, pl_module, "loss", loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Add up gradient norms (unscaled by now). An inf is GradScaler's daily bread, and no one else's."""
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if _scaler(trainer) is None:
+            self._look(trainer, pl_module, "gradient", norm)
+        if self._norms is None or self._norms.device != norm.device:
+            self._norms = torch.zeros(3, device=norm.device) if self._norms is None else self._norms.to(norm.device)
+        finite = torch.isfinite(norm)
+        usable = torch.where(finite, norm, 0.0)
+        self._norms[0] += usable
+        self._norms[1] = torch.maximum(self._norms[1], usable)
+        self._norms[2] += finite
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """With several processes, let all of them stop when one has to."""
+        if trainer.world_size > 1:
+            self._asked += 1
+            if self._asked % _AGREE_EVERY == 0:
+                self._agree(trainer, None)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All weights and buffers are finite, or the run ends here: nothing has been measured or saved yet."""
+        if not trainer.sanity_checking:
+            self.check(trainer, pl_module)
+
+    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise `Incident` if a parameter or a buffer is not finite, naming the first in forward order."""
+        while self._pending:
+            self._judge(trainer, pl_module)
+        bad = not_finite(pl_module)
+        incident = None
+        if bad:
+            name = first_not_finite(bad, self._order.names)
+            more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+            incident = self._incident(trainer, "state", name.rsplit(".", 1)[0], f"{name} is not finite{more}", None)
+        self._agree(trainer, incident)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count validations in which one class was predicted everywhere."""
+        if trainer.sanity_checking:
+            return
+        predicted = _predicted_pixels(trainer, pl_module)
+        if predicted is None:
+            return
+        classes = torch.nonzero(predicted).flatten().tolist()
+        self._collapsed = self._collapsed + 1 if len(classes) == 1 else 0
+        if not self._collapsed:
+            return
+        detail = f"class {classes[0]} was predicted everywhere in validation, {self._collapsed} times in a row"
+        if self._collapsed >= _COLLAPSES:
+            raise self._incident(trainer, "collapse", None, detail, None)
+        console.warn(f"epoch {trainer.current_epoch + 1}: {detail}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what the epoch's gradients and GradScaler were like."""
+        figures: dict[str, Any] = {}
+        if self._norms is not None:
+            total, largest, count = self._norms.tolist()
+            figures = {"train/grad_norm": total / max(count, 1.0), "train/grad_norm_max": largest}
+        scaler = _scaler(trainer)
+        if scaler is not None:
+            figures["train/loss_scale"] = float(scaler.get_scale())
+            skipped = skipped_steps(trainer)
+            if skipped is not None:
+                figures["train/skipped_steps"] = float(skipped)
+        self._norms = None
+        pl_module.log_dict(figures, on_step=False, on_epoch=True, batch_size=1)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule, kind: str, value: Tensor) -> None:
+        bad = ~torch.isfinite(value)
+        arrived: Callable[[], bool] = _at_once
+        if bad.is_cuda:
+            host = torch.empty((), dtype=torch.bool, pin_memory=True)
+            host.copy_(bad, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            bad, arrived = host, event.query
+        self._pending.append(_Look(trainer.global_step, kind, self._batch, value, bad, arrived))
+        while self._pending and (len(self._pending) > _PENDING or self._pending[0].arrived()):
+            self._judge(trainer, pl_module)
+
+    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        look = self._pending.popleft()
+        if not look.arrived():
+            torch.cuda.synchronize()
+        if not bool(look.bad) or self._found is not None:
+            return
+        state = not_finite(pl_module)
+        if state:
+            module: str | None = first_not_finite(state, self._order.names).rsplit(".", 1)[0]
+        else:
+            module = first_bad_output(trainer, pl_module, look.batch)
+        detail = f"the {look.kind} is {float(look.value)}"
+        self._found = self._incident(trainer, look.kind, module, detail, look.batch, look.step)
+        if trainer.world_size == 1:
+            raise self._found  # else at the next agreement: one process that leaves lets the others wait for it
+
+    def _incident(
+        self, trainer: Trainer, kind: str, module: str | None, detail: str, batch: Any, step: int | None = None
+    ) -> Incident:
+        chips = getattr(self._batch if batch is None else batch, "chips", ())
+        return Incident(
+            kind,
+            detail,
+            module=module,
+            epoch=trainer.current_epoch,
+            step=trainer.global_step if step is None else step,
+            chips=tuple(chips) if kind != "collapse" else (),
+        )
+
+    def _agree(self, trainer: Trainer, incident: Incident | None) -> None:
+        """Raise here what was found here, and on the other processes that it was found elsewhere."""
+        incident = self._found = self._found or incident
+        if trainer.world_size > 1:
+            flag = torch.tensor(float(incident is not None), device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            if bool(flag) and incident is None:
+                incident = self._incident(trainer, "elsewhere", None, "another process found a value not finite", None)
+        if incident is not None:
+            raise incident
+
+
+def skipped_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps that GradScaler left out so far; None for an optimizer that does not count its own."""
+    states = trainer.optimizers[0].state.values() if trainer.optimizers else ()
+    taken = [float(state["step"]) for state in states if "step" in state]
+    return trainer.global_step - int(max(taken)) if taken else None
+
+
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _predicted_pixels(trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+    """Pixels by predicted class in this validation, from the confusion counts that torchmetrics holds already."""
+    for metric in getattr(pl_module, "val_metrics", torch.nn.Module()).modules():
+        counts = getattr(metric, "confmat", None)
+        if isinstance(counts, Tensor) and counts.ndim == 2 and bool(counts.any()):
+            predicted = counts.sum(dim=0)
+            if trainer.world_size > 1:
+                torch.distributed.all_reduce(predicted)
+            return predicted
+    return None

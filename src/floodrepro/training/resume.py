@@ -1,0 +1,141 @@
+"""Whether a run may go on, and from where."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from floodrepro import recipe as recipes
+from floodrepro.errors import CheckpointError, UsageError
+from floodrepro.recipe import Recipe
+from floodrepro.run_folder import RunFolder, free_name, timestamp
+from floodrepro.training.checkpoint_files import LAST, PREVIOUS, is_whole, newest_whole
+from floodrepro.training.full_state import KEY
+
+_SHOWN = 3
+
+
+def identity(recipe: Recipe, recipe_sha256: str, data_digest: str | None, code: Mapping[str, Any]) -> dict[str, Any]:
+    """What two parts of one run have in common; stored in every full state.
+
+    The code is known by the digest of its source: another commit may have changed the documentation only.
+
+    Args:
+        recipe: The resolved recipe.
+        recipe_sha256: Its fingerprint.
+        data_digest: Of the data, as the quick audit gives it.
+        code: Versions of the code that decides what is computed.
+    """
+    known = {key: value for key, value in code.items() if key not in ("commit", "dirty")}
+    return {"recipe": recipe, "recipe_sha256": recipe_sha256, "data_digest": data_digest, "code": known}
+
+
+def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) -> Path | None:
+    """Decide what a fit starts from, and leave recipe and record in the run folder as they have to be for it.
+
+    Args:
+        run: The run folder, empty for a new run.
+        now: Identity of what is asked for.
+        resume: auto, never, or a path to a full state.
+        anyway: Go on although the identity changed.
+
+    Returns:
+        The full state to go on from; None to start from the beginning.
+
+    Raises:
+        UsageError: The run is finished, is another one, or must not be gone on with.
+        CheckpointError: No state of it is whole.
+    """
+    old = run.recipe.exists() and run.record.exists()
+    run.refuse_to_begin(resume)
+    state = newest_whole(run.checkpoints) if resume in ("auto", "never") else Path(resume)
+    if state is not None:
+        before: Mapping[str, Any] = read_identity(state)
+    elif old:  # killed before its first state
+        before = {"recipe": recipes.read(run.recipe), **{k: run.read_record()[k] for k in ("data_digest", "code")}}
+    else:
+        before = now
+    changes = list_changes(before, now)
+    if not anyway:
+        refuse_changes(changes, state or run.recipe)
+    if old and changes:
+        run.recipe.replace(run.recipe.with_name(free_name(run.recipe)))  # nothing is lost
+    if changes or not old:
+        run.save_recipe(now["recipe"])
+    if old or state:
+        entry = {"when": timestamp(), "from": str(state) if state else "the start", "changes": changes}
+        run.update_record(resumes=[*(run.read_record().get("resumes", []) if old else []), entry])
+    if not old:
+        run.update_record(started=timestamp())
+    run.update_record(recipe_sha256=now["recipe_sha256"], command=["floodrepro", *sys.argv[1:]])
+    return state
+
+
+def follow(run: RunFolder, resume: str) -> Path | None:
+    """What `begin` decides, for the other processes of a run: they read, and leave all writing to the first."""
+    if resume != "auto":
+        return None if resume == "never" else Path(resume)
+    return next((state for name in (LAST, PREVIOUS) if is_whole(state := run.checkpoints / name)), None)
+
+
+def read_identity(state: Path) -> dict[str, Any]:
+    """The identity in a full state's file.
+
+    Raises:
+        CheckpointError: It is no full state.
+    """
+    found: dict[str, Any] = _read(state)[KEY]["identity"]
+    return found
+
+
+def read_step(state: Path) -> int:
+    """The number of optimizer steps that a full state has behind it; raises as `read_identity`."""
+    return int(_read(state)["global_step"])
+
+
+def _read(state: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+        content[KEY]
+    except FileNotFoundError as error:
+        raise CheckpointError("the state to resume from is not there", where=state) from error
+    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+        raise CheckpointError(
+            "this is no full state that a run can resume from", where=state, fix="give checkpoints/last.ckpt of a run"
+        ) from error
+    return content
+
+
+def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, one line each: recipe keys, data digest, versions."""
+    changes = []
+    for section in ("recipe", "data_digest", "code"):
+        old, new = dict(_leaves(before[section], section)), dict(_leaves(now[section], section))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                changes.append(f"{key.removeprefix('recipe.')}: {old.get(key)!r} became {new.get(key)!r}")
+    return changes
+
+
+def refuse_changes(changes: list[str], state: Path) -> None:
+    """Raise `UsageError` with the differences, if there are any."""
+    if changes:
+        more = f" (and {len(changes) - _SHOWN} more)" if len(changes) > _SHOWN else ""
+        raise UsageError(
+            f"the run cannot go on as the same run: {'; '.join(changes[:_SHOWN])}{more}",
+            where=state,
+            fix="undo the change, start a new run with --name, or --resume-anyway, which is recorded",
+        )
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}")
+    elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
+        for number, value in enumerate(node):
+            yield from _leaves(value, f"{path}.{number}")
+    else:
+        yield path, node
