@@ -1,25 +1,64 @@
-"""A process that has TerraTorch imported and forks one child for each command: kills cost seconds, not an import each.
+"""A process that has TerraTorch imported and forks one child for each command: a kill costs seconds, not an import.
 
-Run as a program it reads one JSON request a line from stdin and answers with one line. Each child is a real process
-that runs the real command line; a request can say where in it a real SIGKILL or another signal strikes.
+Run as a program it reads one JSON request a line from stdin and answers each with one line. A child is a real process
+that runs the real command line; a request can say where in it a real signal strikes:
+
+    argv, log           the command, and the file that takes both of its streams
+    environment         variables that are set in the child
+    strike              {"at": moment, "count": n, "signal": number}, or a list of them: see `strike`
+    kill_after          seconds until SIGKILL, wherever the child is by then
+    limit_file_size     bytes that no file of the child's may exceed: a disk that is full for large files only
+    go_on               the pid of a child that a SIGSTOP holds, instead of all others: it goes on, to its end
+
+The answer holds the exit code, negative for a signal, or {"held": pid} after a SIGSTOP.
 """
 
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 
-def strike(request: dict[str, Any]) -> None:
-    """Arrange in a child for a signal at a moment: {"at": moment, "count": n, "signal": number}."""
+class Forge:
+    """The process, seen from a test."""
+
+    def __init__(self) -> None:
+        # One thread each: small tensors gain nothing from a second one, and lose much where cores are shared.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        assert line, "the forge is gone"
+        return json.loads(line)
+
+
+def strike(at: str, count: int = 1, number: int = signal.SIGKILL) -> None:
+    """Arrange for a signal in this process, the *count*-th time that it comes to a moment."""
+    from floodrepro.run_folder import RunFolder
     from floodrepro.training import checkpoint_files
     from floodrepro.training.full_state import FullState
 
-    number = request.get("signal", signal.SIGKILL)
-    left = request.get("count", 1)
+    left = count
 
     def hit() -> None:
         nonlocal left
@@ -27,39 +66,58 @@ def strike(request: dict[str, Any]) -> None:
         if left == 0:
             os.kill(os.getpid(), number)
 
-    def before(owner: Any, name: str, when: Any = lambda *_: True) -> None:
+    def before(owner: Any, name: str, when: Any = lambda *_, **__: True) -> None:
         original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if when(*args):
+            if when(*args, **kwargs):
                 hit()
             return original(*args, **kwargs)
 
         setattr(owner, name, wrapped)
 
-    moments: dict[str, Any] = {
+    def half_a_copy(_source: Any, target: Any, *_: Any, **__: Any) -> None:
+        Path(target).write_bytes(Path(_source).read_bytes()[: Path(_source).stat().st_size // 2])
+        hit()
+
+    def in_checkpoints(path: Path, _target: Any) -> bool:
+        return path.parent.name == "checkpoints"
+
+    def not_sanity(_: Any, trainer: Any, *__: Any) -> bool:
+        return not trainer.sanity_checking
+
+    def is_finishing(*_: Any, status: str = "", **__: Any) -> bool:
+        return status == "finished"
+
+    moments = {
         "step": lambda: before(FullState, "on_train_batch_start"),
-        "validation": lambda: before(FullState, "on_validation_batch_start", lambda _, trainer, *__: not trainer.sanity_checking),
+        "validation": lambda: before(FullState, "on_validation_batch_start", not_sanity),
         "epoch end": lambda: before(FullState, "on_train_epoch_end"),
         "write": lambda: before(checkpoint_files._Hashing, "write"),
-        "rename": lambda: before(checkpoint_files, "_write_digest"),
+        "copy": lambda: setattr(shutil, "copyfile", half_a_copy),  # how a move to another filesystem would go
+        "digest": lambda: before(checkpoint_files, "_write_digest"),
+        "rename": lambda: before(Path, "replace", in_checkpoints),
         "flush": lambda: before(checkpoint_files, "_flush_folder"),
+        "mark": lambda: before(RunFolder, "update_record", is_finishing),
     }
-    moments[request["at"]]()
+    moments[at]()
 
 
 def child(request: dict[str, Any]) -> None:
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(request.get("environment", {}))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if "strike" in request:
-        strike(request["strike"])
-    from floodrepro.cli.main import main
-
+    """Become the command; never returns."""
     code = 99
     try:
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(request.get("environment", {}))
+        if "limit_file_size" in request:  # Python ignores SIGXFSZ: a write beyond the limit is an OSError
+            resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit_file_size"], resource.RLIM_INFINITY))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for one in request.get("strike", []):
+            strike(one["at"], one.get("count", 1), one.get("signal", signal.SIGKILL))
+        from floodrepro.cli.main import main
+
         code = main(request["argv"])
     except BaseException:
         traceback.print_exc()
@@ -70,22 +128,26 @@ def child(request: dict[str, Any]) -> None:
 
 
 def serve() -> None:
+    """Answer requests until stdin ends."""
     import floodrepro.training.fit  # noqa: F401  # the slow import, once
 
-    print("ready", flush=True)
+    print("ready", file=sys.stderr)
+    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            child(request)
-        after = request.get("kill_after")
-        if after is not None:
-            import time
-
-            time.sleep(after)
+        if "go_on" in request:
+            pid = request["go_on"]
+            os.kill(pid, signal.SIGCONT)
+        else:
+            pid = os.fork()
+            if pid == 0:
+                child(request)
+        if "kill_after" in request:
+            time.sleep(request["kill_after"])
             os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status)}), flush=True)
+        _, status = os.waitpid(pid, os.WUNTRACED)
+        held = os.WIFSTOPPED(status)
+        print(json.dumps({"held": pid} if held else {"code": os.waitstatus_to_exitcode(status)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ class Incident(FloodreproError):
     def __init__(
         self, kind: str, detail: str, *, module: str | None, epoch: int, step: int, chips: tuple[str, ...]
     ) -> None:
-        self.kind, self.module, self.epoch, self.step, self.chips = kind, module, epoch, step, chips
+        self.kind, self.detail, self.module = kind, detail, module
+        self.epoch, self.step, self.chips = epoch, step, chips
         first = f", first bad module {module}" if module else ""
         named = f"; chips {', '.join(chips[:3])}{' …' if len(chips) > 3 else ''}" if chips else ""
         super().__init__(
@@ -77,7 +78,7 @@ class Incident(FloodreproError):
         """The incident as JSON types."""
         return {
             "kind": self.kind,
-            "detail": self.what,
+            "detail": self.detail,
             "module": self.module,
             "epoch": self.epoch,
             "step": self.step,

@@ -5,8 +5,21 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from floodrepro.errors import FloodreproError
+
+_held: set[TextIO] = set()
+
+
+def _leave_to_the_parent() -> None:
+    """In a forked process: close the lock, which the kernel would keep until the last of all forks has closed it."""
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)  # DataLoader workers outlive a killed parent by seconds
 
 
 @contextlib.contextmanager
@@ -29,4 +42,8 @@ def hold(file: Path, taken: Callable[[str], FloodreproError]) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        yield
+        _held.add(lock)
+        try:
+            yield
+        finally:
+            _held.discard(lock)

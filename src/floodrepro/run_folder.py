@@ -15,6 +15,7 @@ from floodrepro.lock import hold
 from floodrepro.recipe import Recipe
 
 RECORD_SCHEMA = 2
+PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def free_name(path: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)

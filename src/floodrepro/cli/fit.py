@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-every", type=int, default=500, metavar="STEPS", help="full state within an epoch (default: 500 steps)"
     )
+    parser.add_argument("--compile", action="store_true", help="torch.compile; may change roundings")
+    parser.add_argument("--channels-last", action="store_true", help="NHWC convolutions; may change roundings")
+    parser.add_argument("--fused", action="store_true", help="fused AdamW; may change roundings")
     parser.add_argument("--no-guard", action="store_true", help="do not watch for values that are not finite")
 
 
@@ -62,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
         on_overflow=args.on_overflow,
         save_every=args.save_every,
         guard=not args.no_guard,
+        compiled=args.compile,
+        channels_last=args.channels_last,
+        fused=args.fused,
     )
     fit(cli, path, options, report)
     return 0

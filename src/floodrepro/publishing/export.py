@@ -1,7 +1,6 @@
 """Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled."""
 
 import copy
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.evaluation.checkpoint import Checkpoint, list_differences, read_checkpoint
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import write_atomically
+from floodrepro.training.checkpoint_files import sha256_of
 
 _DATA_ROOT = Path("ImpactMesh-Flood")
 
@@ -130,12 +130,6 @@ def _stock_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
         "init_args": kept,
         "dict_kwargs": {"disaster_type": "flood"},  # else guessed from the path, "fire" first
     }
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path) -> None:

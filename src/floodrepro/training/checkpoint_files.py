@@ -15,10 +15,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from floodrepro import console
 from floodrepro.errors import CheckpointError
-from floodrepro.run_folder import free_name, write_atomically
+from floodrepro.run_folder import PARTIAL, free_name, write_atomically
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-_PARTIAL = ".partial"
 _BLOCK = 1 << 20
 
 
@@ -69,7 +68,7 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         CheckpointError: There was one, and none is whole.
     """
-    for orphan in folder.glob(f".*{_PARTIAL}"):
+    for orphan in folder.glob(f".*{PARTIAL}"):
         orphan.unlink()
     last, previous = folder / LAST, folder / PREVIOUS
     if is_whole(last):
@@ -94,6 +93,11 @@ def is_whole(path: Path) -> bool:
     """Whether a full state is there and its bytes have the sha256 that stands beside it."""
     wanted = _read_digest(path)
     return path.is_file() and wanted is not None and sha256_of(path) == wanted
+
+
+def has_digest(path: Path) -> bool:
+    """Whether a sha256 stands beside a full state."""
+    return _read_digest(path) is not None
 
 
 def sha256_of(path: Path) -> str:
@@ -125,7 +129,7 @@ class _Hashing:
 
 def _write_beside(checkpoint: dict[str, Any], target: Path) -> tuple[Path, str]:
     """Write to a temporary file in the target's folder, down to the disk; returns it and its sha256."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_PARTIAL)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb", buffering=_BLOCK) as file:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from floodrepro.run_folder import RunFolder, timestamp, write_atomically
 from floodrepro.system.energy import EnergyMeter
 from floodrepro.system.energy_sources import Gpu, find_sources
 from floodrepro.system.environment import code_version, environment
+from floodrepro.training.cheaper import apply_speed_options
 from floodrepro.training.checkpoint_files import newest_whole
 from floodrepro.training.full_state import FullState
 from floodrepro.training.guard import Guard
@@ -48,6 +49,9 @@ class FitOptions:
         on_overflow: "stop", or "rollback": go on from the last good state in bf16, once.
         save_every: Optimizer steps between two full states within an epoch.
         guard: Whether the guard watches.
+        compiled: torch.compile the network; may change roundings, as the next two.
+        channels_last: Lay convolutions out by pixel.
+        fused: Let AdamW update all weights in one kernel.
     """
 
     resume: str = "auto"
@@ -55,6 +59,13 @@ class FitOptions:
     on_overflow: str = "stop"
     save_every: int = 500
     guard: bool = True
+    compiled: bool = False
+    channels_last: bool = False
+    fused: bool = False
+
+    def numerics(self) -> dict[str, bool]:
+        """The options that may change roundings: a resumed run has to have the same."""
+        return {"compiled": self.compiled, "channels_last": self.channels_last, "fused": self.fused}
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,10 @@ class EpochLines(Callback):
     def __init__(self) -> None:
         self._start = 0.0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time: a run that is resumed in an epoch does not start it again."""
+        self._start = time.monotonic()
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
         self._start = time.monotonic()
@@ -113,6 +128,7 @@ def fit(
     path: Path,
     options: FitOptions = FitOptions(),
     report: Callable[[FitResult], None] = lambda result: None,
+    watch: Sequence[Callback] = (),
 ) -> FitResult:
     """Train a recipe, or go on with a run that was interrupted.
 
@@ -120,6 +136,7 @@ def fit(
         cli: The parsed recipe.
         path: The run folder, made if it is not there.
         options: How it goes on, stops and watches itself.
+        watch: Further callbacks, called last.
         report: Called with the result before the run is marked as finished: the mark is the last thing that happens.
 
     Returns:
@@ -136,10 +153,10 @@ def fit(
         raise UsageError("this GPU has no bf16, which a rollback goes on in", fix="--on-overflow stop")
     data = check_data(cli.recipe, ("train", "val"))
     code = code_version()
-    now = identity(cli.recipe, recipes.fingerprint(cli.recipe), data.digest, code)
+    now = identity(cli.recipe, recipes.fingerprint(cli.recipe), data.digest, code, options.numerics())
     if _rank() != 0:  # one of several processes: the first one writes the record
         run = RunFolder(path)
-        return _train_to_the_end(cli, run, now, follow(run, options.resume), options)
+        return _train_to_the_end(cli, run, now, follow(run, options.resume), options, watch)
     run = RunFolder(path) if path.exists() else RunFolder.create(path)
     with run.locked():
         state = begin(run, now, options.resume, anyway=options.resume_anyway)
@@ -149,11 +166,12 @@ def fit(
             chips=data.chips,
             data_digest=data.digest,
             code=now["code"],
+            numerics=now["numerics"],
             options=asdict(options),
         )
         console.say(f"recipe sha256 {now['recipe_sha256'][:12]}…, chips {data.chips}, into {run.path}")
         try:
-            result = _train_to_the_end(cli, run, now, state, options)
+            result = _train_to_the_end(cli, run, now, state, options, watch)
         except BaseException as error:
             run.update_record(status="failed" if not isinstance(error, Interrupted) else "interrupted", **_end(error))
             raise
@@ -164,13 +182,18 @@ def fit(
 
 
 def _train_to_the_end(
-    cli: RecipeCLI, run: RunFolder, now: dict[str, Any], state: Path | None, options: FitOptions
+    cli: RecipeCLI,
+    run: RunFolder,
+    now: dict[str, Any],
+    state: Path | None,
+    options: FitOptions,
+    watch: Sequence[Callback],
 ) -> FitResult:
     """Train; after an incident go on in bf16 where that is wanted and was not done before."""
     start = time.monotonic()
     while True:
         try:
-            trainer = _train(cli, run, now, state, options)
+            trainer = _train(cli, run, now, state, options, watch)
             return _result(run, now["recipe_sha256"], trainer, time.monotonic() - start)
         except Incident as incident:
             if _rank() != 0:
@@ -193,7 +216,14 @@ def _train_to_the_end(
             console.warn(f"rolled back to {rollback['state']}; the run goes on in {_ROLLBACK_PRECISION}, this once")
 
 
-def _train(cli: RecipeCLI, run: RunFolder, now: dict[str, Any], state: Path | None, options: FitOptions) -> Trainer:
+def _train(
+    cli: RecipeCLI,
+    run: RunFolder,
+    now: dict[str, Any],
+    state: Path | None,
+    options: FitOptions,
+    watch: Sequence[Callback],
+) -> Trainer:
     """Build the recipe's objects and fit them, from a state if there is one."""
     rolled_back = run.record.exists() and "rollback" in run.read_record()
     step = read_step(state) if state else None
@@ -202,8 +232,11 @@ def _train(cli: RecipeCLI, run: RunFolder, now: dict[str, Any], state: Path | No
         into_run_folder(config, run, progress_bar=sys.stderr.isatty(), resumed_step=step)
         if rolled_back:
             change_precision(config, _ROLLBACK_PRECISION)
+        if options.fused:
+            config.optimizer.init_args.fused = True
 
     cli.build(wire)
+    apply_speed_options(cli.model, compiled=options.compiled, channels_last=options.channels_last)
     trainer = cli.trainer
     if options.on_overflow == "rollback" and trainer.world_size > 1:
         raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop, and --resume by hand")
@@ -219,7 +252,7 @@ def _train(cli: RecipeCLI, run: RunFolder, now: dict[str, Any], state: Path | No
         check = guard.check if guard else lambda *_: None
         keeper = FullState(run, now, stop, options.save_every, check)
         recorder = Recorder(run, lambda: keeper.seconds, lambda: [*earlier, meter.reading()])
-        trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines()]
+        trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines(), *watch]
         meter.start()
         try:
             with console.stdout_to_stderr():

@@ -89,11 +89,16 @@ class FullState(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let plateau schedulers step: Lightning 2.6.1 leaves them out in an epoch that it resumed into."""
-        trainer.fit_loop.restarting = False
+        trainer.fit_loop._restarting = False  # its setter would say True where max_steps is set
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end."""
         self._save(trainer, "end")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give metrics.csv back to a run that had nothing left to do, in which no other hook was called."""
+        if self._restored is not None and trainer.is_global_zero:
+            _put_back_metrics(trainer, self._restored["metrics_csv"])
 
     def _save(self, trainer: Trainer, moment: str) -> None:
         self._check(trainer, trainer.lightning_module)
@@ -112,13 +117,16 @@ class FullState(Callback):
         for logger in trainer.loggers:
             logger.save()
         metrics_csv = self._run.metrics.read_bytes().decode() if self._run.metrics.is_file() else ""
-        _settle_progress(checkpoint["loops"]["fit_loop"], self._moment)
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        validated = dict(fit_loop["epoch_loop.val_loop.batch_progress"]["total"])
+        _settle_progress(fit_loop, self._moment)
         checkpoint[KEY] = {
             "schema": _SCHEMA,
             "moment": self._moment,
             "identity": self._identity,
             "metrics_csv": metrics_csv,
-            "ranks": _of_all_ranks(trainer, _rank_state(trainer, pl_module)),
+            "validated": validated,  # what settling has written over
+            "ranks": _of_all_ranks(trainer, _rank_state(trainer, pl_module, sums=self._moment != "end")),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -137,6 +145,8 @@ class FullState(Callback):
         if state["moment"] == "batch":
             # Lightning takes the first batch after a resume for an epoch's first, and would drop the sums.
             trainer._logger_connector._first_loop_iter = False
+        elif state["moment"] == "validation":
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.load_state_dict(state["validated"])
         console.say(f"going on from step {trainer.global_step}, epoch {trainer.current_epoch + 1}")
 
 
@@ -153,19 +163,19 @@ def _settle_progress(fit_loop: dict[str, Any], moment: str) -> None:
         total.update(ready=1, started=1, processed=0, completed=0)
 
 
-def _rank_state(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """Generators and running sums of this process, as tensors and plain values."""
+def _rank_state(trainer: Trainer, pl_module: LightningModule, *, sums: bool) -> dict[str, Any]:
+    """Generators and, where there are any, running sums of this process, as tensors and plain values."""
     _, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "logged": {k: _logged(m) for k, m in _results(trainer).items() if m.is_tensor and not m.has_reset},
+        "logged": {k: _logged(m) for k, m in _results(trainer).items() if sums and m.is_tensor and not m.has_reset},
         "metrics": {
             name: {"count": metric._update_count, "state": {key: getattr(metric, key) for key in metric._defaults}}
             for name, metric in _metrics(pl_module)
-            if metric._update_count
+            if sums and metric._update_count
         },
     }
 
@@ -247,9 +257,15 @@ def _put_back_metrics(trainer: Trainer, text: str) -> None:
 
 
 def _relocate(callbacks: Mapping[str, Any], folder: Path) -> None:
-    """Let the best checkpoint be found where the run folder lies now: Lightning forgets it if the path is another."""
+    """Let the best checkpoint be found where the run folder lies now: Lightning forgets it if the path is another.
+
+    It shall forget one that is not there: a state of another run can know of a best that this run never had.
+    """
     for state in callbacks.values():
-        if isinstance(state, dict) and "best_model_path" in state and state.get("dirpath"):
+        if not isinstance(state, dict) or "best_model_path" not in state or not state.get("dirpath"):
+            continue
+        best = state["best_model_path"]
+        if not best or (folder / Path(best).name).is_file():
             for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
                 state[key] = str(folder / Path(state[key]).name) if state[key] else state[key]
             state["best_k_models"] = {str(folder / Path(p).name): v for p, v in state["best_k_models"].items()}

@@ -20,6 +20,10 @@ _NOISE = (
     r".*method of metric .* was called before the ``update`` method",
     # CSVLogger 2.6.1 finds the recipe in the run folder; it replaces metrics.csv only, and there is none yet.
     r"Experiment logs directory .* exists and is not empty",
+    # ModelCheckpoint 2.6.1 finds the run's own checkpoints in a run that goes on.
+    r"Checkpoint directory .* exists and is not empty",
+    # The model summary's size in MB is of no use to anyone here.
+    r"Precision .* is not supported by the model summary",
     # jsonargparse 4.53: calls of Lightning 2.6.1 that version 5 will drop, hence the bound in pyproject.toml.
     r"[\s\S]*(was deprecated in v4\.|JsonargparseDeprecationWarning)",
     # Workers are the recipe's choice; Lightning's advice on their number is for other loaders than two-core demos.

@@ -18,6 +18,8 @@ import_terratorch()
 from jsonargparse import Namespace  # noqa: E402
 from terratorch.cli_tools import BaseTask, CustomWriter, MyLightningCLI, MyTrainer  # noqa: E402
 
+from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
+from floodrepro.training.cheaper import trim_metrics  # noqa: E402
 from floodrepro.training.recipe_problems import describe, list_problems  # noqa: E402
 
 __all__ = ["CustomWriter", "RecipeCLI"]  # TerraTorch's names come from here: what imports them first must be quiet
@@ -83,12 +85,13 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
         if self._building:
             super().instantiate_classes()
 
-    def build(self, wire: Callable[[Namespace], None] | None = None) -> None:
+    def build(self, wire: Callable[[Namespace], None] | None = None, *, trim: bool = True) -> None:
         """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
 
         Args:
             wire: Changes the parsed config first: where files go, which callbacks run. It must leave alone what is
                 computed, for ``recipe`` has been saved by then.
+            trim: Whether metrics are made cheaper; their values stay.
 
         Raises:
             UsageError: A value that only the constructors could judge.
@@ -100,6 +103,8 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             with console.stdout_to_stderr():
                 super()._set_seed()
                 self.instantiate_classes()
+                if trim:
+                    trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
             raise UsageError(
                 f"the recipe does not build: {type(error).__name__}: {error}",

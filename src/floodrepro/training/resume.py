@@ -1,5 +1,6 @@
 """Whether a run may go on, and from where."""
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,14 +11,20 @@ import torch
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import RunFolder, free_name, timestamp
-from floodrepro.training.checkpoint_files import LAST, PREVIOUS, is_whole, newest_whole
+from floodrepro.run_folder import PARTIAL, RunFolder, free_name, timestamp
+from floodrepro.training.checkpoint_files import LAST, PREVIOUS, has_digest, is_whole, newest_whole
 from floodrepro.training.full_state import KEY
 
 _SHOWN = 3
 
 
-def identity(recipe: Recipe, recipe_sha256: str, data_digest: str | None, code: Mapping[str, Any]) -> dict[str, Any]:
+def identity(
+    recipe: Recipe,
+    recipe_sha256: str,
+    data_digest: str | None,
+    code: Mapping[str, Any],
+    numerics: Mapping[str, bool],
+) -> dict[str, Any]:
     """What two parts of one run have in common; stored in every full state.
 
     The code is known by the digest of its source: another commit may have changed the documentation only.
@@ -27,9 +34,16 @@ def identity(recipe: Recipe, recipe_sha256: str, data_digest: str | None, code: 
         recipe_sha256: Its fingerprint.
         data_digest: Of the data, as the quick audit gives it.
         code: Versions of the code that decides what is computed.
+        numerics: Options that may change roundings.
     """
     known = {key: value for key, value in code.items() if key not in ("commit", "dirty")}
-    return {"recipe": recipe, "recipe_sha256": recipe_sha256, "data_digest": data_digest, "code": known}
+    return {
+        "recipe": recipe,
+        "recipe_sha256": recipe_sha256,
+        "data_digest": data_digest,
+        "code": known,
+        "numerics": dict(numerics),
+    }
 
 
 def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) -> Path | None:
@@ -50,11 +64,15 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
     """
     old = run.recipe.exists() and run.record.exists()
     run.refuse_to_begin(resume)
-    state = newest_whole(run.checkpoints) if resume in ("auto", "never") else Path(resume)
+    _remove_partial(run.path)
+    state = newest_whole(run.checkpoints) if resume in ("auto", "never") else _given(Path(resume))
     if state is not None:
         before: Mapping[str, Any] = read_identity(state)
-    elif old:  # killed before its first state
-        before = {"recipe": recipes.read(run.recipe), **{k: run.read_record()[k] for k in ("data_digest", "code")}}
+    elif old and "environment" in run.read_record():  # killed before its first state; else it was never built
+        before = {
+            "recipe": recipes.read(run.recipe),
+            **{k: run.read_record()[k] for k in ("data_digest", "code", "numerics")},
+        }
     else:
         before = now
     changes = list_changes(before, now)
@@ -64,6 +82,8 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
         run.recipe.replace(run.recipe.with_name(free_name(run.recipe)))  # nothing is lost
     if changes or not old:
         run.save_recipe(now["recipe"])
+    if state is not None:
+        _bring_best(state, run)
     if old or state:
         entry = {"when": timestamp(), "from": str(state) if state else "the start", "changes": changes}
         run.update_record(resumes=[*(run.read_record().get("resumes", []) if old else []), entry])
@@ -71,6 +91,33 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
         run.update_record(started=timestamp())
     run.update_record(recipe_sha256=now["recipe_sha256"], command=["floodrepro", *sys.argv[1:]])
     return state
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what a killed process has left half written."""
+    for orphan in folder.glob(f".*{PARTIAL}"):
+        orphan.unlink()
+
+
+def _given(state: Path) -> Path:
+    """A state that was named on the command line; it may have been copied without its hash."""
+    if has_digest(state) and not is_whole(state):
+        raise CheckpointError(f"{state.name} is damaged (its sha256 is another)", where=state)
+    return state
+
+
+def _bring_best(state: Path, run: RunFolder) -> None:
+    """Copy the best weights that a state of another run knows of; later ones of that run are none of its own."""
+    best = state.with_name(run.best.name)
+    if best.resolve() == run.best.resolve() or not best.is_file():
+        return
+    content = _read(state)
+    step = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    if step < content["global_step"] or content[KEY]["moment"] == "end":
+        run.checkpoints.mkdir(exist_ok=True)
+        partial = run.checkpoints / f".{best.name}{PARTIAL}"
+        shutil.copyfile(best, partial)
+        partial.replace(run.best)
 
 
 def follow(run: RunFolder, resume: str) -> Path | None:
@@ -111,7 +158,7 @@ def _read(state: Path) -> dict[str, Any]:
 def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, one line each: recipe keys, data digest, versions."""
     changes = []
-    for section in ("recipe", "data_digest", "code"):
+    for section in ("recipe", "data_digest", "code", "numerics"):
         old, new = dict(_leaves(before[section], section)), dict(_leaves(now[section], section))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
