@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,3 +77,27 @@ class Death(Callback):
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self._step and trainer.global_rank == self._rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Notes(Callback):
+    """Each process's chips, in files of its own.
+
+    Args:
+        folder: Where they go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def _note(self, trainer: Trainer, stage: str, batch: Any) -> None:
+        with Path(self._folder, f"{stage}-{trainer.global_rank}.txt").open("a", encoding="utf-8") as file:
+            file.writelines(f"{chip}\n" for chip in batch.chips)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._note(trainer, "train", batch)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if not trainer.sanity_checking:
+            self._note(trainer, "val", batch)

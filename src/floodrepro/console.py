@@ -15,8 +15,20 @@ FORMATS = ("text", "json")
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on (stderr)."""
+    """Tell the user what is going on (stderr); of several processes of one run the first one does."""
+    if follows():
+        return
     print(f"floodrepro: {text}", file=sys.stderr, flush=True)
+
+
+def follows() -> bool:
+    """Whether this is one of several processes of a run, and not the first."""
+    return rank() != 0
+
+
+def rank() -> int:
+    """This process's place in a run of several: torchrun's, Slurm's, or Lightning's own name for it."""
+    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
 
 
 def warn(text: str) -> None:

@@ -82,10 +82,7 @@ class ChipDataset(Dataset[RawChip]):
         return raw | {"chip": chip}
 
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
-        """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more.
-
-        A negative index asks for a chip whose mask is all ignored: see `EachOnce`.
-        """
+        """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more."""
         first = self[indices[0]]
         batch: RawChip = {"chip": [self.chips[index] for index in indices]}
         for name in self.modalities:
@@ -100,9 +97,6 @@ class ChipDataset(Dataset[RawChip]):
             batch["mask"] = _room(first["mask"], len(indices))
             for place, chip in zip(batch["mask"][1:].numpy(), batch["chip"][1:], strict=True):
                 place[...] = self._classified(chip)
-            for index, mask in zip(indices, batch["mask"], strict=True):
-                if index < 0:
-                    mask.fill_(IGNORE_INDEX)
         return batch
 
     def _read(self, chip: str, modality: str, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
@@ -202,10 +196,10 @@ class ShuffledByEpoch(DistributedSampler[int]):
 
 
 class EachOnce(DistributedSampler[int]):
-    """Every chip of an evaluation once, spread over several processes.
+    """Every chip of an evaluation once, spread over several processes; some may have one chip more than others.
 
-    All processes have to make the same number of steps: where chips run out, `ChipDataset` is asked for one more by a
-    negative index and gives a chip with no pixel that counts.
+    torch's own sampler repeats chips until all processes have as many, and counts them twice. DDP does not need it:
+    without gradients torch 2.14 synchronises in the first forward only.
 
     Args:
         count: Number of chips.
@@ -215,12 +209,15 @@ class EachOnce(DistributedSampler[int]):
 
     def __init__(self, count: int, *, world: int, rank: int) -> None:
         super().__init__(range(count), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._count = count
+        self._mine = range(rank, count, world)
+
+    def __len__(self) -> int:
+        """Number of chips of this process."""
+        return len(self._mine)
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of the chips; negative for one that only fills up."""
-        mine = list(range(self.rank, self._count, self.num_replicas))
-        yield from mine + [-1] * (len(self) - len(mine))
+        """Indices of the chips."""
+        yield from self._mine
 
 
 class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh ships no types

@@ -123,6 +123,21 @@ class EpochLines(Callback):
         console.say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {'  '.join(shown)}  {seconds:.1f} s")
 
 
+class WeightedMeans(Callback):
+    """Means over processes with different numbers of chips, as one process would compute them.
+
+    Lightning 2.6.1 averages the number of chips over processes as an integer: (2 + 1) / 2 becomes 1, and val/loss, by
+    which the best checkpoint is chosen, half as large again.
+    """
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Count in floating point from the first batch on."""
+        if trainer.world_size > 1:
+            for metric in trainer.fit_loop.epoch_loop.val_loop._results.values():
+                if metric.is_tensor and metric.meta.is_mean_reduction:
+                    metric.cumulated_batch_size = metric.cumulated_batch_size.double()
+
+
 def fit(
     cli: RecipeCLI,
     path: Path,
@@ -154,7 +169,7 @@ def fit(
     data = check_data(cli.recipe, ("train", "val"))
     code = code_version()
     now = identity(cli.recipe, recipes.fingerprint(cli.recipe), data.digest, code, options.numerics())
-    if _rank() != 0:  # one of several processes: the first one writes the record
+    if console.follows():  # one of several processes: the first one writes the record
         run = RunFolder(path)
         return _train_to_the_end(cli, run, now, follow(run, options.resume), options, watch)
     run = RunFolder(path) if path.exists() else RunFolder.create(path)
@@ -196,7 +211,7 @@ def _train_to_the_end(
             trainer = _train(cli, run, now, state, options, watch)
             return _result(run, now["recipe_sha256"], trainer, time.monotonic() - start)
         except Incident as incident:
-            if _rank() != 0:
+            if console.follows():
                 raise
             entry = incident.as_dict() | {"when": timestamp()}
             write_atomically(run.path / "incident.json", json.dumps(entry, indent=2) + "\n")
@@ -252,7 +267,7 @@ def _train(
         check = guard.check if guard else lambda *_: None
         keeper = FullState(run, now, stop, options.save_every, check)
         recorder = Recorder(run, lambda: keeper.seconds, lambda: [*earlier, meter.reading()])
-        trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines(), *watch]
+        trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines(), WeightedMeans(), *watch]
         meter.start()
         try:
             with console.stdout_to_stderr():
@@ -267,11 +282,6 @@ def _train(
             number = stop.signal_number or signal.SIGINT
             raise Interrupted(number, run.path, "at once, without saving the steps since the last state")
     return cast(Trainer, trainer)
-
-
-def _rank() -> int:
-    """This process's place in a run of several, before Lightning is asked: torchrun's, Slurm's, or Lightning's own."""
-    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:

@@ -83,8 +83,11 @@ class FullState(Callback):
             self._save(trainer, "validation")
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        """Stop where that was asked for: the state from before the validation is on the disk already."""
-        if not trainer.sanity_checking and self._stop.agreed(trainer):
+        """Stop where that was asked for: the state from before the validation is on the disk already.
+
+        Several processes may have different numbers of batches here and cannot ask each other: they stop after it.
+        """
+        if not trainer.sanity_checking and trainer.world_size == 1 and self._stop.agreed(trainer):
             raise Interrupted(self._stop.signal_number, self._run.path)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -22,6 +22,8 @@ _NOISE = (
     r"Experiment logs directory .* exists and is not empty",
     # ModelCheckpoint 2.6.1 finds the run's own checkpoints in a run that goes on.
     r"Checkpoint directory .* exists and is not empty",
+    # Said of metrics that torchmetrics has already summed over all processes, and of norms that are alike in all.
+    r"It is recommended to use `self\.log\(",
     # The model summary's size in MB is of no use to anyone here.
     r"Precision .* is not supported by the model summary",
     # jsonargparse 4.53: calls of Lightning 2.6.1 that version 5 will drop, hence the bound in pyproject.toml.

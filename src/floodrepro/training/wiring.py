@@ -59,11 +59,14 @@ def change_precision(config: Namespace, precision: str) -> None:
 def without_files(config: Namespace, *, progress_bar: bool) -> None:
     """Let a pass over a split (validate, test, predict) read only: no loggers, no checkpoints, no pretrained weights.
 
+    It runs on one device whatever the training ran on: each chip is measured once, and one process writes.
+
     Args:
         config: Parsed config, changed in place.
         progress_bar: As in `into_run_folder`.
     """
     trainer = config.trainer
+    trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
     trainer.logger = False
     trainer.enable_checkpointing = False
     trainer.callbacks = [c for c in _as_list(trainer.callbacks) if not c.class_path.endswith(_WRITERS)]
