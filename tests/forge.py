@@ -20,10 +20,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+
+class EpochMean(Callback):
+    """Logs the mean of an epoch's losses, as other tasks than TerraTorch's do: a sum that Lightning keeps."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        pl_module.log("train/mean_loss", outputs["loss"], on_step=False, on_epoch=True)
 
 
 class Forge:
@@ -111,6 +122,7 @@ def child(request: dict[str, Any]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(request.get("environment", {}))
+        tempfile.tempdir = None  # TMPDIR is read again
         if "limit_file_size" in request:  # Python ignores SIGXFSZ: a write beyond the limit is an OSError
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit_file_size"], resource.RLIM_INFINITY))
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -33,6 +33,7 @@ RECIPE = (
     *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
     # No loss is good enough: the plateau scheduler halves the learning rate after each epoch.
     *("--lr_scheduler.init_args.patience", "0", "--lr_scheduler.init_args.threshold", "1.0"),
+    "--trainer.callbacks+=forge.EpochMean",
 )
 LEARNING_RATE = 1e-4
 KILLED = -signal.SIGKILL
@@ -190,18 +191,25 @@ def change(path: Path, function: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment",
-    [("step", 1), ("step", 4), ("validation", 4), ("epoch end", 1)],
-    ids=["before the first state", "mid-epoch", "in the last validation", "epoch's end"],
+    "moments",
+    [
+        [("step", 1)],
+        [("step", 4)],
+        [("epoch end", 1), ("step", 1)],  # after the repeated validation, which wrote best.ckpt: it comes once more
+        [("validation", 4)],
+    ],
+    ids=["before the first state", "mid-epoch", "epoch's end and next begin", "in the last validation"],
 )
-def test_killed_run_resumes_to_the_same_weights(workshop, straight, moment):
-    outcome = workshop.fit("broken", strike=[{"at": moment[0], "count": moment[1]}])
-    assert outcome.code == KILLED
-    assert status(workshop.run("broken")) == "running"
-    assert (workshop.run("broken").checkpoints / LAST).exists() == (moment != ("step", 1))
+def test_killed_run_resumes_to_the_same_weights(workshop, straight, moments):
+    run = workshop.run("broken")
+    for at, count in moments:
+        assert workshop.fit("broken", strike=[{"at": at, "count": count}]).code == KILLED
+        assert status(run) == "running"
+    has_state = (run.checkpoints / LAST).exists()
+    assert has_state == (moments != [("step", 1)])
     outcome = finish(workshop, "broken")
-    assert ("going on from step" in outcome.err) == (moment != ("step", 1))
-    assert_same_bits(workshop.run("broken"), straight)
+    assert ("going on from step" in outcome.err) == has_state
+    assert_same_bits(run, straight)
 
 
 @pytest.mark.parametrize(
@@ -290,16 +298,14 @@ def test_kill_in_the_middle_of_a_write_leaves_no_torn_file_though_tmpdir_is_anot
     shm = Path("/dev/shm")
     if not shm.is_dir() or shm.stat().st_dev == broken.path.stat().st_dev:
         pytest.skip("/dev/shm and the run folder are one filesystem, or there is no /dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm) as elsewhere:
-        outcome = workshop.fit(
-            "broken",
-            environment={"TMPDIR": elsewhere},
-            strike=[{"at": "write", "count": MIDDLE}, {"at": "copy"}],  # whichever way a state is written
-        )
-    assert outcome.code == KILLED
     named = [broken.checkpoints / name for name in (LAST, PREVIOUS)]
-    assert any(is_whole(path) for path in named)
-    assert all(is_whole(path) for path in named if path.exists())
+    in_the_file = [{"at": "write", "count": MIDDLE}]
+    in_the_move = [{"at": "copy"}, {"at": "rename", "count": 4}]  # before the last rename, if nothing is copied
+    with tempfile.TemporaryDirectory(dir=shm) as elsewhere:
+        for strike in (in_the_file, in_the_move):
+            assert workshop.fit("broken", environment={"TMPDIR": elsewhere}, strike=strike).code == KILLED
+            assert any(is_whole(path) for path in named)
+            assert all(is_whole(path) for path in named if path.exists())
 
 
 @pytest.fixture(params=["limit on a file's size", "small filesystem"])

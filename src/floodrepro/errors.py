@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+SIGNALLED = 128  # exit codes from here on: ended by a signal, the shell's convention
+
 
 class FloodreproError(Exception):
     """The work could not be done: exit code 1.

@@ -1,12 +1,20 @@
 """Train a recipe into a run folder."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from floodrepro import console
 from floodrepro.cli.shared import add_recipe_flags, parse_recipe, print_recipe
+from floodrepro.errors import SIGNALLED, FloodreproError, UsageError
 from floodrepro.recipe import SECTIONS, find
 from floodrepro.run_folder import RunFolder
+from floodrepro.training.declared import declare, parse_seeds, status_of
+
+if TYPE_CHECKING:
+    from floodrepro.training.fit import FitResult
+    from floodrepro.training.recipe_cli import RecipeCLI
 
 OVERRIDE_SECTIONS = SECTIONS
 
@@ -17,6 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
     parser.add_argument(
         "--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
+    )
+    parser.add_argument("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
+    parser.add_argument(
+        "--seeds", metavar="S,S,…", help="declare one run a seed below --name, then run them one after the other"
+    )
+    parser.add_argument("--index", type=int, metavar="I", help="of --seeds, run only the I-th, from 0: for job arrays")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="torch's deterministic mode: slower; lists what has no deterministic form (trainer.deterministic: warn)",
     )
     parser.add_argument(
         "--resume",
@@ -44,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.deterministic:
+        args.overrides = [*args.overrides, "--trainer.deterministic=warn"]
+    if args.seeds is not None:
+        return _run_declared(args)
+    if args.seed is not None:
+        args.overrides = [*args.overrides, f"--seed_everything={args.seed}"]
     path = args.runs_root / (args.name or find(args.config[-1]).stem)
     if not args.print_config:
         RunFolder(path).refuse_to_begin(args.resume)  # before anything slow; the fit decides for good
@@ -51,13 +75,48 @@ def run(args: argparse.Namespace) -> int:
     if args.print_config:
         print_recipe(cli)
         return 0
-    from floodrepro.training.fit import FitOptions, FitResult, fit
 
-    def report(result: FitResult) -> None:
-        text = f"run         {result.run.path}\ncheckpoint  {result.run.best}"
-        if result.best_epoch is not None:
-            text += f"\nbest epoch  {result.best_epoch} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
-        console.emit(result.as_dict(), text, args.format)
+    def report(result: "FitResult") -> None:
+        console.emit(result.as_dict(), _text(result), args.format)
+
+    _fit(args, cli, path, report)
+    return 0
+
+
+def _run_declared(args: argparse.Namespace) -> int:
+    """Declare a run a seed, then run them in turn, or the one of an index; a failure does not stop the others."""
+    if args.seed is not None or not args.name:
+        raise UsageError("--seeds needs --name, and no --seed beside it", fix="fit --seeds 42,43,44 --name NAME")
+    seeds, overrides = parse_seeds(args.seeds), args.overrides
+    if args.index is not None and not 0 <= args.index < len(seeds):
+        raise UsageError(f"--index is {args.index}, the seeds are counted from 0 to {len(seeds) - 1}")
+    runs: dict[int, Path] = {}
+    for seed in seeds if args.index is None else [seeds[args.index]]:
+        args.overrides = [*overrides, f"--seed_everything={seed}"]
+        cli = parse_recipe(args)
+        if args.print_config:
+            print_recipe(cli)
+            return 0
+        runs = declare(args.runs_root / args.name, seeds, cli.recipe)
+        if status_of(runs[seed]) == "finished":
+            console.say(f"seed {seed} is finished already: {runs[seed]}")
+            continue
+        try:
+            _fit(args, cli, runs[seed], lambda result: console.say(_text(result)))
+        except FloodreproError as error:
+            if error.exit_code >= SIGNALLED:
+                raise
+            console.warn(f"seed {seed} failed and stays listed: {error.what}")
+    states = {seed: status_of(run) for seed, run in runs.items()}
+    rows = [["seed", "status", "run"], *([str(s), state, str(runs[s])] for s, state in states.items())]
+    data = {"runs": {str(seed): {"run": str(runs[seed]), "status": state} for seed, state in states.items()}}
+    console.emit(data, console.columns(rows, right_from=3), args.format)
+    done = states.values() if args.index is None else [states[seeds[args.index]]]
+    return 0 if all(state == "finished" for state in done) else 1
+
+
+def _fit(args: argparse.Namespace, cli: "RecipeCLI", path: Path, report: "Callable[[FitResult], None]") -> None:
+    from floodrepro.training.fit import FitOptions, fit
 
     options = FitOptions(
         resume=args.resume,
@@ -70,4 +129,10 @@ def run(args: argparse.Namespace) -> int:
         fused=args.fused,
     )
     fit(cli, path, options, report)
-    return 0
+
+
+def _text(result: "FitResult") -> str:
+    text = f"run         {result.run.path}\ncheckpoint  {result.run.best}"
+    if result.best_epoch is not None:
+        text += f"\nbest epoch  {result.best_epoch} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
+    return text

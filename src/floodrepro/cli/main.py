@@ -32,7 +32,7 @@ examples:
   floodrepro test --ckpt runs/first/checkpoints/best.ckpt
   floodrepro export --run runs/first
 
-exit codes: 0 done, 1 the work failed, 2 bad usage or config
+exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 the guard stopped a fit, 130 and 143 told to stop
 """
 
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process where None.
 
     Returns:
-        Exit code: 0 done, 1 the work failed, 2 bad usage or config.
+        Exit code: 0 done, 1 the work failed, 2 bad usage or config, 3 the guard stopped a fit, 128 + a signal's number.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return console.run(lambda: _dispatch(arguments))

@@ -45,12 +45,14 @@ class Side:
         name: What the report calls it.
         stock: Plain TerraTorch with impactmesh's own data module, instead of this package.
         options: How this package fits.
+        overrides: Of the recipe.
         matmul: torch's float32 matmul precision; importing TerraTorch leaves "medium" behind.
     """
 
     name: str
     stock: bool = False
     options: FitOptions = field(default_factory=FitOptions)
+    overrides: tuple[str, ...] = ()
     matmul: str = "highest"
 
 
@@ -65,6 +67,7 @@ SIDES = {
         Side("floodrepro"),
         Side("--fused", options=FitOptions(fused=True)),
         Side("--channels-last", options=FitOptions(channels_last=True)),
+        Side("--deterministic", overrides=("--trainer.deterministic=warn",)),
         Side("--compile", options=FitOptions(compiled=True)),
     ),
 }
@@ -155,7 +158,7 @@ def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callbac
         path = Path(folder) / "recipe.yaml"
         path.write_text(yaml.safe_dump(_bare(portable(recipe) if side.stock else recipe)), encoding="utf-8")
         ends = [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
-        cli = RecipeCLI([path], [*recipes.data_overrides(data, recipe), *ends])
+        cli = RecipeCLI([path], [*recipes.data_overrides(data, recipe), *ends, *side.overrides])
         if side.stock:
             cli.build(trim=False)
             cli.trainer.callbacks += watching

@@ -27,6 +27,7 @@ from floodrepro.system.energy_sources import Gpu, find_sources
 from floodrepro.system.environment import code_version, environment
 from floodrepro.training.cheaper import apply_speed_options
 from floodrepro.training.checkpoint_files import newest_whole
+from floodrepro.training.determinism import undetermined_operations
 from floodrepro.training.full_state import FullState
 from floodrepro.training.guard import Guard
 from floodrepro.training.recipe_cli import RecipeCLI
@@ -270,14 +271,16 @@ def _train(
         trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines(), WeightedMeans(), *watch]
         meter.start()
         try:
-            with console.stdout_to_stderr():
+            with console.stdout_to_stderr(), undetermined_operations() as undetermined:
                 trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
         except SIGTERMException as error:  # told to stop before the first step
             raise Interrupted(signal.SIGTERM, run.path, "nothing was trained since the last state") from error
         finally:
             energy = meter.stop()
             if lead:
-                run.update_record(energy=[*earlier, energy])
+                run.update_record(energy=[*earlier, energy], undetermined_operations=sorted(undetermined))
+        if undetermined:
+            console.warn(f"no deterministic form exists of {', '.join(sorted(undetermined))}: runs may differ in bits")
         if trainer.interrupted:  # a second signal, or one that came before ours were installed
             number = stop.signal_number or signal.SIGINT
             raise Interrupted(number, run.path, "at once, without saving the steps since the last state")

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import Trainer
 
-from floodrepro.errors import FloodreproError
+from floodrepro.errors import SIGNALLED, FloodreproError
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGREE_EVERY = 10  # batches: asking all processes costs a round trip
@@ -22,7 +22,7 @@ class Interrupted(FloodreproError):
     def __init__(self, number: int, run: Path, how: str = "the state is saved") -> None:
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name}; {how}", where=run, fix="the same command goes on from the last state")
-        self.exit_code = 128 + number
+        self.exit_code = SIGNALLED + number
 
 
 class StopRequest:
