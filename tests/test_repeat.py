@@ -103,9 +103,12 @@ def test_options_that_may_change_roundings_are_off_recorded_and_part_of_the_run(
     assert fit("--name", "plain").code == 0
     off = {"compiled": False, "channels_last": False, "fused": False}
     assert RunFolder(tmp_path / "plain").read_record()["numerics"] == off
-    outcome = fit("--name", "other", "--channels-last", "--fused")
-    assert outcome.code == 0, outcome.err
-    assert RunFolder(tmp_path / "other").read_record()["numerics"] == off | {"channels_last": True, "fused": True}
-    plain, other = weights(tmp_path / "plain"), weights(tmp_path / "other")
-    assert plain.keys() == other.keys()
-    assert all(torch.allclose(plain[name], other[name], rtol=1e-2, atol=1e-3) for name in plain)
+    for name, flag, key in (("nhwc", "--channels-last", "channels_last"), ("one", "--fused", "fused")):
+        outcome = fit("--name", name, flag)
+        assert outcome.code == 0, outcome.err
+        assert RunFolder(tmp_path / name).read_record()["numerics"] == off | {key: True}
+    plain, nhwc, fused = (weights(tmp_path / name) for name in ("plain", "nhwc", "one"))
+    assert plain.keys() == nhwc.keys() == fused.keys()
+    assert all(torch.allclose(plain[name], fused[name], atol=1e-5) for name in plain)
+    # NHWC gives the same outputs to 1e-5, but dropout draws in memory order: other masks, and so another run.
+    assert not all(torch.equal(plain[name], nhwc[name]) for name in plain)
