@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from floodrepro import __version__
+from floodrepro import __version__, console
 from floodrepro.cli.main import COMMANDS, Parser
 
 PROBE = """
@@ -126,3 +126,28 @@ def test_flags_are_a_promise():
         flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
         found[name] = sorted(set(flags) - {"--help"})
     assert found == expected
+
+
+def test_flag_of_another_action_is_refused_not_ignored(cli):
+    outcome = cli("bench", "train", "--chips", 6)
+    assert outcome.code == 2
+    assert "'--chips' is no flag of this action" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("variables", "follows"),
+    [
+        ({}, False),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "3", "LOCAL_RANK": "0"}, True),  # torchrun, another node
+        ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, True),  # started by Lightning inside a batch script
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, True),
+        ({"SLURM_PROCID": "2"}, True),
+    ],
+)
+def test_the_first_of_several_processes_knows_itself(variables, follows, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert console.follows() is follows

@@ -37,6 +37,8 @@ def test_record_and_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
     assert sorted(losses) == [0, 1]
     assert record["best_epoch"] == min(losses, key=losses.get) == saved["epoch"]
     assert record["best_val_loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+    assert record["best_metrics"]["val/loss"] == record["best_val_loss"]
+    assert 0 <= record["best_metrics"]["val/IoU_1"] <= 1
 
 
 def test_stdout_holds_the_result_and_nothing_else(cli, chips, tmp_path: Path):

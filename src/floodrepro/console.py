@@ -27,8 +27,12 @@ def follows() -> bool:
 
 
 def rank() -> int:
-    """This process's place in a run of several: torchrun's, Slurm's, or Lightning's own name for it."""
-    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0))
+    """This process's place in a run of several, 0 for the first: torchrun's word, Lightning's own, or Slurm's."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:  # any but the first process of the first node follows
+        return int(os.environ.get("LOCAL_RANK", 0)) + int(os.environ.get("NODE_RANK", 0))
+    return int(os.environ.get("SLURM_PROCID", 0))
 
 
 def warn(text: str) -> None:

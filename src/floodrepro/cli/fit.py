@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from floodrepro import console
 from floodrepro.cli.shared import add_recipe_flags, parse_recipe, print_recipe
-from floodrepro.errors import SIGNALLED, FloodreproError, UsageError
+from floodrepro.errors import SIGNALLED, UsageError
 from floodrepro.recipe import SECTIONS, find
 from floodrepro.run_folder import RunFolder
 from floodrepro.training.declared import declare, parse_seeds, status_of
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None:
         args.overrides = [*args.overrides, f"--seed_everything={args.seed}"]
     path = args.runs_root / (args.name or find(args.config[-1]).stem)
-    if not args.print_config:
+    if not args.print_config and not console.follows():
         RunFolder(path).refuse_to_begin(args.resume)  # before anything slow; the fit decides for good
     cli = parse_recipe(args)
     if args.print_config:
@@ -103,14 +103,16 @@ def _run_declared(args: argparse.Namespace) -> int:
             continue
         try:
             _fit(args, cli, runs[seed], lambda result: console.say(_text(result)))
-        except FloodreproError as error:
-            if error.exit_code >= SIGNALLED:
+        except Exception as error:  # whatever it is: the other seeds are run, and this one stays listed as failed
+            code = getattr(error, "exit_code", 1)
+            if code >= SIGNALLED or args.index is not None:
                 raise
-            console.warn(f"seed {seed} failed and stays listed: {error.what}")
+            console.warn(f"seed {seed} failed and stays listed: {error}")
     states = {seed: status_of(run) for seed, run in runs.items()}
     rows = [["seed", "status", "run"], *([str(s), state, str(runs[s])] for s, state in states.items())]
     data = {"runs": {str(seed): {"run": str(runs[seed]), "status": state} for seed, state in states.items()}}
-    console.emit(data, console.columns(rows, right_from=3), args.format)
+    if not console.follows():
+        console.emit(data, console.columns(rows, right_from=3), args.format)
     done = states.values() if args.index is None else [states[seeds[args.index]]]
     return 0 if all(state == "finished" for state in done) else 1
 

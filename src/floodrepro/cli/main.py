@@ -19,7 +19,7 @@ COMMANDS = {
     "export": ("floodrepro.cli.export", "write a safetensors + YAML pair that plain TerraTorch loads"),
     "configs": ("floodrepro.cli.configs", "list, show or copy the shipped recipes"),
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
-    "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data"),
+    "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data, bench train, bench guard"),
     "reproduce": ("floodrepro.cli.reproduce", "the whole path at toy size: reproduce --demo"),
 }
 
@@ -80,6 +80,8 @@ def _dispatch(arguments: list[str]) -> int:
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
     _refuse_stray_arguments(overrides, parser.prog)
+    if overrides and not getattr(command, "OVERRIDE_SECTIONS", ()):  # a flag of another of its actions
+        raise UsageError(f"'{overrides[0]}' is no flag of this action", fix=f"{parser.prog} --help")
     args.overrides = overrides
     return int(command.run(args))
 

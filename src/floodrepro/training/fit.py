@@ -1,5 +1,6 @@
 """Turn a recipe and chips into a run folder."""
 
+import csv
 import json
 import os
 import signal
@@ -79,6 +80,7 @@ class FitResult:
         epochs: Number of epochs that were run.
         best_epoch: Epoch of ``best.ckpt``, counted from 0; None if no checkpoint was written.
         best_val_loss: Its val/loss.
+        best_metrics: All that was measured in its validation, by TerraTorch's names.
         seconds: Wall-clock seconds spent in fitting.
     """
 
@@ -87,6 +89,7 @@ class FitResult:
     epochs: int
     best_epoch: int | None
     best_val_loss: float | None
+    best_metrics: dict[str, float]
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,6 +101,7 @@ class FitResult:
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
             "best_val_loss": self.best_val_loss,
+            "best_metrics": self.best_metrics,
             "seconds": round(self.seconds, 1),
         }
 
@@ -178,6 +182,8 @@ def fit(
         state = begin(run, now, options.resume, anyway=options.resume_anyway)
         run.update_record(
             status="running",
+            ended=None,
+            reason=None,
             process=os.getpid(),
             chips=data.chips,
             data_digest=data.digest,
@@ -257,6 +263,11 @@ def _train(
     if options.on_overflow == "rollback" and trainer.world_size > 1:
         raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop, and --resume by hand")
     lead = trainer.is_global_zero
+    if trainer.world_size > 1:
+        batch = cli.datamodule.batch_size
+        console.warn(
+            f"{trainer.world_size} processes with {batch} chips each: a step sees {batch * trainer.world_size}"
+        )
     if lead:
         run.update_record(environment=environment(str(trainer.precision)), seed=cli.config.seed_everything)
     guard = Guard() if options.guard else None
@@ -298,6 +309,17 @@ def _result(run: RunFolder, digest: str, trainer: Trainer, seconds: float) -> Fi
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     best = next((c for c in callbacks if c.best_model_path and Path(c.best_model_path).name == run.best.name), None)
     if best is None or best.best_model_score is None:
-        return FitResult(run, digest, trainer.current_epoch, None, None, seconds)
+        return FitResult(run, digest, trainer.current_epoch, None, None, {}, seconds)
     epoch = torch.load(run.best, map_location="cpu", weights_only=True, mmap=True)["epoch"]
-    return FitResult(run, digest, trainer.current_epoch, epoch, float(best.best_model_score), seconds)
+    return FitResult(
+        run, digest, trainer.current_epoch, epoch, float(best.best_model_score), _measured(run, epoch), seconds
+    )
+
+
+def _measured(run: RunFolder, epoch: int) -> dict[str, float]:
+    """The validation's row of an epoch in metrics.csv."""
+    if not run.metrics.is_file():
+        return {}  # a recipe without the CSV logger
+    with run.metrics.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(epoch) and row.get("val/loss")]
+    return {name: float(value) for row in rows[-1:] for name, value in row.items() if name.startswith("val/") and value}

@@ -18,12 +18,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 from torchmetrics import Metric, MetricCollection
 
 from floodrepro import console
+from floodrepro.errors import UsageError
 from floodrepro.run_folder import RunFolder
 from floodrepro.training.checkpoint_files import LAST
 from floodrepro.training.stopping import Interrupted, StopRequest
@@ -136,11 +137,20 @@ class FullState(Callback):
         """Keep what was added until the first batch, when nothing draws from a generator any more."""
         self._restored = checkpoint.get(KEY)
         _relocate(checkpoint.get("callbacks", {}), self._run.checkpoints)
+        for callback in trainer.checkpoint_callbacks:  # ModelCheckpoint 2.6.1 saves this score and does not load it
+            if isinstance(callback, ModelCheckpoint):
+                callback.current_score = checkpoint["callbacks"].get(callback.state_key, {}).get("current_score")
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is None:
             return
         state, self._restored = self._restored, None
+        if len(state["ranks"]) != trainer.world_size:
+            raise UsageError(
+                f"the state is one of {len(state['ranks'])} processes, this run has {trainer.world_size}",
+                where=self._run.path,
+                fix="go on with as many devices: other numbers see other chips in each step",
+            )
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             _put_back_metrics(trainer, state["metrics_csv"])
@@ -273,3 +283,5 @@ def _relocate(callbacks: Mapping[str, Any], folder: Path) -> None:
                 state[key] = str(folder / Path(state[key]).name) if state[key] else state[key]
             state["best_k_models"] = {str(folder / Path(p).name): v for p, v in state["best_k_models"].items()}
             state["dirpath"] = str(folder)
+        else:
+            state.update(best_model_path="", dirpath="")

@@ -217,9 +217,10 @@ def _predicted_pixels(trainer: Trainer, pl_module: LightningModule) -> Tensor | 
     """Pixels by predicted class in this validation, from the confusion counts that torchmetrics holds already."""
     for metric in getattr(pl_module, "val_metrics", torch.nn.Module()).modules():
         counts = getattr(metric, "confmat", None)
-        if isinstance(counts, Tensor) and counts.ndim == 2 and bool(counts.any()):
+        if isinstance(counts, Tensor) and counts.ndim == 2:
             predicted = counts.sum(dim=0)
-            if trainer.world_size > 1:
+            if trainer.world_size > 1:  # also where this process had no pixel: the others wait for it
                 torch.distributed.all_reduce(predicted)
-            return predicted
+            if bool(predicted.any()):
+                return predicted
     return None
