@@ -2,9 +2,7 @@
 
 import io
 import os
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,9 +12,9 @@ import numpy.typing as npt
 import zarr
 from rasterio.errors import RasterioError
 from rasterio.io import MemoryFile
-from tifffile import COMPRESSION, TiffFile, TiffFileError
 
 from floodrepro import console
+from floodrepro.data import plain_tiff
 from floodrepro.data.names import LABEL_DIR, MODALITIES, SPLITS, SUFFIXES
 from floodrepro.data.tar_index import Member, TarIndex, open_index
 from floodrepro.data.zarr_zip import ARRAY, Chunks, decode, find_chunks
@@ -142,7 +140,7 @@ class ChipSource:
         """
         content = self.read_file(chip, part)
         try:
-            array = _read_plain_tiff(content)
+            array = plain_tiff.read(content)
             if array is None:
                 with MemoryFile(content) as memory, memory.open() as file:
                     array = file.read(1)
@@ -196,23 +194,6 @@ def _borrow(descriptor: int, size: int, offset: int) -> memoryview:
         _scratch.extend(bytes(size - len(_scratch)))
     view = memoryview(_scratch)[:size]
     return view[: os.preadv(descriptor, [view], offset)]
-
-
-def _read_plain_tiff(content: bytes) -> Array | None:
-    """The pixels of a one-band TIFF that is not compressed or deflated; None where only GDAL will do.
-
-    tifffile takes a quarter of rasterio's time, most of which goes into a CRS that nobody asks for here.
-    """
-    try:
-        with TiffFile(io.BytesIO(content)) as file:
-            page = file.pages.first
-            plain = page.compression in (COMPRESSION.NONE, COMPRESSION.ADOBE_DEFLATE) and page.predictor == 1
-            if len(file.pages) > 1 or not plain or page.ndim != 2:
-                return None
-            pixels: Array = page.asarray()
-            return pixels
-    except (TiffFileError, ValueError, IndexError, struct.error, zlib.error):
-        return None  # damaged or beyond it: GDAL says which
 
 
 def read_any_zarr(content: bytes, timesteps: Sequence[int] | None = None) -> Array:
