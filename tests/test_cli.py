@@ -108,7 +108,14 @@ def test_flags_are_a_promise():
     """A flag that goes or changes its name breaks someone's script: change this list on purpose only."""
     recipe_flags = ["--config", "--data-root", "--format", "--precision", "--print_config"]
     expected = {
-        "fit": sorted([*recipe_flags, "--name", "--runs-root"]),
+        "fit": sorted(
+            [
+                *recipe_flags,
+                *("--name", "--runs-root", "--seed", "--seeds", "--index", "--resume", "--resume-anyway"),
+                *("--on-overflow", "--no-guard", "--save-every"),
+                *("--compile", "--channels-last", "--fused", "--deterministic"),
+            ]
+        ),
         "validate": sorted([*recipe_flags, "--ckpt"]),
         "test": sorted([*recipe_flags, "--ckpt"]),
         "predict": sorted([*recipe_flags, "--ckpt", "--output"]),

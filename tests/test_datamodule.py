@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import albumentations
 import numpy as np
@@ -34,6 +35,11 @@ class StageOnly:
         self.testing, self.predicting = stage == "test", stage == "predict"
         self.sanity_checking = False
         self.current_epoch = epoch
+        self.world_size, self.global_rank = 1, 0
+        progress = SimpleNamespace(current=SimpleNamespace(processed=epoch, completed=0))
+        self.fit_loop = SimpleNamespace(
+            restarting=False, epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress)
+        )
 
 
 def arguments(chips: Path, **changes) -> dict:

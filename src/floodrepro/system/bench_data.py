@@ -183,9 +183,9 @@ def _data_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def _device_work(module: Any, chips: int) -> list[Callable[[], Any]]:
     """What is done to a batch after its transfer, on this machine's CPU and one thread, for as many chips."""
-    module.trainer = _Training()
     module.batch_size = chips
     batch = next(iter(module.train_dataloader()))
+    module.trainer = _Training()
     return [lambda: module.on_after_batch_transfer({**batch, "image": copy.copy(batch.get("image"))}, 0)]
 
 

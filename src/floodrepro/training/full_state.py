@@ -69,7 +69,7 @@ class FullState(Callback):
         if possible and step != self._saved_step and (stopping or step % self._every == 0):
             self._save(trainer, "batch")
         if stopping:
-            raise Interrupted(self._stop.signal_number, self._run.path)
+            raise self._interrupted()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signals back from Lightning, which has installed its own handlers by now."""
@@ -89,7 +89,7 @@ class FullState(Callback):
         Several processes may have different numbers of batches here and cannot ask each other: they stop after it.
         """
         if not trainer.sanity_checking and trainer.world_size == 1 and self._stop.agreed(trainer):
-            raise Interrupted(self._stop.signal_number, self._run.path)
+            raise self._interrupted()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let plateau schedulers step: Lightning 2.6.1 leaves them out in an epoch that it resumed into."""
@@ -103,6 +103,10 @@ class FullState(Callback):
         """Give metrics.csv back to a run that had nothing left to do, in which no other hook was called."""
         if self._restored is not None and trainer.is_global_zero:
             _put_back_metrics(trainer, self._restored["metrics_csv"])
+
+    def _interrupted(self) -> Interrupted:
+        saved = "the state is saved" if (self._run.checkpoints / LAST).exists() else "before the first state was due"
+        return Interrupted(self._stop.signal_number, self._run.path, saved)
 
     def _save(self, trainer: Trainer, moment: str) -> None:
         self._check(trainer, trainer.lightning_module)
