@@ -25,8 +25,11 @@ def test_run_folder_holds_what_was_run(trained, chips):
     assert record["recipe_sha256"] in trained.recipe.read_text().splitlines()[0]
     assert (record["status"], record["epochs"]) == ("finished", 2)
     assert record["data_digest"] == quick_audit(chips, "v0").digest
-    assert record["versions"]["terratorch"] == "1.2.7"
-    assert sorted(path.name for path in trained.checkpoints.iterdir()) == ["best.ckpt"]
+    assert record["environment"]["packages"]["terratorch"] == "1.2.7"
+    assert sorted(path.name for path in trained.checkpoints.iterdir()) == [
+        "best.ckpt",
+        *("last.ckpt", "last.ckpt.sha256", "previous.ckpt", "previous.ckpt.sha256"),
+    ]
 
 
 def test_record_and_metrics_and_checkpoint_agree_on_the_best_epoch(trained):

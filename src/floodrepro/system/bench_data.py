@@ -25,6 +25,7 @@ from floodrepro.errors import DataError
 from floodrepro.recipe import Recipe
 from floodrepro.training.importing import import_terratorch
 
+_BATCHES = 12  # of the recipe's own size in an epoch of the loader: enough for starting one not to count
 ZARRS, RASTERS = ("S2L2A", "S1RTC"), ("DEM", LABEL_DIR)
 
 
@@ -159,10 +160,11 @@ def _workers(recipe: Recipe, root: Path, rounds: int) -> dict[str, Any]:
 
     loaders = {}
     for count in (1, 2):
-        arguments = {**_data_arguments(recipe), "num_workers": count, "batch_size": 4}
+        arguments = {**_data_arguments(recipe), "num_workers": count}
         module = FloodDataModule(data_root=str(root), **_splits(root), **arguments)
         module.setup("fit")
-        module.train_dataset.chips *= 8  # enough batches for starting an epoch not to count
+        times = -(-_BATCHES * module.batch_size // len(module.train_dataset.chips))
+        module.train_dataset.chips *= times
         loaders[count] = module.train_dataloader()
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for number in range(rounds + 1):
