@@ -22,7 +22,8 @@ import_terratorch()
 
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule  # noqa: E402
 
-from floodrepro.data.datamodule import FloodDataModule, ShuffledByEpoch  # noqa: E402
+from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
+from floodrepro.data.samplers import ShuffledByEpoch  # noqa: E402
 
 DATA = recipes.read(recipes.find("demo"))["data"]["init_args"]
 

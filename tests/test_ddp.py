@@ -15,7 +15,7 @@ from floodrepro.training.importing import import_terratorch
 
 import_terratorch()  # before impactmesh imports it in its own way, which lowers the precision of matrices
 
-from floodrepro.data.datamodule import EachOnce, ShuffledByEpoch  # noqa: E402
+from floodrepro.data.samplers import EachOnce, ShuffledByEpoch  # noqa: E402
 from floodrepro.run_folder import RunFolder  # noqa: E402
 from floodrepro.training.checkpoint_files import is_whole  # noqa: E402
 

@@ -1,0 +1,75 @@
+"""Which chips come when, in a run of one process or of several."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data.distributed import DistributedSampler
+
+from floodrepro.data import d4
+
+
+class ShuffledByEpoch(DistributedSampler[int]):
+    """Every chip once an epoch, in an order that seed and epoch alone decide; Lightning tells it the epoch.
+
+    Several processes take turns batch by batch, so that each step sees the chips that one process with their batches'
+    total size would see. What does not fill a batch of all of them is left out, as torchgeo's loader does.
+
+    Args:
+        count: Number of chips.
+        seed: The run's.
+        batch_size: Chips in the batch of one process.
+        world: Number of processes, and rank, this one's place among them.
+        rank: See above.
+        resumed: Epoch and number of batches that a resumed run has behind it in that epoch.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        seed: int,
+        *,
+        batch_size: int = 1,
+        world: int = 1,
+        rank: int = 0,
+        resumed: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__(range(count), num_replicas=world, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self._count, self._batch_size, self._resumed = count, batch_size, resumed
+        self.epoch = resumed[0]
+
+    def __len__(self) -> int:
+        """Number of chips of this process in an epoch."""
+        return self._count // (self._batch_size * self.num_replicas) * self._batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of the chips; those that a resumed epoch has behind it are left out."""
+        generator = torch.Generator().manual_seed(d4.number(self.seed, self.epoch, "order") % 2**63)
+        order = torch.randperm(self._count, generator=generator)
+        batches = order[: len(self) * self.num_replicas].view(-1, self.num_replicas, self._batch_size)
+        done = self._resumed[1] if self.epoch == self._resumed[0] else 0
+        yield from batches[done:, self.rank].flatten().tolist()
+
+
+class EachOnce(DistributedSampler[int]):
+    """Every chip of an evaluation once, spread over several processes; some may have one chip more than others.
+
+    torch's own sampler repeats chips until all processes have as many, and counts them twice. DDP does not need it:
+    without gradients torch 2.14 synchronises in the first forward only.
+
+    Args:
+        count: Number of chips.
+        world: Number of processes.
+        rank: This one's place among them.
+    """
+
+    def __init__(self, count: int, *, world: int, rank: int) -> None:
+        super().__init__(range(count), num_replicas=world, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._mine = range(rank, count, world)
+
+    def __len__(self) -> int:
+        """Number of chips of this process."""
+        return len(self._mine)
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices of the chips."""
+        yield from self._mine
