@@ -65,11 +65,15 @@ def test_a_pass_shows_how_far_it_has_come_in_a_log(cli, trained, tmp_path: Path)
         assert "floodrepro: batches 3/3" in outcome.err
 
 
-def test_a_pass_over_a_split_writes_nothing(cli, trained, tmp_path: Path, monkeypatch):
+def test_a_validation_writes_nothing_and_a_test_its_chip_table_only(cli, trained, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = sorted(trained.path.rglob("*"))
+    shutil.rmtree(trained.evaluation, ignore_errors=True)
+    before = set(trained.path.rglob("*"))
+    assert cli("validate", "--ckpt", trained.best).code == 0
+    assert set(trained.path.rglob("*")) == before
     assert cli("test", "--ckpt", trained.best).code == 0
-    assert sorted(trained.path.rglob("*")) == before
+    written = {path for path in set(trained.path.rglob("*")) - before if path.is_file()}
+    assert written == {trained.evaluation / "test" / "best.parquet"}
     assert list(tmp_path.iterdir()) == []
 
 

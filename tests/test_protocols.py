@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from floodrepro.data.synth import generate
+from floodrepro.evaluation.chip_table import read
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
 TINY = (
@@ -38,13 +39,18 @@ def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_pat
     name = f"terramind_v1_{size}_impactmesh_flood_{protocol}"
     fitted = cli("fit", "--config", name, "--data-root", v1_chips, "--runs-root", tmp_path, *TINY, *SHORT)
     assert fitted.code == 0, fitted.err
-    workers = ("--data.init_args.num_workers=0", "--trainer.limit_test_batches=1")
+    workers = ("--data.init_args.num_workers=0",)
     tested = cli("test", "--ckpt", tmp_path / name / "checkpoints" / "best.ckpt", "--format", "json", *workers)
     assert tested.code == 0, tested.err
     metrics = json.loads(tested.out)["metrics"]
     if protocol == "v1":
-        for split in ("test", "seen_events", "holdout"):
+        tables = {split: read(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
+        assert set(tables) == {"test", "seen_events", "holdout"}
+        for split, table in tables.items():
             assert {f"test/{split}/IoU_{k}" for k in range(3)} <= set(metrics)
+            assert set(table.events) == events_of(v1_chips, "test" if split == "test" else f"test_{split}")
+        parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)
+        assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
     else:
         assert {"test/IoU_0", "test/IoU_1"} <= set(metrics)
         assert "test/IoU_2" not in metrics

@@ -46,6 +46,10 @@ class CheckpointError(FloodreproError):
     """A checkpoint that is missing, damaged, unsafe or made for another model."""
 
 
+class TableError(FloodreproError):
+    """A chip table that is missing, damaged, or does not belong to what it is held against."""
+
+
 class RunFolderError(FloodreproError):
     """A run folder that cannot be written, or holds a run that must not be overwritten."""
 

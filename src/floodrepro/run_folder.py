@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from floodrepro import recipe as recipes
 from floodrepro.errors import RunFolderError, UsageError
@@ -21,6 +21,8 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 @dataclass(frozen=True)
 class RunFolder:
     """Paths inside one run's folder. Nothing is created by asking for a path."""
+
+    evaluation_name: ClassVar = "evaluation"
 
     path: Path
 
@@ -48,6 +50,21 @@ class RunFolder:
     def best(self) -> Path:
         """Weights of the epoch with the lowest val/loss."""
         return self.checkpoints / "best.ckpt"
+
+    @property
+    def starting_point(self) -> Path:
+        """Hashes of the tensors that training started from."""
+        return self.checkpoints / "start.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Folder of the chip tables: `<split>/<checkpoint>.parquet`."""
+        return self.path / self.evaluation_name
+
+    @property
+    def verification(self) -> Path:
+        """Folder of results.json, the report, and what was measured for it."""
+        return self.path / "verification"
 
     @property
     def export(self) -> Path:

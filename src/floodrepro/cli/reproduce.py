@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     path = path.with_name(free_name(path)) if path.exists() else path
     console.say("loading TerraTorch (10 to 20 s)")
     from floodrepro.evaluation.baselines import evaluate_baselines
-    from floodrepro.evaluation.passes import measure
+    from floodrepro.evaluation.test_pass import run_test
     from floodrepro.publishing.export import export
     from floodrepro.training.fit import fit
     from floodrepro.training.recipe_cli import RecipeCLI
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     console.say("training")
     fitted = fit(RecipeCLI([demo], overrides), path)
     console.say("testing on events that are in no other split")
-    result = measure(RecipeCLI([fitted.run.recipe]), fitted.run.best, "test")
+    result = run_test(RecipeCLI([fitted.run.recipe]), fitted.run.best).measured
     split = data / "split"
     baselines = evaluate_baselines(
         data / "data",

@@ -85,15 +85,3 @@ def parse_recipe_for_checkpoint(args: argparse.Namespace) -> "RecipeCLI | None":
         print_recipe(cli)
         return None
     return cli
-
-
-def run_measurement(args: argparse.Namespace, stage: str) -> int:
-    """Run validate or test and print its metrics."""
-    cli = parse_recipe_for_checkpoint(args)
-    if cli is None:
-        return 0
-    from floodrepro.evaluation.passes import measure
-
-    result = measure(cli, args.ckpt, stage)
-    console.emit(result.as_dict(), result.table(), args.format)
-    return 0

@@ -2,7 +2,8 @@
 
 import argparse
 
-from floodrepro.cli.shared import add_checkpoint_flags, run_measurement
+from floodrepro import console
+from floodrepro.cli.shared import add_checkpoint_flags, parse_recipe_for_checkpoint
 from floodrepro.recipe import SECTIONS
 
 OVERRIDE_SECTIONS = SECTIONS
@@ -15,4 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    return run_measurement(args, "validate")
+    cli = parse_recipe_for_checkpoint(args)
+    if cli is None:
+        return 0
+    from floodrepro.evaluation.passes import validate
+
+    result = validate(cli, args.ckpt)
+    console.emit(result.as_dict(), result.table(), args.format)
+    return 0

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.data.presence import check_data
+from floodrepro.data.presence import DataCheck, check_data
 from floodrepro.errors import UsageError
 from floodrepro.evaluation.checkpoint import load_strictly, read_checkpoint
 from floodrepro.recipe import check_precision
@@ -85,7 +86,7 @@ class BatchLines(Callback):
 
 
 @contextlib.contextmanager
-def _watched(cli: RecipeCLI) -> Iterator[None]:
+def watched(cli: RecipeCLI) -> Iterator[None]:
     """Keep libraries off stdout, and show progress in a log, where their bar was left out."""
     with console.progress("batches") as show, console.stdout_to_stderr():
         if not sys.stderr.isatty():
@@ -93,13 +94,12 @@ def _watched(cli: RecipeCLI) -> Iterator[None]:
         yield
 
 
-def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
-    """Run TerraTorch's own validation or test loop once.
+def validate(cli: RecipeCLI, checkpoint: Path) -> PassResult:
+    """Run TerraTorch's own validation loop once.
 
     Args:
         cli: The parsed recipe.
         checkpoint: Weights to measure.
-        stage: validate or test.
 
     Returns:
         TerraTorch's metrics without Boundary_mIoU, which depends on the batch size where pixels are ignored
@@ -110,13 +110,11 @@ def measure(cli: RecipeCLI, checkpoint: Path, stage: str) -> PassResult:
         DataError: Chips are missing.
         CheckpointError: The weights cannot be read or do not fit.
     """
-    split = "val" if stage == "validate" else "test"
-    chips = _prepare(cli, checkpoint, split, labels=True)
-    with _watched(cli):
-        run = cli.trainer.validate if stage == "validate" else cli.trainer.test
-        results = run(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = {k: float(v) for result in results for k, v in result.items() if not k.endswith("Boundary_mIoU")}
-    return PassResult(stage, checkpoint, recipes.fingerprint(cli.recipe), chips, metrics)
+    data = prepare(cli, checkpoint, "val", labels=True)
+    with watched(cli):
+        [result] = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    metrics = {k: float(v) for k, v in result.items() if not k.endswith("Boundary_mIoU")}
+    return PassResult("validate", checkpoint, recipes.fingerprint(cli.recipe), data.chips, metrics)
 
 
 def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
@@ -131,7 +129,7 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
         The files, ``<chip id>_DEM_pred.tif``: TerraTorch names them after the file whose georeference they take.
 
     Raises:
-        UsageError: The folder is not empty or cannot be made; otherwise as `measure`.
+        UsageError: The folder is not empty or cannot be made; otherwise as `validate`.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -140,10 +138,10 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
         raise UsageError(f"the output folder cannot be made: {error.strerror}", where=output) from error
     if taken:
         raise UsageError("the output folder is not empty and nothing in it is overwritten", where=output)
-    _prepare(cli, checkpoint, "predict", labels=False)
+    prepare(cli, checkpoint, "predict", labels=False)
     cli.trainer.predict_output_dir = str(output)
     cli.trainer.callbacks.append(CustomWriter(write_interval="batch"))
-    with _watched(cli):
+    with watched(cli):
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     return sorted(output.glob("*.tif"))
 
@@ -158,11 +156,40 @@ def _place(row: Sequence[str]) -> tuple[str, int]:
     return split, MAIN_METRICS.index(metric)
 
 
-def _prepare(cli: RecipeCLI, checkpoint: Path, split: str, *, labels: bool) -> dict[str, int]:
+def prepare(
+    cli: RecipeCLI,
+    checkpoint: Path,
+    split: str,
+    *,
+    labels: bool,
+    wire: Callable[[Namespace], None] = lambda config: None,
+) -> DataCheck:
+    """Look at data and weights, build the recipe's objects, and put the weights in.
+
+    Args:
+        cli: The parsed recipe.
+        checkpoint: The weights.
+        split: train, val, test or predict.
+        labels: Whether masks are needed.
+        wire: Changes the parsed config before anything is built from it.
+
+    Returns:
+        What is known of the data.
+
+    Raises:
+        UsageError: The recipe does not build or run here.
+        DataError: Chips are missing.
+        CheckpointError: The weights cannot be read or do not fit.
+    """
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
     weights = read_checkpoint(checkpoint)
-    chips = check_data(cli.recipe, (split,), labels=labels).chips
-    cli.build(lambda config: without_files(config, progress_bar=sys.stderr.isatty()))
+    data = check_data(cli.recipe, (split,), labels=labels)
+
+    def reading_only(config: Namespace) -> None:
+        without_files(config, progress_bar=sys.stderr.isatty())
+        wire(config)
+
+    cli.build(reading_only)
     load_strictly(weights, cli.model, cli.recipe)
-    console.say(f"{checkpoint.name} over {chips or split}")
-    return chips
+    console.say(f"{checkpoint.name} over {data.chips or split}")
+    return data
