@@ -66,3 +66,74 @@ def scores(counts: Counts) -> dict[str, float]:
         "F1_Score": float(f1[present].mean()) if total else 0.0,
         "Pixel_Accuracy": float(hits.sum() / total) if total else 0.0,
     }
+
+
+def per_class(counts: Counts) -> dict[str, npt.NDArray[np.float64]]:
+    """Scores of each class against the rest, of one or many confusion matrices at once.
+
+    iou = TP / (TP + FP + FN) (Jaccard 1912), f1 = 2 TP / (2 TP + FP + FN) (Dice 1945), precision = TP / (TP + FP),
+    recall = TP / (TP + FN). `accuracy` is what TerraTorch reports as `Class_Accuracy_<k>`: torchmetrics' accuracy of
+    one class, which is its recall. The share of all pixels that are right is `Pixel_Accuracy` in `scores`.
+
+    Args:
+        counts: Confusion counts (..., K, K), rows = truth.
+
+    Returns:
+        `iou`, `f1`, `precision`, `recall`, `accuracy`, each (..., K), 0 to 1. NaN where the score is 0 / 0: a dry chip
+        that is predicted dry has no flood IoU, which is not the same as a flood IoU of 0.
+
+    Raises:
+        ValueError: The last two axes differ.
+    """
+    hits, truth, predicted = _margins(counts)
+    recall = _ratio(hits, truth)
+    return {
+        "iou": _ratio(hits, truth + predicted - hits),
+        "f1": _ratio(2 * hits, truth + predicted),
+        "precision": _ratio(hits, predicted),
+        "recall": recall,
+        "accuracy": recall.copy(),
+    }
+
+
+def iou(counts: Counts, k: int) -> npt.NDArray[np.float64]:
+    """IoU (...) of class k of confusion counts (..., K, K); NaN where neither truth nor prediction has the class.
+
+    Raises:
+        ValueError: The last two axes differ, or there is no class k.
+    """
+    hits, truth, predicted = _margins(counts)
+    if not 0 <= k < counts.shape[-1]:
+        raise ValueError(f"class {k} of counts that have classes 0 to {counts.shape[-1] - 1}")
+    return _ratio(hits[..., k], (truth + predicted - hits)[..., k])
+
+
+def mean_iou(counts: Counts) -> npt.NDArray[np.float64]:
+    """Mean IoU (...) over the classes that truth or prediction has, as torchmetrics' macro average; NaN without any.
+
+    Args:
+        counts: Confusion counts (..., K, K), rows = truth.
+
+    Raises:
+        ValueError: The last two axes differ.
+    """
+    hits, truth, predicted = _margins(counts)
+    each = _ratio(hits, truth + predicted - hits)
+    return _ratio(np.nansum(each, axis=-1), (~np.isnan(each)).sum(axis=-1))
+
+
+def _margins(
+    counts: Counts,
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Pixels (..., K) that are right, that are of the class, and that are predicted as it."""
+    if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
+        raise ValueError(f"confusion counts end in two axes of K classes, these are {counts.shape}")
+    values = counts.astype(np.float64)
+    return np.diagonal(values, axis1=-2, axis2=-1), values.sum(axis=-1), values.sum(axis=-2)
+
+
+def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """One over the other, NaN where the whole is 0."""
+    shares = np.full(np.shape(whole), np.nan)
+    np.divide(part, whole, out=shares, where=np.asarray(whole) > 0)
+    return shares
