@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -152,6 +153,18 @@ def test_gradient_norms_loss_scale_and_skipped_steps_are_logged_per_epoch(fit):
     skipped = rows(run, "train/skipped_steps")[-1]
     assert rows(run, "train/loss_scale")[-1] == 65536 / 2**skipped
     assert run.read_record()["progress"]["skipped_steps"] == skipped
+
+
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (1, 2)])
+def test_loss_of_an_epoch_is_the_mean_of_its_steps(fit, batches, accumulate):
+    """An accumulated loss reaches callbacks divided; an epoch's last batch ends a step, and is logged, in any case."""
+    outcome, run = fit(
+        *("--trainer.limit_train_batches", batches, "--trainer.accumulate_grad_batches", accumulate),
+    )
+    assert outcome.code == 0, outcome.err
+    steps = np.reshape(rows(run, "train/loss"), (2, batches))
+    assert len(np.unique(steps)) == steps.size
+    assert rows(run, "train/loss_epoch") == pytest.approx(steps.mean(axis=1).tolist(), rel=1e-6)
 
 
 class Chain(nn.Module):

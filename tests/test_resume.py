@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from conftest import Outcome
-from floodrepro.run_folder import RunFolder
-from floodrepro.training.checkpoint_files import LAST, PREVIOUS, is_whole, sha256_of
+from floodrepro.run_folder import RunFolder, sha256_of
+from floodrepro.training.checkpoint_files import LAST, PREVIOUS, is_whole
 from forge import Forge
 
 RECIPE = (
@@ -453,6 +453,25 @@ def test_state_of_one_run_starts_another_that_ends_with_the_same_bits(workshop, 
     finish(workshop, "other", "--resume", killed.checkpoints / name)
     assert_same_bits(workshop.run("other"), straight)
     assert content(killed.path) == before
+
+
+def test_run_started_from_another_ones_state_goes_on_from_its_own_by_the_same_command(workshop, killed, straight):
+    start = ("--resume", killed.checkpoints / LAST)
+    # Before its first own state, where only the other one's is there, and after it.
+    for count, step in ((2, 8), (4, 8)):
+        outcome = workshop.fit("other", *start, strike=[{"at": "step", "count": count}])
+        assert outcome.code == KILLED
+        assert f"going on from step {step}," in outcome.err
+    outcome = finish(workshop, "other", *start)
+    assert f"this run was started from {start[1]} and goes on from its own {LAST}" in outcome.err
+    assert "going on from step 10," in outcome.err
+    assert_same_bits(workshop.run("other"), straight)
+
+
+def test_state_that_a_run_was_not_started_from_is_gone_back_to(workshop, broken, killed, straight):
+    outcome = finish(workshop, "broken", "--resume", killed.checkpoints / PREVIOUS)
+    assert "going on from step 6," in outcome.err
+    assert_same_bits(broken, straight)
 
 
 def test_run_that_starts_from_another_ones_end_has_its_best_weights_and_metrics(workshop, straight):

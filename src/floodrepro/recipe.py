@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,31 @@ def fingerprint(recipe: Recipe) -> str:
     """The sha256 of a recipe's content: order of keys, comments and layout of the YAML do not count."""
     canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+    """Where two nested contents differ: by the key's path, sorted, the value in each; None where it is not there.
+
+    Args:
+        before: Mappings, lists and plain values.
+        now: The same.
+        path: What the paths begin with.
+    """
+    old, new = dict(_leaves(before, path)), dict(_leaves(now, path))
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
+        for number, value in enumerate(node):
+            yield from _leaves(value, f"{path}.{number}")
+    else:
+        yield path, node
 
 
 def to_yaml(recipe: Recipe) -> str:

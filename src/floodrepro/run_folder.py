@@ -1,5 +1,7 @@
 """The run folder: where everything of one run lies, and the record that the run keeps of itself."""
 
+import csv
+import hashlib
 import json
 import os
 import tempfile
@@ -15,6 +17,7 @@ from floodrepro.lock import hold
 from floodrepro.recipe import Recipe
 
 RECORD_SCHEMA = 2
+DECLARATION = "declared.json"  # beside runs that were declared together, `seed-<seed>` each
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
@@ -65,6 +68,11 @@ class RunFolder:
     def verification(self) -> Path:
         """Folder of results.json, the report, and what was measured for it."""
         return self.path / "verification"
+
+    @property
+    def results(self) -> Path:
+        """What the battery of checks found."""
+        return self.verification / "results.json"
 
     @property
     def export(self) -> Path:
@@ -181,6 +189,13 @@ class RunFolder:
             raise RunFolderError("the run's record is no JSON object", where=self.record)
         return record
 
+    def read_metrics(self) -> list[dict[str, str]]:
+        """The rows of ``metrics.csv``, values as text; none for a recipe without the CSV logger."""
+        if not self.metrics.is_file():
+            return []
+        with self.metrics.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
 
 def config_beside(checkpoint: Path) -> Path:
     """The config that goes with a checkpoint: ``recipe.yaml`` of its run folder, or the YAML beside an export.
@@ -212,6 +227,12 @@ def free_name(path: Path) -> str:
     while (path.parent / f"{path.name}-{number}").exists():
         number += 1
     return f"{path.name}-{number}"
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

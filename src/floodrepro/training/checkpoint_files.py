@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from floodrepro import console
 from floodrepro.errors import CheckpointError
-from floodrepro.run_folder import PARTIAL, free_name, write_atomically
+from floodrepro.run_folder import PARTIAL, free_name, sha256_of, write_atomically
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _BLOCK = 1 << 20
@@ -98,12 +98,6 @@ def is_whole(path: Path) -> bool:
 def has_digest(path: Path) -> bool:
     """Whether a sha256 stands beside a full state."""
     return _read_digest(path) is not None
-
-
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Hashing:

@@ -8,9 +8,8 @@ from typing import Any
 from floodrepro import recipe as recipes
 from floodrepro.errors import RunFolderError, UsageError
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import RunFolder, timestamp, write_atomically
+from floodrepro.run_folder import DECLARATION, RunFolder, timestamp, write_atomically
 
-FILE = "declared.json"
 _SCHEMA = 1
 
 
@@ -46,7 +45,7 @@ def declare(folder: Path, seeds: Sequence[int], recipe: Recipe) -> dict[int, Pat
     """
     digest = recipes.fingerprint({key: value for key, value in recipe.items() if key != "seed_everything"})
     runs = {seed: folder / f"seed-{seed}" for seed in seeds}
-    file = folder / FILE
+    file = folder / DECLARATION
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():

@@ -1,6 +1,5 @@
 """Turn a recipe and chips into a run folder."""
 
-import csv
 import json
 import os
 import signal
@@ -34,6 +33,7 @@ from floodrepro.training.guard import Guard
 from floodrepro.training.recipe_cli import RecipeCLI
 from floodrepro.training.recorder import Recorder
 from floodrepro.training.resume import begin, follow, identity, read_step
+from floodrepro.training.starting_point import record_starting_point
 from floodrepro.training.stopping import Interrupted, StopRequest
 from floodrepro.training.wiring import change_precision, into_run_folder
 
@@ -270,6 +270,8 @@ def _train(
         )
     if lead:
         run.update_record(environment=environment(str(trainer.precision)), seed=cli.config.seed_everything)
+        if state is None:
+            record_starting_point(cli.model, run.starting_point)
     guard = Guard() if options.guard else None
     device = trainer.strategy.root_device
     meter = EnergyMeter(find_sources(Gpu.of_torch(device.index or 0) if device.type == "cuda" else None))
@@ -318,8 +320,5 @@ def _result(run: RunFolder, digest: str, trainer: Trainer, seconds: float) -> Fi
 
 def _measured(run: RunFolder, epoch: int) -> dict[str, float]:
     """The validation's row of an epoch in metrics.csv."""
-    if not run.metrics.is_file():
-        return {}  # a recipe without the CSV logger
-    with run.metrics.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("epoch") == str(epoch) and row.get("val/loss")]
+    rows = [row for row in run.read_metrics() if row.get("epoch") == str(epoch) and row.get("val/loss")]
     return {name: float(value) for row in rows[-1:] for name, value in row.items() if name.startswith("val/") and value}

@@ -52,17 +52,19 @@ class Guard(Callback):
         self._pending: deque[_Look] = deque()
         self._found: Incident | None = None
         self._batch: Any = None
+        self._losses: Tensor | None = None  # sum over this epoch's chips, and their number
         self._norms: Tensor | None = None  # sum, maximum and number of this epoch's finite gradient norms
         self._collapsed = 0
         self._asked = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch's sums, for a resumed run."""
-        return {"norms": self._norms, "collapsed": self._collapsed}
+        return {"losses": self._losses, "norms": self._norms, "collapsed": self._collapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
-        self._norms, self._collapsed = state_dict["norms"], state_dict["collapsed"]
+        self._losses, self._norms = state_dict["losses"], state_dict["norms"]
+        self._collapsed = state_dict["collapsed"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learn in which order modules run, in the first forward; the hooks go after it."""
@@ -85,16 +87,21 @@ class Guard(Callback):
         norm = torch.nn.utils.get_total_norm(gradients)
         if _scaler(trainer) is None:
             self._look(trainer, pl_module, "gradient", norm)
-        if self._norms is None or self._norms.device != norm.device:
-            self._norms = torch.zeros(3, device=norm.device) if self._norms is None else self._norms.to(norm.device)
+        self._norms = _sums(self._norms, 3, norm.device)
         finite = torch.isfinite(norm)
         usable = torch.where(finite, norm, 0.0)
         self._norms[0] += usable
         self._norms[1] = torch.maximum(self._norms[1], usable)
         self._norms[2] += finite
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """With several processes, let all of them stop when one has to."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up the loss. With several processes, let all of them stop when one has to."""
+        loss, chips = outputs["loss"], len(batch["mask"])
+        self._losses = _sums(self._losses, 2, loss.device)
+        self._losses[0] += loss * (trainer.accumulate_grad_batches * chips)  # Lightning has divided it by the former
+        self._losses[1] += chips
         if trainer.world_size > 1:
             self._asked += 1
             if self._asked % _AGREE_EVERY == 0:
@@ -134,18 +141,23 @@ class Guard(Callback):
         console.warn(f"epoch {trainer.current_epoch + 1}: {detail}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what the epoch's gradients and GradScaler were like."""
+        """Log what the epoch's losses, gradients and GradScaler were like."""
         figures: dict[str, Any] = {}
+        if self._losses is not None:
+            if trainer.world_size > 1:
+                torch.distributed.all_reduce(self._losses)
+            total, chips = self._losses.tolist()
+            figures = {"train/loss_epoch": total / chips}
         if self._norms is not None:
             total, largest, count = self._norms.tolist()
-            figures = {"train/grad_norm": total / max(count, 1.0), "train/grad_norm_max": largest}
+            figures |= {"train/grad_norm": total / max(count, 1.0), "train/grad_norm_max": largest}
         scaler = _scaler(trainer)
         if scaler is not None:
             figures["train/loss_scale"] = float(scaler.get_scale())
             skipped = skipped_steps(trainer)
             if skipped is not None:
                 figures["train/skipped_steps"] = float(skipped)
-        self._norms = None
+        self._losses = self._norms = None
         pl_module.log_dict(figures, on_step=False, on_epoch=True, batch_size=1)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, kind: str, value: Tensor) -> None:
@@ -200,6 +212,11 @@ class Guard(Callback):
                 incident = self._incident(trainer, "elsewhere", None, "another process found a value not finite", None)
         if incident is not None:
             raise incident
+
+
+def _sums(sums: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """An epoch's sums so far, on the device; zeros where there are none."""
+    return torch.zeros(count, dtype=torch.float64, device=device) if sums is None else sums.to(device)
 
 
 def skipped_steps(trainer: Trainer) -> int | None:

@@ -2,12 +2,13 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
@@ -65,7 +66,10 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
     old = run.recipe.exists() and run.record.exists()
     run.refuse_to_begin(resume)
     _remove_partial(run.path)
-    state = newest_whole(run.checkpoints) if resume in ("auto", "never") else _given(Path(resume))
+    own = newest_whole(run.checkpoints) if resume in ("auto", "never") or _started_from(run, resume) else None
+    state = own if own or resume in ("auto", "never") else _given(Path(resume))
+    if own and resume != "auto":
+        console.say(f"this run was started from {resume} and goes on from its own {own.name}")
     if state is not None:
         before: Mapping[str, Any] = read_identity(state)
     elif old and "environment" in run.read_record():  # killed before its first state; else it was never built
@@ -83,12 +87,12 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
     if changes or not old:
         run.save_recipe(now["recipe"])
     if state is not None:
-        _bring_best(state, run)
+        _bring_along(state, run)
+    if not old:
+        run.update_record(started=timestamp(), started_from=str(state.resolve()) if state else None)
     if old or state:
         entry = {"when": timestamp(), "from": str(state) if state else "the start", "changes": changes}
-        run.update_record(resumes=[*(run.read_record().get("resumes", []) if old else []), entry])
-    if not old:
-        run.update_record(started=timestamp())
+        run.update_record(resumes=[*run.read_record().get("resumes", []), entry])
     run.update_record(recipe_sha256=now["recipe_sha256"], command=["floodrepro", *sys.argv[1:]])
     return state
 
@@ -99,6 +103,11 @@ def _remove_partial(folder: Path) -> None:
         orphan.unlink()
 
 
+def _started_from(run: RunFolder, state: str) -> bool:
+    """Whether this run was new when a state was named for it: what it has saved since descends from that state."""
+    return run.record.exists() and run.read_record().get("started_from") == str(Path(state).resolve())
+
+
 def _given(state: Path) -> Path:
     """A state that was named on the command line; it may have been copied without its hash."""
     if has_digest(state) and not is_whole(state):
@@ -106,25 +115,36 @@ def _given(state: Path) -> Path:
     return state
 
 
-def _bring_best(state: Path, run: RunFolder) -> None:
-    """Copy the best weights that a state of another run knows of; later ones of that run are none of its own."""
-    best = state.with_name(run.best.name)
-    if best.resolve() == run.best.resolve() or not best.is_file():
+def _bring_along(state: Path, run: RunFolder) -> None:
+    """Copy what belongs to a state of another run: where its weights began, and the best that it knows of.
+
+    Later best weights of that run are none of the state's own.
+    """
+    start, best = (state.with_name(path.name) for path in (run.starting_point, run.best))
+    if state.parent.resolve() == run.checkpoints.resolve():
         return
-    content = _read(state)
-    step = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    if step < content["global_step"] or content[KEY]["moment"] == "end":
-        run.checkpoints.mkdir(exist_ok=True)
-        partial = run.checkpoints / f".{best.name}{PARTIAL}"
-        shutil.copyfile(best, partial)
-        partial.replace(run.best)
+    if start.is_file():
+        _copy(start, run.starting_point)
+    if best.is_file():
+        content = _read(state)
+        step = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        if step < content["global_step"] or content[KEY]["moment"] == "end":
+            _copy(best, run.best)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".{target.name}{PARTIAL}")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
 
 
 def follow(run: RunFolder, resume: str) -> Path | None:
     """What `begin` decides, for the other processes of a run: they read, and leave all writing to the first."""
-    if resume != "auto":
-        return None if resume == "never" else Path(resume)
-    return next((state for name in (LAST, PREVIOUS) if is_whole(state := run.checkpoints / name)), None)
+    given = None if resume in ("auto", "never") else Path(resume)
+    if resume == "never" or (given and not _started_from(run, resume)):
+        return given
+    return next((state for name in (LAST, PREVIOUS) if is_whole(state := run.checkpoints / name)), given)
 
 
 def read_identity(state: Path) -> dict[str, Any]:
@@ -159,10 +179,8 @@ def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """What differs between two identities, one line each: recipe keys, data digest, versions."""
     changes = []
     for section in ("recipe", "data_digest", "code", "numerics"):
-        old, new = dict(_leaves(before[section], section)), dict(_leaves(now[section], section))
-        for key in sorted(old.keys() | new.keys()):
-            if old.get(key) != new.get(key):
-                changes.append(f"{key.removeprefix('recipe.')}: {old.get(key)!r} became {new.get(key)!r}")
+        for key, (old, new) in recipes.differences(before[section], now[section], section).items():
+            changes.append(f"{key.removeprefix('recipe.')}: {old!r} became {new!r}")
     return changes
 
 
@@ -175,14 +193,3 @@ def refuse_changes(changes: list[str], state: Path) -> None:
             where=state,
             fix="undo the change, start a new run with --name, or --resume-anyway, which is recorded",
         )
-
-
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}")
-    elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
-        for number, value in enumerate(node):
-            yield from _leaves(value, f"{path}.{number}")
-    else:
-        yield path, node
