@@ -3,8 +3,13 @@
 It answers what a data set download needs: ``/api/datasets/<repo>/revision``, ``/tree``, ``/paths-info`` and
 ``/datasets/<repo>/resolve``. As on the hub, archives are LFS files, whose content comes from another host after a
 redirect, and everything else is a git blob that comes from the hub itself. Faults are planted per file or per request.
+
+Model repositories take uploads: ``/api/repos/create``, ``/api/models/<repo>`` with its branches, ``/preupload`` and
+``/commit``, and the LFS batch. What was committed lies in `HubServer.models`; `HubServer.token` is the one that may
+write.
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -36,6 +41,15 @@ class Fault:
 
 
 @dataclass
+class Model:
+    """A model repository: its branches, each a list of commits, each a mapping of paths to contents."""
+
+    private: bool
+    branches: dict[str, list[dict[str, bytes]]] = field(default_factory=lambda: {"main": [{}]})
+    messages: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Sent:
     """One answer with content: which file, from which byte, and how many bytes were given to the network so far."""
 
@@ -56,6 +70,9 @@ class HubServer:
         self.requests: list[tuple[str, str, float]] = []  # (method, address, time.monotonic())
         self.authorized: dict[str, set[str]] = {"hub": set(), "cdn": set()}  # tokens that each host saw
         self.sent: list[Sent] = []
+        self.token = "hf_writer"
+        self.models: dict[str, Model] = {}
+        self.lfs: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -123,6 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.answer()
 
+    def do_PUT(self) -> None:
+        self.do_POST()
+
     def answer(self) -> None:
         self.hub.requests.append((self.command, self.path, time.monotonic()))
         host = "cdn" if self.headers.get("Host", "").startswith("localhost") else "hub"
@@ -139,6 +159,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_file(unquote(revision), unquote(path))
             elif address.path.startswith(api):
                 self.send_api(address.path.removeprefix(api).split("/"))
+            elif address.path.startswith(("/api/repos/", "/api/models/", "/api/validate-yaml", "/lfs/")):
+                self.take_upload(address.path.strip("/").split("/"))
+            elif address.path.endswith(".git/info/lfs/objects/batch"):
+                self.send_lfs_batch()
             else:
                 self.send_error_code(401, "RepoNotFound")  # what the hub says where there is no token
 
@@ -160,6 +184,64 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_json([entry for entry in entries if entry["path"] in asked])
         folders = sorted({path.rsplit("/", 1)[0] for path in files if "/" in path})
         return self.send_json([{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders] + entries)
+
+    def take_upload(self, parts: list[str]) -> None:
+        """Answer what huggingface_hub asks on the way to a commit in a model repository."""
+        if parts[0] == "lfs":
+            self.hub.lfs[hashlib.sha256(self.body).hexdigest()] = self.body  # not under the name that was promised
+            return self.send(200, b"", {})
+        if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.send(401, b"", {"X-Error-Message": "Invalid username or password."})
+        if parts[1] == "validate-yaml":
+            return self.send_json({"errors": [], "warnings": []})
+        if parts[1] == "repos":
+            asked = json.loads(self.body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] == "someone-else":
+                return self.send(403, b"", {"X-Error-Message": "You don't have the rights to create a model there."})
+            if repo in self.hub.models:
+                return self.send(409, json.dumps({"url": f"{self.hub.url}/{repo}"}).encode(), {})
+            self.hub.models[repo] = Model(asked.get("visibility") == "private")
+            return self.send_json({"url": f"{self.hub.url}/{repo}"})
+        repo, model = "/".join(parts[2:4]), self.hub.models.get("/".join(parts[2:4]))
+        if model is None:
+            return self.send_error_code(404, "RepoNotFound")
+        if len(parts) == 4:
+            return self.send_json({"id": repo, "sha": "0" * 40, "private": model.private, "tags": [], "siblings": []})
+        what, branch = parts[4], unquote(parts[5])
+        if what == "branch":
+            model.branches.setdefault(branch, [{}])
+            return self.send_json({})
+        if branch not in model.branches:
+            return self.send_error_code(404, "RevisionNotFound")
+        if what == "preupload":
+            files = json.loads(self.body)["files"]
+            modes = {f["path"]: "lfs" if f["path"].endswith(".safetensors") else "regular" for f in files}
+            files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+            return self.send_json({"files": files})
+        return self.take_commit(repo, model, branch)
+
+    def take_commit(self, repo: str, model: Model, branch: str) -> None:
+        tree = dict(model.branches[branch][-1])
+        for line in self.body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header":
+                model.messages.append(value["summary"])
+            elif entry["key"] == "lfsFile":
+                tree[value["path"]] = self.hub.lfs[value["oid"]]
+            else:
+                tree[value["path"]] = base64.b64decode(value["content"])
+        model.branches[branch].append(tree)
+        sha = f"{len(model.branches[branch]):040x}"
+        self.send_json({"commitUrl": f"{self.hub.url}/{repo}/commit/{sha}", "commitOid": sha})
+
+    def send_lfs_batch(self) -> None:
+        objects = json.loads(self.body)["objects"]
+        for entry in objects:
+            if entry["oid"] not in self.hub.lfs:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
 
     def send_file(self, revision: str, path: str) -> None:
         sha = self.hub.refs.get(revision, revision)

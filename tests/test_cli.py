@@ -117,9 +117,26 @@ def test_flags_are_a_promise():
             ]
         ),
         "validate": sorted([*recipe_flags, "--ckpt"]),
-        "test": sorted([*recipe_flags, "--ckpt"]),
+        "test": sorted([*recipe_flags, "--ckpt", "--split", "--output"]),
         "predict": sorted([*recipe_flags, "--ckpt", "--output"]),
-        "export": ["--ckpt", "--config", "--format", "--name", "--output", "--run"],
+        "verify": sorted(
+            [
+                *("--run", "--reference", "--reference-name", "--split", "--require", "--output", "--data-root"),
+                *("--no-measure", "--report-only", "--format"),
+            ]
+        ),
+        "export": sorted(
+            [
+                *("--run", "--ckpt", "--config", "--output", "--name", "--card-only", "--no-card", "--format"),
+                *("--pue", "--pue-source", "--grid-intensity", "--grid-source"),
+            ]
+        ),
+        "publish": sorted(
+            [
+                *("--export", "--repo", "--branch", "--revision", "--private", "--yes"),
+                *("--dry-run", "--publish-anyway", "--format"),
+            ]
+        ),
         "configs": [],
         "data": [],
         "bench": [],

@@ -1,5 +1,6 @@
 """The exported pair: the same weights, a YAML of no particular machine, loaded where there is no floodrepro."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from card_runs import make_run, verify
 from floodrepro import recipe as recipes
-from floodrepro.errors import CheckpointError
-from floodrepro.evaluation.checkpoint import load_strictly, read_checkpoint
-from floodrepro.publishing.load_back import chip_shapes, fixed_chip, load_in_plain_terratorch
-from floodrepro.training.recipe_cli import RecipeCLI
-from floodrepro.training.wiring import without_files
+from floodrepro.publishing.measured import measure_load_back
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +34,19 @@ def test_export_holds_the_checkpoint_bit_for_bit(trained, exported):
 def test_metadata_says_where_the_weights_come_from(trained, exported):
     with safe_open(exported["weights"], framework="pt") as file:
         metadata = file.metadata()
-    assert metadata["recipe_sha256"] == trained.read_record()["recipe_sha256"]
-    assert len(metadata["source_sha256"]) == 64
+    record = trained.read_record()
+    assert metadata["recipe_sha256"] == record["recipe_sha256"]
+    assert metadata["data_digest"] == record["data_digest"]
+    assert metadata["source_sha256"] == hashlib.sha256(trained.best.read_bytes()).hexdigest()
+
+
+def test_card_of_a_real_run_has_its_figures(trained, exported):
+    record, card = trained.read_record(), Path(exported["card"]).read_text()
+    assert f"2; the weights are of epoch {record['best_epoch']}, counted from 0" in card
+    assert f"{record['best_val_loss']:.4f}" in card
+    assert f"Trained on {record['chips']['train']} chips, not on the full data set" in card
+    assert f"{exported['tensors']} tensors, {exported['parameters']:,} values" in card
+    assert exported["sha256"] in card
 
 
 def test_exported_yaml_belongs_to_no_machine(exported):
@@ -57,22 +66,10 @@ def test_exported_yaml_belongs_to_no_machine(exported):
 
 
 def test_plain_terratorch_without_floodrepro_predicts_the_same(trained, exported):
-    ours = RecipeCLI([trained.recipe])
-    ours.build(lambda config: without_files(config, progress_bar=False))
-    load_strictly(read_checkpoint(trained.best), ours.model, ours.recipe)
-    shapes = chip_shapes(ours.recipe, 64)
-    with torch.inference_mode():
-        logits = ours.model.model.eval()(fixed_chip(shapes)).output
-    theirs = load_in_plain_terratorch(Path(exported["config"]), Path(exported["weights"]), shapes)
-    assert theirs.shape == (1, 2, 64, 64)
-    torch.testing.assert_close(theirs, logits, rtol=1e-5, atol=1e-5)
-
-
-def test_pair_that_does_not_load_in_plain_terratorch_is_reported(exported, tmp_path: Path):
-    config = Path(shutil.copy(exported["config"], tmp_path / "pair.yaml"))
-    config.write_text(config.read_text().replace("terramind_v1_tiny", "terramind_v1_base"))
-    with pytest.raises(CheckpointError, match="does not load"):
-        load_in_plain_terratorch(config, Path(exported["weights"]), {})
+    pair = Path(exported["config"]), Path(exported["weights"])
+    found = measure_load_back(trained.recipe, trained.best, *pair)
+    assert found["logit_difference"] < 1e-5
+    assert found["equal_argmax"] == 1
 
 
 def test_export_is_tested_like_the_checkpoint_and_finds_its_own_config(cli, trained, chips, exported):
@@ -86,16 +83,18 @@ def test_export_is_tested_like_the_checkpoint_and_finds_its_own_config(cli, trai
 def test_export_goes_into_the_run_folder_and_is_not_written_over(cli, trained, tmp_path: Path):
     run = Path(shutil.copytree(trained.path, tmp_path / "mine"))
     assert cli("export", "--run", run).code == 0
-    assert sorted(path.name for path in (run / "export").iterdir()) == ["mine.safetensors", "mine.yaml"]
+    names = ["README.md", "mine.safetensors", "mine.yaml"]
+    assert sorted(path.name for path in (run / "export").iterdir()) == names
     again = cli("export", "--run", run)
     assert again.code == 2
     assert "not overwritten" in again.err
 
 
-def test_checkpoint_is_not_exported_with_another_models_recipe(cli, trained, tmp_path: Path):
+@pytest.mark.parametrize("flags", [(), ("--no-card",)])
+def test_checkpoint_is_not_exported_with_another_models_recipe(cli, trained, tmp_path: Path, flags):
     outcome = cli(
         *("export", "--ckpt", trained.best, "--config", "terramind_v1_base_impactmesh_flood_amd"),
-        *("--output", tmp_path / "export"),
+        *("--output", tmp_path / "export", *flags),
     )
     assert outcome.code == 2
     assert "terramind_v1_base" in outcome.err
@@ -110,3 +109,91 @@ def test_damaged_checkpoint_is_not_exported(cli, trained, tmp_path: Path):
     assert outcome.code == 1
     assert "damaged or truncated" in outcome.err
     assert not (run / "export").exists()
+
+
+# The card of an export, and the order of export and verify
+
+
+@pytest.fixture
+def made(tmp_path: Path):
+    """A run folder of a handful of numbers."""
+    return make_run(tmp_path / "runs" / "made")
+
+
+def test_run_may_be_exported_first_and_verified_later(cli, made):
+    first = cli("export", "--run", made.path)
+    assert first.code == 0, first.err
+    assert "floodrepro verify" in first.err
+    pair = {name: (made.export / name).read_bytes() for name in ("made.safetensors", "made.yaml")}
+    verify(made)
+    again = cli("export", "--run", made.path, "--card-only", "--format", "json")
+    assert again.code == 0, again.err
+    assert {name: (made.export / name).read_bytes() for name in pair} == pair
+    card = (made.export / "README.md").read_text()
+    assert "## Scores" in card
+    assert "Not verified" not in card
+    assert (made.export / "results.json").read_bytes() == (made.path / "verification" / "results.json").read_bytes()
+    assert json.loads(again.out) == {
+        "card": str(made.export / "README.md"),
+        "results": str(made.export / "results.json"),
+    }
+
+
+def test_results_of_an_earlier_card_go_when_there_are_none_any_more(cli, made):
+    verify(made)
+    assert cli("export", "--run", made.path).code == 0
+    shutil.rmtree(made.path / "verification")
+    assert cli("export", "--run", made.path, "--card-only").code == 0
+    assert not (made.export / "results.json").exists()
+    assert "Not verified" in (made.export / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["README.md", "results.json"])
+def test_card_or_results_that_someone_edited_are_not_overwritten(cli, made, name):
+    verify(made)
+    assert cli("export", "--run", made.path).code == 0
+    edited = (made.export / name).read_text().replace("flood", "FLOOD", 1)
+    (made.export / name).write_text(edited)
+    refusal = cli("export", "--run", made.path, "--card-only")
+    assert refusal.code == 2
+    assert f"{name} was changed since floodrepro wrote it" in refusal.err
+    assert (made.export / name).read_text() == edited
+
+
+def test_foreign_card_is_not_overwritten_by_an_export(cli, made):
+    made.export.mkdir()
+    (made.export / "README.md").write_text("mine\n")
+    for flags in ((), ("--card-only",)):
+        assert cli("export", "--run", made.path, *flags).code == 2
+    assert [path.name for path in made.export.iterdir()] == ["README.md"]
+    assert (made.export / "README.md").read_text() == "mine\n"
+
+
+def test_card_only_needs_the_pair_of_this_very_checkpoint(cli, made):
+    assert "no exported weights" in cli("export", "--run", made.path, "--card-only").err
+    assert cli("export", "--run", made.path).code == 0
+    torch.save({"state_dict": {"model.a": torch.zeros(1)}}, made.best)
+    refusal = cli("export", "--run", made.path, "--card-only")
+    assert refusal.code == 1
+    assert "the pair was exported from" in refusal.err
+
+
+def test_contradicting_record_leaves_nothing_behind_and_no_card_exports_all_the_same(cli, made):
+    made.update_record(best_epoch=16)
+    refusal = cli("export", "--run", made.path)
+    assert refusal.code == 1
+    assert len(refusal.report) == 3
+    assert "the best epoch is 16" in refusal.err
+    assert not made.export.exists()
+    assert cli("export", "--run", made.path, "--no-card").code == 0
+    assert sorted(path.name for path in made.export.iterdir()) == ["made.safetensors", "made.yaml"]
+
+
+def test_carbon_on_the_command_line_needs_its_sources(cli, made):
+    values = ("--pue", 1.5, "--grid-intensity", 0.4)
+    refusal = cli("export", "--run", made.path, *values)
+    assert refusal.code == 2
+    assert "--pue-source and --grid-source is missing" in refusal.err
+    assert not made.export.exists()
+    assert cli("export", "--run", made.path, *values, "--pue-source", "a page", "--grid-source", "a grid").code == 0
+    assert "PUE 1.5 (a page)" in (made.export / "README.md").read_text()

@@ -19,9 +19,8 @@ from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import scores
 from floodrepro.evaluation.passes import PassResult, prepare, watched
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import RunFolder, free_name, timestamp
+from floodrepro.run_folder import RunFolder, free_name, sha256_of, timestamp
 from floodrepro.system.environment import environment
-from floodrepro.training.checkpoint_files import sha256_of
 from floodrepro.training.recipe_cli import RecipeCLI
 
 AGREEMENT = 1e-6
@@ -106,13 +105,15 @@ def run_test(cli: RecipeCLI, checkpoint: Path, *, split: str = "test", folder: P
     metrics = {name: float(value) for name, value in result.items() if not name.endswith("Boundary_mIoU")}
     surroundings = environment(str(cli.trainer.precision))
     device = cli.trainer.strategy.root_device.type
+    digest = recipes.fingerprint(cli.recipe)
     table = counter.table(
         {
             "split": chosen.name,
             "class_names": (cli.recipe["data"].get("init_args") or {}).get("class_names"),
             "protocol": protocol_of(cli.recipe),
             "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
-            "recipe_sha256": recipes.fingerprint(cli.recipe),
+            "recipe_sha256": digest,
+            "recipe_changes": _changes(cli.recipe, checkpoint),
             "data_digest": data.digest,
             "precision": str(cli.trainer.precision),
             "device": surroundings["accelerator"]["name"] if device != "cpu" else surroundings["cpu"]["model"],
@@ -122,7 +123,7 @@ def run_test(cli: RecipeCLI, checkpoint: Path, *, split: str = "test", folder: P
             "made": timestamp(),
         }
     )
-    digest, counts = recipes.fingerprint(cli.recipe), {chosen.name: len(table)}
+    counts = {chosen.name: len(table)}
     wanted = len(_chips_in(chosen.file))
     if len(table) != wanted:
         console.warn(
@@ -179,6 +180,12 @@ def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path
         run = RunFolder.of_checkpoint(checkpoint)
         folder = run.evaluation if run else checkpoint.resolve().parent / RunFolder.evaluation_name
     return folder / split / f"{checkpoint.stem}.parquet"
+
+
+def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:
+    """Keys in which the recipe is another than that of the checkpoint's run; None outside a run folder."""
+    run = RunFolder.of_checkpoint(checkpoint)
+    return list(recipes.differences(recipes.read(run.recipe), recipe)) if run else None
 
 
 def _chips_in(file: str) -> list[str]:

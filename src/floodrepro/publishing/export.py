@@ -16,8 +16,7 @@ from floodrepro.data.names import TIMESTEPS
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.evaluation.checkpoint import Checkpoint, list_differences, read_checkpoint
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import write_atomically
-from floodrepro.training.checkpoint_files import sha256_of
+from floodrepro.run_folder import sha256_of, write_atomically
 
 _DATA_ROOT = Path("ImpactMesh-Flood")
 
@@ -45,7 +44,9 @@ class ExportResult:
         return {**vars(self), "weights": str(self.weights), "config": str(self.config)}
 
 
-def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportResult:
+def export(
+    checkpoint_path: Path, recipe: Recipe, output: Path, name: str, data_digest: str | None = None
+) -> ExportResult:
     """Write NAME.safetensors and NAME.yaml and read the weights back.
 
     Args:
@@ -53,6 +54,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         recipe: The recipe that it was trained with.
         output: Folder for the pair; made if it is not there.
         name: Stem of both files.
+        data_digest: Of the data that it was trained on, from run.json; None where no record says.
 
     Returns:
         What was written.
@@ -76,7 +78,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
             raise UsageError("the file exists already and is not overwritten", where=file, fix="--output DIR")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _save_weights(checkpoint, recipe, weights)
+        _save_weights(checkpoint, recipe, weights, data_digest)
         write_atomically(config, _yaml_text(recipe, checkpoint_path))
     except OSError as error:
         raise RunFolderError(f"the export cannot be written: {error.strerror or error}", where=output) from error
@@ -132,7 +134,7 @@ def _stock_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path) -> None:
+def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path, data_digest: str | None) -> None:
     # Names as in Lightning's state dict: TerraTorch's LightningInferenceModel strips one leading "model.".
     # clone: safetensors refuses tensors that share memory.
     tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
@@ -143,6 +145,8 @@ def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path) -> None:
         "source_sha256": sha256_of(checkpoint.path),
         "hyper_parameters": json.dumps(recipe["model"].get("init_args") or {}, sort_keys=True),
     }
+    if data_digest is not None:
+        metadata["data_digest"] = data_digest
     temporary = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, temporary, metadata=metadata)
