@@ -1,4 +1,4 @@
-"""The README's first command, whole: generate, train, test, export, load back, and what it prints."""
+"""The README's first command, whole: generate, train, test, export, verify, and what it prints."""
 
 import json
 import subprocess
@@ -66,14 +66,29 @@ def test_demo_splits_share_no_event(demo):
 def test_demo_leaves_what_it_names(demo):
     _, report, _ = demo
     assert all(Path(path).exists() for path in report["where"].values())
-    assert report["load_back_difference"] < 1e-4
     assert set(report["scores"]["this model"]) == {"mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy"}
 
 
 def test_demo_says_what_it_does_while_it_does_it(demo):
     said = [line for line in demo[2].splitlines() if line.startswith("floodrepro:")]
-    for part in ("generating", "training", "epoch 1/", "testing", "loading the export in plain TerraTorch"):
+    for part in ("generating", "training", "epoch 1/", "a second model", "testing", "measuring: load back", "judging"):
         assert any(part in line for line in said), part
+
+
+def test_demo_is_verified_against_a_second_model_and_claims_no_more_than_it_shows(demo):
+    folder, report, _ = demo
+    must = {"convergence", "events", "weights", "load_back", "round_trip", "panels", "identities", "data"}
+    assert {id_ for id_, status in report["checks"].items() if status == "pass"} >= must
+    shown, not_shown = report["verdict"]
+    assert "the shorter-trained model" in shown
+    assert "another seed" in not_shown
+    results = json.loads((folder / "runs" / "demo" / "verification" / "results.json").read_text())
+    assert str(folder) not in json.dumps(results)
+    tests = results["scores"]["rows"][0]
+    assert tests["ours"] == pytest.approx(report["scores"]["this model"]["IoU_1"], abs=1e-6)
+    card = Path(report["where"]["card"]).read_text()
+    assert f"{tests['ours']:.4f}" in card
+    assert "More Information Needed" not in card
 
 
 def test_no_process_of_the_demo_needs_half_of_six_gib(demo):

@@ -10,6 +10,7 @@ Shape suffixes: B = chips, T = timesteps, C = bands, H, W = pixels.
 import ctypes
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from numcodecs import blosc
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from floodrepro.data import d4
+from floodrepro.data import batch_memory, d4
+from floodrepro.data.batch_memory import BatchMemory
 from floodrepro.data.chips import ChipSource, open_source_loudly
 from floodrepro.data.names import IGNORE_INDEX, LABEL_DIR, MODALITIES, TIMESTEPS
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
@@ -84,19 +86,17 @@ class ChipDataset(Dataset[RawChip]):
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
         """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more."""
         first = self[indices[0]]
-        batch: RawChip = {"chip": [self.chips[index] for index in indices]}
-        for name in self.modalities:
-            batch[name] = _room(first[name], len(indices))
-            for place, chip in zip(batch[name][1:].numpy(), batch["chip"][1:], strict=True):
-                array = self._read(chip, name, out=place)
+        chips = [self.chips[index] for index in indices]
+        batch = batch_memory.room({k: v for k, v in first.items() if k != "chip"}, len(chips))
+        for name in batch:
+            batch[name][0] = first[name]
+            for place, chip in zip(batch[name][1:].numpy(), chips[1:], strict=True):
+                array = self._classified(chip) if name == "mask" else self._read(chip, name, out=place)
                 if array.shape != place.shape:
                     raise DataError(f"{chip}: {name} is {array.shape}, other chips are {place.shape}")
                 if array is not place:
                     place[...] = array
-        if self._classes is not None:
-            batch["mask"] = _room(first["mask"], len(indices))
-            for place, chip in zip(batch["mask"][1:].numpy(), batch["chip"][1:], strict=True):
-                place[...] = self._classified(chip)
+        batch["chip"] = chips
         return batch
 
     def _read(self, chip: str, modality: str, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
@@ -124,18 +124,6 @@ class ChipDataset(Dataset[RawChip]):
     def _known(self) -> list[int]:
         assert self._classes is not None
         return [IGNORE_INDEX, *(int(i) for i in np.flatnonzero(self._classes[:255] != _UNKNOWN))]
-
-
-def _room(first: torch.Tensor, count: int) -> torch.Tensor:
-    """A batch's tensor with its first chip in place; in shared memory where a worker fills it for another process."""
-    if get_worker_info() is None:
-        room = first.new_empty((count, *first.shape))
-    else:  # as torch's own collate function does
-        storage = first._typed_storage()  # type: ignore[no-untyped-call]
-        shared = storage._new_shared(count * first.numel(), device=first.device)
-        room = first.new(shared).resize_(count, *first.shape)
-    room[0] = first
-    return room
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -314,6 +302,11 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         """As torchgeo's, with pinned memory and prefetching; shuffled and without a last odd batch in training."""
         workers = self.num_workers > 0
         dataset = getattr(self, f"{split}_dataset")
+        memory = None
+        if workers and len(dataset):
+            batch_bytes = self.batch_size * sum(v.nbytes for k, v in dataset[0].items() if k != "chip")
+            # Beyond what is prefetched, Lightning and the model hold one batch each.
+            memory = BatchMemory(batch_bytes, self.num_workers, self.prefetch_factor + 2)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -327,7 +320,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             prefetch_factor=self.prefetch_factor if workers else None,
             pin_memory=torch.cuda.is_available(),
             collate_fn=_as_it_is,
-            worker_init_fn=as_a_worker,
+            worker_init_fn=partial(as_a_worker, memory=memory),
         )
 
     def _sampler(self, split: str, count: int) -> Sampler[int] | None:
@@ -345,13 +338,14 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         return EachOnce(count, world=world, rank=rank) if world > 1 and split != "predict" else None
 
 
-def as_a_worker(_: int = 0) -> None:
-    """Set a process up as a loader's worker: one core, and memory that is kept for the next chip.
+def as_a_worker(_: int = 0, memory: BatchMemory | None = None) -> None:
+    """Set a process up as a loader's worker: one core, and memory that is kept for the next chip and the next batch.
 
     Blosc's own threads would only get in each other's way. glibc gives arrays of a chip's size (MiB) back to the kernel
     one by one, and each new one costs a page fault per 4 KiB, which takes longer than the copy into it; malloc(3),
     mallopt(3). On another C library nothing is changed.
     """
+    batch_memory.use(memory)
     blosc.use_threads = False
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
