@@ -43,10 +43,11 @@ def record(recipe_sha256: str) -> dict[str, Any]:
         **{"started": "2026-03-01T10:00:00+00:00", "ended": "2026-03-01T10:00:50+00:00", "status": "finished"},
         **{"reason": "the recipe's end was reached", "recipe_sha256": recipe_sha256, "chips": CHIPS, "seed": 42},
         "data_digest": "d" * 64,
-        "code": {"floodrepro": "0.1", "commit": "c" * 40, "dirty": False, "source_sha256": "5" * 64},
+        "code": {"floodrepro": "0.1", "source_sha256": "5" * 64},
         "numerics": {"compiled": False, "channels_last": False, "fused": False},
         "resumes": [],
         "environment": {
+            "code": {"commit": "c" * 40, "dirty": False, "note": None},
             "packages": {"python": "3.12.1", "torch": "2.9.1", "terratorch": "1.2.7", "lightning": "2.6.1"},
             "torch": {"version": "2.9.1+rocm7.2", "build": "rocm", "build_version": "7.2"},
             "accelerator": {"count": 1, "name": "AMD Instinct MI300X", "memory_gib": 191.7, "drivers": {}},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from floodrepro import recipe as recipes
+from floodrepro.evaluation.metrics import scores
 from floodrepro.verification.check import Check, Evidence, SeedRun, Value
 from floodrepro.verification.checks import convergence, data, identities, provenance, throughput
 from floodrepro.verification.references import load_published
@@ -405,7 +406,7 @@ def test_published_row_that_breaks_the_identities_is_told(good: Evidence):
     answer = identities.check(replace(good, published={**good.published, "published_amd": broken}))
     assert answer.status == "pass", "what others published is no fault of this run"
     assert any("AMD run, model card: mIoU is 0.6842, its IoUs give 0.6642" in note for note in answer.notes)
-    assert not identities.check(good).notes
+    assert not any("Published figures" in note for note in identities.check(good).notes)
 
 
 # Data
@@ -617,3 +618,12 @@ def test_run_whose_seed_was_not_declared_fails(good: Evidence):
 
 def test_run_without_a_table_is_a_skip(good: Evidence):
     assert provenance.check(replace(good, table=None)).status == "skip"
+
+
+def test_card_that_says_other_figures_than_the_table_fails_identities(good: Evidence):
+    counts = good.table.counts.sum(axis=0)
+    card = {f"test/{name}": value for name, value in scores(counts).items()}
+    assert identities.check(replace(good, card=card)).status == "pass"
+    answer = identities.check(replace(good, card=card | {"test/IoU_1": card["test/IoU_1"] + 0.01}))
+    assert answer.status == "fail" and "card: difference to the counts" in answer.reason
+    assert identities.check(replace(good, card={"test/unheard_of": 1.0})).status == "fail"

@@ -163,7 +163,9 @@ def test_parity_shows_the_paired_bootstrap_beside_it(evidence):
 
 def test_parity_says_equivalent_within_the_margin_and_that_twelve_events_are_few(evidence):
     answer = parity.check(evidence)
-    assert answer.reason.startswith("flood IoU: equivalent within ±2 pp (90 % CI -0.5 to +0.02 pp, 12 events); mIoU: ")
+    assert answer.reason.startswith(
+        "flood IoU is equivalent within ±2 pp (90 % CI -0.5 to +0.02 pp, 12 events); mIoU is "
+    )
     assert any("12 events, fewer than 60: the interval is approximate" in note for note in answer.notes)
     many = parity.check(
         replace(evidence, table=make_table(60, 4, seed=1), reference=make_table(60, 4, seed=2, checkpoint=OTHER))
@@ -183,17 +185,17 @@ def test_worse_flood_at_equal_miou_fails_parity_by_flood_alone(evidence):
     assert value(answer, "mIoU, difference to the reference").ok
     assert not value(answer, "flood IoU, difference to the reference").ok
     assert answer.status == "fail"
-    assert answer.reason.startswith("flood IoU: different: ")
+    assert answer.reason.startswith("flood IoU is different: ")
     assert "pp worse than the reference, the interval -" in answer.reason
-    assert "; mIoU: equivalent within ±2 pp" in answer.reason
+    assert "; mIoU is equivalent within ±2 pp" in answer.reason
 
 
 def test_equal_flood_at_worse_miou_fails_parity_too(evidence):
     table = make_table(protocol="v1")
     answer = parity.check(replace(evidence, table=missed(table, 0.3, k=1), reference=table))
     assert answer.status == "fail"
-    assert answer.reason.startswith("flood IoU: equivalent within ±2 pp (90 % CI +0.0 to +0.0 pp")
-    assert "; mIoU: different: " in answer.reason
+    assert answer.reason.startswith("flood IoU is equivalent within ±2 pp (90 % CI +0.0 to +0.0 pp")
+    assert "; mIoU is different: " in answer.reason
 
 
 def test_an_interval_that_reaches_beyond_the_margin_is_not_called_different(evidence):
@@ -203,8 +205,8 @@ def test_an_interval_that_reaches_beyond_the_margin_is_not_called_different(evid
     assert found.low < -2 < found.high
     assert answer.status == "fail"
     assert answer.reason.startswith(
-        f"flood IoU: not shown to be equivalent: the interval {found.low:+.1f} to {found.high:+.1f} pp reaches beyond "
-        "±2 pp (90 % CI, 12 events)"
+        f"flood IoU is not shown to be equivalent: the interval {found.low:+.1f} to {found.high:+.1f} pp "
+        "reaches beyond ±2 pp (90 % CI, 12 events)"
     )
 
 
@@ -218,8 +220,8 @@ def test_an_interval_beyond_the_margin_on_one_side_of_zero_is_called_worse_but_n
     answer = parity.check(replace(evidence, table=missed(evidence.table, 0.027), reference=evidence.table))
     found = value(answer, "flood IoU, difference to the reference")
     assert found.low < -2 < found.high < 0
-    assert answer.reason.startswith("flood IoU: not shown to be equivalent: the interval ")
-    assert "(90 % CI, 12 events); worse than the reference; mIoU: " in answer.reason
+    assert answer.reason.startswith("flood IoU is not shown to be equivalent: the interval ")
+    assert "(90 % CI, 12 events); worse than the reference; mIoU is " in answer.reason
 
 
 @pytest.mark.parametrize("margin", [0.5, 0.523])
@@ -457,7 +459,7 @@ def test_mean_sd_and_interval_over_seeds_are_those_of_scipy(evidence):
         found = value(answer, f"{name}, mean over 3 seeds, difference to the reference")
         shift = figure(reference)
         assert [found.low, found.high] == pytest.approx([100 * (x - shift) for x in expected])
-    assert answer.reason.startswith("flood IoU: equivalent within ±2 pp (90 % CI ")
+    assert answer.reason.startswith("flood IoU is equivalent within ±2 pp (90 % CI ")
     assert ", 3 seeds)" in answer.reason
 
 
@@ -484,7 +486,7 @@ def test_runs_that_are_all_worse_fail(evidence):
     seeds = [replace(run, table=missed(run.table, 0.1)) for run in evidence.seeds]
     answer = variance.check(replace(evidence, seeds=seeds))
     assert answer.status == "fail"
-    assert answer.reason.startswith("flood IoU: different: ")
+    assert answer.reason.startswith("flood IoU is different: ")
     assert "pp worse than the reference" in answer.reason
 
 
@@ -494,7 +496,7 @@ def test_runs_that_scatter_are_not_called_equivalent(evidence):
     ]
     answer = variance.check(replace(evidence, seeds=seeds))
     assert answer.status == "fail"
-    assert answer.reason.startswith("flood IoU: not shown to be equivalent: the interval -")
+    assert answer.reason.startswith("flood IoU is not shown to be equivalent: the interval -")
 
 
 def test_a_run_on_other_chips_fails(evidence):

@@ -1,5 +1,7 @@
 """The data module: what reaches the model equals stock impactmesh and TerraTorch, to the bit."""
 
+import os
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -22,6 +24,7 @@ import_terratorch()
 
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule  # noqa: E402
 
+from floodrepro.data.batch_memory import BatchMemory  # noqa: E402
 from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
 from floodrepro.data.samplers import ShuffledByEpoch  # noqa: E402
 
@@ -246,6 +249,56 @@ def test_workers_read_tars_after_the_parent_has(tars):
     alone = [module.test_dataset[i]["S2L2A"] for i in range(len(module.test_dataset))]  # opens the tars here first
     read = [chip for batch in module.test_dataloader() for chip in batch["S2L2A"]]
     assert all(torch.equal(first, second) for first, second in zip(alone, read, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tensors_that_are_kept_are_never_written_over(chips, workers):
+    """One number of a batch is enough to keep it, in a view that torch does not know of."""
+    many = (chips / "split" / "impactmesh_flood_train.txt").read_text().split() * 3  # more batches than slots
+    module = ours(chips, num_workers=workers)
+    module.test_dataset.chips = many
+    kept = [batch["S2L2A"][-1, 1:, 1, 5].numpy() for batch in module.test_dataloader()]
+    alone = [module.test_dataset[i]["S2L2A"][1:, 1, 5].numpy() for i in range(1, len(many), 2)]
+    assert len(kept) == len(alone) == 18
+    assert all(np.array_equal(one, other) for one, other in zip(kept, alone, strict=True))
+
+
+def test_memory_of_a_batch_that_is_gone_is_used_again(chips):
+    module = ours(chips, num_workers=2)
+    module.test_dataset.chips = (chips / "split" / "impactmesh_flood_train.txt").read_text().split() * 3
+    loader = module.test_dataloader()
+
+    places = [batch["S2L2A"].data_ptr() for batch in loader]
+    for _ in range(5):
+        places.append(next(iter(loader))["S2L2A"].data_ptr())  # broken off: its other batches are on their way
+    places += [batch["S2L2A"].data_ptr() for batch in loader]
+    assert len(places) == 18 + 5 + 18
+    assert len(set(places)) <= 2 * (module.prefetch_factor + 2)
+
+
+def test_child_that_drops_a_batch_leaves_it_to_its_parent():
+    memory = BatchMemory(8, workers=1, slots=1)
+    assert memory.take_slot(0) == 0
+    held = memory.tensors(0, memory.place({"mask": torch.zeros(8, dtype=torch.int8)}, 1))
+    if (child := os.fork()) == 0:
+        held.clear()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert memory.take_slot(0) is None
+    row = held.pop("mask")[0, 3:].numpy()
+    assert memory.take_slot(0) is None
+    del row
+    assert memory.take_slot(0) == 0
+
+
+def test_batch_larger_than_a_slot_has_no_place_in_it():
+    memory = BatchMemory(1 << 20, workers=1, slots=1)
+    assert memory.place({"S2L2A": torch.zeros(1 << 18)}, 1) is not None
+    assert memory.place({"S2L2A": torch.zeros(1 << 18)}, 2) is None
+
+
+def test_spawned_workers_read_without_memory_of_their_own():
+    assert pickle.loads(pickle.dumps(BatchMemory(8, workers=1, slots=1))) is None
 
 
 @pytest.mark.parametrize("element", d4.ELEMENTS)

@@ -41,7 +41,7 @@ def parity(**changes: Any) -> Check:
     )
     healthy_check = Check(
         *("parity", "Parity with the reference", "Flood IoU is equivalent.", "pass"),
-        reason="flood IoU: equivalent within ±2 pp (90 % CI -1.1 to +0.3 pp, 12 events)",
+        reason="flood IoU is equivalent within ±2 pp (90 % CI -1.1 to +0.3 pp, 12 events)",
         values=[difference, Value("flood IoU", 0.7464)],
         notes=["A note."],
         evidence=["evaluation/test/best.parquet"],
@@ -258,13 +258,13 @@ def test_verdict_is_as_strong_as_the_evidence_and_no_stronger(evidence: Evidence
 
     equivalent, text = verdict(evidence, parity(), weights())
     assert equivalent is True
-    assert "Compared with reference.ckpt, flood IoU: equivalent within ±2 pp" in text
+    assert "Compared with reference.ckpt, flood IoU is equivalent within ±2 pp" in text
     assert "what another seed would give" in text
     assert "fewer than 60 events" in text
 
     equivalent, text = verdict(evidence, parity(status="fail", reason="not shown to be equivalent"), weights())
     assert equivalent is False
-    assert text.startswith("Equivalence with reference.ckpt was not shown")
+    assert text.startswith("Compared with reference.ckpt, ")
 
     equivalent, text = verdict(evidence, parity(), weights(status="skip", reason="it was not measured"))
     assert equivalent is None

@@ -134,9 +134,9 @@ def provenance(weights: Weights, record: Mapping[str, Any] | None) -> list[list[
         ["data", f"`{metadata.get('data_digest', 'not recorded')}`"],
     ]
     if record:
-        code = record["code"]
-        dirty = {True: ", with changes", False: "", None: ""}[code.get("dirty")]
-        rows.append(["code", f"`{code['source_sha256']}`, commit {code.get('commit') or 'not known'}{dirty}"])
+        code, git = record["code"], (record.get("environment") or {}).get("code") or {}
+        dirty = ", with changes" if git.get("dirty") else ""
+        rows.append(["code", f"`{code['source_sha256']}`, commit {git.get('commit') or 'not known'}{dirty}"])
     return rows
 
 

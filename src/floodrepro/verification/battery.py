@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from floodrepro import recipe as recipes
 from floodrepro.data.audit import MANIFEST
 from floodrepro.errors import RunFolderError, TableError, UsageError
@@ -83,6 +85,7 @@ def gather(run: RunFolder, split: str, reference: Path | None, evidence_folder: 
         measured=_measured(evidence_folder, weights, missing),
         seeds=_seeds(run, split),
         benchmarks={file.stem: _json(file) for file in sorted((run.path / "benchmarks").glob("*.json"))},
+        card=_card(run),
         audit=_audit(recipe),
         thresholds={k: v for k, v in load_thresholds().items() if isinstance(v, dict)},
         published=load_published(),
@@ -153,6 +156,19 @@ def _seeds(run: RunFolder, split: str) -> list[SeedRun]:
         weights = sha256_of(folder.best) if folder.best.is_file() else None
         runs.append(SeedRun(seed, status, _own_table(folder, split, weights, {}), folder.path.name))
     return runs
+
+
+def _card(run: RunFolder) -> dict[str, float]:
+    """What the exported model card claims: `model-index` in its metadata, as the hub reads it."""
+    path = run.export / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        _, metadata, _ = path.read_text(encoding="utf-8").split("---\n", 2)
+        results = (yaml.safe_load(metadata).get("model-index") or [{}])[0].get("results") or []
+        return {m["name"].split(" ")[0]: float(m["value"]) for result in results for m in result["metrics"]}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise RunFolderError(f"the model card's metadata cannot be read: {error}", where=path) from error
 
 
 def _audit(recipe: recipes.Recipe) -> dict[str, Any] | None:

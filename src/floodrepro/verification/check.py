@@ -142,6 +142,7 @@ class Evidence:
             not made.
         seeds: All runs declared together with this one; empty for a single run.
         benchmarks: Contents of bench JSON files that belong to this run, by name.
+        card: Figures in the metadata of the exported model card, by TerraTorch's names; empty where there is none.
         audit: The data manifest of `data audit`, if there is one.
         thresholds: `verification/thresholds.yaml`, by check id.
         published: `verification/reference/*.yaml`, by stem.
@@ -161,6 +162,7 @@ class Evidence:
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seeds: Sequence[SeedRun] = ()
     benchmarks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    card: Mapping[str, float] = field(default_factory=dict)
     audit: Mapping[str, Any] | None = None
     thresholds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -26,7 +26,7 @@ def verdict(evidence: Evidence, checks: Sequence[Check], required_not_passed: Se
         shown = f"Nothing is said about a reproduction of {name}: parity was skipped, {why}"
     elif parity.status == "fail":
         equivalent = False
-        shown = f"Equivalence with {name} was not shown: {_bare(parity.reason)}"
+        shown = f"Compared with {name}, {_bare(parity.reason)}"
     elif required_not_passed:
         failed = f"{len(required_not_passed)} required check{'s' if len(required_not_passed) > 1 else ''}"
         nothing = f"Nothing is claimed of a reproduction of {name}, because {failed} did not pass"

@@ -16,7 +16,7 @@ ID = "identities"
 _TITLE = "Identities of the figures"
 _CLAIM = (
     "In every table mIoU is the mean IoU, F1 follows from IoU and accuracy from the counts; TerraTorch's own metrics "
-    "are those of the counts, and the subsets are parts of the whole."
+    "and the exported card's are those of the counts, and the subsets are parts of the whole."
 )
 
 
@@ -43,6 +43,7 @@ def check(evidence: Evidence) -> Check:
             values.append(_at_most(f"{name}: difference to TerraTorch's metrics", largest, tolerance))
         elif name != "run" and not table.metadata.get("subset_of"):
             notes.append(f"The table of {name} holds none of TerraTorch's metrics.")
+    values += _card(evidence.card, evidence.table, tolerance, notes)
     values += [_part_of(name, subset, evidence.table) for name, subset in evidence.subsets.items()]
     for stem, entry in evidence.published.items():
         broken = contradictions(entry.get("figures") or {}, entry.get("decimals", 4))
@@ -110,6 +111,17 @@ def _beside_terratorch(table: ChipTable) -> list[tuple[str, float, float, float]
     ours = scores(counts) | {f"Class_Accuracy_{k}": value for k, value in enumerate(recall)}
     pairs = [(name, value, float(stored[prefix + name])) for name, value in ours.items() if prefix + name in stored]
     return [(name, value, theirs, _difference(value, theirs)) for name, value, theirs in pairs]
+
+
+def _card(card: Mapping[str, float], table: ChipTable, tolerance: float, notes: list[str]) -> list[Value]:
+    """Whether the exported card says what the table says."""
+    if not card:
+        notes.append("No exported card has figures yet: export --card-only writes it from these results.")
+        return []
+    counts = table.counts.sum(axis=0)
+    ours = scores(counts) | {f"Class_Accuracy_{k}": value for k, value in enumerate(per_class(counts)["recall"])}
+    largest = max(_difference(value, ours.get(name.rsplit("/", 1)[-1], math.nan)) for name, value in card.items())
+    return [_at_most("card: difference to the counts (export --card-only writes it anew)", largest, tolerance)]
 
 
 def _part_of(name: str, subset: ChipTable, whole: ChipTable) -> Value:

@@ -54,7 +54,7 @@ def check(evidence: Evidence) -> Check:
     behind = f"{len(names)} events"
     return _answer(
         "pass" if all(result.equivalent for result in results.values()) else "fail",
-        "; ".join(f"{name}: {in_words(result, behind)}" for name, result in results.items()),
+        "; ".join(f"{name} is {in_words(result, behind)}" for name, result in results.items()),
         values=values,
         notes=_notes(table, names, ours, asked["enough_events"]),
         evidence=[table_file(table)],

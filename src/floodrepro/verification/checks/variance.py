@@ -46,7 +46,7 @@ def check(evidence: Evidence) -> Check:
     }
     return answer(
         "pass" if all(test.equivalent for test in tests.values()) else "fail",
-        "; ".join(f"{name}: {in_words(test, f'{len(runs)} seeds')}" for name, test in tests.items()),
+        "; ".join(f"{name} is {in_words(test, f'{len(runs)} seeds')}" for name, test in tests.items()),
         values=[*spread, *(value for name, test in tests.items() for value in _tested(name, test, len(runs)))],
     )
 
