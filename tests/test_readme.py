@@ -1,5 +1,6 @@
 """Every command of the README is one that the program takes."""
 
+import importlib
 import re
 import shlex
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from floodrepro.cli.main import COMMANDS
+from floodrepro.cli.main import COMMANDS, Parser
 
 COMMAND_LINES = [
     line
@@ -35,8 +36,25 @@ def test_fit_commands_of_the_readme_resolve(line, cli, tmp_path, monkeypatch):
     assert "model" in yaml.safe_load(outcome.out)
 
 
+ELSEWHERE = ("verify", "publish", "--card-only")  # test_verify.py, test_publish.py, test_card.py run these flags
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if any(word in line.split() for word in ELSEWHERE)])
+def test_commands_that_other_tests_run_parse(line):
+    name, *words = shlex.split(line)[1:]
+    command = importlib.import_module(COMMANDS[name][0])
+    parser = Parser(name)
+    command.add_arguments(parser)
+    assert parser.parse_args(words)
+
+
 @pytest.mark.parametrize(
-    "line", [line for line in COMMAND_LINES if line.split()[1] in ("validate", "test", "predict", "export")]
+    "line",
+    [
+        line
+        for line in COMMAND_LINES
+        if line.split()[1] in ("validate", "test", "predict", "export") and "--card-only" not in line
+    ],
 )
 def test_checkpoint_commands_of_the_readme_run_on_a_trained_run(line, cli, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
