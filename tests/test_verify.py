@@ -11,6 +11,7 @@ import torch
 
 from floodrepro.evaluation import chip_table
 from floodrepro.run_folder import RunFolder
+from floodrepro.verification import battery
 from floodrepro.verification.battery import CHECKS
 
 WITHOUT_TORCH = """
@@ -164,3 +165,7 @@ def test_an_incident_stands_in_results_and_at_the_top_of_the_report(cli, own_run
     for text in (outcome.out, report[: report.index("## Scores")]):
         assert "rolled back at step 7" in text
         assert "the loss is nan" in text
+
+
+def test_a_table_that_lies_nowhere_near_a_run_is_of_no_run():
+    assert battery.run_of(Path("/table.parquet")) is None

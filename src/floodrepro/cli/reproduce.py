@@ -22,7 +22,7 @@ OVERRIDE_SECTIONS = SECTIONS
 
 DATA = {"events": 16, "chips": 128, "size": 64, "protocol": "v0", "seed": 42}
 MIN_FLOOD_IOU = 0.5  # what the demo promises on events that the model has not seen
-SHORTER = 6  # epochs of the second model: enough to have learnt something, few enough to differ
+SHORTER = 0.4  # of the epochs, for the second model: enough to have learnt something, few enough to differ
 # Of the demo's own: that two models of different training are equivalent is not asked, nor a clean checkout.
 REQUIRED = "convergence,events,weights,load_back,round_trip,panels,identities,data"
 
@@ -56,11 +56,8 @@ def run(args: argparse.Namespace) -> int:
     demo = recipes.find("demo")
     overrides = [*recipes.data_overrides(data, recipes.read(demo)), *args.overrides]
     console.say("training")
-    run = fit(RecipeCLI([demo], overrides), path).run
-    console.say(f"training a second model for {SHORTER} epochs, to compare with")
-    shorter = fit(
-        RecipeCLI([demo], [*overrides, f"--trainer.max_epochs={SHORTER}"]), path.with_name(f"{path.name}-shorter")
-    )
+    parsed = RecipeCLI([demo], overrides)
+    run = fit(parsed, path).run
     console.say("testing on events that are in no other split")
     result = run_test(RecipeCLI([run.recipe]), run.best).measured
     split = data / "split"
@@ -69,18 +66,27 @@ def run(args: argparse.Namespace) -> int:
         train_split=split / "impactmesh_flood_train.txt",
         test_split=split / "impactmesh_flood_test.txt",
     )
+    report = _report(run, data, result, baselines)
+    if (flood_iou := result.metrics["test/IoU_1"]) < MIN_FLOOD_IOU:
+        console.emit(report, _text(report), args.format)
+        raise FloodreproError(f"flood IoU {flood_iou:.3f} is below {MIN_FLOOD_IOU}: the model has not learnt enough")
+    epochs = max(1, int(parsed.recipe["trainer"]["max_epochs"] * SHORTER))
+    console.say(f"training a second model for {epochs} epochs, to compare with")
+    second = RecipeCLI([demo], [*overrides, f"--trainer.max_epochs={epochs}"])
+    reference = fit(second, path.with_name(f"{path.name}-shorter")).run.best
     recipe, name = recipes.read(run.recipe), run.path.name
     exported = export(run.best, recipe, run.export, name, run.read_record()["data_digest"])
-    found, files = verify(run, shorter.run.best, run.verification, require=REQUIRED, name="the shorter-trained model")
+    found, files = verify(run, reference, run.verification, require=REQUIRED, name="the shorter-trained model")
     card = add_card(run.export, name, run.best, records_of(run, run.best, recipe))
-    report = _report(run, data, result, baselines, found)
     report["where"] |= {"export": str(exported.weights), "card": str(card)}
     report["where"] |= {"report": str(next(file for file in files if file.suffix == ".html"))}
-    report["seconds"] = round(time.monotonic() - start, 1)
+    report |= {
+        "verdict": found["verdict"]["sentences"],
+        "checks": {check["id"]: check["status"] for check in found["checks"]},
+        "summary": found["summary"]["text"],
+        "seconds": round(time.monotonic() - start, 1),
+    }
     console.emit(report, _text(report), args.format)
-    flood_iou = result.metrics["test/IoU_1"]
-    if flood_iou < MIN_FLOOD_IOU:
-        raise FloodreproError(f"flood IoU {flood_iou:.3f} is below {MIN_FLOOD_IOU}: the model has not learnt enough")
     if not found["summary"]["ok"]:
         failed = ", ".join(found["summary"]["required_not_passed"])
         raise FloodreproError(f"checks did not pass: {failed}", where=report["where"]["report"])
@@ -103,9 +109,7 @@ def _chips(root: Path) -> Path:
     return root
 
 
-def _report(
-    run: RunFolder, data: Path, result: "PassResult", baselines: "list[Baseline]", found: dict[str, Any]
-) -> dict[str, Any]:
+def _report(run: RunFolder, data: Path, result: "PassResult", baselines: "list[Baseline]") -> dict[str, Any]:
     names = {"mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy"}
     model = {name.removeprefix("test/"): value for name, value in result.metrics.items()}
     rows = {"this model": {name: value for name, value in model.items() if name in names}}
@@ -114,9 +118,6 @@ def _report(
         "split": "test",
         "chips": result.chips["test"],
         "scores": rows,
-        "verdict": found["verdict"]["sentences"],
-        "checks": {check["id"]: check["status"] for check in found["checks"]},
-        "summary": found["summary"]["text"],
         "where": {"chips": str(data), "run": str(run.path), "checkpoint": str(run.best), "metrics": str(run.metrics)},
     }
 
@@ -126,8 +127,7 @@ def _text(report: dict[str, Any]) -> str:
     rows = [[f"test, {report['chips']} chips", *(f"test/{name}" for name in names)]]
     rows += [[label, *(f"{scores[name]:.4f}" for name in names)] for label, scores in report["scores"].items()]
     where = console.columns([[key, value] for key, value in report["where"].items()], right_from=2)
-    return (
-        f"{console.columns(rows)}\n\n{where}\n\n"
-        f"{' '.join(report['verdict'])}\n\nchecks: {report['summary']}\n"
-        f"generated chips: this shows that the path works, not how well floods are mapped ({report['seconds']:.0f} s)"
-    )
+    text = f"{console.columns(rows)}\n\n{where}"
+    if "verdict" in report:
+        text += f"\n\n{' '.join(report['verdict'])}\n\nchecks: {report['summary']} ({report['seconds']:.0f} s in all)"
+    return f"{text}\n\ngenerated chips: this shows that the path works, not how well floods are mapped"

@@ -67,7 +67,7 @@ def gather(run: RunFolder, split: str, reference: Path | None, evidence_folder: 
     weights = sha256_of(run.best) if run.best.is_file() else None
     table = _own_table(run, split, weights, missing)
     other = chip_table.read(reference) if reference else None
-    home = _run_of(reference) if reference else None
+    home = run_of(reference) if reference else None
     if reference is None:
         missing["reference"] = "no reference was given"
     recipe = recipes.read(run.recipe)
@@ -121,10 +121,11 @@ def _subsets(run: RunFolder, split: str) -> dict[str, ChipTable]:
     return {name: table for name, table in found.items() if table.metadata.get("subset_of") == split}
 
 
-def _run_of(table: Path) -> RunFolder | None:
+def run_of(table: Path) -> RunFolder | None:
     """The run folder that a chip table is of: `RUN/evaluation/<split>/<checkpoint>.parquet`."""
-    run = RunFolder(table.resolve().parents[2])
-    return run if table.resolve().parents[1] == run.evaluation and run.recipe.is_file() else None
+    evaluation = table.resolve().parent.parent
+    run = RunFolder(evaluation.parent)
+    return run if evaluation == run.evaluation and run.recipe.is_file() else None
 
 
 def _reference_name(table: Path | None, home: RunFolder | None) -> str:
