@@ -139,6 +139,7 @@ def test_flags_are_a_promise():
         ),
         "configs": [],
         "data": [],
+        "doctor": ["--build", "--config", "--data", "--format"],
         "bench": [],
         "reproduce": ["--demo", "--folder", "--format"],
     }

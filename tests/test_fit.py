@@ -28,7 +28,7 @@ def test_run_folder_holds_what_was_run(trained, chips):
     assert record["environment"]["packages"]["terratorch"] == "1.2.7"
     assert sorted(path.name for path in trained.checkpoints.iterdir()) == [
         "best.ckpt",
-        *("last.ckpt", "last.ckpt.sha256", "previous.ckpt", "previous.ckpt.sha256"),
+        *("last.ckpt", "last.ckpt.sha256", "previous.ckpt", "previous.ckpt.sha256", "start.json"),
     ]
 
 

@@ -69,7 +69,9 @@ def test_checkpoint_commands_of_the_readme_run_on_a_trained_run(line, cli, train
     assert outcome.out
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line.split()[1] in ("configs", "data", "bench")])
+@pytest.mark.parametrize(
+    "line", [line for line in COMMAND_LINES if line.split()[1] in ("configs", "data", "bench", "doctor")]
+)
 def test_other_commands_of_the_readme_run(line, cli, chips, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ImpactMesh-Flood").symlink_to(chips)
@@ -77,6 +79,9 @@ def test_other_commands_of_the_readme_run(line, cli, chips, tmp_path, monkeypatc
     if words[:2] == ["data", "fetch"]:  # needs the network; test_fetch.py runs it against a local hub
         (tmp_path / "ImpactMesh-Flood").unlink()
         assert "HF_HUB_OFFLINE" in cli(*words).report[0]
+        return
+    if words[0] == "doctor":  # what it finds depends on the machine; test_doctor.py plants the faults
+        assert "torch" in cli(*words).out
         return
     if words[0] == "bench":
         words += ["--chips", "6", "--size", "64", "--rounds", "2"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from floodrepro import console
+from floodrepro.cli.doctor import before_fit
 from floodrepro.cli.shared import add_recipe_flags, parse_recipe, print_recipe
 from floodrepro.errors import SIGNALLED, UsageError
 from floodrepro.recipe import SECTIONS, find
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.deterministic:
         args.overrides = [*args.overrides, "--trainer.deterministic=warn"]
+    if not args.print_config:
+        before_fit(args)
     if args.seeds is not None:
         return _run_declared(args)
     if args.seed is not None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "publish": ("floodrepro.cli.publish", "upload an export to the hub, in one commit; --dry-run looks first"),
     "configs": ("floodrepro.cli.configs", "list, show or copy the shipped recipes"),
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
+    "doctor": ("floodrepro.cli.doctor", "look at this machine before a run does: what hurts, and what to do"),
     "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data, bench train, bench guard"),
     "reproduce": ("floodrepro.cli.reproduce", "the whole path at toy size: reproduce --demo"),
 }

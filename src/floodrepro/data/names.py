@@ -54,6 +54,14 @@ PROTOCOLS = {
     "v1": Protocol("v1", ("no water", "permanent water", "flood water"), (19_448, 2_171, 2_959)),
 }
 
+LABEL_MAPS = {"v0": [0, 1], "v1-binary": [0, 0, 1], "v1": [0, 1, 2]}
+"""By protocol, the class of each mask value on disk."""
+
+
+def protocol_of(label_map: object) -> str | None:
+    """The protocol that a label map belongs to; None where it is none of the three."""
+    return next((name for name, labels in LABEL_MAPS.items() if labels == label_map), None)
+
 
 @dataclass(frozen=True)
 class ChipId:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
+from floodrepro.data import names
 from floodrepro.data.chips import ChipSource, open_source_loudly
 from floodrepro.data.names import LABEL_DIR, MODALITIES, SPLITS, SUFFIXES, split_file
 from floodrepro.data.survey import SEEN, quick_audit
 from floodrepro.errors import DataError
 from floodrepro.recipe import Recipe
 
-_LABEL_MAPS = {"v0": [0, 1], "v1-binary": [0, 0, 1], "v1": [0, 1, 2]}
 _GET_DATA = "set --data-root, or make toy data: floodrepro data synth --root DIR"
 
 
@@ -79,8 +79,7 @@ def _files(arguments: Mapping[str, Any], split: str) -> dict[str, Path]:
 
 def protocol_of(recipe: Recipe) -> str | None:
     """The protocol that a recipe's label map belongs to; None where it is none of the three."""
-    label_map = (recipe["data"].get("init_args") or {}).get("label_map")
-    return next((name for name, labels in _LABEL_MAPS.items() if labels == label_map), None)
+    return names.protocol_of((recipe["data"].get("init_args") or {}).get("label_map"))
 
 
 def _audit(recipe: Recipe, source: ChipSource) -> str | None:

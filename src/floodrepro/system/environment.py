@@ -46,8 +46,8 @@ def environment(
         device = torch.cuda.get_device_properties(0) if count else None
     except RuntimeError:  # another process holds it for itself: no reason to stop a run on the CPU
         device = None
-    cpu = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
-    system = re.search(r'^PRETTY_NAME="?([^"\n]+)', _text(root / "etc/os-release") or "", re.MULTILINE)
+    cpu = re.search(r"^model name\s*:\s*(.+)$", small_text(root / "proc/cpuinfo") or "", re.MULTILINE)
+    system = re.search(r'^PRETTY_NAME="?([^"\n]+)', small_text(root / "etc/os-release") or "", re.MULTILINE)
     own = {"python": platform.python_version(), "floodrepro": floodrepro.__version__}
     return {
         "packages": own | _versions(*_PACKAGES, "segmentation-models-pytorch"),
@@ -56,14 +56,14 @@ def environment(
             "version": str(torch.__version__),  # with "+rocm7.2" or "+cpu", which the package's metadata may lack
             "build": "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu",
             "build_version": torch.version.hip or torch.version.cuda,
-            "rocm": _text(root / "opt/rocm/.info/version"),  # rocm-smi would print its own library's version
+            "rocm": small_text(root / "opt/rocm/.info/version"),  # rocm-smi would print its own library's version
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # MIOpen's where it is ROCm
         },
         "accelerator": {
             "count": count,
             "name": device.name if device else None,
             "memory_gib": round(device.total_memory / 2**30, 1) if device else None,
-            "drivers": _drivers(root),
+            "drivers": gpu_drivers(root),
         },
         "numerics": {
             "precision": precision,
@@ -166,16 +166,17 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _drivers(root: Path) -> dict[str, str]:
+def gpu_drivers(root: Path) -> dict[str, str]:
+    """Versions of the GPU drivers that are loaded, by name."""
     amd, found = root / "sys/module/amdgpu", {}
     if amd.is_dir():
-        found["amdgpu"] = _text(amd / "version") or "the kernel's own"  # only AMD's packages have a version file
-    banner = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", _text(root / "proc/driver/nvidia/version") or "")
-    nvidia = banner[1] if banner else _text(root / "sys/module/nvidia/version")
+        found["amdgpu"] = small_text(amd / "version") or "the kernel's own"  # only AMD's packages have a version file
+    banner = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", small_text(root / "proc/driver/nvidia/version") or "")
+    nvidia = banner[1] if banner else small_text(root / "sys/module/nvidia/version")
     return found | ({"nvidia": nvidia} if nvidia else {})
 
 
-def _text(path: Path) -> str | None:
+def small_text(path: Path) -> str | None:
     """A small file's text; None where it is missing or closed to us."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
