@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -103,3 +104,33 @@ def test_torch_family_can_be_left_out_of_the_constraints():
     assert {"torch", "torchvision", "triton"} <= {line.split("==")[0] for line in names}
     assert all(re.match(r"torch(vision)?==|triton==|nvidia-|cuda-", line) for line in names)
     assert not any(line.startswith(("torchgeo", "torchmetrics", "terratorch")) for line in names)
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [*ROOT.glob("scripts/**/*.sh"), ROOT / ".ci" / "run"]
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, "-x", *scripts], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_matrix_refuses_an_unknown_environment_before_it_makes_a_known_one(clone, tmp_path: Path):
+    done = run(clone / "scripts" / "test-matrix.sh", "torch-2.9.1", "torch-1", TMPDIR=str(tmp_path))
+    assert done.returncode == 2
+    assert "no environment 'torch-1'" in done.stderr
+
+
+def test_matrix_removes_its_environment_when_the_installation_fails(clone, tmp_path: Path):
+    room = tmp_path / "room"
+    room.mkdir()
+    variables = {"TMPDIR": str(room), "PIP_NO_INDEX": "1", "FLOODREPRO_PYTHON": sys.executable}
+    done = run(clone / "scripts" / "test-matrix.sh", "torch-2.9.1", **variables)
+    assert done.returncode == 2
+    assert "torch-2.9.1: the installation failed" in done.stderr
+    assert list(room.iterdir()) == []
+
+
+def test_smoke_tests_of_the_matrix_are_there():
+    text = (ROOT / "scripts" / "test-matrix.sh").read_text()
+    named = re.findall(r"^  (tests/\w+\.py)::(\w+)$", text, re.MULTILINE)
+    assert len(named) >= 6
+    assert [test for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
