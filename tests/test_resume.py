@@ -310,30 +310,41 @@ def test_kill_in_the_middle_of_a_write_leaves_no_torn_file_though_tmpdir_is_anot
 
 
 @pytest.fixture(params=["limit on a file's size", "small filesystem"])
-def full_disk(request, broken: RunFolder, workshop: Workshop, tmp_path: Path) -> Iterator[tuple[Workshop, dict, Any]]:
-    """A workshop in which the next state finds no room, what to ask the forge for, and what makes room."""
+def full_disk(request, broken: RunFolder, workshop: Workshop, tmp_path: Path) -> Iterator[tuple[Workshop, Any, Any]]:
+    """A workshop, a fit in it that finds no room for its next state, and what makes room."""
     size = (broken.checkpoints / LAST).stat().st_size
     if request.param == "limit on a file's size":
-        yield workshop, {"limit_file_size": size // 2}, lambda: None
+        yield workshop, lambda: workshop.fit("broken", limit_file_size=size // 2), lambda: None
         return
     small = tmp_path / "small"
     small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o"]
-    used = sum(path.stat().st_size for path in broken.path.rglob("*") if path.is_file())
-    if subprocess.run([*mount, f"size={used + size // 2}", "tmpfs", small], capture_output=True).returncode:
+
+    def mount(*options: object) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(map(str, options)), "tmpfs", small]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    def fill_up() -> Outcome:
+        """Once the fit is at work: it does not begin where there is no room to be seen."""
+        held = elsewhere.fit("broken", strike=[{"at": "step", "count": 2, "signal": signal.SIGSTOP}])
+        used = sum(path.stat().st_size for path in small.rglob("*") if path.is_file())
+        assert mount("remount", f"size={used + size // 2}")
+        code = elsewhere.forge.ask(go_on=held.code)["code"]
+        return Outcome(code, "", (elsewhere.runs.parent / f"{elsewhere.logs}.log").read_text())
+
+    if not mount("size=4g"):
         pytest.skip("mounting a filesystem needs root")
     try:
         shutil.copytree(broken.path, small / "broken")
-        enlarge = [*mount, f"remount,size={used + 3 * size}", "tmpfs", small]
-        yield Workshop(workshop.forge, workshop.chips, small), {}, lambda: subprocess.run(enlarge, check=True)
+        elsewhere = Workshop(workshop.forge, workshop.chips, small)
+        yield elsewhere, fill_up, lambda: mount("remount", "size=4g")
     finally:
         subprocess.run(["umount", small], check=True)
 
 
 def test_full_disk_is_a_clear_error_and_the_same_command_finishes_once_there_is_room(full_disk, straight):
-    workshop, request, make_room = full_disk
+    workshop, fit_without_room, make_room = full_disk
     run = workshop.run("broken")
-    outcome = workshop.fit("broken", **request)
+    outcome = fit_without_room()
     assert outcome.code == 1
     assert "the checkpoint cannot be written: " in outcome.report[0]
     assert outcome.report[1] == f"  where: {run.checkpoints / LAST}"

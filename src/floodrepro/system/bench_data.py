@@ -17,6 +17,7 @@ from typing import Any
 
 import rasterio
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from floodrepro.data.chips import ChipSource, open_source
 from floodrepro.data.names import LABEL_DIR
@@ -25,7 +26,8 @@ from floodrepro.errors import DataError
 from floodrepro.recipe import Recipe
 from floodrepro.training.importing import import_terratorch
 
-_BATCHES = 12  # of the recipe's own size in an epoch of the loader: enough for starting one not to count
+_BATCHES = 24  # of the recipe's own size in an epoch of the loader: enough for starting one not to count
+_ROUNDS_OF_WORKERS = 3  # for each other round: they take a second each, and their ratio swings most
 ZARRS, RASTERS = ("S2L2A", "S1RTC"), ("DEM", LABEL_DIR)
 
 
@@ -56,7 +58,7 @@ def bench(recipe: Recipe, extracted: Path, tars: Path, rounds: int) -> dict[str,
                 step()
             if number:
                 seconds[name].append(time.perf_counter() - start)
-    workers = _workers(recipe, tars, rounds)
+    workers = _workers(recipe, tars, _ROUNDS_OF_WORKERS * rounds)
     ratios = {
         f"{ours} / {theirs}": _ratio(seconds[ours], seconds[theirs])
         for ours in ("train tars", "train extracted", "validation tars", "validation extracted")
@@ -154,29 +156,62 @@ def _chunks(content: bytes) -> Chunks:
     return found
 
 
-def _workers(recipe: Recipe, root: Path, rounds: int) -> dict[str, Any]:
-    """Whole epochs of the training loader with one worker and with two, in turn, workers started beforehand."""
-    from floodrepro.data.datamodule import FloodDataModule
+class _OnlyDecoded(Dataset[Any]):
+    """The yardstick: chips are read and decoded in a worker, and nothing travels to the process that asked."""
 
-    loaders = {}
+    def __init__(self, chips: Any) -> None:
+        self._chips = chips
+
+    def __len__(self) -> int:
+        return len(self._chips)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        return {"chip": [self._chips[index]["chip"] for index in indices]}
+
+
+def _workers(recipe: Recipe, root: Path, rounds: int) -> dict[str, Any]:
+    """Whole epochs of the training loader with one worker and with two, in turn, workers started beforehand.
+
+    Beside it, in the same rounds, the same for workers that only decode: what a second process gains on this machine.
+    """
+    from floodrepro.data.datamodule import FloodDataModule, as_a_worker
+
+    loaders: dict[tuple[str, int], DataLoader[Any]] = {}
     for count in (1, 2):
         arguments = {**_data_arguments(recipe), "num_workers": count}
         module = FloodDataModule(data_root=str(root), **_splits(root), **arguments)
         module.setup("fit")
         times = -(-_BATCHES * module.batch_size // len(module.train_dataset.chips))
         module.train_dataset.chips *= times
-        loaders[count] = module.train_dataloader()
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+        loaders["loader", count] = module.train_dataloader()
+        loaders["decoding only", count] = DataLoader(
+            _OnlyDecoded(module.train_dataset),
+            batch_size=module.batch_size,
+            drop_last=True,
+            num_workers=count,
+            persistent_workers=True,
+            collate_fn=_as_it_is,
+            worker_init_fn=as_a_worker,
+        )
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in loaders}
+    load = os.getloadavg()[0]
     for number in range(rounds + 1):
-        for count, loader in loaders.items():
+        for key in sorted(loaders, reverse=number % 2 == 1):  # neighbours in a round are compared, in either order
             start = time.perf_counter()
-            chips = sum(len(batch["chip"]) for batch in loader)
+            chips = sum(len(batch["chip"]) for batch in loaders[key])
             if number:
-                seconds[count].append(time.perf_counter() - start)
+                seconds[key].append(time.perf_counter() - start)
     return {
-        "chips_per_second": {str(count): _rates(times, chips) for count, times in seconds.items()},
-        "two workers / one": _ratio(seconds[2], seconds[1]),
+        "rounds": rounds,
+        "load_average": load,
+        "chips_per_second": {f"{what}, {n}": _rates(times, chips) for (what, n), times in seconds.items()},
+        "two workers / one": _ratio(seconds["loader", 2], seconds["loader", 1]),
+        "two workers / one, decoding only": _ratio(seconds["decoding only", 2], seconds["decoding only", 1]),
     }
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _data_arguments(recipe: Recipe) -> dict[str, Any]:
