@@ -6,7 +6,7 @@ redirect, and everything else is a git blob that comes from the hub itself. Faul
 
 Model repositories take uploads: ``/api/repos/create``, ``/api/models/<repo>`` with its branches, ``/preupload`` and
 ``/commit``, and the LFS batch. What was committed lies in `HubServer.models`; `HubServer.token` is the one that may
-write.
+write. Weights that `HubServer.serve` was given come from ``/<repo>/resolve``.
 """
 
 import base64
@@ -73,6 +73,7 @@ class HubServer:
         self.token = "hf_writer"
         self.models: dict[str, Model] = {}
         self.lfs: dict[str, bytes] = {}
+        self.weights: dict[tuple[str, str], str] = {}  # by model repository and revision: a commit
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -94,6 +95,12 @@ class HubServer:
         self.commits[sha] = dict(files)
         self.refs[ref] = sha
         return sha
+
+    def serve(self, repo: str, files: dict[str, bytes], revision: str | None = None) -> None:
+        """Give out a model repository's files, on `main`, or at the commit that is named."""
+        commit = revision or hashlib.sha1(repo.encode()).hexdigest()
+        self.commits[commit] = dict(files)
+        self.weights[repo, revision or "main"] = commit
 
     def fault(self, path: str, **fault: object) -> None:
         """Plant a fault for a file."""
@@ -161,6 +168,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_api(address.path.removeprefix(api).split("/"))
             elif address.path.startswith(("/api/repos/", "/api/models/", "/api/validate-yaml", "/lfs/")):
                 self.take_upload(address.path.strip("/").split("/"))
+            elif "/resolve/" in address.path:
+                repo, rest = unquote(address.path).strip("/").split("/resolve/")
+                revision, path = rest.split("/", 1)
+                self.send_file(self.hub.weights.get((repo, revision), ""), path)
             elif address.path.endswith(".git/info/lfs/objects/batch"):
                 self.send_lfs_batch()
             else:
@@ -328,7 +339,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_lfs(path: str) -> bool:
-    return path.endswith(".tar")
+    return path.endswith((".tar", ".pt"))
 
 
 def _description(path: str, content: bytes) -> dict:

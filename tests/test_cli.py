@@ -50,7 +50,7 @@ def test_help_and_listings_import_nothing_heavy(argv):
         (["configs", "show", "nothing"], "config file not found"),
         (["export", "--run", "no/such/run"], "no run folder"),
         (["data", "synth", "--root", "x", "--size", "50"], "--size"),
-        (["reproduce"], "only the demo"),
+        (["reproduce", "--from", "fit", "--until", "audit"], "comes after"),
     ],
 )
 def test_cheap_mistakes_are_answered_before_torch_is_imported(argv, says):
@@ -141,7 +141,13 @@ def test_flags_are_a_promise():
         "data": [],
         "doctor": ["--build", "--config", "--data", "--format"],
         "bench": [],
-        "reproduce": ["--demo", "--folder", "--format"],
+        "reproduce": sorted(
+            [
+                *("--protocol", "--size", "--config", "--seeds", "--precision", "--data-root", "--run-dir"),
+                *("--revision", "--reference", "--reference-sha256", "--from", "--until", "--dry-run"),
+                *("--demo", "--folder", "--format"),
+            ]
+        ),
     }
     found = {}
     for name, (module, _) in COMMANDS.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from floodrepro import recipe as recipes
+from floodrepro.data import sources
 from floodrepro.data.ledger import Ledger, RemoteFile
 from floodrepro.data.presence import protocol_of
 from floodrepro.system.container import installed
@@ -415,8 +416,8 @@ def test_backbone_files_are_those_that_terratorch_asks_for(size):
 
     folder = Path(importlib.util.find_spec("terratorch").origin).parent
     source = (folder / "models/backbones/terramind/model/terramind_register.py").read_text()
-    repo, file = data.backbone_file(f"terramind_v1_{size}")
-    assert f'"hf_hub_id": "{repo}",\n        "hf_hub_filename": "{file}"' in source
+    file = sources.backbone_weights(f"terramind_v1_{size}")
+    assert f'"hf_hub_id": "{file.repo}",\n        "hf_hub_filename": "{file.name}"' in source
 
 
 def test_backbone_weights_are_here_or_to_fetch_or_out_of_reach(tmp_path):
@@ -433,8 +434,8 @@ def test_backbone_weights_are_here_or_to_fetch_or_out_of_reach(tmp_path):
 def test_reference_is_looked_for_at_its_revision(tmp_path):
     hub = data.Hub("https://hub.invalid", tmp_path, offline=True)
     assert "--revision" in data.check_reference(hub).fix
-    repo, file = data.REFERENCE
-    plant(tmp_path / f"models--{repo.replace('/', '--')}/snapshots/{data.REFERENCE_REVISION}", {file: "weights"})
+    file = sources.REFERENCE
+    plant(tmp_path / f"models--{file.repo.replace('/', '--')}/snapshots/{file.revision}", {file.name: "weights"})
     assert data.check_reference(hub).fix == ""
 
 

@@ -1,21 +1,15 @@
 """Every command of the README is one that the program takes."""
 
-import importlib
-import re
 import shlex
 
 import pytest
 import yaml
 
 from conftest import ROOT
-from floodrepro.cli.main import COMMANDS, Parser
+from doc_commands import DOCUMENTS, commands_of
+from floodrepro.cli.main import COMMANDS
 
-COMMAND_LINES = [
-    line
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    for line in block.splitlines()
-    if line.startswith("floodrepro ")
-]
+COMMAND_LINES = [shlex.join(["floodrepro", *c.words]) for c in commands_of("README.md", DOCUMENTS["README.md"])]
 # Run by other tests with these very flags, or not without a GPU and 200 GB; here it counts that they parse.
 SCRIPTS = ("scripts/reproduce.sh --demo", "scripts/test.sh")
 
@@ -34,18 +28,6 @@ def test_fit_commands_of_the_readme_resolve(line, cli, tmp_path, monkeypatch):
     outcome = cli(*shlex.split(line)[1:], "--print_config")
     assert outcome.code == 0, outcome.err
     assert "model" in yaml.safe_load(outcome.out)
-
-
-ELSEWHERE = ("verify", "publish", "--card-only")  # test_verify.py, test_publish.py, test_card.py run these flags
-
-
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if any(word in line.split() for word in ELSEWHERE)])
-def test_commands_that_other_tests_run_parse(line):
-    name, *words = shlex.split(line)[1:]
-    command = importlib.import_module(COMMANDS[name][0])
-    parser = Parser(name)
-    command.add_arguments(parser)
-    assert parser.parse_args(words)
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,6 @@ def test_foreign_venv_is_left_alone(clone):
     assert (clone / ".venv" / "bin" / "python").exists()
 
 
-def test_reproduce_without_demo_says_what_there_is(clone):
-    done = run(clone / "scripts" / "reproduce.sh")
-    assert done.returncode == 2
-    assert "--demo" in done.stderr
-
-
 def test_constraints_hold_exact_versions_and_no_address():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.+!]+", line)] == []

@@ -116,6 +116,8 @@ def _run_declared(args: argparse.Namespace) -> int:
     data = {"runs": {str(seed): {"run": str(runs[seed]), "status": state} for seed, state in states.items()}}
     if not console.follows():
         console.emit(data, console.columns(rows, right_from=3), args.format)
+    if console.follows():  # how a run ended is the first process's word: it may not have written it yet
+        return 0
     done = states.values() if args.index is None else [states[seeds[args.index]]]
     return 0 if all(state == "finished" for state in done) else 1
 

@@ -23,7 +23,7 @@ COMMANDS = {
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
     "doctor": ("floodrepro.cli.doctor", "look at this machine before a run does: what hurts, and what to do"),
     "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data, bench train, bench guard"),
-    "reproduce": ("floodrepro.cli.reproduce", "the whole path at toy size: reproduce --demo"),
+    "reproduce": ("floodrepro.cli.reproduce", "the whole path, from the download to the verdict; --demo at toy size"),
 }
 
 EXAMPLES = """\

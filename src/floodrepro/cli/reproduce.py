@@ -1,133 +1,81 @@
-"""The whole path at toy size: generate chips, train, test, export, verify, and write the model card."""
+"""The whole path: doctor, data and weights, audit, fit, test, the reference, verify, export and card.
+
+Stages whose inputs are as they were are left out, and what was stopped goes on: give the same command again.
+"""
 
 import argparse
-import shutil
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from floodrepro import console
 from floodrepro import recipe as recipes
+from floodrepro.cli.reproduction.plan import PROTOCOLS, SIZES, STAGES, make_plan
 from floodrepro.cli.shared import add_format
-from floodrepro.cli.verify import verify
-from floodrepro.errors import FloodreproError, UsageError
+from floodrepro.errors import UsageError
 from floodrepro.recipe import SECTIONS
-from floodrepro.run_folder import RunFolder, free_name
-
-if TYPE_CHECKING:
-    from floodrepro.evaluation.baselines import Baseline
-    from floodrepro.evaluation.passes import PassResult
 
 OVERRIDE_SECTIONS = SECTIONS
 
-DATA = {"events": 16, "chips": 128, "size": 64, "protocol": "v0", "seed": 42}
-MIN_FLOOD_IOU = 0.5  # what the demo promises on events that the model has not seen
-SHORTER = 0.4  # of the epochs, for the second model: enough to have learnt something, few enough to differ
-# Of the demo's own: that two models of different training are equivalent is not asked, nor a clean checkout.
-REQUIRED = "convergence,events,weights,load_back,round_trip,panels,identities,data"
+_EPILOG = """\
+examples:
+  floodrepro reproduce --demo
+  floodrepro reproduce --revision COMMIT --data-root /data/ImpactMesh-Flood --dry-run
+  floodrepro reproduce --protocol v1-binary --seeds 42,43,44,45,46 --precision bf16
+  floodrepro reproduce --from verify --until export
+
+Any key of the recipe can be overridden as in fit. RUN-DIR/reproduction.json has a line for every stage. Exit code 1
+with a report means that a required check did not pass; without one, that a stage failed.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="task and version of the data (default: v0)")
+    parser.add_argument("--size", choices=SIZES, help="TerraMind's size (default: base)")
+    parser.add_argument("--config", metavar="YAML", help="another recipe than that of --protocol and --size")
+    parser.add_argument("--seeds", metavar="S,S,…", help="declared runs, each is tested (default: the recipe's seed)")
+    parser.add_argument("--precision", choices=recipes.PRECISIONS, help="the trainer's precision; fp16 needs a GPU")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="default: ImpactMesh-Flood")
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="of seed-S/ and reproduction.json (default: runs/RECIPE-reproduction)",
+    )
+    parser.add_argument("--revision", metavar="SHA", help="of the data: branch, tag or commit (default: main)")
+    parser.add_argument("--reference", metavar="FILE|none", help="a checkpoint (default: IBM's, from the hub)")
+    parser.add_argument(
+        "--reference-sha256", metavar="SHA256", help="of the reference (default for IBM's: as published)"
+    )
+    parser.add_argument("--from", dest="first", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
+    parser.add_argument("--until", dest="last", choices=STAGES, metavar="STAGE", help="the last stage to look at")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages and their commands, and stop")
     parser.add_argument("--demo", action="store_true", help="generated chips and TerraMind tiny, on a CPU in minutes")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="of the demo (default: demo)")
     add_format(parser)
+    parser.epilog = _EPILOG
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if not args.demo:
-        raise UsageError(
-            "only the demo runs by itself so far",
-            fix="--demo; for the real run: floodrepro fit --config terramind_v1_base_impactmesh_flood_amd",
-        )
-    start = time.monotonic()
-    data = _chips(args.folder / "ImpactMesh-Flood")
-    path = args.folder / "runs" / "demo"
-    path = path.with_name(free_name(path)) if path.exists() else path
-    console.say("loading TerraTorch (10 to 20 s)")
-    from floodrepro.evaluation.baselines import evaluate_baselines
-    from floodrepro.evaluation.test_pass import run_test
-    from floodrepro.publishing.export import export
-    from floodrepro.publishing.make_card import add_card, records_of
-    from floodrepro.training.fit import fit
-    from floodrepro.training.recipe_cli import RecipeCLI
+    own = {"demo", "folder", "format", "overrides"}
+    if args.demo:
+        if other := [name for name, value in vars(args).items() if name not in own and value]:
+            flag = {"first": "from", "last": "until"}.get(other[0], other[0].replace("_", "-"))
+            raise UsageError(f"--{flag} is no flag of the demo", fix="leave out --demo, or that flag")
+        from floodrepro.cli.demo import run_demo
 
-    demo = recipes.find("demo")
-    overrides = [*recipes.data_overrides(data, recipes.read(demo)), *args.overrides]
-    console.say("training")
-    parsed = RecipeCLI([demo], overrides)
-    run = fit(parsed, path).run
-    console.say("testing on events that are in no other split")
-    result = run_test(RecipeCLI([run.recipe]), run.best).measured
-    split = data / "split"
-    baselines = evaluate_baselines(
-        data / "data",
-        train_split=split / "impactmesh_flood_train.txt",
-        test_split=split / "impactmesh_flood_test.txt",
-    )
-    report = _report(run, data, result, baselines)
-    if (flood_iou := result.metrics["test/IoU_1"]) < MIN_FLOOD_IOU:
-        console.emit(report, _text(report), args.format)
-        raise FloodreproError(f"flood IoU {flood_iou:.3f} is below {MIN_FLOOD_IOU}: the model has not learnt enough")
-    epochs = max(1, int(parsed.recipe["trainer"]["max_epochs"] * SHORTER))
-    console.say(f"training a second model for {epochs} epochs, to compare with")
-    second = RecipeCLI([demo], [*overrides, f"--trainer.max_epochs={epochs}"])
-    reference = fit(second, path.with_name(f"{path.name}-shorter")).run.best
-    recipe, name = recipes.read(run.recipe), run.path.name
-    exported = export(run.best, recipe, run.export, name, run.read_record()["data_digest"])
-    found, files = verify(run, reference, run.verification, require=REQUIRED, name="the shorter-trained model")
-    card = add_card(run.export, name, run.best, records_of(run, run.best, recipe))
-    report["where"] |= {"export": str(exported.weights), "card": str(card)}
-    report["where"] |= {"report": str(next(file for file in files if file.suffix == ".html"))}
-    report |= {
-        "verdict": found["verdict"]["sentences"],
-        "checks": {check["id"]: check["status"] for check in found["checks"]},
-        "summary": found["summary"]["text"],
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    console.emit(report, _text(report), args.format)
-    if not found["summary"]["ok"]:
-        failed = ", ".join(found["summary"]["required_not_passed"])
-        raise FloodreproError(f"checks did not pass: {failed}", where=report["where"]["report"])
-    return 0
+        return run_demo(args.folder or Path("demo"), args.overrides, args.format)
+    if args.folder:
+        raise UsageError("--folder is the demo's", fix="--demo, or --data-root and --run-dir")
+    plan = make_plan(args)
+    first, last = STAGES.index(args.first or STAGES[0]), STAGES.index(args.last or STAGES[-1])
+    if first > last:
+        raise UsageError(f"--from {args.first} comes after --until {args.last}", fix=f"stages: {', '.join(STAGES)}")
+    names = STAGES[first : last + 1]
+    from floodrepro.cli.reproduction.runner import describe, run_stages
 
-
-def _chips(root: Path) -> Path:
-    """Generate the demo's chips, or take those that are there; a half-written folder never counts."""
-    if (root / "split" / "impactmesh_flood_test.txt").is_file():
-        console.say(f"chips are there already: {root}")
-        return root
-    from floodrepro.data.synth import generate
-
-    partial = root.with_name(f".{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a demo that was stopped while it generated
-    console.say(f"generating {DATA['chips']} chips of {DATA['events']} flood events")
-    with console.progress("chips") as progress:
-        generate(partial, **DATA, progress=progress)  # type: ignore[arg-type]
-    partial.replace(root)
-    return root
-
-
-def _report(run: RunFolder, data: Path, result: "PassResult", baselines: "list[Baseline]") -> dict[str, Any]:
-    names = {"mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy"}
-    model = {name.removeprefix("test/"): value for name, value in result.metrics.items()}
-    rows = {"this model": {name: value for name, value in model.items() if name in names}}
-    rows |= {f"{b.name} ({b.detail})": b.scores for b in baselines}
-    return {
-        "split": "test",
-        "chips": result.chips["test"],
-        "scores": rows,
-        "where": {"chips": str(data), "run": str(run.path), "checkpoint": str(run.best), "metrics": str(run.metrics)},
-    }
-
-
-def _text(report: dict[str, Any]) -> str:
-    names = ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
-    rows = [[f"test, {report['chips']} chips", *(f"test/{name}" for name in names)]]
-    rows += [[label, *(f"{scores[name]:.4f}" for name in names)] for label, scores in report["scores"].items()]
-    where = console.columns([[key, value] for key, value in report["where"].items()], right_from=2)
-    text = f"{console.columns(rows)}\n\n{where}"
-    if "verdict" in report:
-        text += f"\n\n{' '.join(report['verdict'])}\n\nchecks: {report['summary']} ({report['seconds']:.0f} s in all)"
-    return f"{text}\n\ngenerated chips: this shows that the path works, not how well floods are mapped"
+    if args.dry_run:
+        told = {name: describe(plan, name) for name in names}
+        console.emit(told, "\n\n".join("\n".join([name, *lines]) for name, lines in told.items()), args.format)
+        return 0
+    return run_stages(plan, names, args.format)

@@ -1,6 +1,5 @@
 """What a run reads: the backbone's weights, the chips, the reference; and what would still have to be fetched."""
 
-import re
 import socket
 import threading
 import urllib.request
@@ -11,13 +10,10 @@ from urllib.parse import urlsplit
 from floodrepro.data.hub_layout import DATA_OF, PARTS, Version, check_protocol, identify
 from floodrepro.data.ledger import Ledger
 from floodrepro.data.names import SPLITS, split_file
+from floodrepro.data.sources import DATA_BYTES, REFERENCE, HubFile, backbone_weights
 from floodrepro.errors import DataError
 from floodrepro.system.doctor.finding import Finding, gb, judged
 from floodrepro.system.doctor.needs import Needs
-
-DATA_BYTES = {"v0": 210e9, "v1": 72e9}  # inferred from the chips' sizes: nobody has written them down
-REFERENCE = ("ibm-esa-geospatial/TerraMind-base-Flood", "TerraMind_v1_base_ImpactMesh_flood.pt")  # 673 MB
-REFERENCE_REVISION = "1e4b2429d17234922f8d92beb0d725af4db85c08"
 
 
 @dataclass(frozen=True)
@@ -35,36 +31,30 @@ class Hub:
 
         return cls(constants.ENDPOINT, Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE)
 
-    def has(self, repo: str, file: str, revision: str | None = None) -> bool:
+    def has(self, file: HubFile) -> bool:
         """Whether a file is in the cache, of `main` where no revision is named."""
         from huggingface_hub import try_to_load_from_cache
 
-        return isinstance(try_to_load_from_cache(repo, file, self.cache, revision), str)
-
-
-def backbone_file(backbone: str) -> tuple[str, str] | None:
-    """Repository and file that TerraTorch 1.2.7 (terramind_register.py) fetches for a backbone; None for others."""
-    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)(?:_tim)?", backbone)
-    return (f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}", f"TerraMind_v1_{size[1]}.pt") if size else None
+        return isinstance(try_to_load_from_cache(file.repo, file.name, self.cache, file.revision), str)
 
 
 def check_backbone(needs: Needs, hub: Hub) -> Finding:
     """Whether the backbone's weights are at hand."""
-    name, file = "backbone weights", backbone_file(needs.backbone)
+    name, file = "backbone weights", backbone_weights(needs.backbone)
     if not needs.pretrained or file is None:
         return Finding(name, "ok", "none to fetch: random, or the recipe's own file" if file else "not looked for")
-    fix = f"hf download {' '.join(file)}; where there is no network, copy the cache (HF_HOME) of a machine that did"
-    here, state = hub.has(*file), "not in the cache"
+    fix = f"{' '.join(file.command)}; where there is no network, copy the cache (HF_HOME) of a machine that did"
+    here, state = hub.has(file), "not in the cache"
     state = "in the cache" if here else f"{state}, and HF_HUB_OFFLINE is set" if hub.offline else f"{state}: to fetch"
-    return judged(name, here, f"{file[1]} is {state}", fix, "fail" if hub.offline else "warn")
+    return judged(name, here, f"{file.name} is {state}", fix, "fail" if hub.offline else "warn")
 
 
 def check_reference(hub: Hub) -> Finding:
     """Whether IBM's checkpoint is in the cache. A fit can do without."""
-    if hub.has(*REFERENCE, REFERENCE_REVISION):
-        return Finding("reference", "ok", f"{REFERENCE[1]} is in the cache")
-    detail = f"{REFERENCE[1]} (0.7 GB) is not in the cache; only verify --reference asks for it"
-    return Finding("reference", "ok", detail, f"hf download {' '.join(REFERENCE)} --revision {REFERENCE_REVISION}")
+    if hub.has(REFERENCE):
+        return Finding("reference", "ok", f"{REFERENCE.name} is in the cache")
+    detail = f"{REFERENCE.name} (0.7 GB) is not in the cache; only verify --reference asks for it"
+    return Finding("reference", "ok", detail, " ".join(REFERENCE.command))
 
 
 def check_network(endpoint: str, timeout: float = 1.0) -> Finding:

@@ -1,0 +1,42 @@
+"""What a stage of the whole path is expected to cost: time and disk in words, or that they are not known."""
+
+import os
+
+from floodrepro.cli.reproduction.plan import Plan
+from floodrepro.data.hub_layout import DATA_OF
+from floodrepro.data.names import PROTOCOLS
+from floodrepro.data.sources import DATA_BYTES
+from floodrepro.system.doctor import data, gpus, machine
+from floodrepro.system.doctor.needs import estimate_time
+
+_DECODE = 0.0063  # seconds to decode a chip of 256 px on one core (measured); an audit hashes and sums as well
+
+
+def of_fetch(plan: Plan) -> str:
+    """Of the data and the weights."""
+    weights = [file.name for file in plan.weights]
+    size = f"{DATA_BYTES[DATA_OF[plan.protocol]] / 1e9:.0f} GB of chips (inferred; less what is here)"
+    return f"time not known, the network's; disk about {size}" + (f", and {', '.join(weights)}" if weights else "")
+
+
+def of_audit(plan: Plan) -> str:
+    """Of reading every chip."""
+    chips = sum(PROTOCOLS[DATA_OF[plan.protocol]].chip_counts)
+    cores = len(os.sched_getaffinity(0))
+    return f"time at least {chips * _DECODE / cores / 60:.0f} min for {chips:,} chips on {cores} cores; disk none"
+
+
+def of_fit(plan: Plan) -> str:
+    """Of the declared runs."""
+    needs, version = plan.needs, data.version_of(plan.data_root)
+    device = next((g.name for g in gpus.find_gpus() if g.trains and needs.accelerator != "cpu"), None)
+    time = estimate_time(needs, device, published=version is None or version.published).detail
+    runs = f"each of {len(plan.seeds)} runs: " if len(plan.seeds) > 1 else ""
+    disk = f"{needs.model.weights * machine.ALL_FILES / 1e9:.1f} GB, export included" if needs.model else "not known"
+    return f"{runs}time {time}; disk {disk}"
+
+
+def of_export(plan: Plan) -> str:
+    """Of one copy of the weights."""
+    needs = plan.needs
+    return f"time not known; disk {f'{needs.model.weights / 1e9:.1f} GB' if needs.model else 'not known'}"

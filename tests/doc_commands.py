@@ -1,0 +1,95 @@
+"""The commands that README and docs show, and what their prose names: one reader for all tests of documents."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = {  # text by path relative to the repository
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+}
+_MARK = re.compile(r"# needs ((?:a GPU|the network).*)")
+_MARK_OF_PAGE = re.compile(r"^All commands of this page need ((?:a GPU|the network)[^.]*)\.", re.MULTILINE)
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_LAUNCHERS = ("srun", "torchrun", "exec", "docker", "podman")
+_NAMES = ("floodrepro", "flood")  # flood: docs/mi300x.md's shell function around `docker run`
+
+
+@dataclass(frozen=True)
+class Command:
+    """A `floodrepro` command line of a document.
+
+    Args:
+        document: Path relative to the repository.
+        words: What follows `floodrepro`, shell variables replaced by 0.
+        mark: What it needs, by a comment above it or a sentence of the page; empty where nothing is said.
+    """
+
+    document: str
+    words: tuple[str, ...]
+    mark: str = ""
+
+    @property
+    def flags(self) -> list[str]:
+        """Flags without their values, overrides left out."""
+        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
+        return [flag for flag in flags if "." not in flag]
+
+    def __str__(self) -> str:
+        return f"{self.document}: {shlex.join(self.words)}"
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of a document in any of these languages."""
+    return [body for language, body in _BLOCK.findall(text) if language in languages]
+
+
+def prose(text: str) -> str:
+    """A document without its fenced blocks."""
+    return _BLOCK.sub("", text)
+
+
+def code_spans(text: str) -> list[str]:
+    """Inline code of a document's prose, without what a table escapes."""
+    return [span.replace("\\|", "|").replace("\n", " ") for span in re.findall(r"`([^`]+)`", prose(text))]
+
+
+def commands_of(document: str, text: str) -> list[Command]:
+    """The commands of a document's shell blocks, and of the help texts of the CLI reference.
+
+    A comment line `# needs a GPU` or `# needs the network` marks the command below it. The sentence `All commands of
+    this page need …` marks a page.
+    """
+    found = []
+    of_page = hit[1] if (hit := _MARK_OF_PAGE.search(prose(text))) else ""
+    mark = ""
+    for line in "\n".join(blocks(text, "sh", "bash")).replace("\\\n", " ").splitlines():
+        if words := _words(line):
+            found.append(Command(document, words, mark or of_page))
+        mark = hit[1] if (hit := _MARK.match(line.strip())) else ""
+    for line in "\n".join(blocks(text, "text")).splitlines():
+        if line.strip().startswith("floodrepro ") and (words := _words(line)):
+            found.append(Command(document, words, of_page))
+    return found
+
+
+def _words(line: str) -> tuple[str, ...]:
+    """What follows the program on a line of shell, up to the next operator; empty for any other line."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:  # a string of several lines: no command of ours
+        return ()
+    while words and re.fullmatch(r"\w+=.*", words[0]):  # VARIABLE=value in front
+        words.pop(0)
+    if words[:2] == ["docker", "build"] or "--entrypoint" in words:
+        return ()
+    places = [i for i, word in enumerate(words) if Path(word).name.partition(":")[0] in _NAMES]
+    if not places or (places[0] > 0 and words[0] not in _LAUNCHERS):
+        return ()
+    rest = words[places[0] + 1 :]
+    end = next((i for i, word in enumerate(rest) if set(word) <= set("();<>|&") or word == "$@"), len(rest))
+    return tuple("0" if word.startswith("$") else word for word in rest[:end])
