@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from floodrepro.recipe import Recipe
-from floodrepro.system.bench_train import WARM_UP, Side, StepTimes, in_own_process, train
+from floodrepro.system.bench_sides import surroundings
+from floodrepro.system.bench_train import WARM_UP, Side, train
+from floodrepro.system.own_process import in_own_process
+from floodrepro.system.step_times import StepTimes
 from floodrepro.training.fit import FitOptions
 from floodrepro.training.guard import Guard
 
@@ -69,7 +73,7 @@ def _measure(recipe: Recipe, data: Path, steps: int) -> dict[str, Any]:
     times, guard = StepTimes(), Switched()
     side = Side("guard", options=FitOptions(guard=False))
     train(recipe, data, side, steps + WARM_UP, times, guard)
-    durations = [b - a for a, b in zip(times.ends, times.ends[1:], strict=False)]
+    durations = [b - a for a, b in pairwise(times.parts.ends())]
     rows = list(zip(durations, guard.awake[1:], guard.seconds[1:], strict=False))[WARM_UP:]
     awake = statistics.median(seconds for seconds, on, _ in rows if on)
     asleep = statistics.median(seconds for seconds, on, _ in rows if not on)
@@ -80,4 +84,5 @@ def _measure(recipe: Recipe, data: Path, steps: int) -> dict[str, Any]:
         "share_of_a_step": round(hooks / asleep, 5),
         "ratio": round(awake / asleep, 4),
         "limit": LIMIT,
+        **surroundings(recipe),
     }

@@ -1,40 +1,34 @@
-"""How fast a recipe trains: this package beside plain TerraTorch, and the guard beside no guard.
+"""How fast a recipe trains: this package beside plain TerraTorch, and each option that may change roundings alone.
 
-Each measurement is a process of its own, forked from one that has imported everything: the first touch of a device, the
-allocator and the peak of memory belong to one side only. Sides take turns, so that what else the machine does meets
-both.
+Each measurement is a process of its own: the first touch of a device, the allocator and the peak of memory belong to
+one side only. Sides take turns, so that what else the machine does meets all.
 """
 
-import json
-import os
-import platform
+import copy
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from floodrepro import recipe as recipes
+from floodrepro import console
 from floodrepro.errors import FloodreproError
-from floodrepro.publishing.export import portable
 from floodrepro.recipe import Recipe
+from floodrepro.system.bench_sides import Run, parse, sum_up
+from floodrepro.system.chips_at_hand import LongEpoch
+from floodrepro.system.device_rate import FORWARDS_OF_A_STEP, device_facts
+from floodrepro.system.own_process import in_own_process
+from floodrepro.system.step_times import StepTimes
 from floodrepro.training.fit import FitOptions, fit
-from floodrepro.training.recipe_cli import RecipeCLI
-from floodrepro.training.recorder import memory, percentiles
+from floodrepro.training.recorder import memory
 
 WARM_UP = 4  # steps of each process that do not count
-LOSS_AT = 20  # the step whose loss is compared between options
+LOSS_AT = 20  # the step whose loss is compared between sides
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Side:
         options: How this package fits.
         overrides: Of the recipe.
         matmul: torch's float32 matmul precision; importing TerraTorch leaves "medium" behind.
+        reading: Whether chips are read at every step, with augmentation, instead of lying in memory, without.
     """
 
     name: str
@@ -54,88 +49,95 @@ class Side:
     options: FitOptions = field(default_factory=FitOptions)
     overrides: tuple[str, ...] = ()
     matmul: str = "highest"
+    reading: bool = False
 
+
+_STOCK, _EXACT = Side("terratorch", stock=True), Side("floodrepro")
+_READING = (Side("terratorch, reading", stock=True, reading=True), Side("floodrepro, reading", reading=True))
+_OPTIONS = (
+    Side("--compile", options=FitOptions(compiled=True)),
+    Side("--channels-last", options=FitOptions(channels_last=True)),
+    Side("--fused", options=FitOptions(fused=True)),
+    Side("--precision bf16", overrides=("--trainer.precision=bf16-mixed",)),
+)
 
 # By what they are held against, first the one that the others are divided by.
 SIDES = {
     "terratorch": (
-        Side("terratorch", stock=True),
-        Side("floodrepro"),
+        _STOCK,
+        _EXACT,
         Side("terratorch as imported (matmul precision medium)", stock=True, matmul="medium"),
+        *_READING,
     ),
-    "options": (
-        Side("floodrepro"),
-        Side("--fused", options=FitOptions(fused=True)),
-        Side("--channels-last", options=FitOptions(channels_last=True)),
-        Side("--deterministic", overrides=("--trainer.deterministic=warn",)),
-        Side("--compile", options=FitOptions(compiled=True)),
-    ),
+    "options": (_EXACT, *_OPTIONS, Side("--deterministic", overrides=("--trainer.deterministic=warn",))),
+    "all": (_STOCK, _EXACT, *_OPTIONS, *_READING),
 }
 
 
-class StepTimes(Callback):
-    """When each training batch ended, and its loss."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.losses: list[torch.Tensor] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        """Wait for the device, once a step and alike on all sides."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        self.losses.append(outputs["loss"].detach())
-
-
-def bench(recipe: Recipe, data: Path, sides: Sequence[Side], *, steps: int, rounds: int) -> dict[str, Any]:
+def bench(recipe: Recipe, data: Path, sides: Sequence[Side], *, size: int, steps: int, rounds: int) -> dict[str, Any]:
     """Train with each side in turn, round by round, on the same chips.
 
     Args:
         recipe: What is trained; logging, validation and checkpoints by epoch are left out on all sides.
         data: Folder of chips, extracted.
-        sides: The first is what the others are compared with: ratios are others / first.
+        sides: The first is what the others are compared with, and the first that reads what others that read are.
+        size: A chip's edge in pixels.
         steps: Steps of each measurement that count.
         rounds: Measurements of each side.
 
     Returns:
-        For each side chips per second and peak memory, and ratios round by round.
+        For each side chips per second, model TFLOP/s, seconds of a step by part, peak memory and loss; ratios round by
+        round; sides that failed, and why.
+
+    Raises:
+        FloodreproError: The first side failed.
     """
-    found: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
-    for _ in range(rounds):
-        for side in sides:
-            found[side.name].append(in_own_process(_measure, recipe, data, side, steps))
-    chips = recipe["data"]["init_args"]["batch_size"]
-    first = sides[0].name
-    result: dict[str, Any] = {
-        "what": f"{rounds} processes a side in turn, {steps} steps each after {WARM_UP} of warm-up",
-        "chips_per_second": {
-            name: percentiles([chips / statistics.median(run["seconds"]) for run in runs])
-            for name, runs in found.items()
-        },
-        "peak_memory_gib": {
-            name: {kind: max(run["memory"][kind] for run in runs) for kind in runs[0]["memory"]}
-            for name, runs in found.items()
-        },
-        f"loss_at_step_{LOSS_AT}": {name: runs[0]["loss"] for name, runs in found.items()},
-        "ratios": {f"{name} / {first}": _ratio(found[name], found[first]) for name in found if name != first},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "batch_size": chips,
-        "recipe_sha256": recipes.fingerprint(recipe),
-        "versions": {name: version(name) for name in ("torch", "lightning", "terratorch", "impactmesh")},
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
+    facts = in_own_process(device_facts, recipe, size)
+    found: dict[str, list[Run]] = {side.name: [] for side in sides}
+    failed: dict[str, str] = {}
+    for number in range(rounds):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            if side.name in failed:
+                continue
+            console.say(f"round {number + 1} of {rounds}: {side.name}")
+            try:
+                found[side.name].append(in_own_process(_measure, recipe, data, side, steps))
+            except FloodreproError as error:  # an option that this machine cannot: the others are still of use
+                if side is sides[0]:
+                    raise
+                console.warn(f"{side.name}: {error.what}")
+                failed[side.name] = error.what
+    there = {side: found[side.name] for side in sides if side.name not in failed}
+    firsts = {side.name: next(a.name for a in there if a.reading == side.reading) for side in there}
+    against = {name: first for name, first in firsts.items() if name != first}
+    result = {
+        "what": f"{rounds} processes a side in turn, {steps} steps each after {WARM_UP} of warm-up; "
+        "chips in memory and without augmentation, except where they are read",
+        "chip_pixels": size,
+        **sum_up({side.name: runs for side, runs in there.items()}, against),
+        **_losses({side.name: [run["loss"] for run in runs] for side, runs in there.items() if not side.reading}),
+        "failed": failed,
+        **facts,
     }
+    step = FORWARDS_OF_A_STEP * facts["forward_gflop_per_chip"] / 1e3
+    rates = {name: step * speed["median"] for name, speed in result["chips_per_second"].items()}
+    result["model_tflops"] = {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+    result["share_of_matmul_rate"] = {k: round(rate / facts["matmul_tflops"]["median"], 4) for k, rate in rates.items()}
     return result
 
 
-def _measure(recipe: Recipe, data: Path, side: Side, steps: int) -> dict[str, Any]:
-    times = StepTimes()
-    device = train(recipe, data, side, max(steps + WARM_UP, LOSS_AT), times)
-    ends = times.ends[WARM_UP - 1 :][: steps + 1]
+def _measure(recipe: Recipe, data: Path, side: Side, steps: int) -> Run:
+    times = StepTimes(recipe["seed_everything"])
+    count = steps + WARM_UP if side.reading else max(steps + WARM_UP, LOSS_AT)
+    chosen = copy.deepcopy(recipe)
+    chosen["data"]["init_args"]["augment"] = side.reading
+    device = train(chosen, data, side, count, LongEpoch(count, in_memory=not side.reading), times)
+    counted = slice(WARM_UP, WARM_UP + steps)
+    ends, parts = times.parts.ends()[WARM_UP - 1 :][: steps + 1], times.parts.by_step()[counted]
     return {
-        "seconds": [b - a for a, b in pairwise(ends)],
-        "loss": float(times.losses[LOSS_AT - 1]),
+        "rate": recipe["data"]["init_args"]["batch_size"] / statistics.median(b - a for a, b in pairwise(ends)),
+        "parts": {name: statistics.median(step[name] for step in parts) for name in parts[0]},
+        "loss": None if side.reading else float(times.losses[LOSS_AT - 1]),
         "memory": memory(device),
     }
 
@@ -155,10 +157,8 @@ def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callbac
     """
     torch.set_float32_matmul_precision(side.matmul)
     with tempfile.TemporaryDirectory(prefix="floodrepro-bench-") as folder:
-        path = Path(folder) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(_bare(portable(recipe) if side.stock else recipe)), encoding="utf-8")
         ends = [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
-        cli = RecipeCLI([path], [*recipes.data_overrides(data, recipe), *ends, *side.overrides])
+        cli = parse(recipe, Path(folder), data, [*ends, *side.overrides], stock=side.stock)
         if side.stock:
             cli.build(trim=False)
             cli.trainer.callbacks += watching
@@ -169,59 +169,12 @@ def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callbac
         return device
 
 
-def _bare(recipe: Recipe) -> Recipe:
-    """The recipe without what would run between steps, alike on all sides."""
-    trainer = recipe["trainer"] | {
-        "logger": False,
-        "callbacks": [],
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    bare = recipe | {"trainer": trainer}
-    bare.pop("lr_scheduler", None)  # watches a validation that does not take place
-    return bare
-
-
-def in_own_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Fork, work, and send the result back; the parent never touches a device or a thread pool."""
-    reading, writing = os.pipe()
-    process = os.fork()
-    if process == 0:
-        os.close(reading)
-        code = 1
-        try:
-            sys.stdout = sys.stderr
-            content = json.dumps(work(*arguments)).encode()
-            with os.fdopen(writing, "wb") as pipe:
-                pipe.write(content)
-            code = 0
-        except FloodreproError as error:
-            print(error.report(), file=sys.stderr)
-        finally:
-            os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        content = pipe.read()
-    _, status = os.waitpid(process, 0)
-    if status:
-        raise FloodreproError("a measurement failed; its own messages stand above")
-    result: dict[str, Any] = json.loads(content)
-    return result
-
-
-def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How many times as fast, from pairs of rounds; and peak memory, largest against largest."""
-    pairs = sorted(
-        statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in zip(ours, theirs, strict=True)
-    )
-    kind = "allocated" if "allocated" in ours[0]["memory"] else "process"
-    peaks = [max(run["memory"][kind] for run in runs) for runs in (ours, theirs)]
+def _losses(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """The loss at one step from the same state and chips; how far it is from the first side's, beside their spread."""
+    first = next(iter(losses.values()))
+    middle = statistics.median(first)
     return {
-        "median": round(statistics.median(pairs), 4),
-        "min": round(pairs[0], 4),
-        "max": round(pairs[-1], 4),
-        "memory": round(peaks[0] / peaks[1], 4),
+        f"loss_at_step_{LOSS_AT}": losses,
+        "loss_difference": {name: abs(statistics.median(values) - middle) for name, values in losses.items()},
+        "loss_spread_of_first": max(first) - min(first) if len(first) > 1 else None,
     }
