@@ -123,18 +123,18 @@ def groups_of_the_gpu_are_given_by_number_at_run_time(texts: Texts) -> None:
 
 def folders_are_mounted(texts: Texts) -> None:
     (volumes,) = [json.loads(value) for value in values(texts, "VOLUME")]
-    assert volumes == ["/work/data", "/work/runs", "/work/cache"]
+    assert volumes == ["/workspace/data", "/workspace/runs", "/workspace/cache"]
     assert [mount.rsplit(":", 1)[1] for mount in service(texts)["volumes"]] == volumes
-    assert values(texts, "WORKDIR")[-1] == "/work"  # runs/ is relative to it
+    assert values(texts, "WORKDIR")[-1] == "/workspace"  # runs/ is relative to it
     made = next(run for run in values(texts, "RUN") if "mkdir" in run)
     assert all(folder in made for folder in volumes)
-    assert f"chown -R {values(texts, 'USER')[-1]} /work" in made
+    assert f"chown -R {values(texts, 'USER')[-1]} /workspace" in made
 
 
 def caches_outlive_the_container(texts: Texts) -> None:
     environment = settings(texts, "ENV")
     caches = [environment.get(name, "") for name in ("MIOPEN_USER_DB_PATH", "MIOPEN_CUSTOM_CACHE_DIR", "HF_HOME")]
-    assert all(cache.startswith("/work/cache/") for cache in caches)
+    assert all(cache.startswith("/workspace/cache/") for cache in caches)
     assert len(set(caches)) == 3
 
 
@@ -224,14 +224,14 @@ BROKEN: list[tuple[Callable[[Texts], None], str, str, str]] = [
     (requirements_are_floodrepros_own, R, "zarr\n", "zarr>=3\n"),
     (user_has_no_rights_on_the_host, D, "USER 10001", "USER root"),
     (user_has_no_rights_on_the_host, D, "USER 10001", "USER 0"),
-    (user_has_no_rights_on_the_host, D, "WORKDIR /work\n", "USER 0\nWORKDIR /work\n"),
+    (user_has_no_rights_on_the_host, D, "WORKDIR /workspace\n", "USER 0\nWORKDIR /workspace\n"),
     (groups_of_the_gpu_are_given_by_number_at_run_time, D, "--create-home flood", "--create-home -G video flood"),
     (groups_of_the_gpu_are_given_by_number_at_run_time, C, "${RENDER_GID:?", "render # "),
-    (folders_are_mounted, C, ":/work/runs", ":/runs"),
-    (folders_are_mounted, D, '"/work/runs", ', ""),
+    (folders_are_mounted, C, ":/workspace/runs", ":/runs"),
+    (folders_are_mounted, D, '"/workspace/runs", ', ""),
     (folders_are_mounted, D, "chown -R 10001", "chown -R root"),
-    (caches_outlive_the_container, D, "=/work/cache/miopen/db", "=/tmp/miopen/db"),
-    (caches_outlive_the_container, D, "MIOPEN_CUSTOM_CACHE_DIR=/work/cache/miopen/kernels", "A=b"),
+    (caches_outlive_the_container, D, "=/workspace/cache/miopen/db", "=/tmp/miopen/db"),
+    (caches_outlive_the_container, D, "MIOPEN_CUSTOM_CACHE_DIR=/workspace/cache/miopen/kernels", "A=b"),
     (entry_point_looks_for_the_gpu, D, '["/bin/bash", "/opt/floodrepro/entrypoint.sh"]', '["floodrepro"]'),
     (labels_say_what_is_inside, D, f'version="{floodrepro.__version__}"', 'version="0.0.1"'),
     (labels_say_what_is_inside, D, 'base.digest="sha256:7', 'base.digest="sha256:8'),
@@ -345,8 +345,8 @@ def test_entry_point_hands_over_to_floodrepro(host):
         (lambda host: (host / "dev/dri/renderD128").unlink(), ["no /dev/dri/renderD*", "--device=/dev/dri"]),
         (lambda host: (host / "dev/kfd").chmod(0o000), ["may not use /dev/kfd", "--group-add "]),
         (lambda host: (host / "dev/dri/renderD128").chmod(0o444), ["may not use /dev/dri/renderD128", "--group-add "]),
-        (lambda host: (host / "work/runs").chmod(0o555), ["may not write to /work/runs", "chown "]),
-        (lambda host: (host / "work/cache").chmod(0o555), ["may not write to /work/cache", "chown "]),
+        (lambda host: (host / "work/runs").chmod(0o555), ["may not write to /workspace/runs", "chown "]),
+        (lambda host: (host / "work/cache").chmod(0o555), ["may not write to /workspace/cache", "chown "]),
     ],
 )
 def test_entry_point_names_what_is_missing_and_the_flag_that_gives_it(host, plant, said):

@@ -20,7 +20,7 @@ from floodrepro.data.names import BEFORE, EVENT
 from floodrepro.errors import CheckpointError, TableError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.measured import build_on_cpu, panels, weights
-from floodrepro.evaluation.test_pass import run_test
+from floodrepro.evaluation.tabulate import run_test
 from floodrepro.publishing import measured as publishing
 from floodrepro.publishing.export import export
 from floodrepro.training.recipe_cli import RecipeCLI

@@ -2,7 +2,7 @@
 # Entry point of the ROCm image: what would fail an hour later, or silently train on the CPU, fails here.
 # Arguments are floodrepro's own: `docker run … floodrepro:rocm fit --config …`
 #
-#   FLOODREPRO_HOST    where /dev and /work are looked for (default: /); the tests set it
+#   FLOODREPRO_HOST    where /dev and /workspace are looked for (default: /); the tests set it
 set -euo pipefail
 
 fail() {
@@ -27,7 +27,7 @@ for device in "$kfd" "$root"/dev/dri/renderD*; do
 done
 
 for folder in runs cache; do
-  [ -w "$root/work/$folder" ] || fail "user $(id -u) may not write to /work/$folder" "the folder mounted there" \
+  [ -w "$root/workspace/$folder" ] || fail "user $(id -u) may not write to /workspace/$folder" "the folder mounted there" \
     "on the host: chown $(id -u) FOLDER"
 done
 

@@ -39,7 +39,7 @@ def run_demo(folder: Path, overrides: list[str], output_format: str) -> int:
     path = path.with_name(free_name(path)) if path.exists() else path
     console.say("loading TerraTorch (10 to 20 s)")
     from floodrepro.evaluation.baselines import evaluate_baselines
-    from floodrepro.evaluation.test_pass import run_test
+    from floodrepro.evaluation.tabulate import run_test
     from floodrepro.publishing.export import export
     from floodrepro.publishing.make_card import add_card, records_of
     from floodrepro.training.fit import fit

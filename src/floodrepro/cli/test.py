@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     cli = parse_recipe_for_checkpoint(args)
     if cli is None:
         return 0
-    from floodrepro.evaluation.test_pass import run_test
+    from floodrepro.evaluation.tabulate import run_test
 
     result = run_test(cli, args.ckpt, split=args.split, folder=args.output)
     for split, path in result.tables.items():

@@ -11,7 +11,7 @@ from floodrepro import recipe as recipes
 from floodrepro.errors import DataError, FloodreproError, RunFolderError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.measured import panels, weights
-from floodrepro.evaluation.test_pass import run_test, table_path
+from floodrepro.evaluation.tabulate import run_test, table_path
 from floodrepro.publishing.bundle import read_weights
 from floodrepro.publishing.export import export
 from floodrepro.publishing.measured import measure_load_back, measure_round_trip

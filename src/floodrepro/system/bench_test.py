@@ -18,7 +18,7 @@ from floodrepro import console
 from floodrepro.data.names import SPLITS, split_file
 from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.evaluation.passes import MAIN_METRICS
-from floodrepro.evaluation.test_pass import AGREEMENT, run_test
+from floodrepro.evaluation.tabulate import AGREEMENT, run_test
 from floodrepro.recipe import Recipe
 from floodrepro.system.bench_sides import Run, parse, sum_up, surroundings
 from floodrepro.system.own_process import in_own_process
