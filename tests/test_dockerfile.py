@@ -307,14 +307,14 @@ def host() -> Iterator[Path]:
     """What the entry point looks at: a GPU's devices, and the mounted folders; nobody may go in."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
-    for name in ("dev/dri", "work/runs", "work/cache", "bin"):
+    for name in ("dev/dri", "workspace/runs", "workspace/cache", "bin"):
         (folder / name).mkdir(parents=True)
     for name in ("dev/kfd", "dev/dri/card0", "dev/dri/renderD128"):
         (folder / name).touch()
     (folder / "bin" / "floodrepro").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (folder / "bin" / "floodrepro").chmod(0o755)
     shutil.copy(ROOT / "scripts" / "rocm" / "entrypoint.sh", folder)
-    for path in (p for p in folder.rglob("*") if "work" in p.parts or "dev" in p.parts):
+    for path in (p for p in folder.rglob("*") if "workspace" in p.parts or "dev" in p.parts):
         path.chmod(0o777 if path.is_dir() else 0o666)
     yield folder
     shutil.rmtree(folder)
@@ -345,8 +345,8 @@ def test_entry_point_hands_over_to_floodrepro(host):
         (lambda host: (host / "dev/dri/renderD128").unlink(), ["no /dev/dri/renderD*", "--device=/dev/dri"]),
         (lambda host: (host / "dev/kfd").chmod(0o000), ["may not use /dev/kfd", "--group-add "]),
         (lambda host: (host / "dev/dri/renderD128").chmod(0o444), ["may not use /dev/dri/renderD128", "--group-add "]),
-        (lambda host: (host / "work/runs").chmod(0o555), ["may not write to /workspace/runs", "chown "]),
-        (lambda host: (host / "work/cache").chmod(0o555), ["may not write to /workspace/cache", "chown "]),
+        (lambda host: (host / "workspace/runs").chmod(0o555), ["may not write to /workspace/runs", "chown "]),
+        (lambda host: (host / "workspace/cache").chmod(0o555), ["may not write to /workspace/cache", "chown "]),
     ],
 )
 def test_entry_point_names_what_is_missing_and_the_flag_that_gives_it(host, plant, said):

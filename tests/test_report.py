@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -452,3 +453,16 @@ def test_damaged_panels_are_an_error_and_absent_ones_are_told(evidence: Evidence
     (tmp_path / "report" / "evidence" / "panels.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(TableError, match="cannot be read"):
         write_report(whole, tmp_path / "report")
+
+
+def test_demos_report_in_the_repository_is_what_its_results_give(tmp_path: Path):
+    folder = Path(__file__).parents[1] / "verification" / "demo"
+    found = results_file.load(folder / "results.json")
+    shutil.copytree(folder / "evidence", tmp_path / "evidence")
+    write_report(found, tmp_path)
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == {f.name for f in (folder / "figures").iterdir()}
+    assert found["run"]["environment"]["code"]["dirty"] is False
+    for file in ("results.json", "report.md", "report.html"):
+        text = (folder / file).read_text()
+        assert not re.search(r"(?<![\w.])/(home|tmp|work|root|mnt)/", text), file
