@@ -221,7 +221,7 @@ def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_p
 
 
 def test_test_of_some_batches_leaves_no_table_that_looks_whole(cli, trained, tmp_path: Path):
-    some = ("--data.init_args.batch_size", "2", "--trainer.limit_test_batches", "1")
+    some = ("--data.init_args.batch_size", "1", "--trainer.limit_test_batches", "2")
     outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, *some)
     assert outcome.code == 0
     assert "2 of 3 chips were tested" in outcome.err

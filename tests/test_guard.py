@@ -155,11 +155,11 @@ def test_gradient_norms_loss_scale_and_skipped_steps_are_logged_per_epoch(fit):
     assert run.read_record()["progress"]["skipped_steps"] == skipped
 
 
-@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (1, 2)])
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (1, 2)])  # of twelve chips
 def test_loss_of_an_epoch_is_the_mean_of_its_steps(fit, batches, accumulate):
     """An accumulated loss reaches callbacks divided; an epoch's last batch ends a step, and is logged, in any case."""
     outcome, run = fit(
-        *("--trainer.limit_train_batches", batches, "--trainer.accumulate_grad_batches", accumulate),
+        *("--data.init_args.batch_size", 12 // batches, "--trainer.accumulate_grad_batches", accumulate),
     )
     assert outcome.code == 0, outcome.err
     steps = np.reshape(rows(run, "train/loss"), (2, batches))
