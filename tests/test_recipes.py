@@ -12,6 +12,7 @@ from conftest import ROOT
 from floodrepro import recipe as recipes
 from floodrepro.errors import UsageError
 from floodrepro.training.recipe_cli import RecipeCLI
+from floodrepro.training.wiring import without_files
 
 BASE = "terramind_v1_base_impactmesh_flood_amd"
 TINY = "terramind_v1_tiny_impactmesh_flood"
@@ -148,6 +149,20 @@ def test_fingerprint_depends_on_values_only(tmp_path: Path):
     assert recipes.fingerprint(shuffled) == recipes.fingerprint(source)
     source["seed_everything"] = 43
     assert recipes.fingerprint(shuffled) != recipes.fingerprint(source)
+
+
+@pytest.mark.parametrize("given", [["--trainer.limit_train_batches", "1"], ["--trainer.limit_train_batches=1"]])
+def test_a_limit_of_one_batch_is_not_read_as_all_of_them(given, tmp_path: Path):
+    cli = RecipeCLI([recipes.find("demo")], given)
+    path = tmp_path / "r.yaml"
+    path.write_text(recipes.to_yaml(cli.recipe))
+    for parsed in (cli, RecipeCLI([path])):
+        for found in (parsed.recipe["trainer"]["limit_train_batches"], parsed.config.trainer.limit_train_batches):
+            assert (found, type(found)) == (1, int)
+    cli.build(lambda config: without_files(config, progress_bar=False))
+    assert (cli.trainer.limit_train_batches, type(cli.trainer.limit_train_batches)) == (1, int)
+    share = RecipeCLI([path], ["--trainer.limit_train_batches=0.5"]).config.trainer.limit_train_batches
+    assert (share, type(share)) == (0.5, float)
 
 
 def test_all_problems_of_a_recipe_come_in_one_report(tmp_path: Path):

@@ -1,7 +1,7 @@
 """A recipe, its overrides folded in by TerraTorch's own command-line class, and the objects that it describes."""
 
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ from floodrepro.training.cheaper import trim_metrics  # noqa: E402
 from floodrepro.training.recipe_problems import describe, list_problems  # noqa: E402
 
 __all__ = ["CustomWriter", "RecipeCLI"]  # TerraTorch's names come from here: what imports them first must be quiet
+
+
+_COUNT_OR_SHARE = (
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    *("overfit_batches", "val_check_interval"),
+)
 
 
 class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no types
@@ -73,12 +79,20 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             text = parser.dump(folded, skip_unset=False, skip_validation=True)
             self.recipe: Recipe = yaml.safe_load(text)
             self.config = parser.parse_object(folded)
+            self._counts = _counts(raw.values(), self._overrides)
+            for key, value in self._counts.items():
+                self.recipe["trainer"][key] = self.config.trainer[key] = value
         except ArgumentError as error:
             raise _report([describe(str(error))], "command line" if self._overrides else files) from error
 
     def _set_seed(self) -> None:
         if self._building:
             super()._set_seed()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Hand on limits as they were given: the parser would turn them again."""
+        given = {key: self.config.trainer[key] for key in self._counts}
+        return super().instantiate_trainer(**given | kwargs)
 
     def instantiate_classes(self) -> None:
         """Do nothing until `build` asks for the objects."""
@@ -111,6 +125,23 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
                 where=", ".join(str(path) for path in self._configs),
                 fix="FLOODREPRO_DEBUG=1 shows where; model_args is checked by TerraTorch's model factory only",
             ) from error
+
+
+def _counts(contents: Iterable[Recipe], overrides: Sequence[str]) -> dict[str, int]:
+    """The trainer's limits that were given as whole numbers, the last word for each.
+
+    Typed int | float, they come out of jsonargparse 4.53 as either, by which of the two unions some library happened to
+    write first (typing keeps one for both): 1, one batch, would become 1.0, all of them.
+    """
+    given: dict[str, Any] = {}
+    for content in contents:
+        given |= {key: value for key, value in (content.get("trainer") or {}).items() if key in _COUNT_OR_SHARE}
+    tokens = iter(overrides)
+    for token in tokens:
+        key, equals, value = token.removeprefix("--trainer.").partition("=")
+        if token.startswith("--trainer.") and key in _COUNT_OR_SHARE:
+            given[key] = _yaml_value(value if equals else next(tokens, ""))
+    return {key: value for key, value in given.items() if type(value) is int}
 
 
 def _read_untyped_values(folded: Namespace, overrides: Sequence[str]) -> None:
