@@ -9,4 +9,4 @@ export HF_HUB_OFFLINE=1
 # Two processes with one thread each: torch's threads of two processes on two cores wait for each other most of the time.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 say "running the tests"
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
