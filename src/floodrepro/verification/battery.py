@@ -14,6 +14,7 @@ from floodrepro.errors import RunFolderError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.run_folder import DECLARATION, RunFolder, sha256_of
+from floodrepro.training.declared import status_of
 from floodrepro.verification.check import Check, Evidence, SeedRun
 from floodrepro.verification.references import load_published, load_thresholds
 
@@ -153,9 +154,8 @@ def _seeds(run: RunFolder, split: str) -> list[SeedRun]:
     runs = []
     for seed in _json(declaration)["seeds"]:
         folder = RunFolder(declaration.parent / f"seed-{seed}")
-        status = folder.read_record().get("status", "not started") if folder.record.is_file() else "not started"
         weights = sha256_of(folder.best) if folder.best.is_file() else None
-        runs.append(SeedRun(seed, status, _own_table(folder, split, weights, {}), folder.path.name))
+        runs.append(SeedRun(seed, status_of(folder.path), _own_table(folder, split, weights, {}), folder.path.name))
     return runs
 
 
