@@ -7,7 +7,6 @@ normalisation are done on the device for a whole batch.
 Shape suffixes: B = chips, T = timesteps, C = bands, H, W = pixels.
 """
 
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from floodrepro.data.chips import ChipSource, open_source_loudly
 from floodrepro.data.names import IGNORE_INDEX, LABEL_DIR, MODALITIES, TIMESTEPS
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.errors import DataError
+from floodrepro.heap import keep_freed_memory
 
 RawChip = dict[str, Any]
 
@@ -279,7 +279,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         for chip, element, place in zip(raw, elements, image, strict=True):
             place.copy_(d4.apply(element, chip).transpose(0, 1))  # converts, turns and spreads T = 1 in one pass
         image.masked_fill_(image == self.no_data_value, self.no_data_replace)
-        image.nan_to_num_(nan=self.no_data_replace)  # numpy's and torch's agree on infinities as well
+        if raw.is_floating_point():
+            image.nan_to_num_(nan=self.no_data_replace)  # numpy's and torch's agree on infinities as well
         return image if wanted > 1 else image[:, :, 0]
 
     def _filename(self, chip: str) -> str:
@@ -341,14 +342,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 def as_a_worker(_: int = 0, memory: BatchMemory | None = None) -> None:
     """Set a process up as a loader's worker: one core, and memory that is kept for the next chip and the next batch.
 
-    Blosc's own threads would only get in each other's way. glibc gives arrays of a chip's size (MiB) back to the kernel
-    one by one, and each new one costs a page fault per 4 KiB, which takes longer than the copy into it; malloc(3),
-    mallopt(3). On another C library nothing is changed.
+    Blosc's own threads would only get in each other's way.
     """
     batch_memory.use(memory)
     blosc.use_threads = False
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        library.mallopt(m_mmap_threshold, 1 << 30)
-        library.mallopt(m_trim_threshold, 1 << 30)
+    keep_freed_memory()

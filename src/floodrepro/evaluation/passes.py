@@ -16,6 +16,7 @@ from floodrepro import recipe as recipes
 from floodrepro.data.presence import DataCheck, check_data
 from floodrepro.errors import UsageError
 from floodrepro.evaluation.checkpoint import load_strictly, read_checkpoint
+from floodrepro.heap import keep_freed_memory
 from floodrepro.recipe import check_precision
 from floodrepro.training.recipe_cli import CustomWriter, RecipeCLI
 from floodrepro.training.wiring import without_files
@@ -189,6 +190,7 @@ def prepare(
         without_files(config, progress_bar=sys.stderr.isatty())
         wire(config)
 
+    keep_freed_memory()
     cli.build(reading_only)
     load_strictly(weights, cli.model, cli.recipe)
     console.say(f"{checkpoint.name} over {data.chips or split}")

