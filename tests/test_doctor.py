@@ -17,7 +17,7 @@ from floodrepro.data.ledger import Ledger, RemoteFile
 from floodrepro.data.presence import protocol_of
 from floodrepro.system.container import installed
 from floodrepro.system.doctor import data, quick, read_needs
-from floodrepro.system.doctor.gpus import Gpu, check_devices, find_gpus, judge_probe
+from floodrepro.system.doctor.gpus import Gpu, check_devices, check_use, find_gpus, judge_probe
 from floodrepro.system.doctor.machine import Host, check_host
 from floodrepro.system.doctor.needs import estimate_time
 from floodrepro.system.doctor.packages import check_bounds, check_tested, own_requirements
@@ -293,6 +293,20 @@ H100 = {"name": "NVIDIA H100 80GB HBM3", "memory": 79 * GIB, "float16": True, "b
 def test_gpu_has_to_compute_in_the_recipes_precision_and_its_peak_is_known_or_not(device, precision, name, status):
     answer = {"nms": True, "devices": [device]}
     assert by_name(judge_probe(answer, precision, gpu_expected=True))[name].status == status
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "status"), [([], "16-mixed", "fail"), ([], "bf16-mixed", None), ([AMD], "16-mixed", None)]
+)
+def test_fp16_without_a_gpu_is_a_failure(gpus, precision, status):
+    found = by_name(check_use(gpus, precision, {}))
+    assert (found["precision"].status if found else None) == status
+
+
+def test_nvidia_gpu_whose_energy_nothing_can_read_is_said():
+    (missing,) = check_use([NVIDIA], "", {})
+    assert (missing.status, "floodrepro[energy]" in missing.fix) == ("warn", True)
+    assert check_use([NVIDIA], "", {"nvidia-ml-py": "13.0"})[0].status == "ok"
 
 
 @pytest.mark.parametrize(

@@ -298,20 +298,48 @@ def test_virtual_function_without_power_file_falls_back_to_rated_power(tmp_path,
     assert "no power from amdgpu" in result["note"]
 
 
-@pytest.mark.parametrize("key", ["energy_accumulator", "power"])
-def test_amdsmi_counter_is_read_in_its_own_resolution(tmp_path, monkeypatch, key):
+def amdsmi(**calls) -> SimpleNamespace:
     handles = {"other": "0000:01:00.0", "ours": "0000:83:00.0"}
-    counts = {"other": 1, "ours": 2_000_000}
-    smi = SimpleNamespace(
+    return SimpleNamespace(
         amdsmi_init=lambda: None,
         amdsmi_get_processor_handles=lambda: list(handles),
         amdsmi_get_gpu_device_bdf=handles.__getitem__,
-        amdsmi_get_energy_count=lambda handle: {key: counts[handle], "counter_resolution": 15.3, "timestamp": 1},
+        **calls,
     )
-    monkeypatch.setitem(sys.modules, "amdsmi", smi)
+
+
+@pytest.mark.parametrize("key", ["energy_accumulator", "power"])
+def test_amdsmi_counter_is_read_in_its_own_resolution(tmp_path, monkeypatch, key):
+    counts = {"other": 1, "ours": 2_000_000}
+    count = lambda handle: {key: counts[handle], "counter_resolution": 15.3, "timestamp": 1}  # noqa: E731
+    monkeypatch.setitem(sys.modules, "amdsmi", amdsmi(amdsmi_get_energy_count=count))
     counter = find_sources(MI300X, tmp_path).counter
     assert counter is not None
     assert counter() == pytest.approx(30.6)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"socket_power": 412, "current_socket_power": 412, "average_socket_power": "N/A"},  # ROCm 7
+        {"current_socket_power": 412, "average_socket_power": 0xFFFF},  # ROCm 6, MI300
+        {"current_socket_power": 0xFFFFFFFF, "average_socket_power": 412},  # ROCm 6, MI200
+    ],
+)
+def test_amdsmi_power_is_read_where_the_driver_shows_no_file(tmp_path, monkeypatch, answer):
+    answers = {"ours": answer, "other": {"socket_power": 99}}
+    monkeypatch.setitem(sys.modules, "amdsmi", amdsmi(amdsmi_get_power_info=answers.__getitem__))
+    power = find_sources(MI300X, tmp_path).power
+    assert power is not None
+    assert power() == 412.0
+
+
+@pytest.mark.parametrize("answer", [{}, {"socket_power": "N/A", "current_socket_power": 0xFFFFFFFF}])
+def test_amdsmi_power_that_has_no_figure_is_no_source(tmp_path, monkeypatch, answer):
+    monkeypatch.setitem(sys.modules, "amdsmi", amdsmi(amdsmi_get_power_info=lambda handle: answer))
+    found = find_sources(MI300X, tmp_path)
+    assert found.power is None
+    assert "no power from amdgpu's hwmon or amdsmi" in found.missing
 
 
 def test_nvml_counter_and_power_are_read_in_thousandths(monkeypatch):

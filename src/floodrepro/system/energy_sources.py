@@ -8,6 +8,8 @@ from typing import Any
 
 TDP_W = {"MI300X": 750.0}  # AMD Instinct MI300X data sheet
 
+_NO_GPU_TAKES_W = 10_000
+
 Read = Callable[[], float]
 
 
@@ -67,8 +69,9 @@ def find_sources(gpu: Gpu | None, root: Path = Path("/")) -> Sources:
             return Sources(missing="no GPU, and no CPU package with a RAPL counter that may be read")
         name = f"{len(packages)} CPU package(s) (RAPL: all that ran on them, without memory)"
         return Sources(_rapl(packages), name=name, counter_needs_proof=False, missing="RAPL gives no power")
-    counter, power = (_amdsmi_counter(gpu), _hwmon_power(gpu, root)) if gpu.rocm else _nvml(gpu)
-    counter_from, power_from = ("amdsmi", "amdgpu's hwmon") if gpu.rocm else ("pynvml", "pynvml")
+    counter, power = _amd(gpu, root) if gpu.rocm else _nvml(gpu)
+    nvml = "pynvml (nvidia-ml-py)"
+    counter_from, power_from = ("amdsmi", "amdgpu's hwmon or amdsmi") if gpu.rocm else (nvml, nvml)
     missing = [] if counter else [f"no energy counter from {counter_from}"]
     missing += [] if power else [f"no power from {power_from}"]
     tdp_w = next((watts for name, watts in TDP_W.items() if name in gpu.name), None)
@@ -91,13 +94,17 @@ def _nvml(gpu: Gpu) -> tuple[Read | None, Read | None]:
     )
 
 
-def _amdsmi_counter(gpu: Gpu) -> Read | None:
+def _amd(gpu: Gpu, root: Path) -> tuple[Read | None, Read | None]:
+    """Counter by amdsmi; power by the driver's file, or by amdsmi where a container or a virtual function hides it."""
+    in_file = _hwmon_power(gpu, root)
     try:
         smi: Any = importlib.import_module("amdsmi")
         smi.amdsmi_init()
         handle = _the_one(gpu, [(smi.amdsmi_get_gpu_device_bdf(h), h) for h in smi.amdsmi_get_processor_handles()])
     except Exception:  # its import alone raises several kinds where library and driver do not match
-        return None
+        return None, in_file
+    if handle is None:
+        return None, in_file
 
     def joules() -> float:
         # A virtual function has no counter; elsewhere it was seen to stand still (ROCm/amdsmi#22), or off (#38).
@@ -105,7 +112,18 @@ def _amdsmi_counter(gpu: Gpu) -> Read | None:
         ticks = found["energy_accumulator"] if "energy_accumulator" in found else found["power"]  # its name in ROCm 5
         return float(ticks * found["counter_resolution"]) / 1e6  # a tick is given in microjoules
 
-    return None if handle is None else joules
+    def watts() -> float:
+        # One figure since ROCm 7; before, the momentary one (MI300) or the average (older). What a device lacks is
+        # "N/A" or the largest number of 16 or 32 bits.
+        found = smi.amdsmi_get_power_info(handle)
+        values = [found.get(f"{kind}socket_power") for kind in ("", "current_", "average_")]
+        return float(next(v for v in values if isinstance(v, int | float) and 0 < v < _NO_GPU_TAKES_W))
+
+    try:
+        watts()
+    except Exception:  # it raises its own kinds; without a figure, StopIteration
+        return joules, in_file
+    return joules, in_file or watts
 
 
 def _hwmon_power(gpu: Gpu, root: Path) -> Read | None:

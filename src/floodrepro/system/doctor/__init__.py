@@ -44,6 +44,7 @@ def examine(
     found.append(packages.check_tested(versions, packages.tested_versions(), keeps_torch=keeps_torch))
     if not build:
         found += gpus.check_devices(seen, root, rocm=keeps_torch)
+        found += gpus.check_use(large, needs.precision if needs else "", versions)
     device = large[0].name if large else None
     if torch is not None and (large or build):  # without a GPU it would take longer than all the rest, and tell little
         answer = gpus.probe()

@@ -98,6 +98,19 @@ def check_devices(gpus: Sequence[Gpu], root: Path = Path("/"), *, rocm: bool = F
     return found or [judged("gpu", not rocm, none, f"in a container: {OPEN['AMD'][1]}", "warn")]
 
 
+def check_use(gpus: Sequence[Gpu], precision: str, versions: Mapping[str, str]) -> list[Finding]:
+    """What a recipe's precision (empty without a recipe) and the energy's measurement ask of GPUs and packages."""
+    found = []
+    if not gpus and precision.startswith("16"):
+        fix = "--trainer.precision 32-true (exact, slower) or bf16-mixed, for fit: --precision fp32 or bf16"
+        found.append(Finding("precision", "fail", f"the recipe asks for {precision}, which needs a GPU", fix))
+    if any(gpu.vendor == "NVIDIA" for gpu in gpus):
+        fix, measured = f'{sys.executable} -m pip install "floodrepro[energy]"', "nvidia-ml-py" in versions
+        detail = "NVML's counter and power" if measured else "nvidia-ml-py is not installed: it will not be measured"
+        found.append(judged("energy", measured, detail, fix, "warn"))
+    return found
+
+
 def probe(timeout: float = 120) -> dict[str, Any] | str:
     """Import torch and torchvision and multiply on each device, in a process of its own; a string says what failed."""
     try:
