@@ -18,6 +18,7 @@ from floodrepro.data.synth import generate
 from floodrepro.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
+CHIPS = {"events": 6, "chips": 18, "size": 32, "protocol": "v0", "seed": 1}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def cli() -> Callable[..., Outcome]:
 def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighteen chips of six events, protocol v0, extracted."""
     root = tmp_path_factory.mktemp("chips") / "ImpactMesh-Flood"
-    generate(root, events=6, chips=18, size=64, protocol="v0", seed=1)
+    generate(root, **CHIPS)
     return root
 
 

@@ -17,6 +17,7 @@ import pytest
 import rasterio
 import zarr
 
+from conftest import CHIPS
 from floodrepro.data import audit as audits
 from floodrepro.data.audit import MANIFEST, PARTIAL, audit
 from floodrepro.data.chips import open_source
@@ -148,7 +149,7 @@ def test_manifest_on_disk_is_what_is_returned_and_counts_what_lies_there(own_chi
 
 
 def test_digest_is_of_names_and_sizes_whatever_the_layout_and_depth(chips, own_chips, tmp_path):
-    generate(tmp_path / "hub", events=6, chips=18, size=64, protocol="v0", seed=1, layout="hub")
+    generate(tmp_path / "hub", **CHIPS, layout="hub")
     quick, whole, tars = audit(own_chips, "v0"), deep(own_chips), deep(tmp_path / "hub")
     assert quick["digest"] == whole["digest"] == tars["digest"] == quick_audit(chips, "v0").digest
     assert tars["layout"] == "tars"
@@ -409,19 +410,19 @@ def test_three_timesteps_or_one_band_less_is_named(own_chips):
     edit_bands(second, lambda values: values[:, :11])
     errors = found(deep(own_chips))
     assert [(check, file) for check, file, _ in errors] == [("shape", first.name), ("shape", second.name)]
-    assert "(3, 12, 64, 64) instead of (4, 12, H, W)" in errors[0][2]
+    assert "(3, 12, 32, 32) instead of (4, 12, H, W)" in errors[0][2]
 
 
 def test_parts_of_unlike_size_and_chips_of_unlike_size_are_named(own_chips, tmp_path):
     chip = chips_of(own_chips, "train")[0]
-    edit_bands(path_of(own_chips, chip, "S1RTC"), lambda values: values[..., :32, :32])
+    edit_bands(path_of(own_chips, chip, "S1RTC"), lambda values: values[..., :16, :16])
     shapes = [message for check, subject, message in found(deep(own_chips)) if check == "shape" and subject == chip]
-    assert shapes == ["its parts are not squares of one size: S2L2A 64 x 64, S1RTC 32 x 32, DEM 64 x 64, MASK 64 x 64"]
-    generate(tmp_path / "small", events=3, chips=3, size=32, protocol="v0", seed=1)
+    assert shapes == ["its parts are not squares of one size: S2L2A 32 x 32, S1RTC 16 x 16, DEM 32 x 32, MASK 32 x 32"]
+    generate(tmp_path / "small", events=3, chips=3, size=64, protocol="v0", seed=1)
     for part in SUFFIXES:
         shutil.copy(path_of(tmp_path / "small", chips_of(tmp_path / "small")[0], part), own_chips / "data" / part)
     assert any(
-        "chips differ in size" in message and "1 of 32 px" in message for _, _, message in found(deep(own_chips))
+        "chips differ in size" in message and "1 of 64 px" in message for _, _, message in found(deep(own_chips))
     )
 
 

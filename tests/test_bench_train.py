@@ -23,7 +23,7 @@ recipe["data"]["init_args"] |= {"batch_size": 2, "num_workers": 0}
 recipe["model"]["init_args"]["model_args"]["backbone_pretrained"] = False
 chosen = [side for side in b.SIDES["all"] if side.name in sys.argv[2:]]
 chosen += [b.Side("impossible", overrides=("--trainer.precision=16-mixed", "--trainer.accelerator=cpu"))]
-print(json.dumps(b.bench(recipe, Path(sys.argv[1]), chosen, size=64, steps=2, rounds=1)))
+print(json.dumps(b.bench(recipe, Path(sys.argv[1]), chosen, size=32, steps=2, rounds=1)))
 """
 
 

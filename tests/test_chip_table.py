@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchmetrics
 
+from conftest import CHIPS
 from floodrepro.errors import TableError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_counts import count
@@ -161,7 +162,7 @@ def test_test_leaves_a_table_that_gives_terratorchs_metrics_again(cli, trained, 
     assert result["disagreement"] <= 1e-6
     for name, value in scores(table.counts.sum(axis=0)).items():
         assert result["metrics"][f"test/{name}"] == pytest.approx(value, abs=1e-6)
-    assert (table.counts.sum(axis=(1, 2)) + table.ignored == 64 * 64).all()
+    assert (table.counts.sum(axis=(1, 2)) + table.ignored == CHIPS["size"] ** 2).all()
     record = trained.read_record()
     assert table.metadata["data_digest"] == record["data_digest"]
     assert table.metadata["recipe_sha256"] == record["recipe_sha256"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import ROOT
 from floodrepro import __version__, console
@@ -102,6 +103,21 @@ def test_shipped_recipes_are_listed_shown_and_copied_without_overwriting(cli, tm
     assert again.code == 2
     assert target.read_text() == "changed"
     assert "not overwritten" in again.err
+
+
+def test_plain_recipe_keeps_everything_but_the_data_module(cli):
+    ours = yaml.safe_load(cli("configs", "show", "demo").out)
+    plain = yaml.safe_load(cli("configs", "show", "demo", "--plain").out)
+    data = plain.pop("data")
+    assert data["class_path"] == "impactmesh.impactmesh_datamodule.ImpactMeshDataModule"
+    assert data["init_args"]["means"] == ours.pop("data")["init_args"]["means"]
+    assert plain == ours
+
+
+def test_recipe_that_joins_labels_has_no_plain_form(cli):
+    refused = cli("configs", "show", "terramind_v1_base_impactmesh_flood_v1_binary", "--plain")
+    assert (refused.code, refused.out) == (2, "")
+    assert "joins mask values ([0, 0, 1])" in refused.report[0]
 
 
 def test_flags_are_a_promise():

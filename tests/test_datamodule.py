@@ -14,6 +14,7 @@ import rasterio
 import torch
 from albumentations.augmentations.geometric import functional as geometric
 
+from conftest import CHIPS
 from floodrepro import recipe as recipes
 from floodrepro.data import d4
 from floodrepro.data.synth import generate
@@ -100,7 +101,7 @@ def assert_same(first, second) -> None:
 def tars(tmp_path_factory) -> Path:
     """The same chips as in `chips`, in the hub's layout."""
     root = tmp_path_factory.mktemp("tars") / "ImpactMesh-Flood"
-    generate(root, events=6, chips=18, size=64, protocol="v0", seed=1, layout="hub")
+    generate(root, **CHIPS, layout="hub")
     return root
 
 

@@ -106,26 +106,20 @@ def test_record_speaks_of_both_processes(two):
     assert record["progress"]["step"] == 2 * 6  # 12 chips, two processes, one chip each
 
 
-def test_interrupted_run_of_two_resumes_to_the_same_weights(two, chips: Path, tmp_path: Path):
-    death = ("--trainer.callbacks+=planting.Death", "--trainer.callbacks.step", 8, "--trainer.callbacks.rank", 0)
+def test_the_death_of_one_process_ends_the_run_and_it_resumes_to_the_same_weights(two, chips: Path, tmp_path: Path):
+    death = ("--trainer.callbacks+=planting.Death", "--trainer.callbacks.step", 8, "--trainer.callbacks.rank", 1)
     more = ("--save-every", 2)
+    start = time.monotonic()
     done, run = fit(chips, tmp_path, "killed", *TWO, *more, *death)
     assert done.returncode != 0
+    assert time.monotonic() - start < 200
+    assert run.read_record()["status"] != "finished"
+    assert is_whole(run.checkpoints / "last.ckpt")
     done, run = fit(chips, tmp_path, "killed", *TWO, *more, "--resume-anyway")  # without the callback that kills
     assert done.returncode == 0, done.stderr
     ours, theirs = (torch.load(r.checkpoints / "last.ckpt", weights_only=True) for r in (run, two))
     for name, tensor in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], tensor), name
-
-
-def test_the_death_of_one_process_ends_the_run_and_leaves_a_whole_state(chips: Path, tmp_path: Path):
-    death = ("--trainer.callbacks+=planting.Death", "--trainer.callbacks.step", 8, "--trainer.callbacks.rank", 1)
-    start = time.monotonic()
-    done, run = fit(chips, tmp_path, "dead", *TWO, *death)
-    assert done.returncode != 0
-    assert time.monotonic() - start < 200
-    assert run.read_record()["status"] != "finished"
-    assert is_whole(run.checkpoints / "last.ckpt")
 
 
 def test_one_process_s_value_that_is_not_finite_stops_all(chips: Path, tmp_path: Path):
@@ -137,7 +131,8 @@ def test_one_process_s_value_that_is_not_finite_stops_all(chips: Path, tmp_path:
     assert not run.best.exists()
 
 
-def test_rollback_with_several_processes_is_refused(chips: Path, tmp_path: Path):
-    done, _ = fit(chips, tmp_path, "rollback", *TWO, "--on-overflow", "rollback")
-    assert done.returncode == 2
-    assert "a rollback needs a run of one process" in done.stderr
+def test_rollback_with_several_processes_is_refused_before_the_second_one_starts(chips: Path, tmp_path: Path, cli):
+    where = ("--data-root", chips, "--runs-root", tmp_path)
+    outcome = cli("fit", "--config", "demo", *where, *TWO, "--on-overflow", "rollback")
+    assert outcome.code == 2
+    assert "a rollback needs a run of one process" in outcome.report[0]

@@ -93,6 +93,18 @@ def test_rollback_goes_on_in_bf16_once_and_is_recorded(fit):
     assert finite(run, "last.ckpt")
 
 
+def test_rollback_before_the_first_own_state_goes_to_the_one_that_the_run_was_given(fit, tmp_path: Path):
+    outcome, run = fit(epochs=1)
+    assert outcome.code == 0, outcome.err
+    before = rows(run, "train/loss")
+    given = run.path.rename(tmp_path / "before") / "checkpoints" / "last.ckpt"
+    outcome, run = fit(*FP16, *OVERFLOW, "--on-overflow", "rollback", "--resume", given, "--resume-anyway")
+    assert outcome.code == 0, outcome.err
+    assert run.read_record()["rollback"]["state"] == str(given)
+    losses = rows(run, "train/loss")
+    assert (losses[:3], len(losses)) == (before, 6), "the first epoch is the given state's, in fp32 as it was"
+
+
 def test_a_second_overflow_after_a_rollback_stops_the_run(fit):
     poison = ("--trainer.callbacks+=planting.Poison", "--trainer.callbacks.step", 4)
     outcome, run = fit(*poison, "--trainer.callbacks.name", "model.head.head.2.bias", "--on-overflow", "rollback")

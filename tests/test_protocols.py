@@ -18,7 +18,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def v1_chips(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("v1") / "ImpactMesh-Flood"
-    generate(root, events=5, chips=20, size=64, protocol="v1", seed=2)
+    generate(root, events=5, chips=20, size=32, protocol="v1", seed=2)
     return root
 
 

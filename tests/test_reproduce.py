@@ -267,28 +267,36 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
-def test_exported_yaml_fits_and_tests_in_plain_terratorch_on_the_extracted_folder(world, finished, tmp_path: Path):
-    """impactmesh's own data module, which reads extracted chips only; no module of floodrepro is named in it."""
+def test_recipe_and_exported_yaml_fit_and_test_in_plain_terratorch_on_the_extracted_folder(
+    world, finished, tmp_path: Path, cli
+):
+    """The card's commands, on the shipped recipe as it is, on its form without floodrepro, and on what was exported."""
     run = RunFolder(finished / "seed-1")
-    config = run.export / f"{finished.name}.yaml"
-    assert "class_path: floodrepro" not in config.read_text()
+    shipped = ROOT / "configs" / "terramind_v1_tiny_impactmesh_flood.yaml"
+    plain, exported = tmp_path / "plain.yaml", run.export / f"{finished.name}.yaml"
+    assert cli("configs", "cp", shipped.stem, plain, "--plain").code == 0
+    assert not any("class_path: floodrepro" in config.read_text() for config in (plain, exported))
     root = tmp_path / "ImpactMesh-Flood"
     shutil.copytree(world.folder / "data" / "split", root / "split")
     for archive in (world.folder / "data").glob("*/*.tar"):
         with tarfile.open(archive) as tar:
             tar.extractall(root / "data", filter="data")
+    small = ["--trainer.precision=32-true", *SMALL, "--trainer.max_epochs=1"]
     commands = [
-        ["fit", "--config", str(config), "--trainer.max_epochs=1", "--trainer.enable_checkpointing=false"],
-        ["test", "--config", str(config), "--ckpt_path", str(run.best)],
+        [command, f"--config={config}", *small, *([f"--ckpt_path={run.best}"] if command == "test" else [])]
+        for config in (shipped, plain, exported)
+        for command in ("fit", "test")
     ]
     argv = [sys.executable, "-c", PLAIN, json.dumps(commands)]
     offline = world.environment | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(argv, cwd=tmp_path, env=offline, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    fitted, tested = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    assert fitted["val/loss"] > 0
+    figures = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(figures) == len(commands)
+    assert all(fitted["val/loss"] > 0 for fitted in figures[::2])
     ours = chip_table.read(run.evaluation / "test" / "best.parquet").metadata["metrics"]
-    assert {name: tested[name] for name in ours} == pytest.approx(ours, abs=1e-6)
+    for tested in figures[1::2]:
+        assert {name: tested[name] for name in ours} == pytest.approx(ours, abs=1e-6)
 
 
 def test_folder_of_a_plain_download_is_taken_on_v1_data_with_the_binary_protocol(world):

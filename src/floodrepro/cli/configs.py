@@ -7,6 +7,9 @@ from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.cli.shared import add_format
 from floodrepro.errors import UsageError
+from floodrepro.publishing.plain import with_stock_data
+
+_PLAIN = "for TerraTorch without floodrepro: impactmesh's own data module, extracted chips"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,9 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_format(listing)
     show = actions.add_parser("show", prog=f"{parser.prog} show", help="print one as it is")
     show.add_argument("name")
+    show.add_argument("--plain", action="store_true", help=_PLAIN)
     copy = actions.add_parser("cp", prog=f"{parser.prog} cp", help="copy one to change it")
     copy.add_argument("name")
     copy.add_argument("path", type=Path)
+    copy.add_argument("--plain", action="store_true", help=_PLAIN)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         console.emit(dict(rows), console.columns(rows, right_from=2), args.format)
         return 0
     source = recipes.find(args.name)
-    text = source.read_text(encoding="utf-8")
+    text = _plain(source) if args.plain else source.read_text(encoding="utf-8")
     if args.action == "show":
         print(text, end="")
         return 0
@@ -43,3 +48,15 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"the recipe cannot be copied: {error.strerror}", where=target) from error
     print(target)
     return 0
+
+
+def _plain(source: Path) -> str:
+    recipe = recipes.read(source)
+    labels = recipe["data"]["init_args"].get("label_map", [])
+    if labels != sorted(set(labels)):  # two mask values in one class
+        raise UsageError(
+            f"{source.stem} joins mask values ({labels}), which impactmesh's data module cannot",
+            fix="terratorch fit --config the recipe as it is, with floodrepro installed",
+        )
+    head = f"# {source.stem} for plain TerraTorch; augmentation differs from run to run there, whatever the seed.\n"
+    return head + recipes.to_yaml(with_stock_data(recipe))

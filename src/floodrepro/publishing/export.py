@@ -1,6 +1,5 @@
 """Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled."""
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from floodrepro import __version__
 from floodrepro import recipe as recipes
-from floodrepro.data.names import TIMESTEPS
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.evaluation.checkpoint import Checkpoint, list_differences, read_checkpoint
+from floodrepro.publishing.plain import portable
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import sha256_of, write_atomically
-
-_DATA_ROOT = Path("ImpactMesh-Flood")
 
 
 @dataclass(frozen=True)
@@ -84,54 +81,6 @@ def export(
         raise RunFolderError(f"the export cannot be written: {error.strerror or error}", where=output) from error
     parameters = sum(tensor.numel() for tensor in checkpoint.weights.values())
     return ExportResult(weights, config, len(checkpoint.weights), parameters, sha256_of(weights))
-
-
-def portable(recipe: Recipe) -> Recipe:
-    """The recipe without what belongs to one machine or one run: loggers, callbacks, paths, pretrained weights."""
-    plain = copy.deepcopy(recipe)
-    trainer = plain.setdefault("trainer", {})
-    for key in ("callbacks", "default_root_dir"):
-        trainer.pop(key, None)
-    trainer["logger"] = False
-    model_args = plain["model"].get("init_args", {}).get("model_args") or {}
-    if "backbone_pretrained" in model_args:
-        model_args["backbone_pretrained"] = False
-    if plain["data"]["class_path"].endswith("FloodDataModule"):
-        plain["data"] = _stock_data(plain["data"]["init_args"])
-    data = plain["data"].get("init_args") or {}
-    for key, value in data.items():
-        if key.endswith("data_root") and value:
-            data[key] = str(_DATA_ROOT / "data")
-        elif key.endswith("_split") and isinstance(value, dict):
-            data[key] = {name: str(_DATA_ROOT / "split" / Path(path).name) for name, path in value.items()}
-        elif key.endswith("_split") and value:
-            data[key] = str(_DATA_ROOT / "split" / Path(value).name)
-    return plain
-
-
-def _stock_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Impactmesh's own data module with the same statistics and transforms; it knows no label map and no bands."""
-    shared = (
-        *("data_root", "batch_size", "num_workers", "train_split", "val_split", "test_split", "predict_split"),
-        *("modalities", "timesteps", "means", "stds", "no_data_value", "no_data_replace"),
-    )
-    kept = {key: arguments[key] for key in shared if key in arguments}
-    if arguments.get("augment", True):
-        steps = len(arguments.get("timesteps") or range(len(TIMESTEPS)))
-        kept["train_transform"] = [
-            {"class_path": "terratorch.datasets.transforms.FlattenTemporalIntoChannels"},
-            {"class_path": "albumentations.D4"},
-            {"class_path": "albumentations.pytorch.ToTensorV2"},
-            {
-                "class_path": "terratorch.datasets.transforms.UnflattenTemporalFromChannels",
-                "init_args": {"n_timesteps": steps},
-            },
-        ]
-    return {
-        "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
-        "init_args": kept,
-        "dict_kwargs": {"disaster_type": "flood"},  # else guessed from the path, "fire" first
-    }
 
 
 def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path, data_digest: str | None) -> None:

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from floodrepro import recipe as recipes
-from floodrepro.publishing.export import portable
+from floodrepro.publishing.plain import portable
 from floodrepro.recipe import Recipe
 from floodrepro.training.recipe_cli import RecipeCLI
 from floodrepro.training.recorder import percentiles

@@ -227,10 +227,11 @@ def _train_to_the_end(
             run.update_record(incidents=[*record.get("incidents", []), entry])
             if options.on_overflow != "rollback" or incident.kind == "collapse" or record.get("rollback"):
                 raise
-            state = newest_whole(run.checkpoints)
+            own = newest_whole(run.checkpoints)
+            state = own or (state if state and state.is_file() else None)  # none of its own yet: what it began with
             rollback = {
                 "step": incident.step,
-                "state": state.name if state else "the start",
+                "state": own.name if own else str(state or "the start"),
                 "precision": [cli.recipe["trainer"].get("precision", "32-true"), _ROLLBACK_PRECISION],
                 "when": entry["when"],
             }
