@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from floodrepro.system.container import installed
 from floodrepro.system.doctor import data, quick, read_needs
 from floodrepro.system.doctor.gpus import Gpu, check_devices, check_use, find_gpus, judge_probe
 from floodrepro.system.doctor.machine import Host, check_host
-from floodrepro.system.doctor.needs import estimate_time
+from floodrepro.system.doctor.needs import estimate_test, estimate_time
 from floodrepro.system.doctor.packages import check_bounds, check_tested, own_requirements
 from floodrepro.system.doctor.torch_build import Build, check_torch, check_torchvision, folder_of
 
@@ -488,9 +490,17 @@ def test_half_fetched_data_has_to_fit_the_disk(tmp_path):
 def test_time_of_the_published_run_lies_in_the_estimate():
     """Six GPU-hours are about 26 epochs of it, by the card's own rates."""
     found = estimate_time(replace(NEEDS, epochs=26), "AMD Instinct MI300X", published=True)
-    fast, slow = (float(part) for part in found.detail.split(" h ")[0].split(" to "))
+    fast, slow = (float(hours) for hours in re.findall(r"([\d.]+) h\b", found.detail))
     assert fast < 6.0 < slow
     assert "estimate" in found.detail
+
+
+def test_time_of_a_test_is_that_of_forward_passes():
+    told = estimate_test(NEEDS, "AMD Instinct MI300X", published=True, passes=2)
+    seconds = 2 * 14_556 * 682e9 / 1307.4e12
+    assert told.startswith(f"{math.ceil(seconds / 0.4 / 60)} min to {math.ceil(seconds / 0.1 / 60)} min on one AMD")
+    assert "40.4 h on two CPU cores for 1 x 14,556" in estimate_test(NEEDS, None, published=True, passes=1)
+    assert estimate_test(NEEDS, None, published=False, passes=1).startswith("not estimated")
 
 
 def test_time_is_not_told_where_no_rate_is_known():

@@ -1,5 +1,6 @@
 """What a recipe will ask of the machine, read from its YAML; neither torch nor TerraTorch is imported."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,21 +120,45 @@ def estimate_time(needs: Needs, device: str | None, *, published: bool) -> Findi
         device: Name of the GPU; None where the CPU computes.
         published: Whether the data is, or will be, a published version; else its chips are of unknown number and size.
     """
-    protocol, peak = PROTOCOLS.get(DATA_OF.get(needs.protocol or "", "")), peak_of(device or "")
-    known = {"model": needs.model, "number and size of chips": protocol and published, "peak rate": peak or not device}
-    if needs.model is None or protocol is None or not all(known.values()):
-        unknown = next(what for what, value in known.items() if not value)
-        return Finding("time", "ok", f"not estimated: the {unknown} is not known")
+    if unknown := _unknown(needs, device, published=published):
+        return Finding("time", "ok", f"not estimated: {unknown}")
+    protocol = PROTOCOLS[DATA_OF[str(needs.protocol)]]
     train, val, _ = protocol.chip_counts
-    chips = f"{needs.epochs} epochs of {protocol.name}'s {train:,} + {val:,} chips"
+    took = _took(needs, device, trained=needs.epochs * train, seen=needs.epochs * val)
+    detail = f"{took} for {needs.epochs} epochs of {protocol.name}'s {train:,} + {val:,} chips (estimate)"
+    fix = "" if device else "a GPU; or toy size: floodrepro reproduce --demo"
+    return Finding("time", "ok" if device else "warn", detail, fix)
+
+
+def estimate_test(needs: Needs, device: str | None, *, published: bool, passes: int) -> str:
+    """Time of passes over the test split, as `estimate_time`, in words."""
+    if unknown := _unknown(needs, device, published=published):
+        return f"not estimated: {unknown}"
+    chips = PROTOCOLS[DATA_OF[str(needs.protocol)]].chip_counts[2]
+    return f"{_took(needs, device, seen=passes * chips)} for {passes} x {chips:,} chips (estimate)"
+
+
+def _unknown(needs: Needs, device: str | None, *, published: bool) -> str:
+    """What keeps a time from being estimated; empty where nothing does."""
+    protocol = PROTOCOLS.get(DATA_OF.get(needs.protocol or "", ""))
+    peak = peak_of(device) if device else True
+    known = {"model": needs.model, "number and size of chips": protocol and published, "peak rate": peak}
+    return next((f"the {what} is not known" for what, value in known.items() if not value), "")
+
+
+def _took(needs: Needs, device: str | None, *, seen: int, trained: int = 0) -> str:
+    """Time to train on so many chips and to look at so many, in words; `_unknown` was asked."""
+    model, peak = needs.model, peak_of(device or "")
+    assert model is not None
     if peak is None:
-        hours = needs.epochs * (train * needs.model.step_s + val * needs.model.forward_s) / 3600
-        detail = f"about {hours / 24:,.0f} days on two CPU cores for {chips} (estimate)"
-        return Finding("time", "warn", detail, "a GPU; or toy size: floodrepro reproduce --demo")
-    work = needs.epochs * (3 * train + val) * needs.model.forward_flop
-    slow, fast = (work / (peak[0] * 1e12 * share) / 3600 for share in UTILISATION)
-    return Finding(
-        "time",
-        "ok",
-        f"{fast:.1f} to {slow:.1f} h on one {device} for {chips}, at 40 to 10 % of its peak rate (estimate)",
-    )
+        seconds = trained * model.step_s + seen * model.forward_s
+        return f"about {_duration(seconds)} on two CPU cores"
+    work = (3 * trained + seen) * model.forward_flop
+    slow, fast = (_duration(work / (peak[0] * 1e12 * share)) for share in UTILISATION)
+    return f"{fast} to {slow} on one {device}, at 40 to 10 % of its peak rate,"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.1f} days"
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{math.ceil(seconds / 60)} min"
