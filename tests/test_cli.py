@@ -114,10 +114,12 @@ def test_plain_recipe_keeps_everything_but_the_data_module(cli):
     assert plain == ours
 
 
-def test_recipe_that_joins_labels_has_no_plain_form(cli):
+def test_recipe_that_maps_labels_or_names_no_data_has_no_plain_form(cli, tmp_path: Path):
     refused = cli("configs", "show", "terramind_v1_base_impactmesh_flood_v1_binary", "--plain")
     assert (refused.code, refused.out) == (2, "")
-    assert "joins mask values ([0, 0, 1])" in refused.report[0]
+    assert "maps mask values to the classes [0, 0, 1]" in refused.report[0]
+    (tmp_path / "half.yaml").write_text("seed_everything: 1\n")
+    assert "the section 'data'" in cli("configs", "show", tmp_path / "half.yaml", "--plain").report[0]
 
 
 def test_flags_are_a_promise():

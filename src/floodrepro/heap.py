@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Let this process use freed arrays of up to a GiB again.
 
     By default glibc gives large ones back one by one, and each new one costs a page fault for every 4 KiB, which takes
-    longer than a copy into it: a training step of the tiny model on two cores has 13,000 of them, a fifth of its time.
+    longer than a copy into it: a training step of the tiny model on two cores has 13,000 of them, up to a tenth of it.
     On another C library nothing is changed.
     """
     library = ctypes.CDLL(None)

@@ -52,10 +52,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _plain(source: Path) -> str:
     recipe = recipes.read(source)
-    labels = recipe["data"]["init_args"].get("label_map", [])
-    if labels != sorted(set(labels)):  # two mask values in one class
+    data = recipe.get("data") or {}
+    labels = (data.get("init_args") or {}).get("label_map") or []
+    if "class_path" not in data:
+        raise UsageError("the section 'data' has no class_path", where=source)
+    if labels != list(range(len(labels))):
         raise UsageError(
-            f"{source.stem} joins mask values ({labels}), which impactmesh's data module cannot",
+            f"the recipe maps mask values to the classes {labels}, which impactmesh's data module cannot",
+            where=source,
             fix="terratorch fit --config the recipe as it is, with floodrepro installed",
         )
     head = f"# {source.stem} for plain TerraTorch; augmentation differs from run to run there, whatever the seed.\n"
