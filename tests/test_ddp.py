@@ -106,8 +106,11 @@ def test_record_speaks_of_both_processes(two):
     assert record["progress"]["step"] == 2 * 6  # 12 chips, two processes, one chip each
 
 
-def test_the_death_of_one_process_ends_the_run_and_it_resumes_to_the_same_weights(two, chips: Path, tmp_path: Path):
-    death = ("--trainer.callbacks+=planting.Death", "--trainer.callbacks.step", 8, "--trainer.callbacks.rank", 1)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_death_of_one_process_ends_the_run_and_it_resumes_to_the_same_weights(
+    two, chips: Path, tmp_path: Path, rank: int
+):
+    death = ("--trainer.callbacks+=planting.Death", "--trainer.callbacks.step", 8, "--trainer.callbacks.rank", rank)
     more = ("--save-every", 2)
     start = time.monotonic()
     done, run = fit(chips, tmp_path, "killed", *TWO, *more, *death)
