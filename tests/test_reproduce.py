@@ -406,8 +406,9 @@ def test_fp16_without_a_gpu_is_refused_before_the_download(cli, tmp_path: Path, 
         monkeypatch.setenv(f"{vendor}_VISIBLE_DEVICES", "")
     weightless = ("--reference", "none", "--model.init_args.model_args.backbone_pretrained=false")
     outcome = cli("reproduce", "--data-root", tmp_path / "data", "--run-dir", tmp_path / "run", *weightless)
-    assert outcome.code == 2
-    assert "fp16" in outcome.report[0]
+    assert outcome.code == 1
+    assert "fp16 does not run on a CPU" in outcome.err
+    assert "the machine will not do" in outcome.report[0]
     assert events_of(tmp_path / "run") == {"doctor": ["started", "stopped"]}
 
 

@@ -22,7 +22,7 @@ COMMANDS = {
     "configs": ("floodrepro.cli.configs", "list, show or copy the shipped recipes"),
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
     "doctor": ("floodrepro.cli.doctor", "look at this machine before a run does: what hurts, and what to do"),
-    "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data, bench train, bench guard"),
+    "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data, train, test, guard"),
     "reproduce": ("floodrepro.cli.reproduce", "the whole path, from the download to the verdict; --demo at toy size"),
 }
 

@@ -231,7 +231,7 @@ def _train_to_the_end(
             state = own or (state if state and state.is_file() else None)  # none of its own yet: what it began with
             rollback = {
                 "step": incident.step,
-                "state": own.name if own else str(state or "the start"),
+                "state": own.name if own else f"{state.name}, which the run was started from" if state else "the start",
                 "precision": [cli.recipe["trainer"].get("precision", "32-true"), _ROLLBACK_PRECISION],
                 "when": entry["when"],
             }

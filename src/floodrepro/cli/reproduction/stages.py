@@ -19,7 +19,6 @@ from floodrepro.data.sources import HubFile, fetch_file, in_cache
 from floodrepro.errors import FloodreproError, TableError
 from floodrepro.run_folder import RunFolder, write_atomically
 from floodrepro.system.container import installed
-from floodrepro.system.doctor import gpus
 from floodrepro.verification.references import load_thresholds
 
 
@@ -35,9 +34,6 @@ def _doctor(plan: Plan) -> list[Command]:
 
 
 def _examine(plan: Plan, commands: list[Command]) -> int:
-    needs, seen = plan.needs, any(gpu.trains for gpu in gpus.find_gpus())
-    # The fit would refuse fp16 on a CPU too, but after the long download.
-    recipes.check_precision({"trainer": {"accelerator": needs.accelerator, "precision": needs.precision}}, gpu=seen)
     if code := call(commands[0]):
         raise FloodreproError(
             "the machine will not do for this run",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from floodrepro.errors import UsageError
+from floodrepro.recipe import check_precision
 from floodrepro.system.doctor.finding import Finding, judged
 from floodrepro.system.environment import gpu_drivers, small_text
 
@@ -101,9 +103,10 @@ def check_devices(gpus: Sequence[Gpu], root: Path = Path("/"), *, rocm: bool = F
 def check_use(gpus: Sequence[Gpu], precision: str, versions: Mapping[str, str]) -> list[Finding]:
     """What a recipe's precision (empty without a recipe) and the energy's measurement ask of GPUs and packages."""
     found = []
-    if not gpus and precision.startswith("16"):
-        fix = "--trainer.precision 32-true (exact, slower) or bf16-mixed, for fit: --precision fp32 or bf16"
-        found.append(Finding("precision", "fail", f"the recipe asks for {precision}, which needs a GPU", fix))
+    try:
+        check_precision({"trainer": {"precision": precision}}, gpu=bool(gpus))
+    except UsageError as error:
+        found.append(Finding("precision", "fail", f"{error.what} ({error.where})", str(error.fix)))
     if any(gpu.vendor == "NVIDIA" for gpu in gpus):
         fix, measured = f'{sys.executable} -m pip install "floodrepro[energy]"', "nvidia-ml-py" in versions
         detail = "NVML's counter and power" if measured else "nvidia-ml-py is not installed: it will not be measured"
