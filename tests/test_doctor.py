@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import ROOT
 from floodrepro import recipe as recipes
 from floodrepro.data import sources
 from floodrepro.data.ledger import Ledger, RemoteFile
@@ -511,3 +512,14 @@ def test_time_is_not_told_where_no_rate_is_known():
     ]
     assert all(finding.detail.startswith("not estimated") for finding in unknown)
     assert estimate_time(NEEDS, None, published=True).status == "warn"  # years, on a CPU
+
+
+def test_tested_versions_are_a_checkout_s_or_what_pip_was_told_to_keep_to(monkeypatch, tmp_path):
+    from floodrepro.system.doctor import packages
+
+    assert packages.tested_versions() == (ROOT / "constraints.txt").read_text()
+    monkeypatch.setattr(packages.floodrepro, "__file__", str(tmp_path / "site-packages" / "floodrepro" / "__init__.py"))
+    assert packages.tested_versions() is None
+    (tmp_path / "rocm-constraints.txt").write_text("lightning==2.6.1\n")
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "rocm-constraints.txt"))  # as in the ROCm image
+    assert packages.tested_versions() == "lightning==2.6.1\n"

@@ -24,7 +24,7 @@ PEAKS = (
     (r"A100", 312.0, "NVIDIA A100 data sheet"),
 )
 OPEN = {  # by vendor: what a process opens to compute, and how a container gets it
-    "AMD": ("dev/kfd", "docker run --device=/dev/kfd --device=/dev/dri --group-add video"),
+    "AMD": ("dev/kfd", "docker run --device=/dev/kfd --device=/dev/dri --group-add $(stat -c %g /dev/kfd)"),
     "NVIDIA": ("dev/nvidiactl", "docker run --gpus all"),
 }
 PROBE = """

@@ -1,5 +1,6 @@
 """Installed packages: floodrepro's own bounds, with the reasons of those that hurt, and the tested versions."""
 
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
@@ -28,9 +29,9 @@ def own_requirements() -> list[str]:
 
 
 def tested_versions() -> str | None:
-    """Text of constraints.txt, which a checkout has and a wheel has not."""
-    file = Path(floodrepro.__file__).parents[2] / "constraints.txt"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    """Text of a checkout's constraints.txt, or of what pip is told to keep to, as in the ROCm image; else None."""
+    files = Path(floodrepro.__file__).parents[2] / "constraints.txt", Path(os.environ.get("PIP_CONSTRAINT", ""))
+    return next((file.read_text(encoding="utf-8") for file in files if file.is_file()), None)
 
 
 def check_bounds(versions: Mapping[str, str], requirements: Sequence[str]) -> list[Finding]:
@@ -58,10 +59,10 @@ def check_bounds(versions: Mapping[str, str], requirements: Sequence[str]) -> li
 def check_tested(versions: Mapping[str, str], constraints: str | None, *, keeps_torch: bool) -> Finding:
     """Compare with constraints.txt; without torch's family where that comes from elsewhere, as in a ROCm image."""
     if constraints is None:
-        return Finding("tested versions", "ok", "not compared: constraints.txt comes with a checkout, not with a wheel")
+        return Finding("tested versions", "ok", "not compared: a wheel comes without constraints.txt")
     wanted = {n: v for n, v in pins(constraints).items() if n in versions and not (keeps_torch and n in FAMILY)}
     # A build's local part, such as +cpu, is another file of the same version.
     other = [f"{n} {versions[n]} (not {v})" for n, v in wanted.items() if versions[n].partition("+")[0] != v]
-    same = f"{len(wanted) - len(other)} of {len(wanted)} packages as in constraints.txt"
+    same = f"{len(wanted) - len(other)} of {len(wanted)} packages as tested"
     detail = f"{same}; others: {', '.join(other[:4])}{', …' if len(other) > 4 else ''}" if other else same
     return judged("tested versions", not other, detail, f"{PIP} -c constraints.txt -e .", "warn")
