@@ -2,8 +2,9 @@
 
 import os
 import signal
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -34,6 +35,20 @@ class Overflow(Callback):
             return spoilt
 
         handle = layer.register_forward_hook(plant)
+
+
+class Forgotten(Callback):
+    """Fails a fit during which an earlier attempt's graph is still in memory; to be used without the collector."""
+
+    graphs: ClassVar[list[weakref.ref]] = []
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        self.graphs.append(weakref.ref(loss))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        alive = sum(graph() is not None for graph in self.graphs)
+        if alive:
+            raise AssertionError(f"{alive} losses of an earlier attempt are held, and all their activations")
 
 
 class Poison(Callback):

@@ -96,6 +96,25 @@ def test_each_option_is_measured_alone_and_one_that_cannot_be_is_named(chips):
     assert "fp16 does not run on a CPU" in result["failed"]["impossible"]
 
 
+def test_a_loader_that_limits_is_seen_though_its_batches_come_in_bursts():
+    """Four batches lie ready, then the next four are waited for: 1.6 s for four, where the device takes 0.1 s each."""
+    from floodrepro.system.bench_train import step_seconds
+
+    bursts = [0.1, 0.1, 0.1, 1.3] * 6
+    ends = [sum(bursts[:n]) for n in range(len(bursts) + 1)]
+    assert step_seconds(ends, in_bursts=True) == pytest.approx(0.4)
+    assert step_seconds(ends, in_bursts=False) == pytest.approx(0.1)
+
+
+def test_batches_read_ahead_are_no_measure_of_reading():
+    from floodrepro.system.bench_sides import read_ahead
+
+    recipe = recipes.read(recipes.find("terramind_v1_base_impactmesh_flood_amd"))
+    assert read_ahead(recipe) == 2 * recipe["data"]["init_args"]["num_workers"] > 0
+    recipe["data"]["init_args"]["num_workers"] = 0
+    assert read_ahead(recipe) == 0
+
+
 def test_counted_work_of_a_chip_is_what_is_known_of_the_models():
     from floodrepro.system.device_rate import forward_gflop
 

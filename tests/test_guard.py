@@ -1,6 +1,7 @@
 """The guard: what goes wrong is noticed in its epoch, named, recorded, and never overwrites a good state."""
 
 import csv
+import gc
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import planting
 from floodrepro.errors import Incident
 from floodrepro.evaluation.checkpoint import read_checkpoint
 from floodrepro.run_folder import RunFolder
@@ -105,6 +107,18 @@ def test_rollback_before_the_first_own_state_goes_to_the_one_that_the_run_was_gi
     assert (losses[:3], len(losses)) == (before, 6), "the first epoch is the given state's, in fp32 as it was"
 
 
+def test_rollback_starts_when_the_failed_step_is_out_of_memory(fit, monkeypatch):
+    monkeypatch.setattr(planting.Forgotten, "graphs", [])
+    gc.collect()
+    gc.disable()  # it might come by in time, or not
+    try:
+        outcome, _ = fit(*FP16, *OVERFLOW, "--trainer.callbacks+=planting.Forgotten", "--on-overflow", "rollback")
+    finally:
+        gc.enable()
+    assert outcome.code == 0, outcome.err
+    assert len(planting.Forgotten.graphs) > 5, "the failed attempt and the one after it"
+
+
 def test_a_second_overflow_after_a_rollback_stops_the_run(fit):
     poison = ("--trainer.callbacks+=planting.Poison", "--trainer.callbacks.step", 4)
     outcome, run = fit(*poison, "--trainer.callbacks.name", "model.head.head.2.bias", "--on-overflow", "rollback")
@@ -165,6 +179,18 @@ def test_gradient_norms_loss_scale_and_skipped_steps_are_logged_per_epoch(fit):
     skipped = rows(run, "train/skipped_steps")[-1]
     assert rows(run, "train/loss_scale")[-1] == 65536 / 2**skipped
     assert run.read_record()["progress"]["skipped_steps"] == skipped
+
+
+def test_gradient_norms_of_adamw_in_one_kernel_are_not_those_of_the_scaled_loss(fit):
+    """Lightning leaves unscaling to an optimizer that does it itself, after the guard has looked."""
+    norms = {}
+    for option in ((), ("--fused",)):
+        outcome, run = fit(*FP16, *option)
+        assert outcome.code == 0, outcome.err
+        norms[option] = rows(run, "train/grad_norm") + rows(run, "train/grad_norm_max")
+        run.path.rename(run.path.with_name(f"run{len(norms)}"))
+    assert norms[()][1] > 0  # of the second epoch: the first step's is inf
+    assert norms[("--fused",)] == pytest.approx(norms[()], rel=0.02)
 
 
 @pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (1, 2)])  # of twelve chips

@@ -11,7 +11,7 @@ from floodrepro.errors import UsageError
 from floodrepro.evaluation.checkpoint import read_checkpoint
 from floodrepro.run_folder import RunFolder
 from floodrepro.training.declared import parse_seeds
-from floodrepro.training.determinism import undetermined_operations
+from floodrepro.training.determinism import plain_attention, undetermined_operations
 
 SHORT = ("--trainer.max_epochs", 1, "--data.init_args.batch_size", 2, "--trainer.limit_train_batches", 2)
 
@@ -92,10 +92,13 @@ def test_operations_without_a_deterministic_form_are_named_once_and_other_warnin
         with warnings.catch_warnings(record=True) as others, undetermined_operations() as names:
             warnings.simplefilter("always")
             torch.zeros(4).put_(torch.tensor([0, 1]), torch.ones(2))
+            # What torch's attention says on a GPU.
+            said = "Flash Attention defaults to a non-deterministic algorithm. To explicitly enable determinism call …"
+            warnings.warn(said, stacklevel=1)
             warnings.warn("something else", stacklevel=1)
     finally:
         torch.use_deterministic_algorithms(before)
-    assert names == {"put_"}
+    assert names == {"put_", "Flash Attention"}
     assert [str(warning.message) for warning in others] == ["something else"]
 
 
@@ -112,3 +115,17 @@ def test_options_that_may_change_roundings_are_off_recorded_and_part_of_the_run(
     assert all(torch.allclose(plain[name], fused[name], atol=1e-5) for name in plain)
     # NHWC gives the same outputs to 1e-5, but dropout draws in memory order: other masks, and so another run.
     assert not all(torch.equal(plain[name], nhwc[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("device", "wanted", "kernels"), [("cuda", True, 0), ("cuda", False, 3), ("cpu", True, 3)])
+def test_deterministic_runs_on_a_gpu_keep_to_plain_attention(device, wanted, kernels):
+    backends = torch.backends.cuda
+
+    def enabled() -> int:
+        return sum([backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled()])
+
+    assert enabled() == 3
+    with plain_attention(torch.device(device), wanted=wanted):
+        assert enabled() == kernels
+        assert backends.math_sdp_enabled()
+    assert enabled() == 3

@@ -442,6 +442,14 @@ def test_changed_run_is_refused_and_with_resume_anyway_goes_on_on_record(worksho
     assert (broken.recipe.read_bytes() == old_recipe) == (changed != "recipe")
 
 
+def test_adamw_in_one_kernel_cannot_be_chosen_or_given_up_within_a_run(workshop, broken):
+    """Its state has another form: going on would fail in the first step, or go on as before and record the opposite."""
+    refused = workshop.fit("broken", "--fused", "--resume-anyway")
+    assert refused.code == 2
+    assert "one kernel" in refused.report[0]
+    assert "without --fused" in refused.report[2]
+
+
 def test_finished_run_is_never_gone_on_with_and_never_refuses_an_unfinished_one(shared, straight, killed):
     for run, extra, said in (
         (straight, (), "the run is finished"),

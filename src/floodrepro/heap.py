@@ -1,6 +1,7 @@
-"""Memory that is kept for the next step: glibc would give it back to the kernel and pay for it again."""
+"""Memory that is kept for the next step, and what is not kept for the next run."""
 
 import ctypes
+import gc
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _GIB = 1 << 30
@@ -18,3 +19,15 @@ def keep_freed_memory() -> None:
     if hasattr(library, "mallopt"):
         library.mallopt(_MMAP_THRESHOLD, _GIB)
         library.mallopt(_TRIM_THRESHOLD, _GIB)
+
+
+def release_memory() -> None:
+    """Let go of what an earlier run of this process left, on a GPU as well.
+
+    A failed run's last graph, with all its activations, hangs in a cycle: incident, traceback, trainer, callback.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()

@@ -164,5 +164,5 @@ def check_precision(recipe: Recipe, *, gpu: bool) -> None:
         raise UsageError(
             "fp16 does not run on a CPU: Lightning would quietly use bf16 in its place",
             where=f"trainer.precision: {trainer['precision']}, and {reason}",
-            fix="--precision fp32 (exact, slower) or --precision bf16",
+            fix="--precision fp32 (slower) or --precision bf16",
         )

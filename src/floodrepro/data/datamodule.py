@@ -302,6 +302,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
     def _dataloader_factory(self, split: str) -> DataLoader[RawChip]:
         """As torchgeo's, with pinned memory and prefetching; shuffled and without a last odd batch in training."""
         workers = self.num_workers > 0
+        device = torch.get_default_device() if self.trainer is None else self.trainer.strategy.root_device
         dataset = getattr(self, f"{split}_dataset")
         memory = None
         if workers and len(dataset):
@@ -319,7 +320,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             num_workers=self.num_workers,
             persistent_workers=workers,
             prefetch_factor=self.prefetch_factor if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",  # not where a recipe keeps to the CPU of a machine with a GPU
             collate_fn=_as_it_is,
             worker_init_fn=partial(as_a_worker, memory=memory),
         )

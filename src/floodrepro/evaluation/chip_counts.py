@@ -16,7 +16,7 @@ from torch import Tensor
 from floodrepro.data.names import SUFFIXES
 from floodrepro.errors import CheckpointError, DataError
 from floodrepro.evaluation.chip_table import BINS, ChipTable
-from floodrepro.training.recorder import memory, percentiles
+from floodrepro.training.recorder import memory, percentiles, reset_peaks
 
 _WARM_UP = 3  # batches: allocators and autotuning settle
 _FIELDS = ("counts", "ignored", "histogram", "confidence", "squared_error")
@@ -43,6 +43,7 @@ class ChipCounts(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen where a task turns images into logits, tiled or whole: the test step hands them to no one."""
         infer = pl_module.handle_full_or_tiled_inference
+        reset_peaks(pl_module.device)  # a training before it in this process used more
 
         def listen(*args: Any, **kwargs: Any) -> Any:
             output = infer(*args, **kwargs)

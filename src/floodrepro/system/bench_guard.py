@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def bench_guard(recipe: Recipe, data: Path, *, steps: int) -> dict[str, Any]:
     Args:
         recipe: What is trained.
         data: Folder of chips, extracted.
-        steps: Steps that count.
+        steps: Steps that count, at least a block with the guard and one without.
 
     Returns:
         Medians of step time with and without, their ratio, and the share of a step that the guard's hooks take on the
@@ -72,12 +72,16 @@ def bench_guard(recipe: Recipe, data: Path, *, steps: int) -> dict[str, Any]:
 def _measure(recipe: Recipe, data: Path, steps: int) -> dict[str, Any]:
     times, guard = StepTimes(), Switched()
     side = Side("guard", options=FitOptions(guard=False))
-    train(recipe, data, side, steps + WARM_UP, times, guard)
+    train(recipe, data, side, max(steps, 2 * _BLOCK) + WARM_UP, times, guard)
     durations = [b - a for a, b in pairwise(times.parts.ends())]
-    rows = list(zip(durations, guard.awake[1:], guard.seconds[1:], strict=False))[WARM_UP:]
-    awake = statistics.median(seconds for seconds, on, _ in rows if on)
-    asleep = statistics.median(seconds for seconds, on, _ in rows if not on)
-    hooks = statistics.mean(spent for _, on, spent in rows if on)  # not all steps cost the same
+    rows = list(zip(durations, guard.awake[1:], guard.seconds[1:], strict=False))  # from the second step on
+    rows = rows[WARM_UP - 1 :]
+    # Not all steps cost the same: the guard reads the gradients in one of each block.
+    blocks = [(on, [seconds for seconds, _, _ in block]) for on, block in groupby(rows, key=lambda row: row[1])]
+    whole = [(on, statistics.mean(seconds)) for on, seconds in blocks if len(seconds) == _BLOCK]
+    awake = statistics.median(seconds for on, seconds in whole if on)
+    asleep = statistics.median(seconds for on, seconds in whole if not on)
+    hooks = statistics.mean(spent for _, on, spent in rows if on)
     return {
         "what": f"one process, {len(rows)} steps, the guard awake in every other block of {_BLOCK}",
         "step_seconds": {"with": awake, "without": asleep, "in the guard's hooks": hooks},

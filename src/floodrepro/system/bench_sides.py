@@ -49,6 +49,12 @@ def parse(recipe: Recipe, folder: Path, data: Path, overrides: Sequence[str] = (
     return RecipeCLI([path], [*recipes.data_overrides(data, recipe), *overrides])
 
 
+def read_ahead(recipe: Recipe) -> int:
+    """Batches that loader processes may have ready before the first step: they say nothing about reading."""
+    data = recipe["data"]["init_args"]
+    return int(data.get("num_workers", 0)) * int(data.get("prefetch_factor") or 2)  # torch's own default is 2
+
+
 def surroundings(recipe: Recipe) -> dict[str, Any]:
     """Device, versions and recipe of a measurement, as its JSON has them. On a GPU, for a process of its own."""
     gpu = torch.cuda.is_available()

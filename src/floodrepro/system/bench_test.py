@@ -20,12 +20,11 @@ from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.evaluation.passes import MAIN_METRICS
 from floodrepro.evaluation.tabulate import AGREEMENT, run_test
 from floodrepro.recipe import Recipe
-from floodrepro.system.bench_sides import Run, parse, sum_up, surroundings
+from floodrepro.system.bench_sides import Run, parse, read_ahead, sum_up, surroundings
 from floodrepro.system.own_process import in_own_process
 from floodrepro.system.step_times import PassTimes
-from floodrepro.training.recorder import memory
 
-WARM_UP = 2  # batches of each pass that do not count
+WARM_UP = 2  # batches of each pass that do not count, beside those that workers have read ahead
 SIDES = ("terratorch", "floodrepro")
 _TIMED = "--trainer.callbacks=[{class_path: floodrepro.system.step_times.PassTimes}]"
 
@@ -48,8 +47,9 @@ def bench(recipe: Recipe, data: Path, *, size: int, rounds: int) -> dict[str, An
     """
     split = data / "split"
     chips = "".join((split / split_file(name)).read_text() for name in SPLITS)
-    if len(chips.split()) <= WARM_UP * recipe["data"]["init_args"]["batch_size"]:
-        raise UsageError(f"{WARM_UP} batches are warm-up, so that there have to be more", fix="--batches 10")
+    warm_up = WARM_UP + read_ahead(recipe)
+    if len(chips.split()) <= warm_up * recipe["data"]["init_args"]["batch_size"]:
+        raise UsageError(f"{warm_up} batches are warm-up: there have to be more", fix=f"--batches {4 * warm_up}")
     (split / "all.txt").write_text(chips)
     found: dict[str, list[Run]] = {name: [] for name in SIDES}
     with tempfile.TemporaryDirectory(prefix="floodrepro-bench-") as folder:
@@ -59,9 +59,10 @@ def bench(recipe: Recipe, data: Path, *, size: int, rounds: int) -> dict[str, An
             for name in SIDES if number % 2 == 0 else reversed(SIDES):
                 console.say(f"round {number + 1} of {rounds}: {name}")
                 found[name].append(in_own_process(_measure, recipe, data, checkpoint, name == "terratorch"))
+            _difference(*found.values())  # a difference is said before the other rounds are run
     theirs, ours = (found[name] for name in SIDES)
     return {
-        "what": f"{rounds} passes a side in turn, {ours[0]['batches']} batches each after {WARM_UP} of warm-up, with "
+        "what": f"{rounds} passes a side in turn, {ours[0]['batches']} batches each after {warm_up} of warm-up, with "
         "reading, and with the chip table where there is one",
         "chip_pixels": size,
         **sum_up(found, {"floodrepro": "terratorch"}),
@@ -99,13 +100,14 @@ def _measure(recipe: Recipe, data: Path, checkpoint: Path, stock: bool) -> Run:
             metrics = run_test(cli, checkpoint, folder=Path(folder)).measured.metrics
     times = next(callback for callback in cli.trainer.callbacks if isinstance(callback, PassTimes))
     after = time.perf_counter() - times.ended
-    ends, steps = times.parts.ends(), times.parts.by_step()[WARM_UP:]
+    warm_up = WARM_UP + read_ahead(recipe)
+    ends, steps = times.parts.ends(), times.parts.by_step()[warm_up:]
     return {
-        "rate": recipe["data"]["init_args"]["batch_size"] * len(steps) / (ends[-1] - ends[WARM_UP - 1]),
+        "rate": recipe["data"]["init_args"]["batch_size"] * len(steps) / (ends[-1] - ends[warm_up - 1]),
         "batches": len(steps),
         "parts": {name: statistics.median(step[name] for step in steps) for name in steps[0]},
         "after": after,
-        "memory": memory(cli.trainer.strategy.root_device),
+        "memory": times.memory,
         "metrics": {name: float(value) for name, value in metrics.items()},
     }
 

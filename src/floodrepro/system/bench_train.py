@@ -19,13 +19,12 @@ from lightning.pytorch.callbacks import Callback
 from floodrepro import console
 from floodrepro.errors import FloodreproError
 from floodrepro.recipe import Recipe
-from floodrepro.system.bench_sides import Run, parse, sum_up
+from floodrepro.system.bench_sides import Run, parse, read_ahead, sum_up
 from floodrepro.system.chips_at_hand import LongEpoch
 from floodrepro.system.device_rate import FORWARDS_OF_A_STEP, device_facts
 from floodrepro.system.own_process import in_own_process
 from floodrepro.system.step_times import StepTimes
 from floodrepro.training.fit import FitOptions, fit
-from floodrepro.training.recorder import memory
 
 WARM_UP = 4  # steps of each process that do not count
 LOSS_AT = 20  # the step whose loss is compared between sides
@@ -111,7 +110,8 @@ def bench(recipe: Recipe, data: Path, sides: Sequence[Side], *, size: int, steps
     firsts = {side.name: next(a.name for a in there if a.reading == side.reading) for side in there}
     against = {name: first for name, first in firsts.items() if name != first}
     result = {
-        "what": f"{rounds} processes a side in turn, {steps} steps each after {WARM_UP} of warm-up; "
+        "what": f"{rounds} processes a side in turn, {steps} steps each after {WARM_UP} of warm-up (and what workers "
+        "had read ahead); "
         "chips in memory and without augmentation, except where they are read",
         "chip_pixels": size,
         **sum_up({side.name: runs for side, runs in there.items()}, against),
@@ -127,22 +127,37 @@ def bench(recipe: Recipe, data: Path, sides: Sequence[Side], *, size: int, steps
 
 
 def _measure(recipe: Recipe, data: Path, side: Side, steps: int) -> Run:
-    times = StepTimes(recipe["seed_everything"])
-    count = steps + WARM_UP if side.reading else max(steps + WARM_UP, LOSS_AT)
+    ahead = read_ahead(recipe) if side.reading else 0
+    warm_up = WARM_UP + ahead
+    times = StepTimes(recipe["seed_everything"], warm_up)
+    count = steps + warm_up if side.reading else max(steps + warm_up, LOSS_AT)
     chosen = copy.deepcopy(recipe)
     chosen["data"]["init_args"]["augment"] = side.reading
-    device = train(chosen, data, side, count, LongEpoch(count, in_memory=not side.reading), times)
-    counted = slice(WARM_UP, WARM_UP + steps)
-    ends, parts = times.parts.ends()[WARM_UP - 1 :][: steps + 1], times.parts.by_step()[counted]
+    train(chosen, data, side, count, LongEpoch(count, in_memory=not side.reading), times)
+    ends, parts = times.parts.ends()[warm_up - 1 :][: steps + 1], times.parts.by_step()[warm_up:][:steps]
     return {
-        "rate": recipe["data"]["init_args"]["batch_size"] / statistics.median(b - a for a, b in pairwise(ends)),
+        "rate": recipe["data"]["init_args"]["batch_size"] / step_seconds(ends, in_bursts=ahead > 0),
         "parts": {name: statistics.median(step[name] for step in parts) for name in parts[0]},
         "loss": None if side.reading else float(times.losses[LOSS_AT - 1]),
-        "memory": memory(device),
+        "memory": times.memory,
     }
 
 
-def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callback) -> torch.device:
+def step_seconds(ends: Sequence[float], *, in_bursts: bool) -> float:
+    """Seconds of a step: the median, or the mean where batches come in bursts.
+
+    Where several workers read, most steps find a batch ready though the loader may be what limits: their median would
+    be the device's rate, not the loader's.
+
+    Args:
+        ends: When each step ended, from the last one of the warm-up on.
+        in_bursts: Whether workers read.
+    """
+    steps = [b - a for a, b in pairwise(ends)]
+    return statistics.mean(steps) if in_bursts else statistics.median(steps)
+
+
+def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callback) -> None:
     """Train with one side in a folder that is thrown away.
 
     Args:
@@ -151,9 +166,6 @@ def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callbac
         side: How.
         steps: Optimizer steps.
         watching: Callbacks, called last.
-
-    Returns:
-        The device that it ran on.
     """
     torch.set_float32_matmul_precision(side.matmul)
     with tempfile.TemporaryDirectory(prefix="floodrepro-bench-") as folder:
@@ -165,8 +177,6 @@ def train(recipe: Recipe, data: Path, side: Side, steps: int, *watching: Callbac
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         else:
             fit(cli, Path(folder) / "run", side.options, watch=watching)
-        device: torch.device = cli.trainer.strategy.root_device
-        return device
 
 
 def _losses(losses: dict[str, list[float]]) -> dict[str, Any]:

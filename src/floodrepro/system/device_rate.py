@@ -15,7 +15,10 @@ from floodrepro.training.recorder import percentiles
 FORWARDS_OF_A_STEP = 3
 """A training step costs three forwards: each product has two more in the backward pass, for input and weight."""
 
-_ROUNDS, _WARM_UP = 10, 3  # the first ones choose a kernel and raise the clock
+_ROUNDS = 10
+_WARM_UP_SECONDS = {"cuda": 2.0, "cpu": 0.1}  # first products choose a kernel; a GPU takes a while to raise its clock
+_PRODUCTS = {"cuda": 50, "cpu": 1}  # between two waits for the device: some 100 ms each
+_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32}  # by how a precision's name begins
 
 
 def device_facts(recipe: Recipe, size: int) -> dict[str, Any]:
@@ -26,7 +29,8 @@ def device_facts(recipe: Recipe, size: int) -> dict[str, Any]:
         size: A chip's edge in pixels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, edge = (torch.float16, 8192) if device.type == "cuda" else (torch.float32, 1024)
+    named = _DTYPES[str(recipe["trainer"]["precision"]).partition("-")[0]]
+    dtype, edge = (named, 8192) if device.type == "cuda" else (torch.float32, 1024)
     facts = {"matmul_tflops": matmul_tflops(device, dtype, edge), "forward_gflop_per_chip": forward_gflop(recipe, size)}
     return surroundings(recipe) | facts
 
@@ -34,14 +38,17 @@ def device_facts(recipe: Recipe, size: int) -> dict[str, Any]:
 def matmul_tflops(device: torch.device, dtype: torch.dtype, edge: int) -> dict[str, Any]:
     """TFLOP/s of products of two square matrices, 2 edge^3 operations each: median, p10 and p90."""
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    product, rates = torch.empty_like(a), []
-    for _ in range(_WARM_UP + _ROUNDS):
+    product, rates = torch.empty_like(a), list[float]()
+    count, begin = _PRODUCTS[device.type], time.perf_counter()
+    while len(rates) < _ROUNDS:
         start = time.perf_counter()
-        torch.mm(a, b, out=product)
+        for _ in range(count):
+            torch.mm(a, b, out=product)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        rates.append(2 * edge**3 / (time.perf_counter() - start) / 1e12)
-    return {"dtype": str(dtype).removeprefix("torch."), "edge": edge, **(percentiles(rates[_WARM_UP:]) or {})}
+        if start - begin >= _WARM_UP_SECONDS[device.type]:
+            rates.append(count * 2 * edge**3 / (time.perf_counter() - start) / 1e12)
+    return {"dtype": str(dtype).removeprefix("torch."), "edge": edge, **(percentiles(rates) or {})}
 
 
 def forward_gflop(recipe: Recipe, size: int) -> float:

@@ -131,7 +131,7 @@ def _hwmon_power(gpu: Gpu, root: Path) -> Read | None:
     monitors = [m for m in sorted(root.glob("sys/class/drm/card*/device/hwmon/*")) if _word(m / "name") == "amdgpu"]
     monitor = _the_one(gpu, [(m.parents[1].resolve().name, m) for m in monitors])
     files = [monitor / "power1_average", monitor / "power1_input"] if monitor else []
-    file = next((f for f in files if _word(f).isdigit()), None)
+    file = next((f for f in files if _word(f).isdigit() and int(_word(f)) > 0), None)  # 0: it is not measured
     return None if file is None else lambda: _micro(file)
 
 

@@ -41,6 +41,10 @@ def environment(
         matmul = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch >= 2.9 refuses to say once the new switch of a single backend was set
         matmul = f"cuda: {torch.backends.cuda.matmul.fp32_precision}"
+    try:
+        convolutions = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # missing in its stub
     count = torch.cuda.device_count()
     try:
         device = torch.cuda.get_device_properties(0) if count else None
@@ -71,6 +75,7 @@ def environment(
             "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
             "float32_matmul_precision": matmul,
+            "cudnn_allow_tf32": convolutions,  # on NVIDIA convolutions of float32 take TF32 unless told otherwise
             "python_hash_seed": variables.get("PYTHONHASHSEED"),
         },
         "cpu": {

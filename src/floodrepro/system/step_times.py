@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from floodrepro.training.recorder import memory, reset_peaks
+
 
 class Parts:
     """Moments, a fixed number in each step.
@@ -60,10 +62,12 @@ class StepTimes(Callback):
 
     Args:
         seed: What dropout is drawn from: alike on all sides, whatever building and loading took from the generator.
+        warm_up: Steps whose peak of memory does not count.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self._seed = seed
+    def __init__(self, seed: int = 0, warm_up: int = 0) -> None:
+        self._seed, self._warm_up = seed, warm_up
+        self.memory: dict[str, float] = {}  # at the end of training: afterwards Lightning moves the model off the GPU
         self.parts = Parts("data", "forward, loss, metrics", "backward", "optimizer and the rest")
         self.losses: list[torch.Tensor] = []
 
@@ -88,6 +92,12 @@ class StepTimes(Callback):
         """The weights are there, and all other callbacks have seen the step."""
         self.parts.note()
         self.losses.append(outputs["loss"].detach())
+        if len(self.losses) == self._warm_up:
+            reset_peaks(pl_module.device)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the peaks."""
+        self.memory = memory(pl_module.device)
 
 
 class PassTimes(Callback):
@@ -96,6 +106,7 @@ class PassTimes(Callback):
     def __init__(self) -> None:
         self.parts = Parts("data", "forward, loss, metrics", "counts by chip")
         self.ended = 0.0
+        self.memory: dict[str, float] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin. Lightning calls the task's own hook after those of all callbacks: it has the batch's end."""
@@ -113,3 +124,4 @@ class PassTimes(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last batch is done with."""
         self.ended = time.perf_counter()
+        self.memory = memory(pl_module.device)

@@ -1,4 +1,4 @@
-"""Which operations of a run have no deterministic form, as torch says while it runs them."""
+"""What a run does to repeat its bits, and which of its operations have no deterministic form."""
 
 import contextlib
 import re
@@ -6,7 +6,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-_SAID = re.compile(r"(\S+) does not have a deterministic implementation")
+import torch
+
+_SAID = re.compile(r"(\S+) does not have a deterministic implementation|^(.+?) defaults to a non-deterministic alg")
+_ATTENTION = ("flash", "mem_efficient", "cudnn")
 
 
 @contextlib.contextmanager
@@ -21,7 +24,7 @@ def undetermined_operations() -> Iterator[set[str]]:
     def collect(message: Any, *args: Any, **kwargs: Any) -> None:
         said = _SAID.search(str(message))
         if said:
-            names.add(said.group(1))
+            names.add(said[1] or said[2])
         else:
             show(message, *args, **kwargs)
 
@@ -30,3 +33,26 @@ def undetermined_operations() -> Iterator[set[str]]:
         yield names
     finally:
         warnings.showwarning = show
+
+
+@contextlib.contextmanager
+def plain_attention(device: torch.device, *, wanted: bool) -> Iterator[None]:
+    """Compute attention as plain products on a GPU where bits shall repeat.
+
+    The backward passes of torch's attention kernels add in no fixed order, and torch tells it once a process only,
+    where it is just to warn.
+
+    Args:
+        device: What is trained on; on a CPU nothing is changed.
+        wanted: Whether the run is to be deterministic.
+    """
+    backends = torch.backends.cuda
+    names = _ATTENTION if wanted and device.type == "cuda" else ()
+    before = {name: getattr(backends, f"{name}_sdp_enabled")() for name in names}
+    for name in names:
+        getattr(backends, f"enable_{name}_sdp")(False)
+    try:
+        yield
+    finally:
+        for name, enabled in before.items():
+            getattr(backends, f"enable_{name}_sdp")(enabled)

@@ -20,7 +20,7 @@ from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.data.presence import check_data
 from floodrepro.errors import Incident, UsageError
-from floodrepro.heap import keep_freed_memory
+from floodrepro.heap import keep_freed_memory, release_memory
 from floodrepro.recipe import check_precision
 from floodrepro.run_folder import RunFolder, timestamp, write_atomically
 from floodrepro.system.energy import EnergyMeter
@@ -28,7 +28,7 @@ from floodrepro.system.energy_sources import Gpu, find_sources
 from floodrepro.system.environment import code_version, environment
 from floodrepro.training.cheaper import apply_speed_options
 from floodrepro.training.checkpoint_files import newest_whole
-from floodrepro.training.determinism import undetermined_operations
+from floodrepro.training.determinism import plain_attention, undetermined_operations
 from floodrepro.training.full_state import FullState
 from floodrepro.training.guard import Guard
 from floodrepro.training.recipe_cli import RecipeCLI
@@ -170,7 +170,7 @@ def fit(
         Interrupted: The process was told to stop.
     """
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
-    if options.on_overflow == "rollback" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if options.on_overflow == "rollback" and torch.cuda.is_available() and not _has_bf16():
         raise UsageError("this GPU has no bf16, which a rollback goes on in", fix="--on-overflow stop")
     data = check_data(cli.recipe, ("train", "val"))
     code = code_version()
@@ -261,6 +261,7 @@ def _train(
 
     keep_freed_memory()
     cli.build(wire)
+    release_memory()  # now that nothing but cycles holds the objects of an attempt before this one
     apply_speed_options(cli.model, compiled=options.compiled, channels_last=options.channels_last)
     trainer = cli.trainer
     if options.on_overflow == "rollback" and trainer.world_size > 1:
@@ -287,7 +288,11 @@ def _train(
         trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines(), WeightedMeans(), *watch]
         meter.start()
         try:
-            with console.stdout_to_stderr(), undetermined_operations() as undetermined:
+            with (
+                console.stdout_to_stderr(),
+                plain_attention(device, wanted=torch.are_deterministic_algorithms_enabled()),
+                undetermined_operations() as undetermined,
+            ):
                 trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
         except SIGTERMException as error:  # told to stop before the first step
             raise Interrupted(signal.SIGTERM, run.path, "nothing was trained since the last state") from error
@@ -301,6 +306,11 @@ def _train(
             number = stop.signal_number or signal.SIGINT
             raise Interrupted(number, run.path, "at once, without saving the steps since the last state")
     return cast(Trainer, trainer)
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself; torch would have older ones emulate it."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _end(error: BaseException | None) -> dict[str, Any]:

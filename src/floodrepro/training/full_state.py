@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -187,7 +188,8 @@ def _rank_state(trainer: Trainer, pl_module: LightningModule, *, sums: bool) -> 
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's device alone: the run may go on where fewer are seen.
+        "cuda": [torch.cuda.get_rng_state(pl_module.device)] if pl_module.device.type == "cuda" else [],
         "logged": {k: _logged(m) for k, m in _results(trainer).items() if sums and m.is_tensor and not m.has_reset},
         "metrics": {
             name: {"count": metric._update_count, "state": {key: getattr(metric, key) for key in metric._defaults}}
@@ -211,8 +213,8 @@ def _put_back(trainer: Trainer, pl_module: LightningModule, state: Mapping[str, 
     keys, *rest = state["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and pl_module.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], pl_module.device)
 
 
 def _own(value: torch.Tensor, pl_module: LightningModule) -> torch.Tensor:
@@ -259,7 +261,8 @@ def _of_all_ranks(trainer: Trainer, state: dict[str, Any]) -> list[dict[str, Any
     if trainer.world_size == 1:
         return [state]
     gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, state)
+    # From a GPU's memory they would arrive in that of the same GPU, on which only its own process has business.
+    torch.distributed.all_gather_object(gathered, move_data_to_device(state, "cpu"))
     return gathered
 
 

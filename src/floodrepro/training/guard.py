@@ -5,7 +5,6 @@ and mends no buffer; training loss stays finite, evaluation is NaN for ever. A c
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +32,7 @@ class _Look:
     batch: Any
     value: Tensor
     bad: Tensor
-    arrived: Callable[[], bool]
-
-
-def _at_once() -> bool:
-    return True
+    copied: torch.cuda.Event | None  # None on a CPU, where nothing is on its way
 
 
 class Guard(Callback):
@@ -80,13 +75,16 @@ class Guard(Callback):
         self._look(trainer, pl_module, "loss", loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Add up gradient norms (unscaled by now). An inf is GradScaler's daily bread, and no one else's."""
+        """Add up gradient norms. An inf is GradScaler's daily bread, and no one else's."""
         if trainer.global_step % _NORM_EVERY:
             return
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if _scaler(trainer) is None:
+        scaler = _scaler(trainer)
+        if scaler is None:
             self._look(trainer, pl_module, "gradient", norm)
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            norm = norm / scaler._get_scale_async()  # AdamW in one kernel does it itself, later than this
         self._norms = _sums(self._norms, 3, norm.device)
         finite = torch.isfinite(norm)
         usable = torch.where(finite, norm, 0.0)
@@ -162,21 +160,21 @@ class Guard(Callback):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, kind: str, value: Tensor) -> None:
         bad = ~torch.isfinite(value)
-        arrived: Callable[[], bool] = _at_once
+        copied = None
         if bad.is_cuda:
             host = torch.empty((), dtype=torch.bool, pin_memory=True)
             host.copy_(bad, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            bad, arrived = host, event.query
-        self._pending.append(_Look(trainer.global_step, kind, self._batch, value, bad, arrived))
-        while self._pending and (len(self._pending) > _PENDING or self._pending[0].arrived()):
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            bad = host
+        self._pending.append(_Look(trainer.global_step, kind, self._batch, value, bad, copied))
+        while self._pending and (len(self._pending) > _PENDING or _arrived(self._pending[0])):
             self._judge(trainer, pl_module)
 
     def _judge(self, trainer: Trainer, pl_module: LightningModule) -> None:
         look = self._pending.popleft()
-        if not look.arrived():
-            torch.cuda.synchronize()
+        if look.copied is not None:
+            look.copied.synchronize()  # for this copy alone, not for all that the device was given since
         if not bool(look.bad) or self._found is not None:
             return
         state = not_finite(pl_module)
@@ -212,6 +210,10 @@ class Guard(Callback):
                 incident = self._incident(trainer, "elsewhere", None, "another process found a value not finite", None)
         if incident is not None:
             raise incident
+
+
+def _arrived(look: _Look) -> bool:
+    return look.copied is None or bool(look.copied.query())  # type: ignore[no-untyped-call]
 
 
 def _sums(sums: Tensor | None, count: int, device: torch.device) -> Tensor:

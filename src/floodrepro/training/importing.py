@@ -22,6 +22,8 @@ _NOISE = (
     r"Experiment logs directory .* exists and is not empty",
     # ModelCheckpoint 2.6.1 finds the run's own checkpoints in a run that goes on.
     r"Checkpoint directory .* exists and is not empty",
+    # Lightning 2.6.1 cannot know that the training sampler goes on from the very batch, as docs/run-folder.md promises.
+    r"You're resuming from a checkpoint that ended before the epoch ended",
     # Said of metrics that torchmetrics has already summed over all processes, and of norms that are alike in all.
     r"It is recommended to use `self\.log\(",
     # The model summary's size in MB is of no use to anyone here.

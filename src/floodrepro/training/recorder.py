@@ -47,6 +47,10 @@ class Recorder(Callback):
         """Go on from it."""
         self._windows, self._epochs, self._epoch = (state_dict[key] for key in ("windows", "epochs", "epoch"))
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out what the process used a GPU for before: another seed's run, a run before its rollback."""
+        reset_peaks(pl_module.device)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the epoch's clock."""
         self._last = self._now()
@@ -69,7 +73,7 @@ class Recorder(Callback):
         if steps >= (_WINDOW if on_gpu else 1):
             if on_gpu:
                 torch.cuda.synchronize()
-            if self._steps_here >= _WARM_UP:
+            if self._steps_here - (steps - 1) >= _WARM_UP:  # all of the window's steps lie behind the warm-up
                 self._windows.append((self._now() - start) / steps)
             steps = 0
         now = self._now()
@@ -79,8 +83,7 @@ class Recorder(Callback):
         self._steps_here += 1
         if self._steps_here == _WARM_UP:
             self._memory_warm = memory(pl_module.device)
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
+            reset_peaks(pl_module.device)
         if time.monotonic() - self._written > _WRITE_EVERY:
             self.write(trainer, pl_module)
 
@@ -138,6 +141,12 @@ def memory(device: torch.device) -> dict[str, float]:
         peak["reserved"] = torch.cuda.max_memory_reserved(device) / _GIB
         peak["device"] = (total - free) / _GIB
     return {name: round(value, 3) for name, value in peak.items()}
+
+
+def reset_peaks(device: torch.device) -> None:
+    """Let a GPU's peaks begin again at what is in use now; a process's own peak on a CPU cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _share(epochs: Sequence[dict[str, float]]) -> float | None:

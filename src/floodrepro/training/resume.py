@@ -80,6 +80,12 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
     else:
         before = now
     changes = list_changes(before, now)
+    if state is not None and before["numerics"]["fused"] != now["numerics"]["fused"]:
+        raise UsageError(
+            "a state of AdamW in one kernel goes on in one kernel only, and another state never does",
+            where=state,
+            fix="fit with --fused" if before["numerics"]["fused"] else "fit without --fused",
+        )
     if not anyway:
         refuse_changes(changes, state or run.recipe)
     if old and changes:
