@@ -67,6 +67,8 @@ class HubServer:
         self.refs: dict[str, str] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.refusals: dict[str, list[tuple[int, dict[str, str], bytes]]] = defaultdict(list)
+        self.silent_trees = 0  # so many requests for a page of the tree get no answer for 5 s
+        self.page_of_tree = 1000  # entries on a page
         self.requests: list[tuple[str, str, float]] = []  # (method, address, time.monotonic())
         self.authorized: dict[str, set[str]] = {"hub": set(), "cdn": set()}  # tokens that each host saw
         self.sent: list[Sent] = []
@@ -194,7 +196,20 @@ class _Handler(BaseHTTPRequestHandler):
             asked = parse_qs(self.body.decode()).get("paths", [])
             return self.send_json([entry for entry in entries if entry["path"] in asked])
         folders = sorted({path.rsplit("/", 1)[0] for path in files if "/" in path})
-        return self.send_json([{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders] + entries)
+        entries = [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders] + entries
+        return self.send_tree(entries)
+
+    def send_tree(self, entries: list[dict]) -> None:
+        if self.hub.silent_trees:
+            self.hub.silent_trees -= 1
+            time.sleep(5)
+            self.close_connection = True
+            return
+        address = urlsplit(self.path)
+        start = int(parse_qs(address.query).get("cursor", ["0"])[0])
+        stop = start + self.hub.page_of_tree
+        more = {"Link": f'<{self.hub.url}{address.path}?recursive=True&cursor={stop}>; rel="next"'}
+        self.send(200, json.dumps(entries[start:stop]).encode(), more if stop < len(entries) else {})
 
     def take_upload(self, parts: list[str]) -> None:
         """Answer what huggingface_hub asks on the way to a commit in a model repository."""

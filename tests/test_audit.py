@@ -1,5 +1,7 @@
 """The audit: healthy data passes, every planted fault is found and named, and a killed audit goes on."""
 
+import errno
+import fcntl
 import io
 import json
 import multiprocessing
@@ -19,9 +21,11 @@ import zarr
 
 from conftest import CHIPS
 from floodrepro.data import audit as audits
+from floodrepro.data import survey as surveys
 from floodrepro.data.audit import MANIFEST, PARTIAL, audit
 from floodrepro.data.chips import open_source
-from floodrepro.data.names import EVENT, LABEL_DIR, S2_BANDS, SPLITS, SUFFIXES, split_file
+from floodrepro.data.names import EVENT, LABEL_DIR, S2_BANDS, SPLITS, SUFFIXES, TIMESTEPS, split_file
+from floodrepro.data.presence import check_data
 from floodrepro.data.survey import expected_chips, make_survey, quick_audit
 from floodrepro.data.synth import generate
 from floodrepro.data.totals import Statistics
@@ -216,13 +220,31 @@ def test_blank_line_is_named(own_chips):
     )
 
 
-@pytest.mark.parametrize("line", ["EMSR686_35TMF_x1_y2", " EMSR686_1_35TMF_x413905_y4537585", "photo.jpg"])
+@pytest.mark.parametrize("line", ["EMSR686_35TMF_x1_y2", "EMSR686_1_35TMF_x413905_y4537585.tif", "photo.jpg"])
 def test_id_out_of_pattern_is_named(own_chips, line):
     with split_path(own_chips, "val").open("a") as file:
         file.write(f"{line}\n")
     check, file, message = only(audit(own_chips, "v0"))
     assert (check, file) == ("chip-id", split_file("val"))
     assert repr(line) in message
+
+
+def test_space_around_an_id_is_no_fault(own_chips):
+    before = audit(own_chips, "v0")
+    split_path(own_chips, "val").write_text("".join(f" {chip} \r\n" for chip in chips_of(own_chips, "val")))
+    assert audit(own_chips, "v0") == before
+    assert check_data(recipe_of(own_chips), ["val"]).digest == before["digest"]
+
+
+def test_byte_order_mark_is_named(own_chips):
+    path = split_path(own_chips, "val")
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    check, file, message = only(audit(own_chips, "v0"))
+    assert (check, file) == ("split-file", path.name)
+    assert "byte order mark" in message
+    with pytest.raises(DataError, match="byte order mark") as error:
+        check_data(recipe_of(own_chips), ["val"])
+    assert len(error.value.report().splitlines()) == 3
 
 
 def test_chip_twice_in_a_split_is_named(own_chips):
@@ -254,6 +276,55 @@ def test_event_in_two_splits_is_named(own_chips, one, other):
     assert check == "event-overlap"
     assert message.startswith(f"event {moved.split('_')[0]} is in {one} (")
     assert f"and in {other} (1)" in message
+    assert message.endswith("all its chips have to be in one split")
+
+
+def move_to_val(root, *events):
+    """Let the first chip of some events of train be one of val."""
+    chips = chips_of(root, "train")
+    moved = [next(chip for chip in chips if chip.startswith(f"{event}_")) for event in events]
+    split_path(root, "train").write_text("".join(f"{chip}\n" for chip in chips if chip not in moved))
+    with split_path(root, "val").open("a") as file:
+        file.writelines(f"{chip}\n" for chip in moved)
+
+
+def publish(root, monkeypatch):
+    """Take the number of chips that a folder has for those of the published data."""
+    counts = {split: len(chips_of(root, split)) for split in SPLITS}
+    monkeypatch.setattr(surveys, "expected_chips", lambda _: counts)
+
+
+def recipe_of(root):
+    files = {f"{split}_split": str(split_path(root, split)) for split in SPLITS}
+    return {"data": {"init_args": {"data_root": str(root), "label_map": [0, 1], **files}}}
+
+
+def test_events_in_two_of_the_published_splits_are_one_warning_and_a_fit_may_go_on(own_chips, monkeypatch, capsys):
+    events = sorted({chip.split("_")[0] for chip in chips_of(own_chips, "train")})[:2]
+    move_to_val(own_chips, *events)
+    manifest = audit(own_chips, "v0")
+    assert [check for check, _, _ in found(manifest)] == ["event-overlap"] * 2
+    assert only(manifest, "warning")[0] == "counts"
+    with pytest.raises(DataError, match="event-overlap"):
+        check_data(recipe_of(own_chips), ["train", "val"])
+    publish(own_chips, monkeypatch)
+    message = "2 events lie in train and in val of the published splits, which are used as they are: " + ", ".join(
+        events
+    )
+    manifest = audit(own_chips, "v0")
+    assert found(manifest) == []
+    assert only(manifest, "warning") == ("event-overlap", None, message)
+    capsys.readouterr()
+    assert check_data(recipe_of(own_chips), ["train", "val"]).warnings == (message,)
+    assert message in capsys.readouterr().err
+    with split_path(own_chips, "test").open("a") as file:
+        file.write(f"{chips_of(own_chips, 'train')[0]}\n")
+    publish(own_chips, monkeypatch)
+    assert only(audit(own_chips, "v0"))[0] == "split-overlap", "published or not"
+
+
+def test_data_without_overlap_has_no_warnings_for_a_record(chips):
+    assert check_data(recipe_of(chips), ["test"]).warnings == ()
 
 
 def test_chip_in_two_splits_is_named(own_chips):
@@ -543,11 +614,14 @@ def test_exchanged_event_and_before_have_no_flood_signature(own_chips):
     assert message.startswith("VV changes by +")
 
 
-def test_masks_of_other_chips_have_no_flood_signature(own_chips):
-    masks = [read_tif(path_of(own_chips, chip, LABEL_DIR)) for chip in chips_of(own_chips)]
-    for chip, mask in zip(chips_of(own_chips), masks, strict=True):
-        write_tif(path_of(own_chips, chip, LABEL_DIR), np.where(mask < 0, mask, 1 - mask).astype(np.int8))
-    assert only(deep(own_chips))[0] == "flood-signature"
+def test_masks_of_other_chips_have_no_flood_signature(own_chips, own_v1):
+    for root, flood in ((own_chips, 1), (own_v1, 2)):
+        for chip in chips_of(root):
+            mask = read_tif(path_of(root, chip, LABEL_DIR))
+            write_tif(path_of(root, chip, LABEL_DIR), np.where(mask < 0, mask, flood - mask).astype(np.int8))
+    assert only(deep(own_v1, "v1"))[0] == "flood-signature"
+    warnings = {check: message for check, _, message in found(deep(own_chips), "warning")}
+    assert "may belong to other images" in warnings["flood-signature"], "of v0 nobody knows what the change should be"
 
 
 @pytest.mark.parametrize("part", ["DEM", LABEL_DIR])
@@ -564,6 +638,45 @@ def test_zarr_in_another_crs_is_named(own_chips, modality):
     path = one_file(own_chips, modality)
     edit_zarr(path, lambda group: group.attrs.update(proj_code="EPSG:32601"))
     assert only(deep(own_chips))[:2] == ("crs", path.name)
+
+
+def edit_attributes(path, **change):
+    edit_zarr(path, lambda group: group.attrs.update({name: value(group.attrs) for name, value in change.items()}))
+
+
+JOINED = {
+    "proj_code": lambda attributes: ";".join([attributes["proj_code"]] * len(TIMESTEPS)),
+    "proj_bbox": lambda attributes: ";".join([attributes["proj_bbox"]] * len(TIMESTEPS)),
+}
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        JOINED["proj_bbox"],
+        lambda attributes: ";".join([str([float(edge) for edge in attributes["proj_bbox"].split(";")])] * 4),
+        lambda attributes: [[float(edge) for edge in attributes["proj_bbox"].split(";")]] * 4,
+        lambda attributes: [float(edge) for edge in attributes["proj_bbox"].split(";")],
+    ],
+)
+def test_code_and_box_of_each_timestep_raise_no_warning(own_chips, box):
+    for chip in chips_of(own_chips):
+        for modality in ("S2L2A", "S1RTC"):
+            edit_attributes(path_of(own_chips, chip, modality), **JOINED | {"proj_bbox": box})
+    manifest = deep(own_chips)
+    assert found(manifest) == []
+    assert [check for check, _, _ in found(manifest, "warning")] == ["counts"]
+
+
+def test_timestep_with_another_code_or_a_box_elsewhere_is_named(own_chips):
+    code, box, odd = (path_of(own_chips, chip, "S1RTC") for chip in chips_of(own_chips, "train")[:3])
+    edit_attributes(code, proj_code=lambda attributes: ";".join([attributes["proj_code"]] * 3 + ["EPSG:32601"]))
+    edit_attributes(box, proj_bbox=lambda attributes: ";".join([attributes["proj_bbox"]] * 3 + ["0;0;10;10"]))
+    edit_attributes(odd, proj_bbox=lambda attributes: ";".join([attributes["proj_bbox"]] * 3))
+    manifest = deep(own_chips)
+    assert [finding[:2] for finding in found(manifest)] == [("crs", code.name), ("grid", box.name)]
+    assert found(manifest)[0][2].startswith("its timesteps lie in EPSG:32601 and EPSG:")
+    assert ("grid", odd.name) in [finding[:2] for finding in found(manifest, "warning")]
 
 
 def test_part_that_lies_elsewhere_is_named(own_chips):
@@ -682,6 +795,15 @@ def test_chip_that_changed_or_was_damaged_is_read_again(own_chips, monkeypatch, 
     assert [file for _, file, _ in found(manifest)] == [f"{second}{SUFFIXES['S1RTC']}"]
 
 
+def test_chip_with_a_finding_that_could_be_read_is_not_read_again(own_chips, monkeypatch, capsys):
+    first, *_ = sorted(chips_of(own_chips))
+    edit_bands(path_of(own_chips, first, "S1RTC"), lambda values: values[:, ::-1])
+    interrupted(own_chips, monkeypatch)
+    manifest, read = read_again(own_chips, capsys)
+    assert read == 18 - 7
+    assert [file for _, file, _ in found(manifest)] == [f"{first}{SUFFIXES['S1RTC']}"]
+
+
 def test_worker_that_is_killed_ends_the_audit_with_an_error_and_loses_nothing(own_chips, capsys):
     def kill_a_worker(done, _total):
         if done == 3:
@@ -708,6 +830,33 @@ def test_two_audits_of_one_folder_do_not_mix(own_chips):
     survey = make_survey(own_chips, "v0", None, None)
     with audits._Partial(own_chips, survey, resume=True), pytest.raises(DataError, match="another audit"):
         deep(own_chips)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_said_and_the_audit_goes_on(own_chips, monkeypatch, capsys, number):
+    whole = deep(own_chips)
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert deep(own_chips) == deep(own_chips) == whole
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_lock_that_fails_for_another_reason_is_not_called_another_audit(own_chips, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        deep(own_chips)
+
+
+@pytest.mark.parametrize(("cores", "jobs"), [(2, 2), (384, 32)])
+def test_as_many_jobs_as_there_are_cores_to_run_on_but_not_hundreds(monkeypatch, cores, jobs):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert audits.default_jobs() == jobs
 
 
 def test_folder_that_cannot_be_written_is_said_and_the_result_returned(own_chips, monkeypatch, capsys):
@@ -739,6 +888,20 @@ def test_command_prints_a_summary_and_ends_with_0_for_healthy_data(chips, cli):
     assert "VV from before to event on" in outcome.out
     assert "0 errors, 4 warnings, 0 notes" in outcome.out
     assert "chips read 18/18" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("protocol", "recipe"), [("v0", "amd"), ("v1", "v1"), ("v1-binary", "v1_binary")], ids=lambda value: value
+)
+def test_statistics_are_compared_with_those_of_the_protocols_recipe(own_chips, own_v1, cli, protocol, recipe):
+    root = own_chips if protocol == "v0" else own_v1
+    outcome = cli(*("data", "audit", "--root", root, "--protocol", protocol, "--deep", "--jobs", 1, "--format", "json"))
+    manifest = json.loads(outcome.out)
+    assert manifest["deep"]["compared"]["recipe"] == f"terramind_v1_base_impactmesh_flood_{recipe}"
+    messages = [message for check, _, message in found(manifest, "warning") if check == "statistics"]
+    assert messages
+    expected = "expected: v1-binary keeps v0's statistics on purpose"
+    assert all((expected in message) is (protocol == "v1-binary") for message in messages)
 
 
 def test_command_ends_with_1_and_lists_errors_first(own_chips, cli):

@@ -133,6 +133,69 @@ def test_truncated_zarr_is_an_error_and_never_pixels(data):
         read(content[:kept])
 
 
+def edited(content: bytes, name: str, change) -> bytes:
+    """The ZIP with one file's bytes changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(buffer, "w") as target:
+        for entry in archive.namelist():
+            target.writestr(entry, change(archive.read(entry)) if entry == name else archive.read(entry))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("codec", [numcodecs.Blosc("lz4"), numcodecs.Zstd(), numcodecs.GZip(), None])
+def test_chunk_of_another_size_is_an_error_and_leaves_no_old_pixels(codec):
+    content = zip_of(CHIP, (1, 3, 16, 16), codec)
+    encode = codec.encode if codec else bytes
+    for size in (1, 3 * 16 * 15 * 2, 3 * 16 * 17 * 2):
+        wrong = edited(content, "bands/2.0.0.0", lambda _, size=size: bytes(encode(bytes(size))))
+        with pytest.raises(DataError, match="a chunk does not decode"):
+            read(wrong)
+
+
+def test_blosc_chunk_that_ends_early_is_an_error():
+    content = zip_of(CHIP, (1, 3, 16, 16), numcodecs.Blosc("lz4"))
+    for kept in (0, 10, 100):
+        with pytest.raises(DataError, match="a chunk does not decode"):
+            read(edited(content, "bands/2.0.0.0", lambda chunk, kept=kept: chunk[:kept]))
+    chunks = find_chunks(lambda size, offset: content[offset : offset + size], len(content))
+    with pytest.raises(DataError, match="a chunk does not decode"):  # what lies behind it in memory is not its end
+        decode(chunks, lambda size, offset: memoryview(content)[offset : offset + size - 1])
+
+
+DAMAGED_ZARRAYS = {
+    "no JSON": lambda _: b"{",
+    "no text": lambda _: b"\xff\xfe",
+    "a list": lambda _: b"[]",
+    "null": lambda _: b"null",
+    "empty": lambda _: b"{}",
+    **{f"no {key}": lambda text, key=key: without(text, key) for key in ("shape", "chunks", "dtype", "compressor")},
+    "odd shape": lambda text: json.dumps(json.loads(text) | {"shape": ["a", 3, 16, 16]}).encode(),
+    "chunks of nothing": lambda text: json.dumps(json.loads(text) | {"chunks": [0, 3, 16, 16]}).encode(),
+    "odd dtype": lambda text: json.dumps(json.loads(text) | {"dtype": "<x9"}).encode(),
+    "odd codec": lambda text: json.dumps(json.loads(text) | {"compressor": {"id": "none such"}}).encode(),
+}
+
+
+def without(text: bytes, key: str) -> bytes:
+    return json.dumps({name: value for name, value in json.loads(text).items() if name != key}).encode()
+
+
+@pytest.mark.parametrize("damage", DAMAGED_ZARRAYS)
+def test_damaged_array_metadata_is_an_error_in_either_layout(tmp_path: Path, damage, capsys):
+    chip = "EMSR9001_1_35TMF_x0_y0"
+    content = edited(zip_of(CHIP, (1, 3, 16, 16), None), "bands/.zarray", DAMAGED_ZARRAYS[damage])
+    folder, tar = tmp_path / "a" / "data" / "S2L2A", tmp_path / "b" / "test" / "S2L2A.tar"
+    folder.mkdir(parents=True)
+    tar.parent.mkdir(parents=True)
+    (folder / f"{chip}_S2L2A.zarr.zip").write_bytes(content)
+    with tarfile.open(tar, "w") as archive:
+        archive.add(folder / f"{chip}_S2L2A.zarr.zip", f"S2L2A/{chip}_S2L2A.zarr.zip")
+    for root in (tmp_path / "a", tmp_path / "b"):
+        with pytest.raises(DataError, match="is damaged"):
+            open_source(root).read_bands(chip, "S2L2A")
+    assert ".zarray is damaged" in capsys.readouterr().err
+
+
 def test_tar_index_gives_every_file_at_its_offset(tars):
     for tar in tars.glob("*/*.tar"):
         index = build_index(tar)

@@ -33,7 +33,7 @@ DATA = recipes.read(recipes.find("demo"))["data"]["init_args"]
 
 
 class StageOnly:
-    """What both data modules ask of a trainer: which stage it is in, and the epoch."""
+    """What both data modules ask of a trainer: which stage it is in, the epoch, and the device."""
 
     def __init__(self, stage: str, epoch: int = 0) -> None:
         self.training, self.validating = stage == "fit", stage == "validate"
@@ -41,6 +41,7 @@ class StageOnly:
         self.sanity_checking = False
         self.current_epoch = epoch
         self.world_size, self.global_rank = 1, 0
+        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
         progress = SimpleNamespace(current=SimpleNamespace(processed=epoch, completed=0))
         self.fit_loop = SimpleNamespace(
             restarting=False, epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress)

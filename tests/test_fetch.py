@@ -2,6 +2,7 @@
 
 import datetime
 import email.utils
+import errno
 import fcntl
 import hashlib
 import io
@@ -351,7 +352,9 @@ def test_orphans_of_stopped_downloads_are_deleted_and_useful_halves_kept(server,
     downloads = client.root / ".cache" / "huggingface" / "download" / "test"
     downloads.mkdir(parents=True)
     orphans = [f"{DEM}.partial", "test/GONE.tar.partial", "split/gone.txt.partial", f".{NAME}.k1ll3d"]
-    orphans += [".cache/huggingface/download/test/abc=.0123.4567.incomplete"]
+    orphans += [".cache/huggingface/download/test/abc=.0123.45cdef67.incomplete"]
+    resumable = downloads / "abc=.0123.incomplete"  # huggingface_hub before 1.18 goes on with it
+    resumable.write_bytes(b"half")
     half = client.root / f"{S1}.partial"
     for path in orphans:
         (client.root / path).write_bytes(b"half")
@@ -363,11 +366,42 @@ def test_orphans_of_stopped_downloads_are_deleted_and_useful_halves_kept(server,
         assert [path for path in orphans if (client.root / path).exists()] == orphans[-1:]
     client(**SMALL)
     assert not (client.root / orphans[-1]).exists()
+    assert resumable.exists()
     assert half.exists(), "a pending file of this commit: some later call goes on with it"
     server.forget()
     client(splits=["test"], modalities=["S1RTC"])
     assert server.starts_of(S1) == [1000]
     assert not list(client.root.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_said_once_and_nothing_of_others_is_deleted(
+    server, client, monkeypatch, capsys, number
+):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    files = data_set()
+    server.commit(files)
+    downloads = client.root / ".cache" / "huggingface" / "download"
+    downloads.mkdir(parents=True)
+    (downloads / "DEM.tar.lock").touch()
+    (downloads / "abc=.0123.45cdef67.incomplete").write_bytes(b"of a download at work")
+    client(**SMALL)
+    client(**SMALL)
+    assert (client.root / DEM).read_bytes() == files[DEM]
+    assert len(list(downloads.iterdir())) == 2
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_lock_that_fails_for_another_reason_is_not_called_another_fetch(server, client, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    server.commit(data_set())
+    monkeypatch.setattr(fcntl, "flock", fail)
+    assert "Input/output error" in client.refused(**SMALL).what
 
 
 # Interrupted downloads
@@ -734,7 +768,30 @@ def test_answer_of_something_else_than_a_hub_is_told(server, client, body, on):
 def test_list_of_files_is_asked_for_again_too(server, client):
     server.commit(data_set())
     server.refuse(503, on="tree")
-    client(**SMALL)  # huggingface_hub waits a second by itself
+    client(**SMALL)
+    assert client.waits == [1]
+
+
+def test_server_that_falls_silent_on_the_list_of_files_is_asked_again_and_told(server, client, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    server.commit(data_set())
+    server.silent_trees = 1
+    start = time.monotonic()
+    client(**SMALL)
+    assert client.waits == [1]
+    shutil.rmtree(client.root)
+    server.silent_trees = 100
+    assert "ReadTimeout" in client.refused(**SMALL).what
+    assert time.monotonic() - start < 5, "the server would have been silent for 5 s each time"
+
+
+def test_list_of_files_on_many_pages_is_read_to_its_end(server, client):
+    files = data_set()
+    server.commit(files)
+    server.page_of_tree = 3
+    client()
+    assert client.files() == {path: files[path] for path in files if "S2RGB" not in path and path[0] not in "R."}
+    assert sum("/tree/" in address for _, address, _ in server.requests) > 5
 
 
 def test_token_goes_to_the_hub_and_not_to_the_host_that_it_redirects_to(tmp_path, server):

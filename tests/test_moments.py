@@ -21,7 +21,7 @@ from floodrepro.data.moments import (
 )
 from floodrepro.data.names import PROTOCOLS, S2_BANDS
 from floodrepro.data.scene import make_scene
-from floodrepro.data.totals import TOLERANCE, Statistics, Totals
+from floodrepro.data.totals import FEWEST_FLOOD_PIXELS, TOLERANCE, Statistics, Totals
 from floodrepro.errors import UsageError
 
 CROSS_GROUP = [(i, j) for i, j in combinations(range(len(S2_BANDS)), 2) if GROUPS[i] != GROUPS[j]]
@@ -111,7 +111,7 @@ def test_means_the_other_way_round_need_a_clear_margin_on_both_sides():
 
 
 def test_reversed_bands_are_found_although_neighbours_stay_neighbours(reflectance):
-    totals = Totals(("rest", "flood"))
+    totals = Totals(PROTOCOLS["v0"])
     totals.add("train", ChipRecord("EMSR9001_1_35TMF_x0_y0", order=BandProducts.of(reflectance[::-1])))
     messages = [finding.message for finding in totals.judge(None) if finding.check == "band-order"]
     assert messages == [
@@ -140,7 +140,7 @@ def test_torn_record_is_refused(line):
 def test_statistics_are_compared_in_units_of_the_recipes_std():
     statistics = Statistics("recipe", {"S1RTC": [-10.0, -16.0]}, {"S1RTC": [4.0, 4.0]})
     values = [np.array([-12.0, -4.0]), np.array([-20.0, -12.0])]
-    totals = Totals(("rest", "flood"))
+    totals = Totals(PROTOCOLS["v0"])
     totals.add("train", ChipRecord("EMSR9001_1_35TMF_x0_y0", moments={"S1RTC": Moments.of(values)}))
     totals.add("test", ChipRecord("EMSR9002_1_35TMF_x0_y0", moments={"S1RTC": Moments.of([v + 99 for v in values])}))
     assert totals.compare(statistics) == {"S1RTC": {"z": [0.5, 0.0], "std_ratio": [1.0, 1.0]}}
@@ -148,6 +148,22 @@ def test_statistics_are_compared_in_units_of_the_recipes_std():
     assert finding.severity == "warning"
     assert "1 of 2 bands" in finding.message
     assert "vv: z of the mean +0.50" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("protocol", "change", "severities"),
+    [
+        *[("v0", -2.1, []), ("v0", -1.9, ["warning"]), ("v0", -0.6, ["warning"]), ("v0", -0.4, ["error"])],
+        *[("v1", -2.1, []), ("v1", -1.9, ["error"])],
+    ],
+)
+def test_little_change_under_flood_is_an_error_where_it_is_known_and_else_a_warning(protocol, change, severities):
+    totals = Totals(PROTOCOLS[protocol])
+    record = ChipRecord("EMSR9001_1_35TMF_x0_y0", flood=Moments.of([np.full(FEWEST_FLOOD_PIXELS, change)]))
+    totals.add("train", record)
+    findings = [finding for finding in totals.judge(None) if finding.check == "flood-signature"]
+    assert [finding.severity for finding in findings] == severities
+    assert all(f"{change:+.1f} dB" in finding.message for finding in findings)
 
 
 def test_tolerance_tells_the_two_published_statistics_apart():

@@ -1,13 +1,19 @@
 """One process at a time: a lock that goes with its process, however that ends."""
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO
 
+from floodrepro import console
 from floodrepro.errors import FloodreproError
+
+# What flock(2) answers where the file system has no locks: Lustre without -o flock, NFSv3 without lockd, FUSE.
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 _held: set[TextIO] = set()
 
@@ -22,12 +28,31 @@ def _leave_to_the_parent() -> None:
 os.register_at_fork(after_in_child=_leave_to_the_parent)  # DataLoader workers outlive a killed parent by seconds
 
 
+def acquire(file: IO[str] | IO[bytes], folder: Path) -> None:
+    """Lock an open file, or say, once for each folder, that its file system has no locks.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _say_no_locks(folder)
+
+
+@cache
+def _say_no_locks(folder: Path) -> None:
+    console.warn(f"the file system of {folder} has no locks: nothing keeps a second process from working there")
+
+
 @contextlib.contextmanager
 def hold(file: Path, taken: Callable[[str], FloodreproError]) -> Iterator[None]:
     """Keep every other process out while the context lasts.
 
     The lock is the kernel's. Its file stays: if it were deleted, two processes could hold locks on two files of one
-    name.
+    name. Where the file system has no locks, a warning says so and the work goes on.
 
     Args:
         file: The lock's file; made where it is missing.
@@ -35,7 +60,7 @@ def hold(file: Path, taken: Callable[[str], FloodreproError]) -> Iterator[None]:
     """
     with file.open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            acquire(lock, file.parent)
         except BlockingIOError as error:
             lock.seek(0)
             raise taken(lock.read().strip() or "unknown") from error

@@ -9,7 +9,11 @@ from floodrepro import console
 from floodrepro.cli.shared import add_format
 from floodrepro.errors import DataError, UsageError
 
-DEFAULT_CONFIG = "terramind_v1_base_impactmesh_flood_amd"
+CONFIGS = {
+    "v0": "terramind_v1_base_impactmesh_flood_amd",
+    "v1": "terramind_v1_base_impactmesh_flood_v1",
+    "v1-binary": "terramind_v1_base_impactmesh_flood_v1_binary",
+}
 SEVERITIES = ("error", "warning", "info")
 SHOWN = 10  # findings of one check that the text lists; the manifest and --format json hold all
 
@@ -19,11 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, required=True, metavar="DIR", help="folder of chips and split/")
     parser.add_argument("--protocol", required=True, help="what the data should be: v0, v1 or v1-binary")
     parser.add_argument("--deep", action="store_true", help="read every chip, not only names and sizes")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes that read chips (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes that read chips (default: one a core, up to 32)"
+    )
     parser.add_argument(
         "--config",
         metavar="YAML",
-        help=f"recipe whose means and stds a deep audit compares with (default: {DEFAULT_CONFIG})",
+        help="recipe whose means and stds a deep audit compares with (default: the base recipe of the protocol)",
     )
     parser.add_argument(
         "--resume",
@@ -44,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
     from floodrepro.data.audit import audit
     from floodrepro.data.totals import Statistics
 
-    statistics = Statistics.of(args.config or DEFAULT_CONFIG) if args.deep else None
+    # `audit` refuses a protocol that is not among them.
+    config = args.config or CONFIGS.get(args.protocol, CONFIGS["v0"])
+    statistics = Statistics.of(config) if args.deep else None
     with console.progress("chips read") as progress:
         manifest = audit(
             args.root,

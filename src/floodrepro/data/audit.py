@@ -20,7 +20,6 @@ The result is ``data-manifest.json`` in the data set's folder, schema 1::
       flood_change    pixels called flood, and the mean of VV(event) - VV(before) over them in dB
 """
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from floodrepro import console
-from floodrepro.data.chip_checks import check_chip
+from floodrepro.data.chip_checks import DAMAGED, check_chip
 from floodrepro.data.chips import ChipSource
 from floodrepro.data.hub_layout import DATA_OF
 from floodrepro.data.moments import ChipRecord, Finding
@@ -46,12 +45,14 @@ from floodrepro.data.names import PROTOCOLS, Protocol
 from floodrepro.data.survey import Survey, expected_chips, make_survey
 from floodrepro.data.totals import Statistics, Totals
 from floodrepro.errors import DataError, UsageError
+from floodrepro.lock import acquire
 from floodrepro.run_folder import write_atomically
 
 SCHEMA = 1
 MANIFEST = "data-manifest.json"
 PARTIAL = ".floodrepro-audit.partial.jsonl"
 UNLISTED = "unlisted"
+MOST_JOBS = 32  # of a machine with 384 cores: more readers only queue at the disk, and each takes memory
 
 
 def audit(
@@ -71,7 +72,7 @@ def audit(
         protocol: `v0`, `v1` or `v1-binary`.
         deep: Whether to read every chip.
         statistics: Of the recipe that the bands are compared with after a deep audit; not compared where None.
-        jobs: Processes that read; as many as there are cores where None.
+        jobs: Processes that read; `default_jobs` where None.
         resume: Whether a deep audit that was stopped goes on; else it starts anew.
         progress: Called with the number of chips read and of all.
 
@@ -99,7 +100,7 @@ def audit(
     partial = None
     if deep:
         with _Partial(root, survey, resume=resume) as partial:
-            _read_chips(survey, partial, jobs or len(os.sched_getaffinity(0)), progress)
+            _read_chips(survey, partial, jobs or default_jobs(), progress)
             document["deep"] = _deep_section(survey, partial, statistics, findings)
     document["findings"] = [asdict(finding) for finding in findings]
     try:
@@ -111,6 +112,11 @@ def audit(
     return document
 
 
+def default_jobs() -> int:
+    """One process for each core that this one may run on (as Slurm or taskset left it), but not more than 32."""
+    return min(len(os.sched_getaffinity(0)), MOST_JOBS)
+
+
 def _deep_section(
     survey: Survey, partial: "_Partial", statistics: Statistics | None, findings: list[Finding]
 ) -> dict[str, Any]:
@@ -119,7 +125,7 @@ def _deep_section(
     # Backwards, so that a chip in two splits counts for the first: train, val, test, then further test splits.
     split_of = {chip: split for split, chips in reversed(survey.splits.items()) for chip in chips}
     content = hashlib.sha256("".join(survey.head()).encode())
-    totals = Totals(protocol.class_names)
+    totals = Totals(protocol)
     of_chips = []
     for chip in sorted(survey.sizes):
         record = partial.record(chip)
@@ -135,8 +141,8 @@ def _deep_section(
 class _Partial:
     """The records of the chips that were read so far, one line of JSON each, in a file that outlives a killed audit.
 
-    A record counts as long as its chip's files have the sizes they had. One with findings is made again: whoever ran
-    into them may have fetched the chip again since.
+    A record counts as long as its chip's files have the sizes they had. That of a chip that could not be read is made
+    again: whoever ran into it may have fetched the chip again since.
     """
 
     def __init__(self, root: Path, survey: Survey, *, resume: bool) -> None:
@@ -161,8 +167,8 @@ class _Partial:
             self.path = None
             return tempfile.TemporaryFile()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            acquire(file, root)
+        except BlockingIOError as error:
             file.close()
             raise DataError("another audit of this data is at work", where=root, fix="wait for it to end") from error
         return file
@@ -175,7 +181,8 @@ class _Partial:
             except (ValueError, KeyError, TypeError):
                 self._file.truncate(start)  # the line that the kill tore
                 break
-            if record.sizes == sizes.get(record.chip) and not record.findings:
+            damaged = any(finding.check == DAMAGED for finding in record.findings)
+            if record.sizes == sizes.get(record.chip) and not damaged:
                 self._offsets[record.chip] = start
 
     def __contains__(self, chip: str) -> bool:
@@ -234,7 +241,7 @@ def _check(source: ChipSource, protocol: Protocol, task: Task) -> str:
             unreadable[part] = error.__cause__ or error
     record = check_chip(chip, files, protocol)
     for part, reason in unreadable.items():
-        record.add("error", "damaged", f"cannot be read: {reason}", part)
+        record.add("error", DAMAGED, f"cannot be read: {reason}", part)
     return record.to_line()
 
 

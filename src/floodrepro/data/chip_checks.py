@@ -10,6 +10,7 @@ digest tells it), and an exchange of two bands or timesteps that look alike.
 import hashlib
 import io
 import math
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ FEWEST_PIXELS = 64  # below that a share says nothing
 # A chip of one field or of water alone has little that tells its bands apart: it takes more here than for an event,
 # and it stays a warning. No crop of three real scenes comes near (moments.exchanges).
 CHIP_PATH = 0.80
+DAMAGED = "damaged"  # the check of a file that cannot be read
 SAMPLED_EDGE = 64  # correlations take about this many rows and columns of a timestep: neighbours say the same
 
 
@@ -79,7 +81,7 @@ def check_chip(chip: str, files: Mapping[str, bytes], protocol: Protocol) -> Chi
             array, grid = read(record, part, content)
         except Exception as error:  # a damaged file can make zipfile, zarr, blosc or GDAL raise nearly anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            record.add("error", "damaged", f"cannot be read: {reason}", part)
+            record.add("error", DAMAGED, f"cannot be read: {reason}", part)
             continue
         if grid is not None:
             grids[part] = grid
@@ -132,7 +134,11 @@ def _check_times(record: ChipRecord, part: str, text: Any) -> None:
 
 def _grid_of_zarr(record: ChipRecord, part: str, group: Any) -> Grid | None:
     try:
-        crs = _crs(str(group.attrs["proj_code"]))
+        codes = sorted({code.strip() for code in str(group.attrs["proj_code"]).split(";")})  # one, or one a timestep
+        if len(codes) > 1:
+            record.add("error", "crs", f"its timesteps lie in {' and '.join(codes)}", part)
+            return None
+        crs = _crs(codes[0])
         x, y = (np.asarray(group[axis][:], np.float64) for axis in "xy")
         grid = Grid(crs, (float(x[0]), float(y[0])), (float(x[1] - x[0]), float(y[1] - y[0])))
     except Exception as error:  # CRSError, KeyError, IndexError …: the pixels are whole, only their place is not known
@@ -142,25 +148,26 @@ def _grid_of_zarr(record: ChipRecord, part: str, group: Any) -> Grid | None:
     even = all(np.allclose(np.diff(axis), step) for axis, step in zip((x, y), grid.step, strict=True))
     if (len(x), len(y)) != (width, height) or not even or grid.step[0] <= 0 or grid.step[1] >= 0:
         record.add("error", "grid", "its x or y does not go in even steps from west to east and north to south", part)
-    box = _numbers(group.attrs.get("proj_bbox"))
-    if len(box) != 4:
+    boxes = _boxes(group.attrs.get("proj_bbox"))
+    if len(boxes) not in (1, len(TIMESTEPS)):
         record.add("warning", "grid", f"its proj_bbox cannot be read: {group.attrs.get('proj_bbox')!r}", part)
-    # Half a pixel of room at each side: whether x and y are centres or corners is nowhere written down.
-    elif not (
-        box[0] - grid.step[0] <= x.min() <= x.max() <= box[2] + grid.step[0]
-        and box[1] + grid.step[1] <= y.min() <= y.max() <= box[3] - grid.step[1]
-    ):
-        record.add("error", "grid", f"its pixels lie outside its proj_bbox {box}", part)
+        return grid
+    for west, south, east, north in boxes:
+        # Half a pixel of room at each side: whether x and y are centres or corners is nowhere written down.
+        inside = west - grid.step[0] <= x.min() <= x.max() <= east + grid.step[0]
+        if not (inside and south + grid.step[1] <= y.min() <= y.max() <= north - grid.step[1]):
+            record.add("error", "grid", f"its pixels lie outside its proj_bbox {[west, south, east, north]}", part)
+            break
     return grid
 
 
-def _numbers(value: Any) -> list[float]:
-    """Four numbers, however they are joined."""
+def _boxes(value: Any) -> list[list[float]]:
+    """One box of four numbers, or one for each timestep, however they are joined; empty if they are anything else."""
     try:
-        texts = value.replace(",", ";").strip("[]() ").split(";") if isinstance(value, str) else list(value)
-        return [float(text) for text in texts]
-    except (TypeError, ValueError):
+        numbers = [float(text) for text in re.split(r"[\s;,()\[\]'\"]+", str(value)) if text]
+    except ValueError:
         return []
+    return [] if len(numbers) % 4 else [numbers[i : i + 4] for i in range(0, len(numbers), 4)]
 
 
 @lru_cache

@@ -196,6 +196,13 @@ def _borrow(descriptor: int, size: int, offset: int) -> memoryview:
     return view[: os.preadv(descriptor, [view], offset)]
 
 
+# What zipfile and zarr 2.18.0 raise: the last four for a .zarray that is JSON, and not an array's.
+_OF_DAMAGED_ZARR = (
+    *(zipfile.BadZipFile, KeyError, ValueError, RuntimeError, OSError, NotImplementedError),
+    *(zarr.errors.MetadataError, AttributeError, TypeError, ZeroDivisionError),
+)
+
+
 def read_any_zarr(content: bytes, timesteps: Sequence[int] | None = None) -> Array:
     """Read ``bands`` from a zarr ZIP of whatever layout with the zarr library: slower, and right.
 
@@ -209,7 +216,7 @@ def read_any_zarr(content: bytes, timesteps: Sequence[int] | None = None) -> Arr
         if array.nchunks_initialized != array.nchunks and array.fill_value is None:
             raise DataError("a chunk is missing")
         whole: Array = array[...]
-    except (zipfile.BadZipFile, KeyError, ValueError, RuntimeError, OSError, NotImplementedError) as error:
+    except _OF_DAMAGED_ZARR as error:
         raise DataError(f"the zarr cannot be read: {error}") from error
     return whole if timesteps is None else whole[list(timesteps)]
 

@@ -8,13 +8,14 @@ request asks for the rest of them.
 
 import contextlib
 import email.utils
+import functools
 import importlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_session, hf_hub_url, hf_raise_for_status
 from huggingface_hub.errors import (
@@ -26,7 +27,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers  # type: ignore[attr-defined]
 
 from floodrepro import __version__, console
@@ -94,14 +94,25 @@ class Hub:
         if commit is None:
             raise DataError("the hub names no commit for the revision", where=f"{self.repo}@{revision}")
 
-        def tree() -> list[RepoFile]:
-            # repo_info lists files too, but the hub may cut its list short (huggingface_hub#3241, #3565).
-            with self._errors_of(revision):
-                entries = api.list_repo_tree(self.repo, recursive=True, revision=commit, repo_type="dataset")
-                return [entry for entry in entries if isinstance(entry, RepoFile)]
+        # repo_info lists files too, but the hub may cut its list short (huggingface_hub#3241, #3565).
+        page: str | None = f"{self.endpoint}/api/datasets/{self.repo}/tree/{commit}?recursive=True&expand=False"
+        files: list[RemoteFile] = []
+        while page is not None:
+            found, page = self._persist(functools.partial(self._page_of_tree, page, revision))
+            files += found
+        return Snapshot(commit, {file.path: file for file in files})
 
-        files = self._persist(tree, tries=1)  # list_repo_tree tries again by itself
-        return Snapshot(commit, {file.path: _describe(file) for file in files})
+    def _page_of_tree(self, page: str, revision: str) -> tuple[list[RemoteFile], str | None]:
+        """The files that a page of the tree lists, and the next page's address.
+
+        HfApi.list_repo_tree has no timeout (huggingface_hub 2.4.0): where the server falls silent, it waits for ever.
+        """
+        headers = build_hf_headers(library_name="floodrepro", library_version=__version__)
+        with self._errors_of(revision):
+            answer = get_session().get(page, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(answer)
+            files = [_describe(entry) for entry in answer.json() if entry["type"] == "file"]
+            return files, answer.links.get("next", {}).get("url")
 
     def download(self, file: RemoteFile, commit: str, partial: Path, seen: Callable[[int], None]) -> None:
         """Bring *partial* to the file's full length, starting from the bytes that it holds.
@@ -159,7 +170,7 @@ class Hub:
             if held < stop:
                 raise _TryAgain(f"the answer ended after {held} of {stop} bytes")
 
-    def _persist(self, request: Callable[[], T], held: Callable[[], int] = lambda: 0, tries: int = TRIES) -> T:
+    def _persist(self, request: Callable[[], T], held: Callable[[], int] = lambda: 0) -> T:
         """Repeat a request until it succeeds, fails for good, or brings no new byte (*held*) several times in a row."""
         failures = 0
         while True:
@@ -169,14 +180,14 @@ class Hub:
             except _TryAgain as failure:
                 failures = 1 if held() > before else failures + 1
                 wait = failure.wait if failure.wait is not None else min(2.0 ** (failures - 1), 60.0)
-                if failures >= tries or wait > LONGEST_WAIT:
+                if failures >= TRIES or wait > LONGEST_WAIT:
                     wish = f"; it asks for a wait of {wait:.0f} s" if failure.wait else ""
                     raise DataError(
                         f"the hub could not be read, {failures} times in a row: {failure}{wish}",
                         where=f"{self.endpoint} {self.repo}",
                         fix="run the same command again later: it goes on where it stopped",
                     ) from failure
-                console.say(f"{failure}; trying again in {wait:.0f} s ({failures} of {tries - 1})")
+                console.say(f"{failure}; trying again in {wait:.0f} s ({failures} of {TRIES - 1})")
                 self._sleep(wait)
 
     @contextlib.contextmanager
@@ -224,10 +235,11 @@ def _verdict(error: HfHubHTTPError) -> tuple[str, str]:
     return f"the hub answers HTTP {status}", by_hand
 
 
-def _describe(file: RepoFile) -> RemoteFile:
-    if file.lfs is not None:
-        return RemoteFile(file.path, file.lfs.size, file.lfs.sha256, None)
-    return RemoteFile(file.path, file.size, None, file.blob_id)
+def _describe(entry: Mapping[str, Any]) -> RemoteFile:
+    """A file from its entry in the tree."""
+    if (lfs := entry.get("lfs")) is not None:
+        return RemoteFile(entry["path"], lfs["size"], lfs["oid"], None)
+    return RemoteFile(entry["path"], entry["size"], None, entry["oid"])
 
 
 def _extent(headers: Mapping[str, str]) -> tuple[int, int | None]:

@@ -21,6 +21,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ SCHEMA = 1
 NAME = "floodrepro-ledger.json"
 LOCK = ".floodrepro-fetch.lock"
 PARTIAL = ".partial"
+_ONE_DOWNLOAD = re.compile(r"\.[0-9a-f]{8}\.incomplete$")  # huggingface_hub 2.4.0, _download_to_tmp_and_move
 _BLOCK = 2**22  # bytes read at a time; larger ones hash no faster
 
 
@@ -228,8 +230,9 @@ def remove_orphans(ledger: Ledger) -> list[str]:
     """Delete what interrupted downloads left and no download will go on with.
 
     That is a ``.partial`` whose file is not pending at the ledger's commit, what a kill left of a half written ledger,
-    and ``.incomplete`` files: huggingface_hub from 1.18 on gives each download a name of its own and never opens one
-    again (huggingface_hub#4306, #4196). Where a running ``hf download`` holds a lock they are left alone.
+    and ``.incomplete`` files of huggingface_hub from 1.18 on, which gives each download a name of its own and never
+    opens one again (huggingface_hub#4306, #4196); an older client goes on with its own. Where a running ``hf download``
+    holds a lock, or nobody can tell, they are left alone.
 
     Returns:
         The paths deleted, relative to the folder.
@@ -242,18 +245,19 @@ def remove_orphans(ledger: Ledger) -> list[str]:
     orphans += root.glob(f".{NAME}.*")
     downloads = root / ".cache" / "huggingface" / "download"
     if not any(_is_locked(path) for path in downloads.rglob("*.lock")):
-        orphans += downloads.rglob("*.incomplete")
+        orphans += [path for path in downloads.rglob("*.incomplete") if _ONE_DOWNLOAD.search(path.name)]
     for path in orphans:
         path.unlink(missing_ok=True)
     return sorted(path.relative_to(root).as_posix() for path in orphans)
 
 
 def _is_locked(path: Path) -> bool:
-    with path.open("rb") as file:
-        try:
+    """Whether it may be: also where the file system has no locks, or the file is not ours to open."""
+    try:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except OSError:
+        return True
     return False
 
 

@@ -9,7 +9,7 @@ from floodrepro import console
 from floodrepro.data import names
 from floodrepro.data.chips import ChipSource, open_source_loudly
 from floodrepro.data.names import LABEL_DIR, MODALITIES, SPLITS, SUFFIXES, split_file
-from floodrepro.data.survey import SEEN, quick_audit
+from floodrepro.data.survey import BOM, BOM_MEANS, OVERLAP, SEEN, QuickAudit, quick_audit
 from floodrepro.errors import DataError
 from floodrepro.recipe import Recipe
 
@@ -23,10 +23,12 @@ class DataCheck:
     Args:
         chips: Number of chips by split that was asked for; several test splits are counted by their names.
         digest: The data's digest (``data-manifest.json`` has the same); None for a recipe of no known protocol.
+        warnings: What a run's record has to keep, as it bears on its scores: events in two of the published splits.
     """
 
     chips: dict[str, int]
     digest: str | None
+    warnings: tuple[str, ...] = ()
 
 
 def check_data(recipe: Recipe, splits: Sequence[str], *, labels: bool = True) -> DataCheck:
@@ -53,10 +55,13 @@ def check_data(recipe: Recipe, splits: Sequence[str], *, labels: bool = True) ->
     counts: dict[str, int] = {}
     for split in splits:
         counts |= _count(arguments, split, sources[roots[split]], labels=labels)
-    digest = _audit(recipe, sources[root]) if root in sources else None
+    audit = _audit(recipe, sources[root]) if root in sources else None
     for source in sources.values():
         source.close()
-    return DataCheck(counts, digest)
+    if audit is None:
+        return DataCheck(counts, None)
+    overlaps = (finding for finding in audit.findings if finding.check == OVERLAP)
+    return DataCheck(counts, audit.digest, tuple(finding.message for finding in overlaps))
 
 
 def _count(arguments: Mapping[str, Any], split: str, source: ChipSource, *, labels: bool) -> dict[str, int]:
@@ -82,7 +87,7 @@ def protocol_of(recipe: Recipe) -> str | None:
     return names.protocol_of((recipe["data"].get("init_args") or {}).get("label_map"))
 
 
-def _audit(recipe: Recipe, source: ChipSource) -> str | None:
+def _audit(recipe: Recipe, source: ChipSource) -> QuickAudit | None:
     arguments, protocol = recipe["data"]["init_args"], protocol_of(recipe)
     if protocol is None:
         return None
@@ -99,7 +104,7 @@ def _audit(recipe: Recipe, source: ChipSource) -> str | None:
             console.warn(finding.message)
     errors = [finding for finding in audit.errors if finding.check != "missing-part"]
     replace(audit, findings=tuple(errors)).raise_for_errors(arguments["data_root"])
-    return audit.digest
+    return audit
 
 
 def _read_split(file: Path, split: str) -> list[str]:
@@ -107,6 +112,8 @@ def _read_split(file: Path, split: str) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the {split} split cannot be read: {error}", where=file, fix=_GET_DATA) from error
+    if lines and lines[0].startswith(BOM):
+        raise DataError(f"the {split} split: {BOM_MEANS}", where=file, fix="save it as UTF-8 without one")
     blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
     if blank:
         raise DataError(

@@ -28,6 +28,7 @@ _END = struct.Struct("<4s4H2LH")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _STORED = 0
+_BLOSC = struct.Struct("<4x3L")  # bytes when decoded, block size, bytes now: the header of c-blosc's chunks
 _TAIL = 16 * 1024  # holds the whole directory of a chip, about 40 entries of 80 bytes
 
 
@@ -63,21 +64,29 @@ def array_layout(metadata: bytes) -> ArrayLayout | None:
 
     Args:
         metadata: Content of the file. All chips share a handful of them, hence the cache.
+
+    Raises:
+        DataError: It is damaged.
     """
-    document = json.loads(metadata)
-    shape, chunks = tuple(document["shape"]), tuple(document["chunks"])
-    plain = (
-        document.get("zarr_format") == 2
-        and len(shape) == 4
-        and chunks[1:] == shape[1:]
-        and shape[0] % chunks[0] == 0
-        and document.get("order") == "C"
-        and not document.get("filters")
-        and document.get("dimension_separator", ".") == "."
-    )
-    if not plain:
-        return None
-    return ArrayLayout(shape, chunks[0], document["dtype"], json.dumps(document["compressor"], sort_keys=True))
+    try:
+        document = json.loads(metadata)
+        shape, chunks = tuple(document["shape"]), tuple(document["chunks"])
+        plain = (
+            document.get("zarr_format") == 2
+            and len(shape) == 4
+            and chunks[1:] == shape[1:]
+            and shape[0] % chunks[0] == 0
+            and document.get("order") == "C"
+            and not document.get("filters")
+            and document.get("dimension_separator", ".") == "."
+        )
+        if not plain:
+            return None
+        compressor = json.dumps(document["compressor"], sort_keys=True)
+        _codec(compressor)  # one that numcodecs does not know is told here, not at the first pixel
+        return ArrayLayout(shape, chunks[0], np.dtype(document["dtype"]).str, compressor)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise DataError(f"the array's .zarray is damaged: {type(error).__name__}: {error}") from error
 
 
 def list_entries(read_at: ReadAt, size: int) -> dict[str, Entry]:
@@ -143,7 +152,7 @@ def find_chunks(read_at: ReadAt, size: int) -> Chunks | None:
         size: The ZIP's length in bytes.
 
     Raises:
-        DataError: It is no whole ZIP, or holds no array ``bands``.
+        DataError: It is no whole ZIP, holds no array ``bands``, or one whose ``.zarray`` is damaged.
     """
     entries = list_entries(read_at, size)
     metadata = entries.get(f"{ARRAY}/.zarray")
@@ -202,11 +211,16 @@ def _codec(configuration: str) -> Codec | None:
 
 def _decode_into(codec: Codec | None, stored: bytes | memoryview, out: npt.NDArray[Any]) -> None:
     try:
-        if codec is None:
-            out.reshape(-1).view(np.uint8)[:] = np.frombuffer(stored, np.uint8)
-        else:
-            decoded = codec.decode(stored, out=out)
-            if decoded is not out and memoryview(decoded).nbytes != out.nbytes:
-                raise ValueError(f"{memoryview(decoded).nbytes} bytes instead of {out.nbytes}")
-    except (RuntimeError, ValueError, TypeError) as error:
+        if codec is not None and codec.codec_id == "blosc":
+            # numcodecs decodes a chunk that is too short without a word, and the end of *out* would keep old pixels.
+            size, _, compressed = _BLOSC.unpack_from(stored)
+            if size != out.nbytes or compressed > len(stored):
+                raise ValueError(f"{compressed} bytes for {size} instead of {len(stored)} for {out.nbytes}")
+            codec.decode(stored, out=out)
+            return
+        plain = np.frombuffer(stored if codec is None else codec.decode(stored), np.uint8)
+        if plain.nbytes != out.nbytes:
+            raise ValueError(f"{plain.nbytes} bytes instead of {out.nbytes}")
+        out.reshape(-1).view(np.uint8)[:] = plain
+    except (RuntimeError, ValueError, TypeError, struct.error) as error:
         raise DataError(f"a chunk does not decode: {error}") from error
