@@ -46,7 +46,7 @@ def test_help_and_listings_import_nothing_heavy(argv):
         (["fit", "--config", "demo", "--trainer.max_epochs"], "needs a value"),
         (["fit"], "required: --config"),
         (["fit", "--config", "no/such.yaml"], "config file not found"),
-        (["fit", "--config", "demmo"], "--config demo"),
+        (["fit", "--config", "demmo"], "did you mean 'demo'"),
         (["test", "--ckpt", "no/such.ckpt"], "checkpoint not found"),
         (["configs", "show", "nothing"], "config file not found"),
         (["export", "--run", "no/such/run"], "no run folder"),

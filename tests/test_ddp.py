@@ -123,6 +123,8 @@ def test_the_death_of_one_process_ends_the_run_and_it_resumes_to_the_same_weight
     ours, theirs = (torch.load(r.checkpoints / "last.ckpt", weights_only=True) for r in (run, two))
     for name, tensor in theirs["state_dict"].items():
         assert torch.equal(ours["state_dict"][name], tensor), name
+    means = [[row["train/loss_epoch"] for row in r.read_metrics() if row["train/loss_epoch"]] for r in (run, two)]
+    assert [float(mean) for mean in means[0]] == pytest.approx([float(mean) for mean in means[1]], rel=1e-6)
 
 
 def test_one_process_s_value_that_is_not_finite_stops_all(chips: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """The shipped recipes: what they say, that TerraTorch takes them, and what is reported when one is wrong."""
 
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from hatchling.builders.wheel import WheelBuilder
+from jsonargparse import Namespace
 
 from conftest import ROOT
 from floodrepro import recipe as recipes
 from floodrepro.errors import UsageError
+from floodrepro.run_folder import RunFolder
 from floodrepro.training.recipe_cli import RecipeCLI
-from floodrepro.training.wiring import without_files
+from floodrepro.training.wiring import into_run_folder, without_files
 
 BASE = "terramind_v1_base_impactmesh_flood_amd"
 TINY = "terramind_v1_tiny_impactmesh_flood"
@@ -237,3 +240,25 @@ def test_wheel_carries_the_recipes(tmp_path: Path):
     with zipfile.ZipFile(wheel) as archive:
         for path in (ROOT / "configs").glob("*.yaml"):
             assert archive.read(f"floodrepro/configs/{path.name}") == path.read_bytes()
+
+
+@pytest.mark.parametrize(("monitor", "mode", "k"), [("val/mIoU", "max", 1), ("val/loss", "min", 3)])
+def test_best_weights_by_the_validation_loss_are_kept_beside_what_a_recipe_keeps(tmp_path, monitor, mode, k):
+    arguments = Namespace(monitor=monitor, mode=mode, save_top_k=k, filename="mine")
+    callbacks = [Namespace(class_path="lightning.pytorch.callbacks.ModelCheckpoint", init_args=arguments)]
+    config = Namespace(trainer=Namespace(plugins=None, logger=None, callbacks=callbacks, enable_checkpointing=None))
+    into_run_folder(config, RunFolder(tmp_path), progress_bar=True)
+    own, best = (callback.init_args for callback in config.trainer.callbacks)
+    assert own.filename == ("mine" if k == 1 else "mine-{epoch}")  # three under one name would be one
+    assert (best.filename, best.monitor, best.mode, best.save_top_k) == ("best", "val/loss", "min", 1)
+
+
+def test_recipe_with_another_monitor_ends_with_the_best_checkpoint_that_it_names(cli, chips, tmp_path):
+    keep = ("--trainer.callbacks.monitor=val/mIoU", "--trainer.callbacks.mode=max", "--trainer.callbacks.save_top_k=2")
+    outcome = cli(
+        *("fit", "--config", "demo", "--data-root", chips, "--runs-root", tmp_path, "--name", "two"),
+        *("--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"),
+        *("--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint", *keep, "--format", "json"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert Path(json.loads(outcome.out)["checkpoint"]).is_file()

@@ -11,7 +11,7 @@ from floodrepro.training import recorder
 
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
-    clock = SimpleNamespace(now=0.0, resets=[])
+    clock = SimpleNamespace(now=1000.0, resets=[])
     monkeypatch.setattr(recorder.time, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: clock.resets.append(clock.now))
@@ -30,4 +30,20 @@ def test_no_window_of_steps_on_a_gpu_holds_one_of_the_warm_up(clock, tmp_path):
         clock.now += 30.0 if step < 10 else 0.5
         watch.on_train_batch_end(trainer, module, {}, {"filename": ["chip"]}, step)
     assert watch.state_dict()["windows"] == [0.5, 0.5]
-    assert clock.resets == [0.0, 300.0], "peaks of memory begin with the run, and again after its warm-up"
+    assert clock.resets == [1000.0, 1300.0], "peaks of memory begin with the run, and again after its warm-up"
+
+
+def test_validation_within_an_epoch_is_neither_waiting_for_data_nor_a_step(clock, tmp_path):
+    trainer = SimpleNamespace(world_size=1, is_global_zero=False)
+    module = SimpleNamespace(device=torch.device("cpu"))
+    watch = recorder.Recorder(RunFolder(tmp_path), lambda: 0.0, list)
+    watch.on_train_epoch_start(trainer, module)
+    for step in range(20):
+        watch.on_train_batch_start(trainer, module, {}, step)
+        clock.now += 0.5
+        watch.on_train_batch_end(trainer, module, {}, {"filename": ["chip"]}, step)
+        clock.now += 30.0
+        watch.on_validation_end(trainer, module)
+    state = watch.state_dict()
+    assert state["windows"] == [0.5] * 10
+    assert (state["epoch"]["waiting"], state["epoch"]["seconds"]) == (0.0, 10.0)

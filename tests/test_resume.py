@@ -21,6 +21,8 @@ import pytest
 import torch
 
 from conftest import Outcome
+from floodrepro import recipe as recipes
+from floodrepro.errors import UsageError
 from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.training.checkpoint_files import LAST, PREVIOUS, is_whole
 from forge import Forge
@@ -287,10 +289,11 @@ def test_run_with_worker_processes_resumes_at_once_to_the_same_weights(workshop,
 def test_run_with_accumulated_gradients_resumes_to_the_same_weights(workshop):
     accumulate = ("--trainer.accumulate_grad_batches", 2)
     finish(workshop, "straight", *accumulate)
-    # The tenth batch is the second of its step: that step is begun again, from its first batch.
-    outcome = workshop.fit("broken", *accumulate, strike=[{"at": "step", "count": 10, "signal": signal.SIGTERM}])
+    # The tenth batch is the second of its step: half a step's gradients are in no state, so that it is ended first.
+    stop = {"at": "step", "count": 10, "signal": signal.SIGTERM}
+    outcome = workshop.fit("broken", *accumulate, "--save-every", 500, strike=[stop])
     assert outcome.code == 143
-    assert load(workshop.run("broken").checkpoints / LAST)["global_step"] == 4
+    assert load(workshop.run("broken").checkpoints / LAST)["global_step"] == 5
     finish(workshop, "broken", *accumulate)
     assert_same_bits(workshop.run("broken"), workshop.run("straight"))
 
@@ -526,6 +529,60 @@ def test_exit_code_0_and_the_mark_of_a_finished_run_come_together(workshop, brok
     assert_same_bits(broken, straight)
 
 
+def test_run_that_stopped_early_does_not_train_on_when_it_was_killed_before_its_mark(workshop):
+    early = ("--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/mIoU")
+    early += (
+        "--trainer.callbacks.mode=max",
+        "--trainer.callbacks.stopping_threshold=-1.0",
+        "--trainer.max_epochs=3",
+    )  # any mIoU is good enough
+    assert workshop.fit("early", *early, strike=[{"at": "mark"}]).code == KILLED
+    finish(workshop, "early", *early)
+    assert workshop.run("early").read_record()["epochs"] == 1
+
+
+def test_second_signal_ends_at_once_with_the_code_and_status_of_a_signal(workshop, broken):
+    twice = [{"at": "step", "count": 2, "signal": signal.SIGTERM}] * 2
+    outcome = workshop.fit("broken", strike=twice)
+    assert outcome.code == 143
+    assert "at once, without saving" in outcome.report[0]
+    assert status(broken) == "interrupted"
+
+
+def test_optimizer_that_a_recipe_changed_wins_over_the_state_where_the_run_goes_on_all_the_same(workshop, broken):
+    changes = ("--optimizer.init_args.weight_decay", 0.5, "--lr_scheduler.init_args.factor", 0.25)
+    finish(workshop, "broken", *changes, "--resume-anyway")
+    state = load(broken.checkpoints / LAST)
+    assert {group["weight_decay"] for group in state["optimizer_states"][0]["param_groups"]} == {0.5}
+    assert state["lr_schedulers"][0]["factor"] == 0.25
+
+
+def test_recipe_of_an_attempt_that_never_was_built_gives_way_and_is_kept(tmp_path):
+    from floodrepro.training.resume import begin, identity
+
+    run = RunFolder.create(tmp_path / "run")
+    for decoder in ("NopeDecoder", "UNetDecoder"):
+        recipe = {"model": {"decoder": decoder}}
+        digest = recipes.fingerprint(recipe)
+        assert begin(run, identity(recipe, digest, None, {}, {"fused": False}), "auto", anyway=False) is None
+        run.update_record(data_digest=None, code={}, numerics={"fused": False})
+    assert recipes.read(run.recipe) == recipe
+    assert "NopeDecoder" in (run.path / "recipe.yaml-2").read_text()
+    run.update_record(environment={})  # it was built: from here on another recipe is another run
+    with pytest.raises(UsageError, match=r"model\.decoder: 'UNetDecoder' became 'Other'"):
+        begin(run, identity({"model": {"decoder": "Other"}}, "x", None, {}, {"fused": False}), "auto", anyway=False)
+
+
+def test_start_that_was_killed_with_nothing_but_a_recipe_does_not_bar_its_folder(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    run.save_recipe({"model": {}})
+    (run.path / ".run.json.x1.partial").touch()
+    run.refuse_to_begin("auto")
+    (run.path / "notes.txt").touch()
+    with pytest.raises(UsageError, match="exists already"):
+        run.refuse_to_begin("auto")
+
+
 def test_moved_run_remembers_its_best_checkpoint(workshop, broken, straight):
     outcome = workshop.fit("broken", strike=[{"at": "step", "count": 2, "signal": signal.SIGTERM}])
     assert outcome.code == 143
@@ -543,3 +600,25 @@ def test_full_state_holds_no_code_and_can_be_tested(shared, straight):
     assert torch.load(last, weights_only=True)["floodrepro"]["moment"] == "end"
     outcome = shared.command("test", "--ckpt", last, "--format", "json")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_run_below_a_relative_or_linked_root_keeps_its_best_when_it_goes_on(workshop, straight, link, monkeypatch):
+    """Lightning knows a folder by its real path: under another spelling it forgets the best, and keeps a worse one."""
+    workshop.runs.mkdir(exist_ok=True)
+    roots = workshop.runs.with_name("link") if link else Path(os.path.relpath(workshop.runs, Path.cwd()))
+    if link:
+        roots.symlink_to(workshop.runs)
+    elsewhere = ("--runs-root", roots)
+    assert workshop.fit("moved", *elsewhere, strike=[{"at": "step", "count": 10}]).code == KILLED
+    best = load(workshop.run("moved").best)["epoch"]
+    outcome = finish(workshop, "moved", *elsewhere)
+    assert "dirpath has changed" not in outcome.err
+    scores = {
+        name: next(v for k, v in load(run.checkpoints / LAST)["callbacks"].items() if "ModelCheckpoint" in k)
+        for name, run in (("moved", workshop.run("moved")), ("straight", straight))
+    }
+    assert best is not None
+    assert len(scores["moved"]["best_k_models"]) == len(scores["straight"]["best_k_models"]) == 1
+    assert scores["moved"]["best_model_score"] == scores["straight"]["best_model_score"]
+    assert load(workshop.run("moved").best)["epoch"] == load(straight.best)["epoch"]

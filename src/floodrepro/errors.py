@@ -77,7 +77,8 @@ class Incident(FloodreproError):
         named = f"; chips {', '.join(chips[:3])}{' …' if len(chips) > 3 else ''}" if chips else ""
         super().__init__(
             f"the guard stopped the run at step {step}, epoch {epoch + 1}: {detail}{first}{named}",
-            fix="see incident.json; fit --on-overflow rollback goes on from the last good state in bf16",
+            fix="see incident.json"
+            + ("; fit --on-overflow rollback goes on from the last good state in bf16" * (kind != "collapse")),
         )
 
     def as_dict(self) -> dict[str, object]:

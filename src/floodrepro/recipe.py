@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -56,15 +57,17 @@ def find(name_or_path: str) -> Path:
     raise UsageError(
         "is a folder, not a recipe" if path.is_dir() else "config file not found",
         where=name_or_path,
-        fix=f"--config {close[0]}" if close else "give a path to a YAML, or a name that 'floodrepro configs ls' lists",
+        fix=f"did you mean '{close[0]}'?"
+        if close
+        else "give a path to a YAML, or a name that 'floodrepro configs ls' lists",
     )
 
 
 def read(path: Path) -> Recipe:
-    """Read a YAML and check what can be checked without TerraTorch: that it parses, and its top-level keys.
+    """Read a YAML and check that it parses.
 
     Raises:
-        UsageError: The file cannot be read, is no YAML mapping, or holds an unknown top-level key.
+        UsageError: The file cannot be read, or is no YAML mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -119,6 +122,27 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{path}.{number}")
     else:
         yield path, node
+
+
+# Where a run takes place, and its seed: what may differ between two runs of one recipe.
+_PLACE = re.compile(
+    r"seed_everything|trainer\.(default_root_dir|accelerator|devices|num_nodes|strategy|enable_\w+|logger.*)"
+    r"|data\.init_args\.((\w+_)?data_root|\w+_split(\.\w+)?|num_workers|prefetch_factor)"
+)
+
+
+def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
+    """The shipped recipe that is nearest to one, and the keys in which they differ; data's place and seed do not count.
+
+    Args:
+        recipe: A resolved recipe.
+    """
+    found = {
+        name: [key for key in differences(read(path), recipe) if not _PLACE.fullmatch(key)]
+        for name, path in shipped().items()
+    }
+    nearest = min(found, key=lambda name: len(found[name]))
+    return nearest, found[nearest]
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -116,7 +116,9 @@ class RunFolder:
         if not self.path.exists():
             return
         old = self.recipe.exists() and self.record.exists()
-        empty = self.path.is_dir() and all(entry.name == self.lock.name for entry in self.path.iterdir())
+        # A start that was killed may have come as far as its recipe: nothing has been trained before its record.
+        names = {self.lock.name, self.recipe.name} - ({self.recipe.name} if self.record.exists() else set())
+        empty = self.path.is_dir() and all(e.name in names or e.name.endswith(PARTIAL) for e in self.path.iterdir())
         if (resume == "never" and not empty) or not (old or empty):
             self.refuse_existing(self.path)
         if old and self.read_record().get("status") == "finished":

@@ -53,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what follows a value that is not finite: stop (default), or go on from the last good state in bf16, once",
     )
     parser.add_argument(
-        "--save-every", type=int, default=500, metavar="STEPS", help="full state within an epoch (default: 500 steps)"
+        "--save-every",
+        type=_positive,
+        default=500,
+        metavar="STEPS",
+        help="full state within an epoch (default: 500 steps)",
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile; may change roundings")
     parser.add_argument("--channels-last", action="store_true", help="NHWC convolutions; may change roundings")
@@ -67,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
         args.overrides = [*args.overrides, "--trainer.deterministic=warn"]
     if not args.print_config:
         before_fit(args)
+    if args.index is not None and args.seeds is None:
+        raise UsageError("--index chooses one of --seeds, and there are none", fix="fit --seeds 42,43,44 --index 0")
+    if args.name and Path(args.name).name != args.name:
+        raise UsageError("--name is one folder's name", where=args.name, fix="--runs-root DIR says where it lies")
     if args.seeds is not None:
         return _run_declared(args)
     if args.seed is not None:
@@ -86,11 +94,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
 def _run_declared(args: argparse.Namespace) -> int:
     """Declare a run a seed, then run them in turn, or the one of an index; a failure does not stop the others."""
     if args.seed is not None or not args.name:
         raise UsageError("--seeds needs --name, and no --seed beside it", fix="fit --seeds 42,43,44 --name NAME")
     seeds, overrides = parse_seeds(args.seeds), args.overrides
+    if any(override.startswith("--seed_everything") for override in overrides):
+        raise UsageError("--seeds and --seed_everything both choose the seed", fix="leave one of them out")
     if args.index is not None and not 0 <= args.index < len(seeds):
         raise UsageError(f"--index is {args.index}, the seeds are counted from 0 to {len(seeds) - 1}")
     runs: dict[int, Path] = {}
@@ -134,6 +150,7 @@ def _fit(args: argparse.Namespace, cli: "RecipeCLI", path: Path, report: "Callab
         compiled=args.compile,
         channels_last=args.channels_last,
         fused=args.fused,
+        alone=bool(args.seeds) and args.index is None,
     )
     fit(cli, path, options, report)
 
@@ -141,5 +158,5 @@ def _fit(args: argparse.Namespace, cli: "RecipeCLI", path: Path, report: "Callab
 def _text(result: "FitResult") -> str:
     text = f"run         {result.run.path}\ncheckpoint  {result.run.best}"
     if result.best_epoch is not None:
-        text += f"\nbest epoch  {result.best_epoch} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
+        text += f"\nbest epoch  {result.best_epoch + 1} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
     return text

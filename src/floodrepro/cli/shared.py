@@ -35,7 +35,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, *, config_required: bool) 
     add_format(parser)
     parser.epilog = (
         "Any key of the recipe can be overridden by its path:\n"
-        "  --trainer.max_epochs 3  --data.init_args.batch_size 8  --model.init_args.lr 2e-4\n"
+        "  --trainer.max_epochs 3  --data.init_args.batch_size 8  --optimizer.init_args.lr 2e-4\n"
     )
 
 
@@ -79,7 +79,9 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 def parse_recipe_for_checkpoint(args: argparse.Namespace) -> "RecipeCLI | None":
     """The recipe given or found beside the checkpoint; None where printing it was all that was asked for."""
     if not args.ckpt.is_file():
-        raise CheckpointError("checkpoint not found", where=args.ckpt, fix="give runs/NAME/checkpoints/best.ckpt")
+        best = args.ckpt / "checkpoints" / "best.ckpt"
+        fix = f"--ckpt {best}" if best.is_file() else "give runs/NAME/checkpoints/best.ckpt"
+        raise CheckpointError("checkpoint not found", where=args.ckpt, fix=fix)
     cli = parse_recipe(args, None if args.config else config_beside(args.ckpt))
     if args.print_config:
         print_recipe(cli)

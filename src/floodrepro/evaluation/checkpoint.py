@@ -22,6 +22,8 @@ _NOT_WEIGHTS = ("criterion.",)
 _MEASURED = ("model_factory", "loss", "ignore_index", "class_names", "tiled_inference_on_testing")
 _SHAPELESS = ("backbone_pretrained", "pretrained", "head_dropout")
 
+_SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -131,6 +133,8 @@ def _starts_like_a_pickle(path: Path) -> bool:
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    if path.suffix not in _SUFFIXES:
+        return CheckpointError("this is no checkpoint", where=path, fix=f"give a {' or a '.join(_SUFFIXES)}")
     lines = str(error).strip().splitlines()
     detail = lines[0][:160] if lines else repr(error)
     return CheckpointError(

@@ -119,7 +119,9 @@ def validate(cli: RecipeCLI, checkpoint: Path) -> PassResult:
 
 
 def predict(cli: RecipeCLI, checkpoint: Path, output: Path) -> list[Path]:
-    """Write one GeoTIFF for each chip of the predict split, in the chip's own CRS: class by pixel, -1 where unknown.
+    """Write one GeoTIFF for each chip of the predict split, in the chip's own CRS.
+
+    A pixel has its class, or -1 where the terrain model has no data: TerraTorch looks at that image alone.
 
     Args:
         cli: The parsed recipe.

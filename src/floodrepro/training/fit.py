@@ -22,7 +22,7 @@ from floodrepro.data.presence import check_data
 from floodrepro.errors import Incident, UsageError
 from floodrepro.heap import keep_freed_memory, release_memory
 from floodrepro.recipe import check_precision
-from floodrepro.run_folder import RunFolder, timestamp, write_atomically
+from floodrepro.run_folder import RunFolder, sha256_of, timestamp, write_atomically
 from floodrepro.system.energy import EnergyMeter
 from floodrepro.system.energy_sources import Gpu, find_sources
 from floodrepro.system.environment import code_version, environment
@@ -55,6 +55,7 @@ class FitOptions:
         compiled: torch.compile the network; may change roundings, as the next two.
         channels_last: Lay convolutions out by pixel.
         fused: Let AdamW update all weights in one kernel.
+        alone: Refuse to train in several processes, which would not know the run that follows this one.
     """
 
     resume: str = "auto"
@@ -65,6 +66,7 @@ class FitOptions:
     compiled: bool = False
     channels_last: bool = False
     fused: bool = False
+    alone: bool = False
 
     def numerics(self) -> dict[str, bool]:
         """The options that may change roundings: a resumed run has to have the same."""
@@ -97,7 +99,7 @@ class FitResult:
         """The result as JSON types."""
         return {
             "run": str(self.run.path),
-            "checkpoint": str(self.run.best),
+            "checkpoint": str(self.run.best) if self.best_epoch is not None else None,
             "recipe_sha256": self.recipe_sha256,
             "epochs": self.epochs,
             "best_epoch": self.best_epoch,
@@ -173,6 +175,12 @@ def fit(
     if options.on_overflow == "rollback" and torch.cuda.is_available() and not _has_bf16():
         raise UsageError("this GPU has no bf16, which a rollback goes on in", fix="--on-overflow stop")
     data = check_data(cli.recipe, ("train", "val"))
+    batch = (cli.recipe["data"].get("init_args") or {}).get("batch_size") or 1
+    if data.chips.get("train", batch) < batch:  # the last batch is left out where it is not full
+        raise UsageError(
+            f"{data.chips['train']} training chips do not fill one batch of {batch}",
+            fix="--data.init_args.batch_size N",
+        )
     code = code_version()
     now = identity(cli.recipe, recipes.fingerprint(cli.recipe), data.digest, code, options.numerics())
     if console.follows():  # one of several processes: the first one writes the record
@@ -188,6 +196,7 @@ def fit(
             process=os.getpid(),
             chips=data.chips,
             data_digest=data.digest,
+            data_warnings=list(data.warnings),
             code=now["code"],
             numerics=now["numerics"],
             options=asdict(options),
@@ -200,7 +209,8 @@ def fit(
             raise
         report(result)
         kept = {k: v for k, v in result.as_dict().items() if k not in ("run", "seconds")}
-        run.update_record(status="finished", **_end(None), **kept)
+        weights = sha256_of(run.best) if run.best.is_file() else None
+        run.update_record(status="finished", checkpoint_sha256=weights, **_end(None), **kept)
     return result
 
 
@@ -256,6 +266,8 @@ def _train(
         into_run_folder(config, run, progress_bar=sys.stderr.isatty(), resumed_step=step)
         if rolled_back:
             change_precision(config, _ROLLBACK_PRECISION)
+        if options.fused and config.get("optimizer") is None:
+            raise UsageError("--fused, and the recipe names no optimizer", fix="leave it out, or add an optimizer")
         if options.fused:
             config.optimizer.init_args.fused = True
 
@@ -267,12 +279,18 @@ def _train(
     if options.on_overflow == "rollback" and trainer.world_size > 1:
         raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop, and --resume by hand")
     lead = trainer.is_global_zero
-    if trainer.world_size > 1:
-        batch = cli.datamodule.batch_size
+    batch = getattr(cli.datamodule, "batch_size", None)
+    if trainer.world_size > 1 and options.alone:
+        raise UsageError(
+            f"several seeds in one call, and each would train in {trainer.world_size} processes",
+            fix="a call a seed with --index, or --trainer.devices 1",
+        )
+    if trainer.world_size > 1 and batch:
         console.warn(
             f"{trainer.world_size} processes with {batch} chips each: a step sees {batch * trainer.world_size}"
         )
     if lead:
+        run.update_record(processes=trainer.world_size, batch_size=batch)
         run.update_record(environment=environment(str(trainer.precision)), seed=cli.config.seed_everything)
         if state is None:
             record_starting_point(cli.model, run.starting_point)
@@ -283,7 +301,8 @@ def _train(
     earlier = run.read_record().get("energy", []) if lead else []
     with StopRequest() as stop:
         check = guard.check if guard else lambda *_: None
-        keeper = FullState(run, now, stop, options.save_every, check)
+        own = state is not None and state.parent.resolve() == run.checkpoints.resolve()
+        keeper = FullState(run, now, stop, options.save_every, check, own=own)
         recorder = Recorder(run, lambda: keeper.seconds, lambda: [*earlier, meter.reading()])
         trainer.callbacks += [*([guard] if guard else []), recorder, keeper, EpochLines(), WeightedMeans(), *watch]
         meter.start()
@@ -296,15 +315,15 @@ def _train(
                 trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
         except SIGTERMException as error:  # told to stop before the first step
             raise Interrupted(signal.SIGTERM, run.path, "nothing was trained since the last state") from error
+        except SystemExit as error:  # Lightning's answer to a second signal, or to one before ours were installed
+            number = stop.signal_number or signal.SIGINT
+            raise Interrupted(number, run.path, "at once, without saving the steps since the last state") from error
         finally:
             energy = meter.stop()
             if lead:
                 run.update_record(energy=[*earlier, energy], undetermined_operations=sorted(undetermined))
         if undetermined:
             console.warn(f"no deterministic form exists of {', '.join(sorted(undetermined))}: runs may differ in bits")
-        if trainer.interrupted:  # a second signal, or one that came before ours were installed
-            number = stop.signal_number or signal.SIGINT
-            raise Interrupted(number, run.path, "at once, without saving the steps since the last state")
     return cast(Trainer, trainer)
 
 
@@ -326,12 +345,12 @@ def _result(run: RunFolder, digest: str, trainer: Trainer, seconds: float) -> Fi
     if best is None or best.best_model_score is None:
         return FitResult(run, digest, trainer.current_epoch, None, None, {}, seconds)
     epoch = torch.load(run.best, map_location="cpu", weights_only=True, mmap=True)["epoch"]
-    return FitResult(
-        run, digest, trainer.current_epoch, epoch, float(best.best_model_score), _measured(run, epoch), seconds
-    )
+    score = float(best.best_model_score)
+    return FitResult(run, digest, trainer.current_epoch, epoch, score, _measured(run, epoch, score), seconds)
 
 
-def _measured(run: RunFolder, epoch: int) -> dict[str, float]:
-    """The validation's row of an epoch in metrics.csv."""
+def _measured(run: RunFolder, epoch: int, loss: float) -> dict[str, float]:
+    """The row of metrics.csv that has a val/loss; an epoch may have been validated several times."""
     rows = [row for row in run.read_metrics() if row.get("epoch") == str(epoch) and row.get("val/loss")]
-    return {name: float(value) for row in rows[-1:] for name, value in row.items() if name.startswith("val/") and value}
+    nearest = sorted(rows, key=lambda row: abs(float(row["val/loss"]) - loss))[:1]
+    return {name: float(value) for row in nearest for name, value in row.items() if name.startswith("val/") and value}

@@ -8,6 +8,7 @@ open an epoch, and before a validation. Both were tried against an uninterrupted
 """
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 from torchmetrics import Metric, MetricCollection
 
 from floodrepro import console
+from floodrepro import recipe as recipes
 from floodrepro.errors import UsageError
 from floodrepro.run_folder import RunFolder
 from floodrepro.training.checkpoint_files import LAST
@@ -43,6 +45,7 @@ class FullState(Callback):
         stop: Asked before each batch whether the process was told to stop.
         every_n_steps: Optimizer steps between two states within an epoch.
         check: Called with trainer and module before anything is saved; raises if the state is bad.
+        own: Whether a state that is loaded is this run's own, not one that a new run is started from.
     """
 
     def __init__(
@@ -52,9 +55,12 @@ class FullState(Callback):
         stop: StopRequest,
         every_n_steps: int,
         check: Callable[[Trainer, LightningModule], None],
+        *,
+        own: bool = True,
     ) -> None:
         self._run, self._identity, self._stop, self._every = run, dict(identity), stop, every_n_steps
-        self._check = check
+        self._check, self._own = check, own
+        self._stopping = False
         self._moment: str | None = None
         self._restored: dict[str, Any] | None = None
         self._saved_step = -1
@@ -66,10 +72,12 @@ class FullState(Callback):
         step = trainer.global_step
         between_validations = batch_idx > 0 and batch_idx % (trainer.val_check_batch or math.inf) != 0
         possible = between_validations and batch_idx % trainer.accumulate_grad_batches == 0
-        stopping = self._stop.agreed(trainer)
-        if possible and step != self._saved_step and (stopping or step % self._every == 0):
+        self._stopping = self._stop.agreed(trainer) or self._stopping  # several processes agree every few batches only
+        due = self._stopping or step - max(self._saved_step, 0) >= self._every
+        if possible and step != self._saved_step and due:
             self._save(trainer, "batch")
-        if stopping:
+        # In the middle of an accumulation, or of an epoch's first batch, nothing can be saved: the next batch will do.
+        if self._stopping and step in (0, self._saved_step):
             raise self._interrupted()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,7 +89,9 @@ class FullState(Callback):
         if trainer.sanity_checking:
             return
         self._restore(trainer, pl_module)
-        if self._saved_step != trainer.global_step:
+        # Gradients that are being accumulated are in no state: a run that is killed here repeats their batches.
+        accumulating = trainer.fit_loop.epoch_loop._should_accumulate()
+        if self._saved_step != trainer.global_step and not accumulating:
             self._save(trainer, "validation")
 
     def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
@@ -135,16 +145,22 @@ class FullState(Callback):
             "identity": self._identity,
             "metrics_csv": metrics_csv,
             "validated": validated,  # what settling has written over
+            "should_stop": trainer.should_stop,
             "ranks": _of_all_ranks(trainer, _rank_state(trainer, pl_module, sums=self._moment != "end")),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what was added until the first batch, when nothing draws from a generator any more."""
         self._restored = checkpoint.get(KEY)
-        _relocate(checkpoint.get("callbacks", {}), self._run.checkpoints)
-        for callback in trainer.checkpoint_callbacks:  # ModelCheckpoint 2.6.1 saves this score and does not load it
-            if isinstance(callback, ModelCheckpoint):
-                callback.current_score = checkpoint["callbacks"].get(callback.state_key, {}).get("current_score")
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if state and isinstance(callback, ModelCheckpoint) and callback.dirpath:
+                _relocate(state, Path(callback.dirpath))
+                callback.current_score = state.get(
+                    "current_score"
+                )  # ModelCheckpoint 2.6.1 saves it and does not load it
+        if self._restored and self._own:  # an early stop is no one's state in Lightning 2.6.1
+            trainer.should_stop = self._restored["should_stop"]
 
     def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is None:
@@ -159,6 +175,7 @@ class FullState(Callback):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             _put_back_metrics(trainer, state["metrics_csv"])
+        apply_changes(trainer, recipes.differences(state["identity"]["recipe"], self._identity["recipe"]))
         _put_back(trainer, pl_module, state["ranks"][trainer.global_rank])
         if state["moment"] == "batch":
             # Lightning takes the first batch after a resume for an epoch's first, and would drop the sums.
@@ -276,19 +293,52 @@ def _put_back_metrics(trainer: Trainer, text: str) -> None:
             Path(writer.metrics_file_path).write_bytes(text.encode())  # as it was, with csv's line ends
 
 
-def _relocate(callbacks: Mapping[str, Any], folder: Path) -> None:
+def _relocate(state: dict[str, Any], folder: Path) -> None:
     """Let the best checkpoint be found where the run folder lies now: Lightning forgets it if the path is another.
 
     It shall forget one that is not there: a state of another run can know of a best that this run never had.
+
+    Args:
+        state: Of a ModelCheckpoint.
+        folder: As the callback has it: absolute, without links; any other spelling is another path to Lightning.
     """
-    for state in callbacks.values():
-        if not isinstance(state, dict) or "best_model_path" not in state or not state.get("dirpath"):
-            continue
-        best = state["best_model_path"]
-        if not best or (folder / Path(best).name).is_file():
-            for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                state[key] = str(folder / Path(state[key]).name) if state[key] else state[key]
-            state["best_k_models"] = {str(folder / Path(p).name): v for p, v in state["best_k_models"].items()}
-            state["dirpath"] = str(folder)
-        else:
-            state.update(best_model_path="", dirpath="")
+    before = state["dirpath"]
+
+    def moved(path: str) -> str:
+        return str(folder / os.path.relpath(path, before)) if path else path
+
+    best = moved(state["best_model_path"])
+    if not best or Path(best).is_file():
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = moved(state[key])
+        state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+        state["dirpath"] = str(folder)
+    else:
+        state.update(best_model_path="", dirpath="")
+
+
+def apply_changes(trainer: Trainer, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Let a changed recipe win over what the optimizer's and the schedulers' states have brought back.
+
+    Args:
+        trainer: With both states loaded.
+        changed: By key of the recipe, the value before and now.
+    """
+    for key, (_, now) in changed.items():
+        section, _, name = key.partition(".init_args.")
+        if section == "optimizer":
+            for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+                if name in group:
+                    group[name] = now
+        schedulers = [entry.scheduler for entry in trainer.lr_scheduler_configs]
+        if section == "lr_scheduler":
+            for scheduler in schedulers:
+                if hasattr(scheduler, name):
+                    setattr(scheduler, name, now)
+        if key.startswith("trainer.callbacks.") and name == "patience":
+            for callback in trainer.early_stopping_callbacks:
+                callback.patience = now
+        if key == "optimizer.init_args.lr":
+            for scheduler in schedulers:
+                if hasattr(scheduler, "base_lrs"):
+                    scheduler.base_lrs = [now] * len(scheduler.base_lrs)

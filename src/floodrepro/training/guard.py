@@ -53,12 +53,17 @@ class Guard(Callback):
         self._asked = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch's sums, for a resumed run."""
-        return {"losses": self._losses, "norms": self._norms, "collapsed": self._collapsed}
+        """The epoch's sums, for a resumed run; losses of all processes, which call this together."""
+        losses = self._losses
+        if losses is not None and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(losses := losses.clone())
+        return {"losses": losses, "norms": self._norms, "collapsed": self._collapsed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
         self._losses, self._norms = state_dict["losses"], state_dict["norms"]
+        if self._losses is not None and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+            self._losses = torch.zeros_like(self._losses)  # the first process has the sum of all
         self._collapsed = state_dict["collapsed"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,6 +185,8 @@ class Guard(Callback):
         state = not_finite(pl_module)
         if state:
             module: str | None = first_not_finite(state, self._order.names).rsplit(".", 1)[0]
+        elif any(isinstance(m, torch.nn.SyncBatchNorm) for m in pl_module.modules()):
+            module = None  # a forward of this process alone would wait for the others
         else:
             module = first_bad_output(trainer, pl_module, look.batch)
         detail = f"the {look.kind} is {float(look.value)}"

@@ -1,5 +1,6 @@
 """A recipe, its overrides folded in by TerraTorch's own command-line class, and the objects that it describes."""
 
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from floodrepro.training.importing import import_terratorch
 import_terratorch()
 
 from jsonargparse import Namespace  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from terratorch.cli_tools import BaseTask, CustomWriter, MyLightningCLI, MyTrainer  # noqa: E402
 
 from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
@@ -29,6 +31,8 @@ _COUNT_OR_SHARE = (
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
     *("overfit_batches", "val_check_interval"),
 )
+
+_WITHOUT_EFFECT = re.compile(r"--(model\.init_args\.(?:lr|optimizer|optimizer_hparams))\b")
 
 
 class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no types
@@ -69,6 +73,9 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
         files = ", ".join(str(path) for path in self._configs)
         given = {key for content in raw.values() for key in content} | {o[2:].split(".")[0] for o in self._overrides}
         problems += [f"the section '{name}' is missing" for name in ("model", "data") if name not in given]
+        if "optimizer" in given:  # Lightning takes it in place of what the task would make of these
+            tokens = [found for token in self._overrides if (found := _WITHOUT_EFFECT.match(token))]
+            problems += [f"{found[1]} has no effect: the section 'optimizer' decides" for found in tokens]
         if problems:
             raise _report(problems, files)
         arguments = [token for path in self._configs for token in ("--config", str(path))] + self._overrides
@@ -119,12 +126,21 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
                 self.instantiate_classes()
                 if trim:
                     trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
-        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        except (
+            *(TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError),
+            MisconfigurationException,  # what Lightning's own constructors raise; a plain Exception
+        ) as error:
             raise UsageError(
-                f"the recipe does not build: {type(error).__name__}: {error}",
+                f"the recipe does not build: {type(error).__name__}: {_core(str(error))}",
                 where=", ".join(str(path) for path in self._configs),
                 fix="FLOODREPRO_DEBUG=1 shows where; model_args is checked by TerraTorch's model factory only",
             ) from error
+
+
+def _core(message: str) -> str:
+    """What a constructor said, without the whole recipe that jsonargparse 4.53 repeats around it."""
+    said = re.search(r"Errors:\s*- (.*?)\s*- Expected a <class", message, re.DOTALL)
+    return " ".join((said[1] if said else message).split())[:400]
 
 
 def _counts(contents: Iterable[Recipe], overrides: Sequence[str]) -> dict[str, int]:

@@ -87,6 +87,10 @@ class Recorder(Callback):
         if time.monotonic() - self._written > _WRITE_EVERY:
             self.write(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on timing from here: a validation within an epoch is neither waiting for data nor a step."""
+        self._last, self._open = self._now(), (0, 0.0)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the epoch."""
         self._epochs.append(self._epoch)

@@ -80,6 +80,11 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
     else:
         before = now
     changes = list_changes(before, now)
+    there = run.recipe.exists()
+    stale = there and recipes.fingerprint(recipes.read(run.recipe)) != now["recipe_sha256"]
+    if old and stale and "environment" in run.read_record():  # else it was never built, and may be mended
+        kept = list_changes({**now, "recipe": recipes.read(run.recipe)}, now)
+        changes += [line for line in kept if line not in changes]
     if state is not None and before["numerics"]["fused"] != now["numerics"]["fused"]:
         raise UsageError(
             "a state of AdamW in one kernel goes on in one kernel only, and another state never does",
@@ -88,9 +93,9 @@ def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) 
         )
     if not anyway:
         refuse_changes(changes, state or run.recipe)
-    if old and changes:
+    if there and (changes or stale):
         run.recipe.replace(run.recipe.with_name(free_name(run.recipe)))  # nothing is lost
-    if changes or not old:
+    if changes or stale or not old:
         run.save_recipe(now["recipe"])
     if state is not None:
         _bring_along(state, run)

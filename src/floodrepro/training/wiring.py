@@ -7,7 +7,8 @@ from jsonargparse import Namespace
 from floodrepro.run_folder import RunFolder
 
 _WHOLE_FILES = "floodrepro.training.checkpoint_files.WholeCheckpointIO"
-_WRITERS = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor")
+_BEST_WEIGHTS = "floodrepro.training.checkpoint_files.BestWeights"
+_WRITERS = ("ModelCheckpoint", "BestWeights", "EarlyStopping", "LearningRateMonitor")
 
 
 def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool, resumed_step: int | None = None) -> None:
@@ -36,7 +37,7 @@ def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool, re
         elif "save_dir" in arguments:
             arguments.save_dir = str(run.path)
     trainer.callbacks = _as_list(trainer.callbacks)
-    if trainer.enable_checkpointing is not False and not any(_is_checkpoint(c) for c in trainer.callbacks):
+    if trainer.enable_checkpointing is not False and not any(_keeps_the_best(c) for c in trainer.callbacks):
         trainer.callbacks.append(_best_weights())
     for callback in trainer.callbacks:
         if _is_checkpoint(callback):
@@ -44,8 +45,10 @@ def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool, re
             arguments.dirpath = str(run.checkpoints)
             arguments.save_last = None  # last.ckpt is the full state's
             arguments.enable_version_counter = False  # an epoch that is run again writes the same file again, no -v1
-            if arguments.monitor == "val/loss" and arguments.save_top_k == 1:
+            if _keeps_the_best(callback):
                 arguments.filename = run.best.stem
+            elif arguments.save_top_k != 1 and "{" not in (arguments.get("filename") or "{"):
+                arguments.filename += "-{epoch}"  # each would be written over the one before
     _progress(trainer, keep=progress_bar)
 
 
@@ -82,13 +85,21 @@ def forget_pretrained_weights(config: Namespace) -> None:
 
 
 def _is_checkpoint(callback: Namespace) -> bool:
-    return bool(callback.class_path.endswith("ModelCheckpoint"))
+    return bool(callback.class_path.endswith(("ModelCheckpoint", "BestWeights")))
+
+
+def _keeps_the_best(callback: Namespace) -> bool:
+    """Whether it keeps the one checkpoint of the lowest val/loss: the best of a run folder."""
+    if not _is_checkpoint(callback):
+        return False
+    arguments = callback.init_args
+    return (arguments.get("monitor"), arguments.get("mode"), arguments.get("save_top_k")) == ("val/loss", "min", 1)
 
 
 def _best_weights() -> Namespace:
-    """The checkpoint of a recipe that names none; Lightning's own default would keep the last epoch, not the best."""
+    """The checkpoint of a recipe that names none such; Lightning's own default would keep the last epoch."""
     arguments = Namespace(monitor="val/loss", mode="min", save_top_k=1, save_weights_only=True)
-    return Namespace(class_path="lightning.pytorch.callbacks.ModelCheckpoint", init_args=arguments)
+    return Namespace(class_path=_BEST_WEIGHTS, init_args=arguments)
 
 
 def _progress(trainer: Namespace, *, keep: bool) -> None:
