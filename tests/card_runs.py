@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from floodrepro import recipe as recipes
+from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import BINS, ChipTable
 from floodrepro.run_folder import RunFolder
 from floodrepro.verification.check import Check, Evidence, Value
@@ -33,7 +34,8 @@ def make_run(path: Path, *, recipe: recipes.Recipe | None = None, **changes: Any
         writer.writerow(["epoch", "step", "val/loss", "train/loss"])
         for epoch, loss in enumerate(LOSSES):
             writer.writerows([[epoch, 12 * epoch + 11, loss, ""], [epoch, 12 * epoch + 11, "", loss]])
-    run.update_record(**{**record(digest), **changes})
+    sha256 = hashlib.sha256(run.best.read_bytes()).hexdigest()
+    run.update_record(**{**record(digest), "checkpoint_sha256": sha256, **changes})
     return run
 
 
@@ -42,7 +44,7 @@ def record(recipe_sha256: str) -> dict[str, Any]:
     return {
         **{"started": "2026-03-01T10:00:00+00:00", "ended": "2026-03-01T10:00:50+00:00", "status": "finished"},
         **{"reason": "the recipe's end was reached", "recipe_sha256": recipe_sha256, "chips": CHIPS, "seed": 42},
-        "data_digest": "d" * 64,
+        **{"data_digest": "d" * 64, "processes": 1, "batch_size": 8},
         "code": {"floodrepro": "0.1", "source_sha256": "5" * 64},
         "numerics": {"compiled": False, "channels_last": False, "fused": False},
         "resumes": [],
@@ -64,16 +66,19 @@ def record(recipe_sha256: str) -> dict[str, Any]:
     }
 
 
-def verify(run: RunFolder, failing: str = "", **changes: Any) -> dict[str, Any]:
+def verify(run: RunFolder, failing: str = "", *, everywhere: bool = False, **changes: Any) -> dict[str, Any]:
     """Write the results.json that a battery of three checks leaves; *failing* names one that does not pass.
 
     Args:
         run: The run folder.
         failing: Id of a check that fails.
+        everywhere: Whether all is flood, in truth and prediction, so that class 0 occurs nowhere.
         changes: Keys to replace at its top level, after it was made.
     """
     recipe, sha256 = recipes.read(run.recipe), hashlib.sha256(run.best.read_bytes()).hexdigest()
-    evidence = Evidence(run, run.read_record(), recipe, table=table(sha256), reference=table("e" * 64, wrong=9))
+    own, other = table(sha256, everywhere=everywhere), table("e" * 64, wrong=9, everywhere=everywhere)
+    chip_table.write(own, run.evaluation / "test" / "best.parquet")
+    evidence = Evidence(run, run.read_record(), recipe, table=own, reference=other)
     evidence = Evidence(**{**vars(evidence), "reference_name": "IBM's checkpoint"})
     gap = Value("flood IoU, difference to the reference", -0.4, "pp", -1.1, 0.3, 0.9, "event jackknife", 18, 6)
 
@@ -91,11 +96,13 @@ def verify(run: RunFolder, failing: str = "", **changes: Any) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def table(sha256: str, wrong: int = 5) -> ChipTable:
+def table(sha256: str, wrong: int = 5, *, everywhere: bool = False) -> ChipTable:
     """A chip table of 18 chips of 6 events, 100 pixels each, *wrong* of them dry and called flood."""
-    counts = np.array([[[90 - wrong, wrong], [3, 7]]] * 18)
+    counts = np.array([[[0, 0], [0, 100]] if everywhere else [[90 - wrong, wrong], [3, 7]]] * 18)
     names = np.array([f"EMSR{900 + i // 3}_1_35TMF_x{i}_y0" for i in range(18)])
-    histogram = np.zeros((18, 2, 2, BINS), dtype=np.int64)
+    histogram = np.zeros((18, 2, 2, BINS), dtype=np.int64)  # sure of all: probabilities of nearly 0 and 1
+    histogram[..., 1, -1], histogram[..., 1, 0] = counts[..., 1], counts[..., 0]
+    histogram[..., 0, -1], histogram[..., 0, 0] = counts[..., 0], counts[..., 1]
     metadata = {"split": "test", "protocol": "v0", "class_names": ["rest", "flood"]}
     metadata |= {"checkpoint": {"name": "best.ckpt", "sha256": sha256}}
     zeros = np.zeros((18, 2, BINS))

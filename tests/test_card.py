@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from card_runs import BEST, LOSSES, make_run, verify
@@ -274,14 +275,43 @@ def test_scores_that_break_an_identity_are_refused(run, metric, column):
 
 
 def test_class_that_occurs_nowhere_is_in_no_mean(run):
-    results = verify(run)
+    results = verify(run, everywhere=True)
     rows = {row["metric"]: row for row in results["scores"]["rows"]}
     for column in ("ours", "reference"):
-        rows["IoU_0"][column], rows["Class_Accuracy_0"][column] = 0.0, None
-        iou = rows["IoU_1"][column]
-        rows["mIoU"][column], rows["F1_Score"][column] = iou, 2 * iou / (1 + iou)
-    (run.path / "verification" / "results.json").write_text(json.dumps(results))
+        assert (rows["IoU_0"][column], rows["Class_Accuracy_0"][column]) == (0.0, None)
+        assert rows["mIoU"][column] == rows["IoU_1"][column] == 1.0
     records_of(run, run.best, recipes.read(run.recipe))
+
+
+def test_scores_that_the_chip_table_does_not_have_are_refused(run):
+    results = verify(run)
+    for row in results["scores"]["rows"]:  # consistent with each other, and of no counts
+        row["ours"] = row["reference"]
+    (run.path / "verification" / "results.json").write_text(json.dumps(results))
+    assert re.search(r"IoU_1 is 0\.\d+ in results\.json, and 0\.\d+ in the chip table", refused(run).what)
+    verify(run)
+    (run.path / "evaluation" / "test" / "best.parquet").unlink()
+    assert "the chip table that they were counted in is not there" in refused(run).what
+
+
+def test_scores_of_a_split_that_training_saw_are_refused(run):
+    results = verify(run)
+    results["run"]["split"] = "val"
+    (run.path / "verification" / "results.json").write_text(json.dumps(results))
+    assert "of the split val, and a card speaks of a test" in refused(run).what
+
+
+def test_other_weights_in_the_place_of_the_run_s_are_refused(run):
+    other = {"state_dict": {"model.a": torch.zeros(2, 3), "model.b": torch.ones(4)}}
+    torch.save(torch.load(run.best) | other, run.best)
+    assert "best.ckpt has sha256" in refused(run).what
+
+
+def test_claim_of_equivalence_without_the_checks_that_it_needs_is_damage(run):
+    results = verify(run, failing="weights")
+    results["verdict"]["equivalent"] = True
+    (run.path / "verification" / "results.json").write_text(json.dumps(results))
+    assert "the verdict claims equivalence" in refused(run).what
 
 
 def test_results_of_a_schema_that_is_not_known_are_refused(run):

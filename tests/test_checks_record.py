@@ -4,7 +4,8 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from floodrepro.evaluation.metrics import scores
 from floodrepro.verification.check import Check, Evidence, SeedRun, Value
 from floodrepro.verification.checks import convergence, data, identities, provenance, throughput
 from floodrepro.verification.references import load_published
+from floodrepro.verification.results import summarise
+from floodrepro.verification.wording import interval, run_facts
 from verification_fixtures import all_ignored, demo_recipe, healthy, make_record, make_table
 
 LOSSES = [0.50, 0.42, 0.36, 0.33, 0.335, 0.334, 0.336, 0.31, 0.312]
@@ -262,6 +265,27 @@ def test_hours_that_do_not_fit_the_steps_fail(good: Evidence, ended: str, status
     assert (value_of(answer, "from start to end").ok is False) == (status == "fail")
 
 
+@pytest.mark.parametrize(
+    ("seconds", "shown", "asked", "ok"),
+    [
+        (115_812, 32.17, "12.34 to 32.20 h", True),  # 32.2 would be on the bound
+        (115_990, 32.22, "12.34 to 32.20 h", False),
+        (300_000, 83.3, "12.3 to 32.2 h", False),
+    ],
+)
+def test_hours_are_shown_so_that_they_do_not_contradict_the_answer(good: Evidence, seconds, shown, asked, ok):
+    ended = datetime.fromisoformat(good.record["started"]) + timedelta(seconds=seconds)
+    chips, epochs = {"train": 57_067, "val": 9_028}, 10
+    training = 1.5 * (12.34 * 3600 + 1)
+    rate = {"median": epochs * chips["train"] / training, "p10": 1.0, "p90": 99.0, "n": 9}
+    waste = 32.2 * 3600 - 900 - 1.5 * training * (1 + chips["val"] / chips["train"])
+    record = {"ended": ended.isoformat(), "chips": chips, "chips_per_second": rate, "seconds_writing_states": waste}
+    evidence = with_record(good, progress=good.record["progress"] | {"epochs": epochs}, **record)
+    hours = value_of(throughput.check(evidence), "from start to end")
+    assert (hours.value, hours.ok) == (shown, ok)
+    assert hours.threshold.startswith(asked)
+
+
 def test_hours_of_a_resumed_run_are_not_judged(good: Evidence):
     resumed = with_record(good, ended="2026-01-03T03:00:00+00:00", resumes=[{"when": "x", "from": "y", "changes": []}])
     answer = throughput.check(resumed)
@@ -453,11 +477,12 @@ def test_error_of_the_audit_fails_and_a_warning_does_not(good: Evidence):
 
 def test_absent_and_quick_audits_are_told(good: Evidence):
     absent = data.check(replace(good, audit=None))
+    assert "audit" not in absent.claim and "the data's audit found no error" in data.check(good).claim
     assert absent.status == "pass" and any("No audit" in note for note in absent.notes)
     assert any("no pixel was read" in note for note in data.check(good).notes)
     assert not any("no pixel" in note for note in data.check(audit_of(good, deep={"chips": {}})).notes)
     old = data.check(audit_of(good, schema=0, findings=[finding("error")]))
-    assert not any(value.name == "errors of the audit" for value in old.values)
+    assert not any(value.name == "errors of the audit" for value in old.values) and "audit" not in old.claim
 
 
 def test_audit_of_other_data_fails_where_it_can_be_compared(good: Evidence):
@@ -514,8 +539,7 @@ def test_run_that_is_not_finished_fails(good: Evidence, status: str):
 
 def with_git(good: Evidence, commit: str | None, dirty: bool | None, **code: Any) -> Evidence:
     environment = {**good.record["environment"], "code": {"commit": commit, "dirty": dirty, "note": "no repository"}}
-    code = {k: v for k, v in good.record["code"].items() if k not in ("commit", "dirty")} | code
-    return with_record(good, environment=environment, code=code)
+    return with_record(good, environment=environment, code=good.record["code"] | code)
 
 
 def test_dirty_tree_fails(good: Evidence):
@@ -580,7 +604,42 @@ def test_subset_of_other_weights_fails(good: Evidence):
 
 def test_reference_that_is_the_run_itself_fails(good: Evidence):
     answer = provenance.check(replace(good, reference=good.table))
-    assert answer.status == "fail" and "the run's own weights" in answer.reason
+    assert answer.status == "fail" and "reference: it is this very checkpoint" in answer.reason
+    assert good.table is not None
+    renamed = replace(good.table, metadata=good.table.metadata | {"checkpoint": {"name": "other.pt", "sha256": OTHER}})
+    answer = provenance.check(replace(good, reference=renamed))
+    assert answer.status == "fail" and "reference: it predicts every chip alike" in answer.reason
+
+
+def test_reference_tested_otherwise_than_it_was_trained_fails(good: Evidence):
+    elsewhere = with_metadata(good, "reference", recipe_sha256=OTHER, recipe_changes=["data.init_args.data_root"])
+    assert provenance.check(elsewhere).status == "pass"
+    changes = ["data.init_args.data_root", "data.init_args.timesteps"]
+    for record in (good.reference_record, {}):
+        other = with_metadata(good, "reference", recipe_sha256=OTHER, recipe_changes=changes)
+        answer = provenance.check(replace(other, reference_record=record))
+        assert answer.status == "fail" and "recipe of the reference's table and of its run: another" in answer.reason
+        assert "data.init_args.timesteps" in answer.reason and "data_root" not in answer.reason
+    assert provenance.check(with_metadata(good, "reference", recipe_sha256=OTHER)).status == "fail"
+
+
+def test_reference_without_a_run_has_to_see_what_the_run_sees(good: Evidence):
+    assert good.table is not None
+    bare = replace(with_metadata(good, "reference", recipe_sha256=OTHER, recipe_changes=None), reference_record={})
+    assert provenance.check(bare).status == "pass"
+    inputs = {**good.table.metadata["inputs"], "means": {"DEM": [0.0]}}
+    answer = provenance.check(with_metadata(bare, "reference", inputs=inputs))
+    assert answer.status == "fail" and "what run and reference saw of a chip: another means.DEM" in answer.reason
+    unknown = provenance.check(with_metadata(bare, "reference", inputs=None))
+    assert unknown.status == "pass" and any("the reference was tested is unknown" in note for note in unknown.notes)
+
+
+def test_reference_that_is_not_the_published_checkpoint_is_told_and_no_failure(good: Evidence):
+    answer = provenance.check(good)
+    assert answer.status == "pass" and any("no published checkpoint" in note for note in answer.notes)
+    known = {"name": "flood.pt", "sha256": good.published["published_ibm"]["sha256"]}
+    answer = provenance.check(with_metadata(good, "reference", checkpoint=known))
+    assert answer.status == "pass" and not any("no published checkpoint" in note for note in answer.notes)
 
 
 def test_resume_with_changes_is_told(good: Evidence):
@@ -627,3 +686,35 @@ def test_card_that_says_other_figures_than_the_table_fails_identities(good: Evid
     answer = identities.check(replace(good, card=card | {"test/IoU_1": card["test/IoU_1"] + 0.01}))
     assert answer.status == "fail" and "card: difference to the counts" in answer.reason
     assert identities.check(replace(good, card={"test/unheard_of": 1.0})).status == "fail"
+
+
+# Wording
+
+
+def facts(evidence: Evidence) -> dict[str, str]:
+    return dict(run_facts(summarise(evidence, [], [], "2026-01-02T05:00:00+00:00")["run"]))
+
+
+def test_commit_of_the_report_is_the_environments(good: Evidence):
+    assert facts(good)["commit"] == f"{'4f' * 20} (clean)"
+    assert facts(with_git(good, "4f" * 20, True))["commit"] == f"{'4f' * 20} (with changes)"
+    assert "commit" not in facts(with_git(good, None, None))
+
+
+def test_device_of_the_report_is_the_one_that_trained(good: Evidence):
+    assert facts(gpu_record(good, allocated=29.5))["device"] == "AMD Instinct MI300X, 1 in the machine"
+    assert facts(gpu_record(good, allocated=None))["device"] == "x86_64"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (-1.9996, 0.3, "-1.9996 to 0.30"),
+        (-2.0004, 0.3, "-2.0004 to 0.30"),
+        (-1.2345, 1.2345, "-1.23 to 1.23"),
+        (-0.004, 0.3, "-0.004 to 0.30"),
+    ],
+)
+def test_end_of_an_interval_stays_on_its_side_of_the_margin(low: float, high: float, text: str):
+    value = Value("difference", -0.8, "pp", low, high, threshold="interval within ±2 pp", ok=low > -2)
+    assert interval(asdict(value)) == text

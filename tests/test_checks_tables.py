@@ -13,7 +13,7 @@ from scipy import stats
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.verification.check import Check, Evidence, SeedRun, Value
 from floodrepro.verification.checks import calibration, events, head_to_head, parity, variance
-from verification_fixtures import all_ignored, healthy, make_table, missed, with_counts
+from verification_fixtures import all_ignored, declared, healthy, make_table, missed, with_counts
 
 CHECKS = (parity, head_to_head, events, calibration, variance)
 
@@ -21,7 +21,7 @@ CHECKS = (parity, head_to_head, events, calibration, variance)
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     """A healthy run, one of three that were declared together; shared, for no test changes it."""
-    seeds = [SeedRun(seed, "finished", make_table(seed=seed), f"seed-{seed}") for seed in (42, 44, 45)]
+    seeds = [declared(seed) for seed in (42, 44, 45)]
     return replace(healthy(tmp_path_factory.mktemp("healthy")), seeds=seeds)
 
 
@@ -70,8 +70,7 @@ OTHER = {"name": "reference.ckpt", "sha256": "4e" * 32}
 @pytest.mark.parametrize("protocol", ["v0", "v1", "v1-binary"])
 def test_a_healthy_run_passes_and_its_answer_is_json(tmp_path, protocol):
     found = healthy(tmp_path, protocol=protocol)
-    tables = [make_table(seed=seed, protocol=protocol) for seed in (42, 44, 45)]
-    found = replace(found, seeds=[SeedRun(n, "finished", table, f"seed-{n}") for n, table in enumerate(tables)])
+    found = replace(found, seeds=[declared(seed, protocol=protocol) for seed in (42, 44, 45)])
     for check in CHECKS:
         answer = check.check(found)
         assert (answer.id, answer.status) == (check.ID, "pass"), answer.reason
@@ -103,6 +102,22 @@ def test_a_comparison_with_itself_is_never_a_pass(evidence):
     for check in (parity, head_to_head):
         answer = check.check(replace(evidence, reference=evidence.table))
         assert (answer.status, "this very checkpoint" in answer.reason) == ("skip", True)
+        resaved = replace(evidence.table, metadata=evidence.table.metadata | {"checkpoint": OTHER})
+        answer = check.check(replace(evidence, reference=resaved))
+        assert (answer.status, "predicts every chip alike" in answer.reason) == ("skip", True)
+        surer = make_table(seed=42, sharpness=1.5)  # the same predictions, with other probabilities: another model
+        assert np.array_equal(surer.counts, evidence.table.counts)
+        assert "itself" not in check.check(replace(evidence, reference=surer)).reason
+
+
+def test_two_models_that_never_predict_flood_are_not_at_parity(evidence):
+    blind = [missed(table, 1.0, alarms=0.0) for table in (evidence.table, evidence.reference)]
+    assert not any(table.counts[..., 1].any() for table in blind)
+    answer = parity.check(replace(evidence, table=blind[0], reference=blind[1]))
+    assert (answer.status, "ever predicts flood" in answer.reason) == ("fail", True)
+    assert "ever predicts flood" not in parity.check(replace(evidence, table=blind[0])).reason
+    could = head_to_head.check(replace(evidence, table=blind[0], reference=blind[1]))
+    assert could.reason == "0 of 11 events with flood differ: the test's smallest p is 1, it could not fail"
 
 
 @pytest.mark.parametrize("check", [parity, head_to_head, variance])
@@ -286,7 +301,22 @@ def test_a_dry_chip_left_dry_by_one_alone_is_won_by_that_one_and_by_both_left_ou
     assert value(answer, "of the chips won, dry ones left dry by this run alone").value == 3
     assert value(answer, "of the chips lost, dry ones left dry by the reference alone").value == 4
     assert value(answer, "chips left out: dry, and left dry by both").value == 2
+    assert value(answer, "chips left out: all pixels ignored").value == 0
     assert [value(answer, f"chips {what}").value for what in ("won", "lost", "tied")] == [3, 4, 96 - 9]
+
+
+def test_a_chip_of_ignored_pixels_is_not_called_dry(evidence):
+    def without(table, places):
+        nothing = all_ignored(table)
+        fields = {name: getattr(table, name).copy() for name in ("counts", "ignored", "histogram")}
+        for name, field in fields.items():
+            field[places] = getattr(nothing, name)[places]
+        return replace(table, **fields)
+
+    tables = [without(table, [3, 90]) for table in (evidence.table, evidence.reference)]
+    answer = head_to_head.check(replace(evidence, table=tables[0], reference=tables[1]))
+    assert value(answer, "chips left out: all pixels ignored").value == 2
+    assert value(answer, "chips left out: dry, and left dry by both").value == 0
 
 
 def test_a_loss_in_every_event_fails_head_to_head(evidence):
@@ -317,7 +347,12 @@ def test_a_test_that_could_not_fail_is_a_skip(evidence):
     )
     answer = head_to_head.check(few)
     assert answer.status == "skip"
-    assert answer.reason == "5 events with flood: the test's smallest p is 0.0625, it could not fail"
+    assert answer.reason == "5 of 5 events with flood differ: the test's smallest p is 0.0625, it could not fail"
+    one = head_to_head.check(
+        replace(evidence, table=missed(evidence.table, 0.5, ["EMSR9004"]), reference=evidence.table)
+    )
+    assert one.status == "skip"
+    assert one.reason == "1 of 11 events with flood differ: the test's smallest p is 1, it could not fail"
 
 
 def test_many_chips_are_thinned_out_to_the_same_points_each_time(evidence):
@@ -344,7 +379,6 @@ def test_events_are_those_that_a_loop_pools(evidence):
         assert row["flood IoU"] == pytest.approx(flood(counts))
         assert (row["chips"], row["flood pixels"]) == (8, counts[1].sum())
         assert row["share of all flood pixels in %"] == pytest.approx(100 * counts[1].sum() / everything)
-    assert table_of(answer, "Worst events") == rows[:10]
     [dry] = table_of(answer, "Events without flood")
     counts = pooled["EMSR9012"]
     assert (dry["event"], dry["called flood"]) == ("EMSR9012", counts[0, 1])
@@ -432,13 +466,6 @@ def test_probabilities_that_are_wrong_all_over_fail(evidence):
     assert "expected calibration error of flood: " in answer.reason
 
 
-def test_probabilities_that_are_not_finite_fail(evidence):
-    confidence = evidence.table.confidence.copy()
-    confidence[3, 1, 7] = np.nan
-    answer = calibration.check(replace(evidence, table=replace(evidence.table, confidence=confidence)))
-    assert (answer.status, answer.reason) == ("fail", "the chip table holds probabilities that are not finite")
-
-
 def test_a_split_without_flood_has_no_calibration_of_flood(evidence):
     answer = calibration.check(replace(evidence, table=make_table(events=3, dry_events=3)))
     assert (answer.status, answer.reason) == ("skip", "no flood in the truth of any chip")
@@ -504,6 +531,38 @@ def test_a_run_on_other_chips_fails(evidence):
     answer = variance.check(replace(evidence, seeds=seeds))
     assert answer.status == "fail"
     assert answer.reason.startswith("seed-46 cannot be held against seed-42: other chips")
+
+
+@pytest.mark.parametrize("resaved", [False, True])
+def test_a_run_that_is_a_copy_of_another_fails_and_is_named(evidence, resaved):
+    first = evidence.seeds[0].table
+    last = evidence.seeds[2].table.metadata
+    metadata = last | {"checkpoint": OTHER if resaved else first.metadata["checkpoint"]}
+    copy = replace(evidence.seeds[2], table=replace(first, metadata=metadata))
+    answer = variance.check(replace(evidence, seeds=[*evidence.seeds[:2], copy]))
+    assert answer.status == "fail"
+    assert answer.reason.startswith("seed-45 is a copy of seed-42: it ")
+
+
+def test_a_reference_that_is_one_of_the_runs_fails(evidence):
+    answer = variance.check(replace(evidence, reference=evidence.seeds[1].table))
+    assert (answer.status, "the reference is a copy of seed-44" in answer.reason) == ("fail", True)
+
+
+def test_a_run_of_another_seed_or_recipe_than_declared_fails(evidence):
+    seeds = [*evidence.seeds[:2], replace(declared(46), seed=45, run="seed-45")]
+    answer = variance.check(replace(evidence, seeds=seeds))
+    assert answer.status == "fail"
+    assert answer.reason == "seed-45 has not this run's recipe with the declared seed, 45"
+    own = [replace(evidence.seeds[0], run="healthy"), *evidence.seeds[1:]]
+    assert variance.check(replace(evidence, seeds=own)).status == "pass"
+    answer = variance.check(replace(evidence, seeds=own, record={**evidence.record, "seed": 7}))
+    assert (answer.status, answer.reason) == ("fail", "healthy was trained with seed 7, declared was 42")
+
+
+def test_a_run_tested_with_other_paths_is_not_held_against_the_declared_recipe(evidence):
+    elsewhere = declared(45, recipe_sha256="0f" * 32, recipe_changes=["data.init_args.data_root"])
+    assert variance.check(replace(evidence, seeds=[*evidence.seeds[:2], elsewhere])).status == "pass"
 
 
 def test_without_a_reference_only_the_spread_is_claimed(evidence):

@@ -22,6 +22,7 @@ from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_counts import count
 from floodrepro.evaluation.chip_table import BINS, ChipTable
 from floodrepro.evaluation.metrics import scores
+from verification_fixtures import make_table, missed
 
 
 def make(chips: int = 12, classes: int = 2, size: int = 16, seed: int = 0) -> ChipTable:
@@ -87,6 +88,15 @@ def spoil_counts(table: ChipTable) -> ChipTable:
     return replace(table, counts=counts)
 
 
+def spoil_hits(table: ChipTable) -> ChipTable:
+    """Every tenth miss of flood becomes a hit, as a better model's would: its probabilities stay as they were."""
+    counts = table.counts.copy()
+    better = (counts[:, 1, 0] + 9) // 10
+    counts[:, 1, 0] -= better
+    counts[:, 1, 1] += better
+    return replace(table, counts=counts)
+
+
 def spoil_chips(table: ChipTable) -> ChipTable:
     chips = table.chips.copy()
     chips[1] = chips[0]
@@ -101,6 +111,7 @@ def spoil_error(table: ChipTable) -> ChipTable:
     ("spoil", "says"),
     [
         (spoil_counts, "different numbers of pixels"),
+        (spoil_hits, "the predictions of EMSR0_1_35TMF_x0_y0 are not what its probabilities give"),
         (spoil_chips, "twice"),
         (spoil_error, "not finite"),
         (lambda table: replace(table, metadata={"schema": 0}), "schema 0"),
@@ -111,6 +122,32 @@ def test_table_that_contradicts_itself_is_refused(spoil, says, tmp_path: Path):
     chip_table.write(spoil(make()), tmp_path / "t.parquet")
     with pytest.raises(TableError, match=says):
         chip_table.read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("protocol", ["v0", "v1"])
+def test_hits_that_became_misses_are_read_with_their_probabilities_and_refused_without(protocol, tmp_path: Path):
+    table = make_table(3, 4, protocol=protocol)
+    worse = missed(table, 0.3)
+    chip_table.write(worse, tmp_path / "t.parquet")
+    assert np.array_equal(chip_table.read(tmp_path / "t.parquet").counts, worse.counts)
+    chip_table.write(replace(worse, histogram=table.histogram), tmp_path / "t.parquet")
+    with pytest.raises(TableError, match="are not what its probabilities give"):
+        chip_table.read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_near_ties_are_counted_where_their_probabilities_are(kind, classes, tmp_path: Path):
+    """The bin that holds 1/2 takes ties and their neighbours, whichever class is predicted: no table is refused."""
+    generator = torch.Generator().manual_seed(classes)
+    common = 5 * torch.randn(24, 1, 32, 32, generator=generator)
+    gap = torch.logspace(-9, 0, 24)[:, None, None, None] * torch.randn(24, classes, 32, 32, generator=generator)
+    logits, truth = (common + gap).to(kind), torch.randint(0, classes, (24, 32, 32), generator=generator)
+    assert bool((logits[:, 0] == logits[:, 1]).any())
+    columns = {name: value.numpy() for name, value in count(logits, truth, -1).items()}
+    ids = np.array([f"EMSR1_1_35TMF_x{n}_y0" for n in range(24)])
+    chip_table.write(ChipTable(chips=ids, **columns, metadata={}), tmp_path / "t.parquet")
+    assert len(chip_table.read(tmp_path / "t.parquet")) == 24
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5, 0.99])
@@ -167,6 +204,8 @@ def test_test_leaves_a_table_that_gives_terratorchs_metrics_again(cli, trained, 
     assert table.metadata["data_digest"] == record["data_digest"]
     assert table.metadata["recipe_sha256"] == record["recipe_sha256"]
     assert table.metadata["class_names"] == ["rest", "flood"]
+    assert {"modalities", "means", "stds", "timesteps"} <= table.metadata["inputs"].keys()
+    assert not any("/" in str(value) for value in table.metadata["inputs"].values())
 
 
 def test_batches_and_tiles_do_not_change_what_is_counted_of_a_chip(cli, trained, tmp_path: Path):

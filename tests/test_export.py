@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from card_runs import make_run, verify
 from floodrepro import recipe as recipes
 from floodrepro.publishing.measured import measure_load_back
+from floodrepro.run_folder import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +107,11 @@ def test_damaged_checkpoint_is_not_exported(cli, trained, tmp_path: Path):
     run = Path(shutil.copytree(trained.path, tmp_path / "mine"))
     best = run / "checkpoints" / "best.ckpt"
     best.write_bytes(best.read_bytes()[:5000])
-    outcome = cli("export", "--run", run)
-    assert outcome.code == 1
-    assert "damaged or truncated" in outcome.err
-    assert not (run / "export").exists()
+    for flags, said in (((), "best.ckpt has sha256"), (("--no-card",), "damaged or truncated")):
+        outcome = cli("export", "--run", run, *flags)
+        assert outcome.code == 1
+        assert said in outcome.err
+        assert not (run / "export").exists()
 
 
 # The card of an export, and the order of export and verify
@@ -173,9 +176,41 @@ def test_card_only_needs_the_pair_of_this_very_checkpoint(cli, made):
     assert "no exported weights" in cli("export", "--run", made.path, "--card-only").err
     assert cli("export", "--run", made.path).code == 0
     torch.save({"state_dict": {"model.a": torch.zeros(1)}}, made.best)
+    made.update_record(checkpoint_sha256=sha256_of(made.best))
     refusal = cli("export", "--run", made.path, "--card-only")
     assert refusal.code == 1
-    assert "the pair was exported from" in refusal.err
+    assert "the weights are not those of best.ckpt" in refusal.err
+
+
+def test_card_is_written_for_what_the_pair_holds_not_for_what_its_header_says(cli, made):
+    """Another's weights under this run's header, and a YAML with other statistics."""
+    assert cli("export", "--run", made.path).code == 0
+    weights, config = made.export / f"{made.path.name}.safetensors", made.export / f"{made.path.name}.yaml"
+    whole, text = weights.read_bytes(), config.read_text()
+    with safe_open(weights, "pt") as file:
+        metadata = file.metadata()
+    ones = {name: torch.ones_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(ones, weights, metadata=metadata)
+    refused = cli("export", "--run", made.path, "--card-only")
+    assert (refused.code, refused.report[0]) == (1, "floodrepro: error: the weights are not those of best.ckpt")
+    weights.write_bytes(whole)
+    changed = yaml.safe_load(text)
+    changed["data"]["init_args"]["means"]["S2L2A"][0] += 1.0
+    config.write_text(yaml.safe_dump(changed))
+    refused = cli("export", "--run", made.path, "--card-only")
+    assert refused.code == 1
+    assert "the YAML was changed since the export: data.init_args.means.S2L2A is [" in refused.report[0]
+    config.write_text(text)
+    assert cli("export", "--run", made.path, "--card-only").code == 0
+
+
+def test_export_of_the_same_weights_has_the_same_sha256(cli, made, tmp_path: Path):
+    files = []
+    for number in range(6):  # the order of a header's entries was another in nearly every file
+        assert cli("export", "--run", made.path, "--output", tmp_path / str(number), "--no-card").code == 0
+        files += (tmp_path / str(number)).glob("*.safetensors")
+    assert len({file.read_bytes() for file in files}) == 1
+    assert len(load_file(files[0])) == 2
 
 
 def test_contradicting_record_leaves_nothing_behind_and_no_card_exports_all_the_same(cli, made):

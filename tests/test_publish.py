@@ -15,6 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from card_runs import make_run, verify
+from floodrepro.errors import CheckpointError
 from hub_server import HubServer, Model
 
 REPO = "me/flood"
@@ -281,3 +282,14 @@ def test_folder_without_a_card_of_floodrepros_is_refused(cli, exported):
 @pytest.mark.parametrize("repo", ["flood", "a/b/c", "me/", "me/flood..git"])
 def test_name_that_can_be_no_repository_is_a_usage_error(cli, exported, repo):
     assert cli("publish", "--export", exported, "--repo", repo, "--dry-run").code == 2
+
+
+def test_file_that_changes_between_the_plan_and_the_upload_is_not_sent(server, exported, publish, monkeypatch):
+    from floodrepro.publishing import upload
+
+    plan = upload.make_plan(exported, REPO, branch="main", private=False)
+    next(exported.glob("*.yaml")).write_text("another: text\n")
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    with pytest.raises(CheckpointError, match=r"\.yaml was changed since the plan was made"):
+        upload.upload(plan)
+    assert len(server.models[REPO].branches["main"]) == 1  # the repository's own beginning

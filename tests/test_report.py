@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from floodrepro.errors import FloodreproError, RunFolderError, TableError
+from floodrepro.publishing.shortfall import shortfall
 from floodrepro.verification import results as results_file
 from floodrepro.verification.check import Check, Evidence, Plot, SeedRun, Table, Value
 from floodrepro.verification.figure_panels import panels_png
@@ -28,7 +29,10 @@ from verification_fixtures import all_ignored, healthy, make_table
 MADE = "2026-01-02T05:00:00+00:00"
 REQUIRED = ["parity", "weights"]
 PUBLISHED = {
-    "paper": {"name": "A paper", "protocol": "v0", "chips": 14556, "source": "table 2", "figures": {"IoU_1": 0.3753}},
+    "paper": {
+        **{"name": "A paper", "protocol": "v0", "chips": 14556, "source": "table 2", "figures": {"IoU_1": 0.3753}},
+        "sha256": "4e" * 32,  # of the healthy evidence's reference
+    },
     "other": {"name": "Of v1", "protocol": "v1", "source": "table 3", "figures": {"IoU_1": 0.9}},
     "dataset": {"name": "no figures", "protocol": "v0"},
 }
@@ -287,10 +291,17 @@ def test_a_checkpoint_compared_with_itself_is_told(evidence: Evidence) -> None:
 
 def test_generated_chips_are_not_taken_for_the_published_split(evidence: Evidence) -> None:
     dataset = {"data_of": {"v0": "v0"}, "chips": {"v0": {"test": 14556}}}
-    warnings = summarise(replace(evidence, published={"dataset": dataset}), parity())["warnings"]
+    warnings = summarise(
+        replace(evidence, published={"dataset": dataset, "reference": {"sha256": "4e" * 32}}), parity()
+    )["warnings"]
     assert [warning[:26] for warning in warnings] == ["Generated or partial data:"]
     dataset["chips"]["v0"]["test"] = 96
-    assert summarise(replace(evidence, published={"dataset": dataset}), parity())["warnings"] == []
+    assert (
+        summarise(replace(evidence, published={"dataset": dataset, "reference": {"sha256": "4e" * 32}}), parity())[
+            "warnings"
+        ]
+        == []
+    )
 
 
 def test_what_is_undefined_is_null_and_never_zero(evidence: Evidence, tmp_path: Path) -> None:
@@ -466,3 +477,46 @@ def test_demos_report_in_the_repository_is_what_its_results_give(tmp_path: Path)
     for file in ("results.json", "report.md", "report.html"):
         text = (folder / file).read_text()
         assert not re.search(r"(?<![\w.])/(home|tmp|work|root|mnt)/", text), file
+
+
+def test_a_shorter_list_of_required_checks_buys_the_exit_code_and_no_claim(evidence: Evidence) -> None:
+    bad = Check("weights", "Weights", "All are finite.", "fail", "two are NaN")
+    results = results_file.summarise(evidence, [parity(), bad], ["parity"], MADE, ["parity", "weights"])
+    assert results["summary"]["ok"] is True
+    assert results["verdict"]["equivalent"] is not True
+    assert "weights (failed)" in results["verdict"]["sentences"][1]
+    assert shortfall(results) == "Required checks did not pass: weights (failed)."
+
+
+def test_places_on_a_machine_are_no_part_of_results_in_sentences_either() -> None:
+    said = "data.init_args.data_root: '/home/alice/secret/data' became '/mnt/x'; 3 chips/s, and/or, https://a.b/c/d"
+    told = results_file._without_paths({"resumes": [{"changes": [said], "from": "/srv/runs/last.ckpt"}]})
+    changes = "data.init_args.data_root: 'data' became 'x'; 3 chips/s, and/or, https://a.b/c/d"
+    assert told == {"resumes": [{"changes": [changes], "from": "last.ckpt"}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "split", "warning"),
+    [
+        ({"processes": 8, "batch_size": 16}, "test", "8 processes trained with 16 chips each: a step saw 128"),
+        ({"data_warnings": ["3 events lie in train and in val"]}, "test", "3 events lie in train and in val."),
+        ({}, "val", "of the split val, which training saw"),
+    ],
+)
+def test_what_makes_the_scores_another_experiment_s_is_a_warning(evidence: Evidence, record, split, warning) -> None:
+    assert not any(warning in line for line in summarise(evidence, parity())["warnings"])
+    table = replace(evidence.table, metadata=evidence.table.metadata | {"split": split})
+    other = replace(evidence, record=evidence.record | record, table=table)
+    assert any(warning in line for line in summarise(other, parity())["warnings"])
+
+
+def test_a_reference_that_no_one_published_and_a_recipe_that_no_one_ships_are_warnings(evidence: Evidence) -> None:
+    unknown = replace(evidence, published={name: PUBLISHED[name] for name in ("other", "dataset")})
+    assert any("is no published checkpoint that is known here" in line for line in summarise(unknown)["warnings"])
+    changed = json.loads(json.dumps(evidence.recipe))
+    changed["optimizer"]["init_args"]["lr"] = 0.5
+    changed["seed_everything"], changed["data"]["init_args"]["data_root"] = 7, "/elsewhere"
+    [line] = [
+        line for line in summarise(replace(evidence, recipe=changed))["warnings"] if "none that is shipped" in line
+    ]
+    assert line == "The recipe is none that is shipped: demo has another optimizer.init_args.lr."

@@ -7,17 +7,15 @@ import pytest
 from scipy import stats
 
 from floodrepro.evaluation.metrics import iou, mean_iou
-from floodrepro.evaluation.statistics import (
+from floodrepro.evaluation.resampling import (
     effective_events,
-    equivalence_over_events,
-    equivalence_over_seeds,
     event_bootstrap,
     event_jackknife,
     jackknife,
     leave_one_event_out,
     pool_by_event,
-    sign_flip_test,
 )
+from floodrepro.evaluation.statistics import equivalence_over_events, equivalence_over_seeds, sign_flip_test
 
 
 def flood(counts: np.ndarray) -> np.ndarray:

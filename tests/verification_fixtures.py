@@ -20,7 +20,7 @@ from floodrepro import recipe as recipes
 from floodrepro.evaluation.chip_table import BINS, ChipTable
 from floodrepro.evaluation.metrics import Counts, scores
 from floodrepro.run_folder import RECORD_SCHEMA, RunFolder
-from floodrepro.verification.check import Evidence
+from floodrepro.verification.check import Evidence, SeedRun
 
 ROOT = Path(__file__).parents[1]
 CLASS_NAMES = {
@@ -128,8 +128,10 @@ def _tabulate(
         "split": "test",
         "class_names": CLASS_NAMES[protocol],
         "protocol": protocol,
-        "checkpoint": {"name": "best.ckpt", "sha256": "c0" * 32},
+        "checkpoint": {"name": "best.ckpt", "sha256": hashlib.sha256(confidence.tobytes()).hexdigest()},
         "recipe_sha256": recipes.fingerprint(demo_recipe()),
+        "recipe_changes": [],
+        "inputs": {"modalities": ["S2L2A", "DEM"], "means": {"DEM": [141.786]}, "timesteps": [0, 1, 2, 3]},
         "data_digest": DIGEST,
         "precision": "32-true",
         "device": "cpu",
@@ -149,23 +151,49 @@ def _tabulate(
     return with_counts(table, counts)
 
 
+def declared(seed: int, **options: Any) -> SeedRun:
+    """A finished run of several that were declared together, of the demo's recipe with this seed."""
+    options = {"recipe_sha256": recipes.fingerprint(demo_recipe(seed_everything=seed))} | options
+    return SeedRun(seed, "finished", make_table(seed=seed, **options), f"seed-{seed}")
+
+
 def with_counts(table: ChipTable, counts: Counts) -> ChipTable:
-    """The table of other weights; the truth must stay as it is. TerraTorch's metrics follow the counts."""
+    """The table of other weights on the same truth. Histograms and TerraTorch's metrics follow the counts."""
     assert np.array_equal(counts.sum(axis=2), table.counts.sum(axis=2)), "this would be another truth"
     metrics = {f"test/{name}": value for name, value in scores(counts.sum(axis=0)).items()}
     changed = {"metrics": metrics}
+    histogram = table.histogram.copy()
+    for place in np.argwhere(counts != table.counts):
+        histogram[tuple(place)] = _moved(histogram[tuple(place)], int((counts - table.counts)[tuple(place)]))
     if not np.array_equal(counts, table.counts):
-        changed["checkpoint"] = {"name": "best.ckpt", "sha256": hashlib.sha256(counts.tobytes()).hexdigest()}
-    return replace(table, counts=counts, metadata=table.metadata | changed)
+        changed["checkpoint"] = {"name": "best.ckpt", "sha256": hashlib.sha256(histogram.tobytes()).hexdigest()}
+    return replace(table, counts=counts, histogram=histogram, metadata=table.metadata | changed)
 
 
-def missed(table: ChipTable, share: float, events: list[str] | None = None, k: int = -1) -> ChipTable:
-    """The table with a share of the hits of class k (flood) predicted as class 0 instead, in some events or in all."""
+def _moved(histogram: npt.NDArray[np.int64], more: int) -> npt.NDArray[np.int64]:
+    """A histogram (B,) with so many more pixels called its class, fewer if negative: the farthest change sides."""
+    if more > 0:
+        return _moved(histogram[::-1], -more)[::-1]
+    from_top = histogram[::-1]
+    taken = np.clip(-more - (from_top.cumsum() - from_top), 0, from_top)
+    return (from_top - taken)[::-1] + taken
+
+
+def missed(
+    table: ChipTable, share: float, events: list[str] | None = None, k: int = -1, alarms: float = 1.0
+) -> ChipTable:
+    """The table with a share of the hits of class k (flood) predicted as class 0 instead, in some events or in all.
+
+    Of the pixels of class 0 that are predicted as class k a share of `alarms` is kept.
+    """
     counts = table.counts.copy()
     hit = np.ones(len(table), bool) if events is None else np.isin(table.events, events)
     lost = np.where(hit, np.rint(share * counts[:, k, k]), 0).astype(np.int64)
     counts[:, k, k] -= lost
     counts[:, k, 0] += lost
+    silent = np.where(hit, np.rint((1 - alarms) * counts[:, 0, k]), 0).astype(np.int64)
+    counts[:, 0, k] -= silent
+    counts[:, 0, 0] += silent
     return with_counts(table, counts)
 
 
@@ -210,7 +238,6 @@ def make_record(rows: list[dict[str, str]], recipe: recipes.Recipe, **entries: A
     steps = int(validated[-1]["step"]) + 1
     off = {"compiled": False, "channels_last": False, "fused": False}
     memory = {"process": 1.81}
-    commit = "4f" * 20
     return {
         "schema": RECORD_SCHEMA,
         "started": "2026-01-02T03:00:00+00:00",
@@ -220,14 +247,14 @@ def make_record(rows: list[dict[str, str]], recipe: recipes.Recipe, **entries: A
         "recipe_sha256": recipes.fingerprint(recipe),
         "chips": {"train": 80, "val": 24},
         "data_digest": DIGEST,
-        "code": {**VERSIONS, "impactmesh": "0.1.2", "commit": commit, "dirty": False, "source_sha256": "5c" * 32},
+        "code": {**VERSIONS, "impactmesh": "0.1.2", "source_sha256": "5c" * 32},
         "numerics": off,
         "options": off
         | {"resume": "auto", "resume_anyway": False, "on_overflow": "stop", "save_every": 500, "guard": True},
         "resumes": [],
         "environment": {
             "packages": {"python": "3.11.9", **VERSIONS},
-            "code": {"commit": commit, "dirty": False, "note": None},
+            "code": {"commit": "4f" * 20, "dirty": False, "note": None},
             "torch": {"version": "2.14.1+cpu", "build": "cpu", "build_version": None, "rocm": None, "cudnn": None},
             "accelerator": {"count": 0, "name": None, "memory_gib": None, "drivers": {}},
             "numerics": {"precision": "32-true", "deterministic_algorithms": False},

@@ -74,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     report, text = {}, ""
     if not args.card_only:
         report, text = _export(checkpoint, recipe, output, name, records.data_digest)
+    elif (pair := (output / f"{name}.safetensors", output / f"{name}.yaml"))[0].is_file() and pair[1].is_file():
+        console.say("loading torch")
+        from floodrepro.publishing.export import refuse_other_pair
+
+        refuse_other_pair(checkpoint, recipe, *pair)
     card = add_card(output, name, checkpoint, records, given)
     if records.record is not None and records.results is None:
         console.say("the card says that nothing was verified: floodrepro verify --run DIR, then export --card-only")

@@ -97,7 +97,8 @@ def verify(
     from floodrepro.verification.references import load_thresholds
     from floodrepro.verification.report import write_report
 
-    required = battery.required_checks(require, load_thresholds())
+    thresholds = load_thresholds()
+    required = battery.required_checks(require, thresholds)
     if reference and not reference.is_file():
         raise UsageError("the reference is not found", where=reference, fix="--reference CHECKPOINT, or its .parquet")
     table = reference if reference and reference.suffix == ".parquet" else None
@@ -106,8 +107,8 @@ def verify(
     elif reference and table is None:
         raise UsageError("--no-measure compares with a chip table", where="--reference", fix="give its .parquet")
     console.say("judging")
-    evidence = battery.gather(run, split, table, output / "evidence", name=name)
-    found = results.summarise(evidence, battery.run_checks(evidence), required, timestamp())
+    evidence = battery.gather(run, split, table, output / "evidence", name=name, data_root=data_root)
+    found = results.summarise(evidence, battery.run_checks(evidence), required, timestamp(), thresholds["required"])
     results.save(found, output / RESULTS)
     return found, write_report(found, output)
 

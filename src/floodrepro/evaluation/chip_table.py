@@ -40,7 +40,8 @@ class ChipTable:
         confidence: Sum (N, K, B) of the probabilities of class j in bin b, over all counted pixels.
         squared_error: Sum (N, K) of (probability of class j - [truth is j])^2 over all counted pixels.
         metadata: As `docs/chip-table.md` lists it, JSON types: split, class_names, protocol, checkpoint (name and
-            sha256), recipe_sha256, data_digest, precision, device, versions, metrics, speed, made.
+            sha256), recipe_sha256, recipe_changes, inputs, data_digest, precision, device, versions, metrics, speed,
+            made.
     """
 
     chips: npt.NDArray[np.str_]
@@ -189,6 +190,22 @@ def _contradiction(table: ChipTable) -> str | None:
     per_truth = table.counts.sum(axis=2)
     if (table.histogram.sum(axis=3) != per_truth[:, :, None]).any():
         return "histograms and confusion counts hold different numbers of pixels"
+    if (wrong := _misplaced(table)).any():
+        return f"the predictions of {table.chips[wrong][0]} are not what its probabilities give"
     if not (np.isfinite(table.confidence).all() and np.isfinite(table.squared_error).all()):
         return "values that are not finite"
     return None
+
+
+def _misplaced(table: ChipTable) -> npt.NDArray[np.bool_]:
+    """Which chips (N,) have confusion counts that the argmax of their probabilities cannot give.
+
+    A class whose probability is above 1/2 is the prediction, and the prediction's is 1 / K or more. Each edge lies in
+    the bin that it rounds down to: of that bin's pixels any number may be predicted, exact ties of two classes among
+    them.
+    """
+    bins = table.histogram.shape[-1]
+    least = table.histogram[..., bins // 2 + 1 :].sum(axis=-1)
+    most = table.histogram[..., bins // table.num_classes :].sum(axis=-1)
+    wrong: npt.NDArray[np.bool_] = ((table.counts < least) | (table.counts > most)).any(axis=(1, 2))
+    return wrong

@@ -1,7 +1,4 @@
-"""How sure a figure is: equivalence within a margin, over events and over seeds, and sign flips. numpy and scipy only.
-
-The intervals over events come from `floodrepro.evaluation.resampling`, and can be had from here as well.
-"""
+"""Tests: equivalence within a margin, over events and over seeds, and sign flips. numpy and scipy only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,33 +7,7 @@ import numpy as np
 from scipy.special import stdtr  # Student's t distribution function
 
 from floodrepro.evaluation.metrics import Counts
-from floodrepro.evaluation.resampling import (
-    Floats,
-    Interval,
-    Statistic,
-    effective_events,
-    event_bootstrap,
-    event_jackknife,
-    jackknife,
-    leave_one_event_out,
-    pool_by_event,
-    t_interval,
-)
-
-__all__ = [
-    "Equivalence",
-    "Interval",
-    "Statistic",
-    "effective_events",
-    "equivalence_over_events",
-    "equivalence_over_seeds",
-    "event_bootstrap",
-    "event_jackknife",
-    "jackknife",
-    "leave_one_event_out",
-    "pool_by_event",
-    "sign_flip_test",
-]
+from floodrepro.evaluation.resampling import Floats, Interval, Statistic, jackknife, t_interval
 
 _BLOCK = 1_000  # sign patterns at a time
 

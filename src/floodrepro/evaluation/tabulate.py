@@ -26,6 +26,7 @@ from floodrepro.training.recipe_cli import RecipeCLI
 AGREEMENT = 1e-6
 """TerraTorch sums counts on the device and divides in float32; the same figures from the table may differ by that."""
 
+_SEEN = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_replace")
 _SAME = ("checkpoint", "recipe_sha256", "data_digest", "precision", "device")
 
 
@@ -114,6 +115,7 @@ def run_test(cli: RecipeCLI, checkpoint: Path, *, split: str = "test", folder: P
             "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
             "recipe_sha256": digest,
             "recipe_changes": _changes(cli.recipe, checkpoint),
+            "inputs": _inputs(cli.recipe),
             "data_digest": data.digest,
             "precision": str(cli.trainer.precision),
             "device": surroundings["accelerator"]["name"] if device != "cpu" else surroundings["cpu"]["model"],
@@ -186,6 +188,12 @@ def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:
     """Keys in which the recipe is another than that of the checkpoint's run; None outside a run folder."""
     run = RunFolder.of_checkpoint(checkpoint)
     return list(recipes.differences(recipes.read(run.recipe), recipe)) if run else None
+
+
+def _inputs(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe makes the model see of a chip."""
+    arguments = recipe["data"].get("init_args") or {}
+    return {key: arguments[key] for key in _SEEN if key in arguments}
 
 
 def _chips_in(file: str) -> list[str]:

@@ -11,6 +11,7 @@ from floodrepro.publishing.bundle import Weights
 from floodrepro.publishing.consistency import begun_elsewhere, hours
 from floodrepro.publishing.markdown import figure
 from floodrepro.recipe import Recipe
+from floodrepro.verification.wording import on_gpu
 
 _MEANING = {
     "v0": "Class 1 is what the published v0 masks call flood; permanent water is no class of its own there.",
@@ -48,18 +49,28 @@ def terramind_size(recipe: Recipe) -> str | None:
     return match[1] if match else None
 
 
+def _step(record: Mapping[str, Any], recipe: Recipe) -> str:
+    """Of all processes, accumulation included."""
+    batch, processes = record.get("batch_size"), record.get("processes")
+    if not batch or not processes:
+        return "not recorded"
+    accumulated = int((recipe.get("trainer") or {}).get("accumulate_grad_batches") or 1)
+    return f"{batch * processes * accumulated} ({processes} process{'es' * (processes > 1)} with {batch} each)"
+
+
 def training(record: Mapping[str, Any], recipe: Recipe) -> list[list[str]]:
     """Rows of the table of training, from run.json."""
     environment, progress = record["environment"], record["progress"]
     packages = environment["packages"]
     accelerator, build, numerics = environment["accelerator"], environment["torch"], environment["numerics"]
-    device = accelerator["name"] or f"CPU, {environment['cpu']['model']}"
+    device = accelerator["name"] if on_gpu(record) else f"CPU, {environment['cpu']['model']}"
     optimizer = (recipe.get("optimizer") or {}).get("class_path", "as in the recipe").rpartition(".")[2]
     chips = ", ".join(f"{count:,} {split}" for split, count in record["chips"].items())
     rows = [
         ["device", f"{device}; torch built for {build['build']} {build['build_version'] or ''}".strip()],
         ["precision", str(numerics["precision"])],
         ["chips", chips],
+        ["chips in a step", _step(record, recipe)],
         ["epochs", f"{record['epochs']}; the weights are of epoch {record['best_epoch']}, counted from 0"],
         ["val/loss of that epoch", figure(record["best_val_loss"])],
         ["optimizer", f"{optimizer}, {progress['step']:,} steps" + _skipped(progress)],

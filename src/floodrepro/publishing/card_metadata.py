@@ -79,9 +79,9 @@ def _eval_results(subject: Subject, results: Mapping[str, Any]) -> list[EvalResu
             dataset_type=DATA_SET if whole else "other",
             dataset_name=name,
             dataset_config=_protocol(subject),
-            dataset_split="test",
+            dataset_split=results["run"].get("split") or "test",
             metric_type=_METRICS.get(row["metric"], row["metric"].lower()),
-            metric_name=f"test/{row['metric']} ({row['label']})",
+            metric_name=f"test/{row['metric']} ({row['label']})",  # TerraTorch's name, whatever the split
             metric_value=row["ours"],
         )
         for row in results["scores"]["rows"]

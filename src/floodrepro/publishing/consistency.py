@@ -27,6 +27,7 @@ def refuse_contradictions(
     metrics: Sequence[Mapping[str, str]],
     results: Mapping[str, Any] | None,
     checkpoint_sha256: str,
+    counted: Mapping[str, float] | None = None,
 ) -> None:
     """Raise if a card of this run would mix figures of different runs.
 
@@ -37,6 +38,7 @@ def refuse_contradictions(
         metrics: Rows of its metrics.csv; empty for a recipe without the CSV logger.
         results: Its verification/results.json, as `verification.results.load` gives it; None where it was not verified.
         checkpoint_sha256: Of its best.ckpt.
+        counted: The scores of its chip table, which the results have to have; None where there is no table.
 
     Raises:
         RunFolderError: The run is not finished, or its record contradicts itself.
@@ -45,20 +47,24 @@ def refuse_contradictions(
         reason = f" ({record['reason']})" if record.get("reason") else ""
         what = f"the run is not finished, its status is {record.get('status', 'missing')!r}{reason}"
         raise RunFolderError(what, where=where, fix="finish the fit; --no-card exports the pair without a card")
-    problems = of_record(record, recipe, metrics)
+    problems = of_record(record, recipe, metrics, checkpoint_sha256)
     if results is not None:
-        problems += of_results(results, record, checkpoint_sha256)
+        problems += of_results(results, record, checkpoint_sha256, counted)
     if problems:
         raise RunFolderError(f"the record contradicts itself: {'; '.join(problems)}", where=where, fix=_NO_CARD)
 
 
-def of_record(record: Mapping[str, Any], recipe: Recipe, metrics: Sequence[Mapping[str, str]]) -> list[str]:
+def of_record(
+    record: Mapping[str, Any], recipe: Recipe, metrics: Sequence[Mapping[str, str]], checkpoint_sha256: str
+) -> list[str]:
     """Where run.json, the recipe and metrics.csv of a finished run disagree; each with both figures."""
     if record.get("schema") != RECORD_SCHEMA:
         return [f"run.json has schema {record.get('schema')}, this version of floodrepro reads {RECORD_SCHEMA}"]
     problems = []
     if (digest := fingerprint(recipe)) != record["recipe_sha256"]:
         problems.append(f"the recipe has sha256 {_short(digest)}, run.json names {_short(record['recipe_sha256'])}")
+    if (weights := record.get("checkpoint_sha256")) != checkpoint_sha256:
+        problems.append(f"best.ckpt has sha256 {_short(checkpoint_sha256)}, run.json names {_short(weights)}")
     epochs, best = int(record["epochs"]), record["best_epoch"]
     span = f"run.json has {epochs} epochs (the last is {epochs - 1})"
     if best is not None and not 0 <= best < epochs:
@@ -72,7 +78,7 @@ def of_record(record: Mapping[str, Any], recipe: Recipe, metrics: Sequence[Mappi
         losses = [row["val/loss"] for row in metrics if row.get("epoch") == str(best) and row.get("val/loss")]
         if not losses:
             problems.append(f"metrics.csv has no validation of epoch {best}, which run.json calls the best")
-        elif not _close(float(losses[-1]), record["best_val_loss"]):
+        elif not any(_close(float(loss), record["best_val_loss"]) for loss in losses):
             shown = f"{float(losses[-1]):.6f} in metrics.csv and {record['best_val_loss']:.6f} in run.json"
             problems.append(f"val/loss of the best epoch {best} is {shown}")
     return problems + _of_times(record, recipe)
@@ -109,7 +115,12 @@ def _of_times(record: Mapping[str, Any], recipe: Recipe) -> list[str]:
     return problems
 
 
-def of_results(results: Mapping[str, Any], record: Mapping[str, Any], checkpoint_sha256: str) -> list[str]:
+def of_results(
+    results: Mapping[str, Any],
+    record: Mapping[str, Any],
+    checkpoint_sha256: str,
+    counted: Mapping[str, float] | None,
+) -> list[str]:
     """Where results.json is another run's, or its scores disagree. Its reader has seen to schema and summary."""
     run, problems = results["run"], []
     digest = (run.get("checkpoint") or {}).get("sha256")
@@ -121,6 +132,15 @@ def of_results(results: Mapping[str, Any], record: Mapping[str, Any], checkpoint
     for key in ("epochs", "best_epoch"):
         if key in run and run[key] != record[key]:
             problems.append(f"{key} is {run[key]} in results.json and {record[key]} in run.json")
+    if run.get("split") in ("train", "val"):
+        problems.append(f"the scores are of the split {run['split']}, and a card speaks of a test")
+    rows = results["scores"]["rows"]
+    if rows and counted is None:
+        problems.append("results.json has scores, and the chip table that they were counted in is not there")
+    for row in rows if counted else ():
+        ours, table = row.get("ours"), (counted or {}).get(row["metric"], math.nan)
+        if ours is not None and not _close(ours, table):
+            problems.append(f"{row['metric']} is {ours:.6g} in results.json, and {table:.6g} in the chip table")
     return problems + _of_scores(results)
 
 

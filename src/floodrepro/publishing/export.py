@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from floodrepro import __version__
@@ -83,10 +85,36 @@ def export(
     return ExportResult(weights, config, len(checkpoint.weights), parameters, sha256_of(weights))
 
 
-def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path, data_digest: str | None) -> None:
-    # Names as in Lightning's state dict: TerraTorch's LightningInferenceModel strips one leading "model.".
+def refuse_other_pair(checkpoint_path: Path, recipe: Recipe, weights: Path, config: Path) -> None:
+    """Check that a pair that lies there holds what an export of this checkpoint would write.
+
+    The hash in its header says what it was made from, not what it holds.
+
+    Raises:
+        CheckpointError: It is missing or damaged, a tensor has other bits, or the YAML other values.
+    """
+    again = "move the pair away and export again, or export into another --output DIR"
+    try:
+        there, given = load_file(weights), yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"the exported pair cannot be read: {error}", where=weights, fix=again) from error
+    if not _identical(_named(read_checkpoint(checkpoint_path)), there):
+        raise CheckpointError(f"the weights are not those of {checkpoint_path.name}", where=weights, fix=again)
+    if changed := recipes.differences(yaml.safe_load(recipes.to_yaml(portable(recipe))), given):
+        key, (exported, now) = next(iter(changed.items()))
+        raise CheckpointError(
+            f"the YAML was changed since the export: {key} is {now!r} and was {exported!r}", where=config, fix=again
+        )
+
+
+def _named(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Names as in Lightning's state dict: TerraTorch's LightningInferenceModel strips one leading "model."."""
     # clone: safetensors refuses tensors that share memory.
-    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    return {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+
+
+def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path, data_digest: str | None) -> None:
+    tensors = _named(checkpoint)
     metadata = {
         "format": "pt",
         "floodrepro": __version__,
@@ -99,12 +127,25 @@ def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path, data_diges
     temporary = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, temporary, metadata=metadata)
+        _sort_header(temporary)
         if not _identical(tensors, load_file(temporary)):
             raise CheckpointError("the written safetensors do not read back bit for bit", where=path)
         temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sort_header(file: Path) -> None:
+    """Put the header's metadata in order: safetensors writes it in a new one each time, and with it another sha256."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # else it was written with other escapes: whole, only not in order
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 def _identical(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
@@ -122,5 +163,6 @@ def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
         f"# Exported from {checkpoint.name}; recipe sha256 {recipes.fingerprint(recipe)}.\n"
         "# Plain TerraTorch loads it with the .safetensors of the same name (torch 2.13 or newer):\n"
         "#   LightningInferenceModel.from_config(THIS_FILE, WEIGHTS)\n"
+        "# To test it with floodrepro from tars, or where the recipe maps labels (v1-binary), add --config RECIPE.\n"
         f"{recipes.to_yaml(portable(recipe))}"
     )

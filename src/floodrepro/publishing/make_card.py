@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro.errors import CheckpointError
+from floodrepro.evaluation import chip_table
 from floodrepro.publishing.bundle import read_weights, write_card
 from floodrepro.publishing.carbon import Factors
 from floodrepro.publishing.card import write
@@ -13,7 +14,7 @@ from floodrepro.publishing.card_metadata import Subject
 from floodrepro.publishing.consistency import refuse_contradictions
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, sha256_of
-from floodrepro.verification.results import load
+from floodrepro.verification.results import load, table_scores
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,17 @@ def records_of(run: RunFolder | None, checkpoint: Path, recipe: Recipe) -> Recor
         return Records(recipe)
     record, path = run.read_record(), run.results
     results = load(path) if path.exists() else None
-    refuse_contradictions(run.path, record, recipe, run.read_metrics(), results, sha256_of(checkpoint))
+    counted = _counted(run, results["run"].get("split") or "test") if results else None
+    refuse_contradictions(run.path, record, recipe, run.read_metrics(), results, sha256_of(checkpoint), counted)
     return Records(recipe, record, path if results else None, results)
+
+
+def _counted(run: RunFolder, split: str) -> dict[str, float] | None:
+    """What the run's own chip table of a split scores; None where there is none."""
+    path = run.evaluation / split / f"{run.best.stem}.parquet"
+    if not path.is_file():
+        return None
+    return {name: value for name, value in table_scores(chip_table.read(path)).items() if value is not None}
 
 
 def add_card(folder: Path, name: str, checkpoint: Path, records: Records, factors: Factors | None = None) -> Path:

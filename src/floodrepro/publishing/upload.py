@@ -143,6 +143,13 @@ def upload(plan: Plan) -> str:
         if plan.branch != constants.DEFAULT_REVISION:
             api.create_branch(plan.repo, branch=plan.branch, exist_ok=True)
         files = [CommitOperationAdd(item.path.name, item.path) for item in plan.items]
+        for item, file in zip(plan.items, files, strict=True):
+            if file.upload_info.sha256.hex() != item.sha256:
+                raise CheckpointError(
+                    f"{item.path.name} was changed since the plan was made: nothing was uploaded",
+                    where=plan.folder,
+                    fix="give the same command again",
+                )
         done = api.create_commit(plan.repo, files, commit_message=f"Add {name}", revision=plan.branch)
     return str(done.commit_url)
 

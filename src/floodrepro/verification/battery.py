@@ -49,7 +49,15 @@ def required_checks(asked: str | None, thresholds: Mapping[str, Any]) -> list[st
     return list(wanted)
 
 
-def gather(run: RunFolder, split: str, reference: Path | None, evidence_folder: Path, *, name: str = "") -> Evidence:
+def gather(
+    run: RunFolder,
+    split: str,
+    reference: Path | None,
+    evidence_folder: Path,
+    *,
+    name: str = "",
+    data_root: Path | None = None,
+) -> Evidence:
     """Read all that is known of a run.
 
     Args:
@@ -58,6 +66,7 @@ def gather(run: RunFolder, split: str, reference: Path | None, evidence_folder: 
         reference: Chip table to compare with.
         evidence_folder: Where measurements lie, `<name>.json`.
         name: What to call the reference; its file's name and run where empty.
+        data_root: Where the chips lie, if not where the recipe says: their audit is looked for there.
 
     Raises:
         UsageError: The run folder holds no recipe.
@@ -86,8 +95,8 @@ def gather(run: RunFolder, split: str, reference: Path | None, evidence_folder: 
         measured=_measured(evidence_folder, weights, missing),
         seeds=_seeds(run, split),
         benchmarks={file.stem: _json(file) for file in sorted((run.path / "benchmarks").glob("*.json"))},
-        card=_card(run),
-        audit=_audit(recipe),
+        card=_card(run, split),
+        audit=_audit(data_root or Path((recipe["data"].get("init_args") or {}).get("data_root") or "")),
         thresholds={k: v for k, v in load_thresholds().items() if isinstance(v, dict)},
         published=load_published(),
         missing=missing,
@@ -159,22 +168,22 @@ def _seeds(run: RunFolder, split: str) -> list[SeedRun]:
     return runs
 
 
-def _card(run: RunFolder) -> dict[str, float]:
-    """What the exported model card claims: `model-index` in its metadata, as the hub reads it."""
+def _card(run: RunFolder, split: str) -> dict[str, float]:
+    """What the exported model card claims of a split: `model-index` in its metadata, as the hub reads it."""
     path = run.export / "README.md"
     if not path.is_file():
         return {}
     try:
         _, metadata, _ = path.read_text(encoding="utf-8").split("---\n", 2)
         results = (yaml.safe_load(metadata).get("model-index") or [{}])[0].get("results") or []
-        return {m["name"].split(" ")[0]: float(m["value"]) for result in results for m in result["metrics"]}
+        here = [result for result in results if result["dataset"].get("split", split) == split]
+        return {m["name"].split(" ")[0]: float(m["value"]) for result in here for m in result["metrics"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise RunFolderError(f"the model card's metadata cannot be read: {error}", where=path) from error
 
 
-def _audit(recipe: recipes.Recipe) -> dict[str, Any] | None:
-    """The manifest of the data that the recipe names, where `data audit` left one."""
-    root = Path((recipe["data"].get("init_args") or {}).get("data_root") or "")
+def _audit(root: Path) -> dict[str, Any] | None:
+    """The manifest of the data, where `data audit` left one."""
     return next((_json(path) for path in _manifests(root) if path.is_file()), None)
 
 

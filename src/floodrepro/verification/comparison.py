@@ -9,8 +9,10 @@ import numpy.typing as npt
 
 from floodrepro.evaluation.chip_table import ChipTable, refuse_to_compare
 from floodrepro.evaluation.metrics import Counts, iou, mean_iou
-from floodrepro.evaluation.statistics import Equivalence, Statistic
+from floodrepro.evaluation.resampling import Statistic
+from floodrepro.evaluation.statistics import Equivalence
 from floodrepro.verification.check import Evidence, Status
+from floodrepro.verification.wording import digits_beside
 
 
 def flood_iou(counts: Counts) -> npt.NDArray[np.float64]:
@@ -47,9 +49,18 @@ def no_pair(evidence: Evidence) -> tuple[Status, str] | None:
         return "skip", evidence.missing.get("reference", "no reference was given")
     if reason := refuse_to_compare(evidence.table, evidence.reference):
         return "fail", f"wrong reference: {reason}"
-    ours, theirs = (table.metadata.get("checkpoint") or {} for table in (evidence.table, evidence.reference))
-    if ours.get("sha256") and ours.get("sha256") == theirs.get("sha256"):
-        return "skip", "the reference is this very checkpoint: a comparison with itself shows nothing"
+    if same := same_model(evidence.table, evidence.reference):
+        return "skip", f"the reference {same}: a comparison with itself shows nothing"
+    return None
+
+
+def same_model(table: ChipTable, other: ChipTable) -> str | None:
+    """Why the other table is of the same weights, under whatever name and hash, as a predicate; None if it is not."""
+    ours, theirs = ((one.metadata.get("checkpoint") or {}).get("sha256") for one in (table, other))
+    if ours and ours == theirs:
+        return "is this very checkpoint"
+    if np.array_equal(table.counts, other.counts) and np.array_equal(table.histogram, other.histogram):
+        return "predicts every chip alike, and as surely"
     return None
 
 
@@ -84,10 +95,4 @@ def in_words(result: Equivalence, behind: str) -> str:
 
 
 def _points(value: float, margin: float) -> str:
-    """One decimal, or as many as keep the text on the same side of the margin, and of zero, as the figure."""
-    for digits in range(1, 6):
-        text = f"{value:+z.{digits}f}"
-        size = abs(float(text))
-        if (size < margin) == (abs(value) < margin) and size != margin and (size == 0) == (value == 0):
-            break
-    return text
+    return f"{value:+z.{digits_beside(value, margin, 1)}f}"

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePath
@@ -26,16 +27,19 @@ _RECORD = (
     *("status", "reason", "recipe_sha256", "data_digest", "code", "environment", "seed", "epochs", "best_epoch"),
     *("best_val_loss", "started", "ended", "chips", "incidents", "rollback", "resumes", "numerics", "options"),
     *("energy", "progress", "step_seconds", "chips_per_second", "share_waiting_for_data", "memory_gib"),
-    "undetermined_operations",
+    *("undetermined_operations", "checkpoint_sha256", "processes", "batch_size", "data_warnings"),
 )
 _PARTS = {
     **{"made": str, "floodrepro": str, "run": dict, "verdict": dict, "summary": dict, "warnings": list},
     **{"scores": dict, "subsets": dict, "checks": list},
 }
+_PATH = re.compile(r"""(?<![\w./])/(?:[^\s'"/]+/)*([^\s'"/]+)""")
 _WORDS = {"passed": "pass", "failed": "fail", "skipped": "skip"}
 
 
-def summarise(evidence: Evidence, checks: Sequence[Check], required: Sequence[str], made: str) -> dict[str, Any]:
+def summarise(
+    evidence: Evidence, checks: Sequence[Check], required: Sequence[str], made: str, standard: Sequence[str] = ()
+) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
@@ -43,28 +47,33 @@ def summarise(evidence: Evidence, checks: Sequence[Check], required: Sequence[st
         checks: Their answers, in the order of the report.
         required: Ids of the checks without which there is no verdict; one that was not made counts as not passed.
         made: The time, ISO 8601.
+        standard: Ids without which nothing is claimed or published, whatever was asked for.
     """
+    needed = list(dict.fromkeys([*standard, *required]))
     statuses = {check.id: check.status for check in checks}
     counted = {word: sum(check.status == status for check in checks) for word, status in _WORDS.items()}
     broken = [id_ for id_ in required if statuses.get(id_) != "pass"]
+    short = [id_ for id_ in needed if statuses.get(id_) != "pass"]
     results: dict[str, Any] = _plain(
         {
             **{"schema": SCHEMA, "made": made, "floodrepro": floodrepro.__version__},
             "run": _run(evidence),
             "reference": _reference(evidence),
-            "verdict": verdict(evidence, checks, broken),
+            "verdict": verdict(evidence, checks, short),
             "summary": {
                 **counted,
                 "text": _text(counted),
                 "required": required,
                 "required_not_passed": broken,
+                "needed": needed,
+                "needed_not_passed": short,
                 "ok": not broken,
                 "partial": counted["skipped"] > 0 or any(id_ not in statuses for id_ in required),
             },
             "warnings": warnings(evidence),
             "scores": _score_table(evidence),
             "subsets": {
-                name: {"n_chips": len(table), "n_events": len(set(table.events.tolist()))} | _scores(table)
+                name: {"n_chips": len(table), "n_events": len(set(table.events.tolist()))} | table_scores(table)
                 for name, table in evidence.subsets.items()
             },
             "checks": [asdict(check) | {"number": number} for number, check in enumerate(checks, start=1)],
@@ -123,6 +132,7 @@ def _run(evidence: Evidence) -> dict[str, Any]:
     return {
         "name": evidence.run.path.name,
         "protocol": metadata.get("protocol"),
+        "split": metadata.get("split"),
         "checkpoint": metadata.get("checkpoint"),
         "seeds": [{"seed": run.seed, "status": run.status, "run": run.run} for run in evidence.seeds],
         **{key: _without_paths(evidence.record[key]) for key in _RECORD if key in evidence.record},
@@ -130,12 +140,17 @@ def _run(evidence: Evidence) -> dict[str, Any]:
 
 
 def _without_paths(entry: Any) -> Any:
-    """A record's entry with files by their names alone: results are published, and where they lay is nobody's."""
+    """A record's entry with files by their names alone: results are published, and where they lay is nobody's.
+
+    In sentences as well, such as that of a resume: "'/home/a/data' became '/mnt/b'".
+    """
     if isinstance(entry, Mapping):
         return {key: _without_paths(value) for key, value in entry.items()}
     if isinstance(entry, list):
         return [_without_paths(value) for value in entry]
-    return PurePath(entry).name if isinstance(entry, str) and entry.startswith("/") else entry
+    if not isinstance(entry, str):
+        return entry
+    return PurePath(entry).name if entry.startswith("/") else _PATH.sub(r"\1", entry)
 
 
 def _reference(evidence: Evidence) -> dict[str, Any] | None:
@@ -145,7 +160,7 @@ def _reference(evidence: Evidence) -> dict[str, Any] | None:
     return {"name": evidence.reference_name, **{key: evidence.reference.metadata.get(key) for key in keys}}
 
 
-def _scores(table: ChipTable) -> dict[str, float | None]:
+def table_scores(table: ChipTable) -> dict[str, float | None]:
     """TerraTorch's scores of the pooled counts and each class's recall; None where no pixel was counted."""
     counts = table.counts.sum(axis=0)
     recall = per_class(counts)["recall"]
@@ -159,10 +174,10 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     if table is None:
         return {"rows": [], "columns": []}
     columns = [_column("ours", evidence.run.path.name, table)]
-    figures: dict[str, Mapping[str, Any]] = {"ours": _scores(table)}
+    figures: dict[str, Mapping[str, Any]] = {"ours": table_scores(table)}
     if evidence.reference is not None:
         columns.append(_column("reference", evidence.reference_name, evidence.reference))
-        figures["reference"] = _scores(evidence.reference)
+        figures["reference"] = table_scores(evidence.reference)
     for stem, entry in evidence.published.items():
         if entry.get("figures") and entry.get("protocol") == table.metadata.get("protocol"):
             chips = entry.get("chips")
@@ -226,10 +241,15 @@ def _contradiction(results: Mapping[str, Any]) -> str | None:
     counted = {word: sum(check["status"] == status for check in checks) for word, status in _WORDS.items()}
     passed = {check["id"] for check in checks if check["status"] == "pass"}
     broken = [id_ for id_ in summary.get("required", []) if id_ not in passed]
+    short = [id_ for id_ in summary.get("needed", []) if id_ not in passed]
     if counted != {word: summary.get(word) for word in _WORDS} or summary.get("text") != _text(counted):
         return f"the checks say {_text(counted)}, the summary says {summary.get('text')}"
     if summary.get("required_not_passed") != broken or summary.get("ok") is not (not broken):
         return "the summary names other required checks that did not pass than the checks do"
+    if summary.get("needed_not_passed", []) != short:
+        return "the summary names other checks that a claim needs and lacks than the checks do"
+    if results["verdict"].get("equivalent") and (short or "parity" not in passed):
+        return "the verdict claims equivalence, and a check that it needs did not pass"
     return None
 
 

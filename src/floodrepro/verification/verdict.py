@@ -4,8 +4,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.recipe import beside_shipped
 from floodrepro.verification.check import Check, Evidence, Value
+from floodrepro.verification.comparison import same_model
 
+_SHOWN = 4
 _WORDS = {"pass": "passed", "fail": "failed", "skip": "skipped"}
 
 
@@ -48,6 +51,14 @@ def warnings(evidence: Evidence) -> list[str]:
         found.append("There is no run.json: how this checkpoint was made is not known.")
     elif record.get("status") != "finished":
         found.append(f"The run is not finished: its status is {record.get('status')}.")
+    if (split := _split(evidence)) in ("train", "val"):
+        found.append(f"The scores are of the split {split}, which training saw: they are those of no test.")
+    found += [_sentence(str(text)) for text in record.get("data_warnings") or []]
+    found += _other_batch(evidence)
+    name, changed = beside_shipped(evidence.recipe)
+    if changed:
+        more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        found.append(f"The recipe is none that is shipped: {name} has another {_list(changed[:_SHOWN])}{more}.")
     for incident in record.get("incidents") or []:
         found.append(
             f"The guard found an incident ({incident.get('kind')}) at step {incident.get('step')}, epoch "
@@ -72,8 +83,12 @@ def warnings(evidence: Evidence) -> list[str]:
         found.append(f"Of {len(evidence.seeds)} declared runs, these seeds are not finished: {_list(unfinished)}.")
     if untested := [str(run.seed) for run in evidence.seeds if run.status == "finished" and run.table is None]:
         found.append(f"Of {len(evidence.seeds)} declared runs, these seeds were not tested: {_list(untested)}.")
-    if (same := _sha(evidence.reference)) is not None and same == _sha(evidence.table):
-        found.append("The reference is this very checkpoint: a comparison with itself shows nothing.")
+    if evidence.reference is not None and evidence.table is not None:
+        known = {entry.get("sha256") for entry in evidence.published.values()}
+        if same_model(evidence.table, evidence.reference):
+            found.append("The reference is this very model: a comparison with itself shows nothing.")
+        elif _sha(evidence.reference) not in known:
+            found.append(f"{evidence.reference_name or 'The reference'} is no published checkpoint that is known here.")
     published = _published_chips(evidence)
     if evidence.table is not None and published is not None and len(evidence.table) != published:
         found.append(
@@ -101,6 +116,18 @@ def _not_shown(evidence: Evidence, checks: Sequence[Check], required_not_passed:
     return found
 
 
+def _other_batch(evidence: Evidence) -> list[str]:
+    """Several processes take the recipe's batch each: another experiment under the same recipe."""
+    processes, batch = evidence.record.get("processes"), evidence.record.get("batch_size")
+    if not processes or processes == 1 or not batch:
+        return []
+    return [f"{processes} processes trained with {batch} chips each: a step saw {processes * batch}, not the recipe's."]
+
+
+def _split(evidence: Evidence) -> str | None:
+    return evidence.table.metadata.get("split") if evidence.table else None
+
+
 def _published_chips(evidence: Evidence) -> int | None:
     """Chips of this split in the published data set of this protocol; None where that is not known."""
     dataset, metadata = evidence.published.get("dataset", {}), evidence.table.metadata if evidence.table else {}
@@ -125,6 +152,10 @@ def _list(items: Iterable[str]) -> str:
 def _bare(sentence: str) -> str:
     """A sentence without its full stop, to go on after it."""
     return sentence.strip().rstrip(".") or "no reason was given"
+
+
+def _sentence(text: str) -> str:
+    return f"{_bare(text)[:1].upper()}{_bare(text)[1:]}."
 
 
 def _sha(table: ChipTable | None) -> str | None:

@@ -1,6 +1,7 @@
 """How the figures of results.json are written in a report: one place for both of its forms."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,33 @@ def interval(value: Mapping[str, Any]) -> str:
     """The interval of a check's value, with level and method."""
     if value["low"] is None and value["high"] is None:
         return NOTHING
-    ends = " to ".join(figure(value[end], value["unit"]).removesuffix(f" {value['unit']}") for end in ("low", "high"))
+    ends = " to ".join(_end(value[end], value) for end in ("low", "high"))
     level = f"{100 * value['level']:g} %" if value["level"] is not None else ""
     detail = ", ".join(part for part in (level, value["method"]) if part)
     return f"{ends} ({detail})" if detail else ends
+
+
+def _end(end: float | None, value: Mapping[str, Any]) -> str:
+    """One end of an interval, without its unit, on its side of the margin that the check asks for."""
+    margin = re.search(r"±([\d.]+)", value["threshold"])
+    if end is not None and margin and value["unit"] == "pp":
+        return f"{end:.{digits_beside(end, float(margin[1]), 2)}f}"
+    return figure(end, value["unit"]).removesuffix(f" {value['unit']}")
+
+
+def digits_beside(value: float, margin: float, least: int) -> int:
+    """Digits after the point that keep the text on the same side of ±margin, and of zero, as the figure.
+
+    Args:
+        value: The figure.
+        margin: In its unit.
+        least: Digits that there are in any case; more than 5 there never are.
+    """
+    for digits in range(least, 5):
+        size = abs(float(f"{value:.{digits}f}"))
+        if (size < margin) == (abs(value) < margin) and size != margin and (size == 0) == (value == 0):
+            return digits
+    return 5
 
 
 def behind(value: Mapping[str, Any]) -> str:
@@ -72,11 +96,12 @@ def key_figure(check: Mapping[str, Any]) -> str:
 def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a run was, label and text, as far as its record has it."""
     environment = run.get("environment") or {}
-    code, progress = run.get("code") or {}, run.get("progress") or {}
+    code, progress = environment.get("code") or {}, run.get("progress") or {}
     torch, numerics = environment.get("torch") or {}, environment.get("numerics") or {}
     accelerator, cpu = environment.get("accelerator") or {}, environment.get("cpu") or {}
     dirty = {True: "with changes", False: "clean", None: "cleanness not known"}[code.get("dirty")]
-    device = accelerator.get("name") or cpu.get("model")
+    trained_there = on_gpu(run)
+    device = accelerator.get("name") if trained_there else cpu.get("model")
     facts = [
         ("status", _joined(run.get("status"), run.get("reason"))),
         ("checkpoint", _pairs(run.get("checkpoint"))),
@@ -92,10 +117,10 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("optimizer steps", _left_out(progress)),
         ("started", run.get("started")),
         ("ended", run.get("ended")),
-        ("device", _joined(device, _times(accelerator.get("count"), device))),
+        ("device", _joined(device, _times(accelerator.get("count"), trained_there))),
         ("precision", numerics.get("precision")),
         ("commit", f"{code['commit']} ({dirty})" if code.get("commit") else None),
-        ("source sha256", code.get("source_sha256")),
+        ("source sha256", (run.get("code") or {}).get("source_sha256")),
         ("torch", _joined(torch.get("version"), torch.get("build"), torch.get("rocm"))),
         ("packages", _pairs(environment.get("packages"))),
         ("seconds a step", _spread(run.get("step_seconds"))),
@@ -106,6 +131,11 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(label, number(text)) for label, text in facts if text not in (None, "")]
 
 
+def on_gpu(record: Mapping[str, Any]) -> bool:
+    """Whether a GPU trained. That there is one, or that torch is built for one, does not say so; its memory does."""
+    return "allocated" in ((record.get("memory_gib") or {}).get("after_warm_up") or {})
+
+
 def _joined(*parts: Any) -> str:
     return ", ".join(str(part) for part in parts if part)
 
@@ -114,8 +144,8 @@ def _pairs(mapping: Mapping[str, Any] | None) -> str:
     return ", ".join(f"{key} {number(value)}" for key, value in (mapping or {}).items())
 
 
-def _times(count: Any, device: Any) -> str:
-    return f"{count} in the machine" if device and count else ""
+def _times(count: Any, trained_there: bool) -> str:
+    return f"{count} in the machine" if trained_there and count else ""
 
 
 def _left_out(progress: Mapping[str, Any]) -> str:

@@ -14,9 +14,10 @@ from floodrepro.verification.judging import judge
 ID = "data"
 _TITLE = "Data"
 _CLAIM = (
-    "The checkpoint was trained and tested on one state of the data, the data's audit found no error, and the "
-    "reference saw the same data as far as that is known."
+    "The checkpoint was trained and tested on one state of the data, {}and the reference saw the same data as far as "
+    "that is known."
 )
+_AUDITED = "the data's audit found no error, "
 _AUDIT_SCHEMA = 1  # of data-manifest.json, as `floodrepro.data.audit` writes it
 _SEEN = "test_seen_events"  # the fit's digest takes this list in wherever it is there, named by the recipe or not
 _SHOWN = 20
@@ -50,7 +51,8 @@ def check(evidence: Evidence) -> Check:
     status, reason = judge(values, skip)
     tables = [Table("Findings of the audit", ["severity", "check", "what"], findings)] if findings else []
     files = [*(["run.json"] if record else []), *([table_file(table)] if table else [])]
-    return Check(ID, _TITLE, _CLAIM, status, reason, values, tables, notes=notes, evidence=files)
+    claim = _CLAIM.format(_AUDITED if judged else "")  # without an audit it says nothing of one
+    return Check(ID, _TITLE, claim, status, reason, values, tables, notes=notes, evidence=files)
 
 
 def _audit(evidence: Evidence, digest: str | None, notes: list[str]) -> tuple[list[list[Cell]], list[Value]]:

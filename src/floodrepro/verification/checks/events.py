@@ -7,14 +7,13 @@ import numpy.typing as npt
 
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import Counts
-from floodrepro.evaluation.statistics import event_jackknife, pool_by_event
+from floodrepro.evaluation.resampling import event_jackknife, pool_by_event
 from floodrepro.verification.check import Cell, Check, Evidence, Plot, Table, Value
 from floodrepro.verification.comparison import flood_iou, has_flood, no_table, table_file
 
 ID = "events"
 _CLAIM = "Flood is found in practically every event that has some, so that the pooled figure stands for all of them."
 _answer = partial(Check, ID, "Event by event", _CLAIM)
-_WORST = 10
 _DRAWN = 60  # rows of a forest plot that can still be read
 _COLUMNS = ("event", "chips", "flood pixels", "share of all flood pixels in %", "flood IoU")
 
@@ -56,7 +55,6 @@ def check(evidence: Evidence) -> Check:
             ),
         ],
         tables=[
-            Table("Worst events", _COLUMNS, rows[:_WORST]),
             Table("All events with flood, from the worst up", _COLUMNS, rows),
             *dry,
         ],

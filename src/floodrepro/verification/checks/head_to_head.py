@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from floodrepro.evaluation.chip_table import ChipTable
-from floodrepro.evaluation.statistics import pool_by_event, sign_flip_test
+from floodrepro.evaluation.resampling import pool_by_event
+from floodrepro.evaluation.statistics import sign_flip_test
 from floodrepro.verification.check import Check, Evidence, Plot, Table, Value
 from floodrepro.verification.comparison import flood_iou, has_flood, no_pair, table_file
 
@@ -23,8 +24,9 @@ def check(evidence: Evidence) -> Check:
     """Wins, ties and losses by chip, the largest regressions, and a sign-flip test over events with flood.
 
     Where flood IoU is undefined in one of the two, the chip is dry and that one left it dry: it wins, for the other one
-    raised a false alarm. Where it is undefined in both they agree on a dry chip, which is left out and counted. Two
-    false alarms on a dry chip are a tie at 0. Regressions are ranked where both are defined.
+    raised a false alarm. Where it is undefined in both they agree on a dry chip, which is left out and counted, as
+    is a chip without a counted pixel. Two false alarms on a dry chip are a tie at 0. Regressions are ranked where both
+    are defined.
     """
     if refusal := no_pair(evidence):
         return _answer(*refusal)
@@ -41,7 +43,7 @@ def check(evidence: Evidence) -> Check:
         plots=[_scatter(ours, theirs)],
         evidence=[table_file(table)],
     )
-    values = _chips(ours, theirs)
+    values = _chips(ours, theirs, table.counts.sum(axis=(1, 2)) > 0)
     if len(differences) < 2:
         reason = f"flood in {len(differences)} of the events: signs can be flipped from two on"
         return answer("skip", reason, values=values)
@@ -52,9 +54,11 @@ def check(evidence: Evidence) -> Check:
             "mean difference of flood IoU over events", 100 * mean, "pp", n_chips=len(table), n_events=len(differences)
         )
     )
-    least = 2.0 ** (1 - len(differences))
+    moving = int(np.count_nonzero(differences))  # a difference of 0 has no sign to flip
+    least = min(1.0, 2.0 ** (1 - moving))
     if least >= alpha:
-        reason = f"{len(differences)} events with flood: the test's smallest p is {least:.3g}, it could not fail"
+        of = f"{moving} of {len(differences)} events with flood differ"
+        reason = f"{of}: the test's smallest p is {least:.3g}, it could not fail"
         return answer("skip", reason, values=[*values, _p(p_value, len(differences), "", None)])
     asked = f"not below {alpha:g} where the mean difference is negative"
     return answer(
@@ -73,7 +77,7 @@ def _p(p_value: float, events: int, threshold: str, ok: bool | None) -> Value:
     return Value("p of the mean difference", p_value, method=method, n_events=events, threshold=threshold, ok=ok)
 
 
-def _chips(ours: Floats, theirs: Floats) -> list[Value]:
+def _chips(ours: Floats, theirs: Floats, counted: npt.NDArray[np.bool_]) -> list[Value]:
     dry, false_alarm = np.isnan(ours) & ~np.isnan(theirs), ~np.isnan(ours) & np.isnan(theirs)
     counts = {
         "chips won": (ours > theirs) | dry,
@@ -81,7 +85,8 @@ def _chips(ours: Floats, theirs: Floats) -> list[Value]:
         "chips lost": (ours < theirs) | false_alarm,
         "of the chips won, dry ones left dry by this run alone": dry,
         "of the chips lost, dry ones left dry by the reference alone": false_alarm,
-        "chips left out: dry, and left dry by both": np.isnan(ours) & np.isnan(theirs),
+        "chips left out: dry, and left dry by both": np.isnan(ours) & np.isnan(theirs) & counted,
+        "chips left out: all pixels ignored": ~counted,
     }
     return [Value(name, int(which.sum()), n_chips=len(ours)) for name, which in counts.items()]
 

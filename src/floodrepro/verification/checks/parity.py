@@ -6,15 +6,14 @@ import numpy as np
 
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import Counts
-from floodrepro.evaluation.statistics import (
-    Equivalence,
+from floodrepro.evaluation.resampling import (
     Interval,
     Statistic,
-    equivalence_over_events,
     event_bootstrap,
     leave_one_event_out,
     pool_by_event,
 )
+from floodrepro.evaluation.statistics import Equivalence, equivalence_over_events
 from floodrepro.verification.check import Check, Evidence, Value
 from floodrepro.verification.comparison import ENDPOINTS, has_flood, in_words, no_pair, table_file
 
@@ -38,6 +37,8 @@ def check(evidence: Evidence) -> Check:
         return _answer("skip", f"one event only ({names[0]}): no interval over events can be made")
     if int(has_flood(ours).sum()) < 2:
         return _answer("skip", f"flood in {int(has_flood(ours).sum())} of {len(names)} events: two at least are needed")
+    if not (ours[..., -1].any() or theirs[..., -1].any()):
+        return _answer("fail", "neither the run nor the reference ever predicts flood: that they agree shows nothing")
     margin, alpha = asked["margin_pp"] / 100, (1 - asked["level"]) / 2
     try:
         results = {

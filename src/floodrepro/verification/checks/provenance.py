@@ -7,7 +7,7 @@ from typing import Any
 from floodrepro import recipe as recipes
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.verification.check import Check, Evidence, Table, Value
-from floodrepro.verification.comparison import table_file
+from floodrepro.verification.comparison import same_model, table_file
 from floodrepro.verification.judging import judge
 
 ID = "provenance"
@@ -20,6 +20,7 @@ _HEX = {40: re.compile(r"[0-9a-f]{40}"), 64: re.compile(r"[0-9a-f]{64}")}
 _HARMLESS = re.compile(
     r"trainer\..*|data\.init_args\.((\w+_)?data_root|\w+_split(\.\w+)?|num_workers|prefetch_factor|batch_size)"
 )
+_ASKED = "the same, but for paths, loaders and the trainer"
 _REPORTED = ("finished", "failed")
 
 
@@ -115,27 +116,47 @@ def _table(evidence: Evidence, table: ChipTable, notes: list[str]) -> list[Value
             values.append(
                 _equal(f"weights of subset {name} and of the table", _weights(subset), weights, "the same sha256")
             )
-    if evidence.reference is not None:
-        theirs = _weights(evidence.reference)
-        values.append(_hash("sha256 of the reference's weights", theirs))
-        if theirs == weights:
-            same = "the run's own weights"
-            values.append(Value("reference", same, threshold="another checkpoint than the run's own", ok=False))
+    return values if evidence.reference is None else [*values, *_reference(evidence, table, evidence.reference, notes)]
+
+
+def _tested_recipe(table: ChipTable, recorded: Any, notes: list[str], whose: str = "run") -> Value:
+    """The run's own recipe, but for where the data lies and how it is run: another machine has other paths."""
+    tested, changes = table.metadata.get("recipe_sha256"), table.metadata.get("recipe_changes")
+    name = "recipe of the table and of the run" if whose == "run" else f"recipe of the {whose}'s table and of its run"
+    if tested == recorded or not changes:
+        return _equal(name, tested, recorded, _ASKED)
+    precision = table.metadata.get("precision")
+    notes.append(f"The {whose} was tested with another {', '.join(changes)} than its recipe has, at {precision}.")
+    other = [key for key in changes if not _HARMLESS.fullmatch(key)]
+    shown = f"another {', '.join(other)}" if other else "the same, but for what the notes say"
+    return Value(name, shown, threshold=_ASKED, ok=not other)
+
+
+def _reference(evidence: Evidence, table: ChipTable, reference: ChipTable, notes: list[str]) -> list[Value]:
+    """Whether the reference is another model than the run, tested as it was trained, or on what the run sees."""
+    weights, recorded = _weights(reference), evidence.reference_record.get("recipe_sha256")
+    values = [_hash("sha256 of the reference's weights", weights)]
+    if same := same_model(table, reference):
+        values.append(Value("reference", f"it {same}", threshold="another model than the run's own", ok=False))
+    if recorded or reference.metadata.get("recipe_changes"):
+        values.append(_tested_recipe(reference, recorded, notes, "reference"))
+    else:
+        values.append(_tested_inputs(table, reference, notes))
+    known = {entry["sha256"] for entry in evidence.published.values() if "sha256" in entry}
+    if known and weights not in known:
+        notes.append("The reference is no published checkpoint that is known here.")
     return values
 
 
-def _tested_recipe(table: ChipTable, recorded: Any, notes: list[str]) -> Value:
-    """The run's own recipe, but for where the data lies and how it is run: another machine has other paths."""
-    tested, changes = table.metadata.get("recipe_sha256"), table.metadata.get("recipe_changes")
-    asked = "the same, but for paths, loaders and the trainer"
-    if tested == recorded or not changes:
-        return _equal("recipe of the table and of the run", tested, recorded, asked)
-    notes.append(
-        f"Tested with another {', '.join(changes)} than the run's recipe has, at {table.metadata.get('precision')}."
-    )
-    other = [key for key in changes if not _HARMLESS.fullmatch(key)]
-    shown = f"another {', '.join(other)}" if other else "the same, but for what the notes say"
-    return Value("recipe of the table and of the run", shown, threshold=asked, ok=not other)
+def _tested_inputs(table: ChipTable, reference: ChipTable, notes: list[str]) -> Value:
+    """Of a checkpoint without a run folder nobody knows the recipe: it was to see of a chip what the run sees."""
+    name = "what run and reference saw of a chip"
+    ours, theirs = (one.metadata.get("inputs") for one in (table, reference))
+    if not (ours and theirs):
+        notes.append("With what statistics, bands and timesteps the reference was tested is unknown: it has no record.")
+        return Value(name, "unknown")
+    other = list(recipes.differences(ours, theirs))
+    return Value(name, f"another {', '.join(other)}" if other else "the same", threshold="the same", ok=not other)
 
 
 def _weights(table: ChipTable) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from floodrepro.verification.check import Check, Evidence, Table, Value
 from floodrepro.verification.comparison import table_file
 from floodrepro.verification.judging import judge
+from floodrepro.verification.wording import on_gpu
 
 ID = "throughput"
 _TITLE = "Throughput and memory"
@@ -30,7 +31,7 @@ def check(evidence: Evidence) -> Check:
     if (steps := record.get("step_seconds")) is None:
         skip = "no step of training was timed" if record else evidence.missing.get("record", "there is no run.json")
     else:
-        timed = steps["n"] * (_WINDOW if _on_gpu(record) else 1)
+        timed = steps["n"] * (_WINDOW if on_gpu(record) else 1)
         skip = f"{timed} steps of training were timed, asked are {least} or more" if timed < least else ""
         values += _device(record, notes)
         values.append(Value("timed steps after the warm-up", timed, threshold=f"at least {least}"))
@@ -54,20 +55,15 @@ def _memory(record: Figures) -> Figures:
     return peaks
 
 
-def _on_gpu(record: Figures) -> bool:
-    """Whether a GPU trained. That there is one, or that torch is built for one, does not say so; its memory does."""
-    return "allocated" in _memory(record)
-
-
 def _device(record: Figures, notes: list[str]) -> list[Value]:
     environment = record.get("environment") or {}
     gpu, torch = environment.get("accelerator") or {}, environment.get("torch") or {}
-    name = gpu.get("name") if _on_gpu(record) else (environment.get("cpu") or {}).get("model")
+    name = gpu.get("name") if on_gpu(record) else (environment.get("cpu") or {}).get("model")
     build = " ".join(str(part) for part in (torch.get("build"), torch.get("build_version")) if part)
     detail = f"torch {torch.get('version', 'of unknown version')}, a {build or 'unknown'} build"
     named = Value("device of training", name, method=detail, threshold="named in run.json", ok=None if name else False)
     values = [named]
-    if not _on_gpu(record) and gpu.get("name"):
+    if not on_gpu(record) and gpu.get("name"):
         notes.append(f"A {gpu['name']} was there, but training was not on it: run.json has no memory of it.")
     for kind, peak in _memory(record).items():
         most = gpu.get("memory_gib") if kind != "process" else None  # the process's is the host's memory
@@ -109,7 +105,7 @@ def _processes(evidence: Evidence) -> int:
         count = int(devices)
     else:  # auto: every GPU, or one process on a CPU
         count = (evidence.record.get("environment") or {}).get("accelerator", {}).get("count", 1)
-        count = count if _on_gpu(evidence.record) else 1
+        count = count if on_gpu(evidence.record) else 1
     return max(count, 1) * int(trainer.get("num_nodes") or 1)
 
 
@@ -125,11 +121,21 @@ def _hours(record: Figures, notes: list[str]) -> list[Value]:
         return []
     wall = (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
     training, validating = (epochs * chips.get(split, 0) / rate["median"] for split in ("train", "val"))
-    least = training / _FACTOR
+    least = training / _FACTOR - 1  # times are recorded to the second
     most = _FACTOR * (training + validating) + record.get("seconds_writing_states", 0.0) + _START_UP
-    asked = f"{least / 3600:.2g} to {most / 3600:.2g} h, from {epochs} epochs at {rate['median']:g} chips/s"
-    ok = least <= wall + 1 and wall <= most  # times are recorded to the second
-    return [Value("from start to end", wall / 3600, "h", threshold=asked, ok=ok)]
+    ok = least <= wall <= most
+    shown = _in_hours(max(least, 0.0), wall, most)
+    asked = f"{shown[0]} to {shown[2]} h, from {epochs} epochs at {rate['median']:g} chips/s"
+    return [Value("from start to end", float(shown[1]), "h", threshold=asked, ok=ok)]
+
+
+def _in_hours(*seconds: float) -> list[str]:
+    """Hours to one digit after the point, or to as many more as tell those apart that are not the same."""
+    for digits in range(1, 5):
+        shown = [f"{one / 3600:.{digits}f}" for one in seconds]
+        if len(set(shown)) == len(set(seconds)):
+            break
+    return shown
 
 
 def _test(evidence: Evidence, least: int, notes: list[str]) -> list[Value]:

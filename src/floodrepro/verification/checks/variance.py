@@ -1,19 +1,22 @@
 """Several trainings that were declared together: all of them, their spread, and their mean against the reference."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
+from floodrepro import recipe as recipes
 from floodrepro.evaluation.chip_table import refuse_to_compare
 from floodrepro.evaluation.statistics import Equivalence, equivalence_over_seeds
 from floodrepro.verification.check import Check, Evidence, SeedRun, Table, Value
-from floodrepro.verification.comparison import ENDPOINTS, finite, in_words
+from floodrepro.verification.comparison import ENDPOINTS, finite, in_words, same_model
 
 ID = "variance"
 _CLAIM = (
-    "Every declared run is reported, and the runs' mean is equivalent to the reference's figure where there is one."
+    "Every declared run is reported and is one of its own, and the runs' mean is equivalent to the reference's figure "
+    "where there is one."
 )
 _answer = partial(Check, ID, "Variance over seeds", _CLAIM)
 
@@ -32,6 +35,8 @@ def check(evidence: Evidence) -> Check:
         return answer("fail", other)
     if not all(math.isfinite(figure) for name in figures for figure in figures[name]):
         return answer("skip", "flood IoU or mIoU is undefined in a run")
+    if problems := [*_copies(evidence), *_undeclared(evidence)]:
+        return answer("fail", "; ".join(problems))
     spread = [value for name in figures for value in _spread(name, figures[name])]
     if len(runs) < asked["min_seeds"]:
         return answer("skip", f"{len(runs)} runs: at least {asked['min_seeds']} are needed", values=spread)
@@ -65,6 +70,36 @@ def _other_chips(evidence: Evidence) -> str | None:
     if evidence.reference is not None and (reason := refuse_to_compare(first.table, evidence.reference)):
         return f"wrong reference: {reason}"
     return None
+
+
+def _copies(evidence: Evidence) -> list[str]:
+    """Which of the runs and the reference are one model under two names: copies have no spread."""
+    tables = [(run.run, run.table) for run in evidence.seeds if run.table is not None]
+    if evidence.reference is not None:
+        tables.append(("the reference", evidence.reference))
+    return [
+        f"{other} is a copy of {one}: it {same}"
+        for (one, table), (other, another) in itertools.combinations(tables, 2)
+        if (same := same_model(table, another))
+    ]
+
+
+def _undeclared(evidence: Evidence) -> list[str]:
+    """Runs of another seed or recipe than was declared, as far as the records tell.
+
+    All declared runs have this run's recipe, but for the seed. A table that was made with other overrides does not
+    name the recipe of its run.
+    """
+    found = []
+    for run in evidence.seeds:
+        seed = evidence.record.get("seed", run.seed) if run.run == evidence.run.path.name else run.seed
+        if seed != run.seed:
+            found.append(f"{run.run} was trained with seed {seed}, declared was {run.seed}")
+        metadata = run.table.metadata if run.table is not None else {}
+        expected = recipes.fingerprint({**evidence.recipe, "seed_everything": run.seed})
+        if not metadata.get("recipe_changes") and metadata.get("recipe_sha256", expected) != expected:
+            found.append(f"{run.run} has not this run's recipe with the declared seed, {run.seed}")
+    return found
 
 
 def _listed(runs: Sequence[SeedRun], figures: dict[str, list[float]]) -> Table:
