@@ -88,7 +88,8 @@ def warnings(evidence: Evidence) -> list[str]:
         if same_model(evidence.table, evidence.reference):
             found.append("The reference is this very model: a comparison with itself shows nothing.")
         elif _sha(evidence.reference) not in known:
-            found.append(f"{evidence.reference_name or 'The reference'} is no published checkpoint that is known here.")
+            name = evidence.reference_name or "the reference"
+            found.append(_sentence(f"{name} is no published checkpoint that is known here"))
     published = _published_chips(evidence)
     if evidence.table is not None and published is not None and len(evidence.table) != published:
         found.append(
