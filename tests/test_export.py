@@ -206,7 +206,7 @@ def test_card_is_written_for_what_the_pair_holds_not_for_what_its_header_says(cl
 
 def test_export_of_the_same_weights_has_the_same_sha256(cli, made, tmp_path: Path):
     files = []
-    for number in range(6):  # the order of a header's entries was another in nearly every file
+    for number in range(3):  # the order of a header's entries was another in nearly every file
         assert cli("export", "--run", made.path, "--output", tmp_path / str(number), "--no-card").code == 0
         files += (tmp_path / str(number)).glob("*.safetensors")
     assert len({file.read_bytes() for file in files}) == 1
