@@ -156,7 +156,8 @@ def _fit(args: argparse.Namespace, cli: "RecipeCLI", path: Path, report: "Callab
 
 
 def _text(result: "FitResult") -> str:
-    text = f"run         {result.run.path}\ncheckpoint  {result.run.best}"
+    text = f"run         {result.run.path}"
     if result.best_epoch is not None:
-        text += f"\nbest epoch  {result.best_epoch + 1} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
+        text += f"\ncheckpoint  {result.run.best}\n"
+        text += f"best epoch  {result.best_epoch + 1} of {result.epochs}, val/loss {result.best_val_loss:.4f}"
     return text

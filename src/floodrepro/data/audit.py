@@ -52,7 +52,7 @@ SCHEMA = 1
 MANIFEST = "data-manifest.json"
 PARTIAL = ".floodrepro-audit.partial.jsonl"
 UNLISTED = "unlisted"
-MOST_JOBS = 32  # of a machine with 384 cores: more readers only queue at the disk, and each takes memory
+MOST_JOBS = 32  # each has the index of all chips: 0.2 GB at the size of the published data
 
 
 def audit(

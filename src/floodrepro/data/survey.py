@@ -130,7 +130,7 @@ def make_survey(root: Path, protocol: str, split_files: Mapping[str, Path] | Non
             findings.append(Finding("error", "missing-part", f"it has no {', '.join(missing)}", chip))
     findings += [Finding("error", "duplicate-part", line) for line in source.duplicates()]
     expected = {split: count for split, count in expected_chips(protocol).items() if split in splits}
-    # Counts alone tell the published lists: their content is documented nowhere, and no other data has these counts.
+    # The counts have to tell the published lists: no digest of them is published.
     published = all(len(splits[split]) == count for split, count in expected.items())
     findings += _overlaps(splits, published=published)
     if unlisted := sorted(sizes.keys() - set(survey.listed)):

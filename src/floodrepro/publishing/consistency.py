@@ -137,10 +137,13 @@ def of_results(
     rows = results["scores"]["rows"]
     if rows and counted is None:
         problems.append("results.json has scores, and the chip table that they were counted in is not there")
-    for row in rows if counted else ():
-        ours, table = row.get("ours"), (counted or {}).get(row["metric"], math.nan)
-        if ours is not None and not _close(ours, table):
-            problems.append(f"{row['metric']} is {ours:.6g} in results.json, and {table:.6g} in the chip table")
+    elif counted is not None:
+        ours = {row["metric"]: row["ours"] for row in rows if row.get("ours") is not None}
+        problems += [
+            f"{name} is {score:.6g} in results.json, and {counted.get(name, math.nan):.6g} in the chip table"
+            for name, score in ours.items()
+            if not _close(score, counted.get(name, math.nan))
+        ]
     return problems + _of_scores(results)
 
 

@@ -290,8 +290,10 @@ def _train(
             f"{trainer.world_size} processes with {batch} chips each: a step sees {batch * trainer.world_size}"
         )
     if lead:
-        run.update_record(processes=trainer.world_size, batch_size=batch)
-        run.update_record(environment=environment(str(trainer.precision)), seed=cli.config.seed_everything)
+        surroundings = environment(str(trainer.precision))
+        run.update_record(
+            processes=trainer.world_size, batch_size=batch, environment=surroundings, seed=cli.config.seed_everything
+        )
         if state is None:
             record_starting_point(cli.model, run.starting_point)
     guard = Guard() if options.guard else None

@@ -156,9 +156,8 @@ class FullState(Callback):
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if state and isinstance(callback, ModelCheckpoint) and callback.dirpath:
                 _relocate(state, Path(callback.dirpath))
-                callback.current_score = state.get(
-                    "current_score"
-                )  # ModelCheckpoint 2.6.1 saves it and does not load it
+                # ModelCheckpoint 2.6.1 saves this score and does not load it.
+                callback.current_score = state.get("current_score")
         if self._restored and self._own:  # an early stop is no one's state in Lightning 2.6.1
             trainer.should_stop = self._restored["should_stop"]
 
