@@ -1,4 +1,7 @@
-"""The command table. A command is one module with ``add_arguments(parser)`` and ``run(args)``, imported when called."""
+"""The command table. A command NAME is two functions of a module that is imported when called.
+
+They are ``add_NAME_arguments(parser)`` and ``run_NAME(args)``; a module of one command may leave the NAME out.
+"""
 
 import argparse
 import difflib
@@ -73,10 +76,11 @@ def _dispatch(arguments: list[str]) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
-    module_name, summary = COMMANDS[name]
+    module_name, _ = COMMANDS[name]
     command = importlib.import_module(module_name)
-    parser = Parser(f"floodrepro {name}", description=command.__doc__ or summary)
-    command.add_arguments(parser)
+    run = getattr(command, f"run_{name}", None) or command.run
+    parser = Parser(f"floodrepro {name}", description=run.__doc__ if run.__name__ != "run" else command.__doc__)
+    (getattr(command, f"add_{name}_arguments", None) or command.add_arguments)(parser)
     _refuse_unknown_flags(arguments[1:], _flags(parser), getattr(command, "OVERRIDE_SECTIONS", ()), parser.prog)
     try:
         args, overrides = parser.parse_known_args(arguments[1:])
@@ -86,7 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
     if overrides and not getattr(command, "OVERRIDE_SECTIONS", ()):  # a flag of another of its actions
         raise UsageError(f"'{overrides[0]}' is no flag of this action", fix=f"{parser.prog} --help")
     args.overrides = overrides
-    return int(command.run(args))
+    return int(run(args))
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
