@@ -31,12 +31,6 @@ class Command:
     words: tuple[str, ...]
     mark: str = ""
 
-    @property
-    def flags(self) -> list[str]:
-        """Flags without their values, overrides left out."""
-        flags = [word.partition("=")[0] for word in self.words if word.startswith("--")]
-        return [flag for flag in flags if "." not in flag]
-
     def __str__(self) -> str:
         return f"{self.document}: {shlex.join(self.words)}"
 
@@ -57,7 +51,7 @@ def code_spans(text: str) -> list[str]:
 
 
 def commands_of(document: str, text: str) -> list[Command]:
-    """The commands of a document's shell blocks, and of the help texts of the CLI reference.
+    """The commands of a document's shell blocks.
 
     A comment line `# needs a GPU` or `# needs the network` marks the command below it. The sentence `All commands of
     this page need …` marks a page.
@@ -69,9 +63,6 @@ def commands_of(document: str, text: str) -> list[Command]:
         if words := _words(line):
             found.append(Command(document, words, mark or of_page))
         mark = hit[1] if (hit := _MARK.match(line.strip())) else ""
-    for line in "\n".join(blocks(text, "text")).splitlines():
-        if line.strip().startswith("floodrepro ") and (words := _words(line)):
-            found.append(Command(document, words, of_page))
     return found
 
 
@@ -85,7 +76,7 @@ def _words(line: str) -> tuple[str, ...]:
         return ()
     while words and re.fullmatch(r"\w+=.*", words[0]):  # VARIABLE=value in front
         words.pop(0)
-    if words[:2] == ["docker", "build"] or "--entrypoint" in words:
+    if words[:2] in (["docker", "build"], ["docker", "save"]) or "--entrypoint" in words:
         return ()
     places = [i for i, word in enumerate(words) if Path(word).name.partition(":")[0] in _NAMES]
     if not places or (places[0] > 0 and words[0] not in _LAUNCHERS):

@@ -5,7 +5,7 @@ that runs the real command line; a request can say where in it a real signal str
 
     argv, log           the command, and the file that takes both of its streams
     environment         variables that are set in the child
-    strike              {"at": moment, "count": n, "signal": number}, or a list of them: see `strike`
+    strike              a list of {"at": moment, "count": n, "signal": number, "group": bool}: see `strike`
     kill_after          seconds until SIGKILL, wherever the child is by then
     limit_file_size     bytes that no file of the child's may exceed: a disk that is full for large files only
     go_on               the pid of a child that a SIGSTOP holds, instead of all others: it goes on, to its end
@@ -13,10 +13,10 @@ that runs the real command line; a request can say where in it a real signal str
 The answer holds the exit code, negative for a signal, or {"held": pid} after a SIGSTOP.
 """
 
+import io
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,17 +24,10 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-
-
-class EpochMean(Callback):
-    """Logs the mean of an epoch's losses, as other tasks than TerraTorch's do: a sum that Lightning keeps."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        pl_module.log("train/mean_loss", outputs["loss"], on_step=False, on_epoch=True)
+import torch
 
 
 class Forge:
@@ -63,11 +56,11 @@ class Forge:
         return json.loads(line)
 
 
-def strike(at: str, count: int = 1, number: int = signal.SIGKILL) -> None:
-    """Arrange for a signal in this process, the *count*-th time that it comes to a moment."""
+def strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool = False) -> None:
+    """Arrange for a signal in this process, or its process group, the *count*-th time that it comes to a moment."""
+    from floodrepro.callbacks import exact_resume
+    from floodrepro.callbacks.exact_resume import ExactResume
     from floodrepro.run_folder import RunFolder
-    from floodrepro.training import checkpoint_files
-    from floodrepro.training.full_state import FullState
 
     left = count
 
@@ -75,7 +68,7 @@ def strike(at: str, count: int = 1, number: int = signal.SIGKILL) -> None:
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), number)
+            os.kill(0 if group else os.getpid(), number)
 
     def before(owner: Any, name: str, when: Any = lambda *_, **__: True) -> None:
         original = getattr(owner, name)
@@ -87,9 +80,13 @@ def strike(at: str, count: int = 1, number: int = signal.SIGKILL) -> None:
 
         setattr(owner, name, wrapped)
 
-    def half_a_copy(_source: Any, target: Any, *_: Any, **__: Any) -> None:
-        Path(target).write_bytes(Path(_source).read_bytes()[: Path(_source).stat().st_size // 2])
+    def half_a_write(content: Any, file: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
         hit()
+        file.write(buffer.getvalue()[buffer.tell() // 2 :])
 
     def in_checkpoints(path: Path, _target: Any) -> bool:
         return path.parent.name == "checkpoints"
@@ -101,14 +98,11 @@ def strike(at: str, count: int = 1, number: int = signal.SIGKILL) -> None:
         return status == "finished"
 
     moments = {
-        "step": lambda: before(FullState, "on_train_batch_start"),
-        "validation": lambda: before(FullState, "on_validation_batch_start", not_sanity),
-        "epoch end": lambda: before(FullState, "on_train_epoch_end"),
-        "write": lambda: before(checkpoint_files._Hashing, "write"),
-        "copy": lambda: setattr(shutil, "copyfile", half_a_copy),  # how a move to another filesystem would go
-        "digest": lambda: before(checkpoint_files, "_write_digest"),
+        "step": lambda: before(ExactResume, "on_train_batch_start"),
+        "validation": lambda: before(ExactResume, "on_validation_batch_start", not_sanity),
+        "epoch end": lambda: before(ExactResume, "on_train_epoch_end"),
+        "write": lambda: setattr(exact_resume, "torch", SimpleNamespace(**vars(torch) | {"save": half_a_write})),
         "rename": lambda: before(Path, "replace", in_checkpoints),
-        "flush": lambda: before(checkpoint_files, "_flush_folder"),
         "mark": lambda: before(RunFolder, "update_record", is_finishing),
     }
     moments[at]()
@@ -117,6 +111,7 @@ def strike(at: str, count: int = 1, number: int = signal.SIGKILL) -> None:
 def child(request: dict[str, Any]) -> None:
     """Become the command; never returns."""
     code = 99
+    os.setpgid(0, 0)  # so that a signal can go to the child's whole group
     try:
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
@@ -127,7 +122,7 @@ def child(request: dict[str, Any]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (request["limit_file_size"], resource.RLIM_INFINITY))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for one in request.get("strike", []):
-            strike(one["at"], one.get("count", 1), one.get("signal", signal.SIGKILL))
+            strike(one["at"], one.get("count", 1), one.get("signal", signal.SIGKILL), one.get("group", False))
         from floodrepro.cli.main import main
 
         code = main(request["argv"])

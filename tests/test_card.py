@@ -1,184 +1,226 @@
-"""The model card: every figure from one run's records, and a record that contradicts itself gets no card."""
+"""The model card: from one run's records, for a reader who knows nothing, and its author's once it is written."""
 
+import argparse
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import ModelCard
 
-from card_runs import BEST, LOSSES, make_run, verify
 from floodrepro import recipe as recipes
-from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.publishing.bundle import read_card
-from floodrepro.publishing.carbon import add_up, carbon, factors, kwh
-from floodrepro.publishing.export import export
-from floodrepro.publishing.make_card import add_card, records_of
+from floodrepro.errors import CheckpointError, RunFolderError, TableError, UsageError
+from floodrepro.publishing.carbon import Factors, emissions_kg, energy_lines, factors_of
+from floodrepro.publishing.card import write_card
+from floodrepro.run_folder import RunFolder
+from floodrepro.verification import results as results_file
+from floodrepro.verification.report import write_report
+from verification_fixtures import demo_recipe, gather, make_run, make_table, summarise, write_pair
 
 V0 = {"train": 57_067, "val": 9_028}
-FACTORS = factors(1.5, "the data centre's page", 0.40, "the grid operator, 2025")
+FACTORS = Factors(1.5, "the data centre's page", 0.40, "the grid operator, 2025")
 
 
-def card_of(run, *, given=None) -> str:
-    recipe, folder = recipes.read(run.recipe), run.path / "export"
-    shutil.rmtree(folder, ignore_errors=True)
-    records = records_of(run, run.best, recipe)
-    export(run.best, recipe, folder, "model", records.data_digest)
-    return add_card(folder, "model", run.best, records, given).read_text()
+def verified(run: RunFolder) -> dict:
+    """The run's results.json, written."""
+    other = make_table(6, 3, seed=1, checkpoint={"name": "ibm.pt", "sha256": "4e" * 32})
+    results = summarise(replace(gather(run), reference=other, reference_name="IBM's model"))
+    results_file.save(results, run.results)
+    return results
 
 
-def text_of(card: str) -> str:
-    """The card without line breaks and without its metadata and seal."""
-    return " ".join(ModelCard(card).text.rsplit("<!--", 1)[0].split())
+def card_of(run: RunFolder, **options) -> str:
+    shutil.rmtree(run.export, ignore_errors=True)
+    write_pair(run, run.export)
+    return write_card(run.export, "mine", run.best, recipes.read(run.recipe), run, **options).read_text()
 
 
 @pytest.fixture
-def run(tmp_path: Path):
+def run(tmp_path: Path) -> RunFolder:
     return make_run(tmp_path / "runs" / "mine")
-
-
-def refused(run) -> FloodreproError:
-    with pytest.raises(FloodreproError) as error:
-        records_of(run, run.best, recipes.read(run.recipe))
-    assert len(error.value.report().splitlines()) == 3
-    return error.value
 
 
 # What is on the card
 
 
-def test_card_of_a_verified_run_has_verdict_scores_interval_and_what_was_skipped(run):
-    results = verify(run)
+def test_card_says_what_the_report_says(run: RunFolder):
+    results = verified(run)
     card = card_of(run)
-    text = text_of(card)
-    assert all(sentence in text for sentence in results["verdict"]["sentences"])
+    assert results["verdict"]["sentence"] in card
     for row in results["scores"]["rows"]:
-        shown = [f"{row[key]:.4f}" for key in ("ours", "reference")]
-        assert f"| {row['label']} | `test/{row['metric']}` | {shown[0]} | {shown[1]} |" in text
-    assert "-0.4000 pp | -1.1000 to 0.3000 (90 %) | 18 | 6 | event jackknife" in text
-    assert "2 passed, 0 failed, 1 skipped" in text
-    assert "| Throughput | skip | no bench was run |" in text
-    assert "it \\| differs" in text, "a bar in a reason does not break the table"
-    assert "Tested on 18 chips of 6 events" in text
+        assert f"| {row['label']} | {row['values'][0]:.4f} |" in card
+    assert "Required and not met: " + ", ".join(results["summary"]["not_met"]) in card
+    assert json.loads((run.export / "results.json").read_text()) == results
 
 
-def test_no_figure_is_missing_undefined_or_a_placeholder(run):
-    for verified in (False, True):
-        if verified:
-            verify(run)
-        card = card_of(run, given=FACTORS).rsplit("<!--", 1)[0]
-        assert not re.search(r"More Information Needed|\bNone\b|\bnan\b|Undefined|\{\{|\}\}", card)
+def test_card_has_the_sections_that_a_reader_of_the_hub_looks_for(run: RunFolder):
+    verified(run)
+    card = card_of(run, licence="cc-by-4.0", factors=FACTORS)
+    sections = re.findall(r"^## (.+)$", card, re.M)
+    wanted = ["Results", "Intended use", "Out of scope", "How to use", "Training", "Energy", "Limits"]
+    assert sections == [*wanted, "Licence and sources", "Citation", "Provenance"]
+    for text in ("loss | dice", "lr 0.0001", "batch | 8", "@misc{terramind2025", "data revision | da7ada7a"):
+        assert text in card, text
+    assert re.search(r"flood IoU, worst event: 0\.\d+", card)
+    assert not re.search(
+        r"More Information Needed|\bNone\b|\bnan\b|Undefined|\{\{|\}\}", re.sub("(?s)```.*?```", "", card)
+    )
 
 
-def test_training_facts_are_the_records(run):
-    text = text_of(card_of(run))
-    for fact in (
-        *("AMD Instinct MI300X; torch built for rocm 7.2", "| precision | 16-mixed |", "90 train, 18 val"),
-        *("4; the weights are of epoch 2, counted from 0", "0.2500", "48 steps, 3 of them left out by GradScaler"),
-        *("50 s from start to end", "15.5 (median; 10th to 90th percentile 15.1 to 15.9) chips/s", "| seed | 42 |"),
-        *("terratorch 1.2.7", "process 2.25 GiB, allocated 30.5 GiB", "d" * 64, "c" * 40, "10 values"),
-    ):
-        assert fact in text, fact
+def test_picture_of_the_report_comes_with_the_card(run: RunFolder):
+    results = verified(run)
+    write_report(results, run.verification)
+    assert "](panels.png)" not in card_of(run)  # nothing was measured, so there is no picture
+    (run.verification / "figures" / "panels.png").write_bytes(b"PNG")
+    assert "](panels.png)" in card_of(run)
+    assert (run.export / "panels.png").read_bytes() == b"PNG"
 
 
-def test_metadata_are_read_by_huggingface_hub_as_they_were_measured(run):
-    results = verify(run)
-    data = ModelCard(card_of(run)).data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "terratorch", "image-segmentation")
-    measured = {row["metric"]: row["ours"] for row in results["scores"]["rows"]}
-    found = {re.match(r"test/(\w+)", e.metric_name)[1]: e.metric_value for e in data.eval_results}
-    assert found == measured
-    assert {e.dataset_type for e in data.eval_results} == {"other"}, "18 chips are not the published test split"
-    assert "18 chips" in data.eval_results[0].dataset_name
+def test_metadata_has_scores_emissions_in_grams_and_the_chosen_licence(run: RunFolder):
+    results = verified(run)
+    data = ModelCard(card_of(run, licence="cc-by-4.0", factors=FACTORS)).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("cc-by-4.0", "terratorch", "image-segmentation")
+    assert data.co2_eq_emissions["emissions"] == pytest.approx(1000 * 0.0085 * 1.5 * 0.4)
+    assert data.co2_eq_emissions["hardware_used"] == "AMD Instinct MI300X"
+    scores = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert scores["flood IoU, pooled"] == results["scores"]["rows"][0]["values"][0]
+    assert data.eval_results[0].dataset_type == "other"  # 18 chips are not the published split
+    assert data.get("datasets") is None
 
 
-def test_run_that_was_not_verified_says_so_and_claims_no_score(run):
+def test_licence_is_asked_and_not_assumed(run: RunFolder):
     card = card_of(run)
-    assert ModelCard(card).text.lstrip().startswith("**Not verified: none of the required checks was run.**")
-    assert "not verified: run `floodrepro verify`" in card
-    assert ModelCard(card).data.get("eval_results") is None
-    assert "## Scores" not in card
-    assert "Tested on no chips at all" in text_of(card)
+    assert ModelCard(card).data.get("license") is None
+    assert "has not chosen a licence" in card
+    assert "apache" not in card.lower()
 
 
-def test_required_check_that_did_not_pass_is_the_first_line(run):
-    verify(run, failing="weights")
-    first = ModelCard(card_of(run)).text.lstrip().partition("\n")[0]
-    assert first == "**Required checks did not pass: weights (failed).**"
-
-
-def test_other_numbers_of_chips_than_published_are_told_at_the_top_and_claim_no_data_set(run):
-    card = card_of(run)
-    assert "**Trained on 90 chips, not on the full data set, which has 57,067 (protocol v0)" in card.split("# mo")[0]
-    assert ModelCard(card).data.get("datasets") is None
-
-
-def test_full_data_set_is_named_in_the_metadata(tmp_path):
-    hours_of = {"started": "2026-03-01T10:00:00+00:00", "ended": "2026-03-01T12:00:00+00:00"}
-    rate = {"median": 60.0, "p10": 60.0, "p90": 60.0, "n": 4}
-    run = make_run(tmp_path / "full", chips=V0, chips_per_second=rate, **hours_of)
-    card = card_of(run)
-    assert ModelCard(card).data.datasets == ["ibm-esa-geospatial/ImpactMesh-Flood"]
-    assert "not on the full data set" not in card
+def test_data_set_is_claimed_only_where_all_of_it_was_used(tmp_path: Path):
+    whole = make_run(tmp_path / "whole", data={"chips": V0, "digests": {}, "commit": None})
+    assert ModelCard(card_of(whole)).data.datasets == ["ibm-esa-geospatial/ImpactMesh-Flood"]
+    part = card_of(make_run(tmp_path / "part"))
+    assert "Trained on 80 chips" in part
+    assert "The notices below hold where chips came from it" in part
 
 
 @pytest.mark.parametrize("size", ["tiny", "base"])
-def test_base_model_is_claimed_only_where_training_started_from_it(tmp_path, size):
-    recipe = recipes.read(recipes.find("demo"))
+def test_base_model_is_claimed_only_where_training_started_from_it(tmp_path: Path, size: str):
+    recipe = demo_recipe()
     arguments = recipe["model"]["init_args"]["model_args"]
     arguments["backbone"] = f"terramind_v1_{size}"
     scratch = card_of(make_run(tmp_path / "scratch", recipe=recipe))
     assert ModelCard(scratch).data.get("base_model") is None
     assert "Trained from random weights." in scratch
     arguments["backbone_pretrained"] = True
-    card = card_of(make_run(tmp_path / "tuned", recipe=recipe))
-    assert ModelCard(card).data.base_model == f"ibm-esa-geospatial/TerraMind-1.0-{size}"
-    assert "random weights" not in card
+    tuned = ModelCard(card_of(make_run(tmp_path / "tuned", recipe=recipe)))
+    assert tuned.data.base_model == f"ibm-esa-geospatial/TerraMind-1.0-{size}"
 
 
-def test_licences_and_notices_are_there(run):
-    text = text_of(card_of(run))
-    for words in (
-        *("Weights: Apache-2.0", "CC-BY-4.0", "Contains modified Copernicus Sentinel data"),
-        *("produced using Copernicus WorldDEM-30 © DLR e.V. 2010-2014", "Copernicus Emergency Management Service"),
-    ):
-        assert words in text
+def test_card_of_another_class_says_nothing_of_floods(tmp_path: Path):
+    recipe = demo_recipe()
+    recipe["data"]["init_args"] |= {"protocol": "custom", "class_names": ["rest", "burned"]}
+    names = {"class_names": ["rest", "burned"], "protocol": "custom"}
+    table = make_table(6, 3)
+    run = make_run(tmp_path / "fires", recipe=recipe, table=replace(table, metadata=table.metadata | names))
+    results_file.save(summarise(gather(run)), run.results)
+    card = card_of(run)
+    assert "mapping burned from Sentinel-1" in card
+    assert "burned IoU" in card
+    without_names = re.sub(r"floodrepro|impactmesh_flood\w*", "", card)
+    assert not re.search("flood", without_names, re.I), without_names
+
+
+def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_path: Path):
+    weights = write_pair(run, tmp_path / "out")
+    card = write_card(weights.parent, "mine", run.best, recipes.read(run.recipe), None).read_text()
+    assert "What the training started from is not known" in card
+    assert "Not verified" in card
+
+
+# The card is the author's
+
+
+def test_edited_card_is_set_aside_and_never_lost(run: RunFolder):
+    card_of(run)
+    (run.export / "README.md").write_text("my own words")
+    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+    assert (run.export / "README-2.md").read_text() == "my own words"
+    assert (run.export / "README.md").read_text().startswith("---")
+
+
+# Records of one run, or none
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
+def test_run_that_is_not_finished_gets_no_card(tmp_path: Path, status: str):
+    with pytest.raises(RunFolderError, match="not finished"):
+        card_of(make_run(tmp_path / "open", status=status))
+
+
+def test_records_of_another_recipe_or_checkpoint_are_refused(run: RunFolder, tmp_path: Path):
+    results = verified(run)
+    results["run"]["checkpoint"]["sha256"] = "a" * 64
+    results_file.save(results, run.results)
+    with pytest.raises(RunFolderError, match=r"results\.json is of another checkpoint"):
+        card_of(run)
+    with pytest.raises(RunFolderError, match="of another recipe"):
+        card_of(make_run(tmp_path / "mixed", recipe_sha256="f" * 64))
+
+
+def test_pair_of_another_checkpoint_or_damaged_is_refused(run: RunFolder):
+    weights = write_pair(run, run.export)
+    run.best.write_bytes(b"other weights")
+    with pytest.raises(CheckpointError, match="not exported from"):
+        write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+    weights.write_bytes(weights.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="damaged"):
+        write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+
+
+def test_damaged_results_are_refused(run: RunFolder):
+    verified(run)
+    run.results.write_text("{")
+    with pytest.raises(TableError):
+        card_of(run)
 
 
 # Energy and carbon
 
 
 def test_published_arithmetic():
-    footprint = carbon(kwh(6.0, 750), pue=1.5, intensity=0.40)
-    assert (footprint.kwh, footprint.kg) == (pytest.approx(6.75), pytest.approx(2.70))
+    record = {"energy": [{"kWh": 6.0 * 750 / 1000, "method": "tdp"}]}
+    assert emissions_kg(record, Factors(1.5, "a", 0.40, "b")) == pytest.approx(2.70)
 
 
-def test_carbon_is_stated_with_both_sources_and_not_without(run):
-    without = text_of(card_of(run))
-    assert "0.0085 kWh, integrated from sampled power" in without
-    assert "no carbon figure is made up" in without
-    assert "CO2e" not in without
-    text = text_of(card_of(run, given=FACTORS))
-    assert "0.0085 kWh x PUE 1.5 (the data centre's page) = 0.01275 kWh" in text
-    assert "x 0.4 kg CO2e/kWh (the grid operator, 2025) = 0.0051 kg CO2e" in text
+def part(kwh: float | None, method: str = "power", devices: int = 1) -> dict:
+    return {"kWh": kwh, "method": method, "devices": devices, "note": f"by {method}"}
 
 
-def part(method: str, energy: float | None) -> dict:
-    return {"joules": None, "kWh": energy, "method": method, "note": f"by {method}"}
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"energy": [part(1.0), part(2.0)]}, "= 1.800 kg CO2e"),
+        ({"energy": [part(4.0, devices=8)], "processes": 8}, "of all 8 devices"),
+        ({"energy": [part(4.0)], "processes": 8}, "of 1 of 8 devices; nothing was scaled up"),
+        ({"energy": [part(1.0), part(None)]}, "1 of 2 parts of the run is not known"),
+        ({"energy": [part(1.0, "counter"), part(2.0, "tdp")]}, "of different methods are not added"),
+        ({"energy": [part(None)]}, "was not measured"),
+        ({}, "was not measured"),
+    ],
+)
+def test_energy_is_of_all_devices_or_said_to_be_of_some(record: dict, says: str):
+    lines = " ".join(energy_lines(record, FACTORS))
+    assert says in lines
+    assert ("CO2e" in lines) is (emissions_kg(record, FACTORS) is not None)
 
 
-def test_energies_of_different_methods_are_never_added(tmp_path):
-    assert add_up([part("power", 1.0), part("power", 2.0)]).total == 3.0
-    assert add_up([part("power", 1.0), part("none", None)]).total is None
-    run = make_run(tmp_path / "mixed", energy=[part("counter", 1.0), part("tdp", 2.0), part("none", None)])
-    text = text_of(card_of(run, given=FACTORS))
-    assert "1.0000 kWh, read from the device's own energy counter" in text
-    assert "2.0000 kWh, an upper estimate" in text
-    assert "their figures are not added" in text
-    assert "Of 1 of 3 parts of the run the energy is not known" in text
-    assert "no carbon figure is made up" in text
+def test_no_carbon_figure_without_its_sources(run: RunFolder):
+    card = card_of(run)
+    assert "0.0085" in card
+    assert "CO2e" not in card
+    assert ModelCard(card).data.get("co2_eq_emissions") is None
 
 
 @pytest.mark.parametrize(
@@ -187,166 +229,14 @@ def test_energies_of_different_methods_are_never_added(tmp_path):
         ((1.5, None, 0.4, "a grid"), "--pue-source is missing"),
         ((1.5, "a page", 0.4, "  "), "--grid-source is missing"),
         ((None, "a page", 0.4, "a grid"), "--pue is missing"),
-        ((1.5, "a page", None, None), "--grid-intensity and --grid-source is missing"),
         ((0.7, "a page", 0.4, "a grid"), "--pue is 0.7"),
         ((float("nan"), "a page", 0.4, "a grid"), "--pue is nan"),
         ((1.5, "a page", 400.0, "a grid"), "--grid-intensity is 400"),
     ],
 )
 def test_factor_without_its_source_is_a_usage_error(given, says):
+    names = ("pue", "pue_source", "grid_intensity", "grid_source")
     with pytest.raises(UsageError) as error:
-        factors(*given)
+        factors_of(argparse.Namespace(**dict(zip(names, given, strict=True))))
     assert says in error.value.what
-
-
-# A record that contradicts itself
-
-STEPS = {"progress": {"epochs": 4, "step": 4000, "skipped_steps": 0}}
-SLOW = {"step_seconds": {"median": 60.0, "p10": 50.0, "p90": 70.0, "n": 38}}
-
-
-@pytest.mark.parametrize(
-    ("planted", "both"),
-    [
-        ({"best_epoch": 16}, ("the best epoch is 16", "4 epochs (the last is 3)")),
-        ({"epochs": 22}, ("metrics.csv ends with epoch 3", "22 epochs (the last is 21)")),
-        ({"best_epoch": 1}, ("epoch 1 is 0.400000 in metrics.csv", "0.250000 in run.json")),
-        ({"best_val_loss": 0.2683}, ("epoch 2 is 0.250000 in metrics.csv", "0.268300 in run.json")),
-        ({"ended": "2026-03-01T16:00:00+00:00"}, ("6.0 h passed", "4 epochs at 15.5 chips/s take 11.0 min at most")),
-        (SLOW, ("50 s passed", "48 steps of 60.0 s (median) take 19.0 min at the very least")),
-        (STEPS, ("4000 steps", "4 epochs of 90 chips have 60 at most")),
-        ({"recipe_sha256": "f" * 64}, ("the recipe has sha256", "run.json names ffffffffffff…")),
-        ({"schema": 1}, ("run.json has schema 1", "reads 2")),
-    ],
-)
-def test_record_that_mixes_two_runs_gets_no_card_and_both_figures_are_named(tmp_path, planted, both):
-    error = refused(make_run(tmp_path / "mixed", **planted))
-    assert all(figure in error.what for figure in both), error.what
-    assert "--no-card" in error.fix
-
-
-@pytest.mark.parametrize("status", ["running", "failed", "interrupted"])
-def test_run_that_is_not_finished_gets_no_card(tmp_path, status):
-    error = refused(make_run(tmp_path / "open", status=status, reason="SIGTERM"))
-    assert f"'{status}' (SIGTERM)" in error.what
-
-
-def test_run_that_was_interrupted_may_have_taken_any_time(tmp_path):
-    resumes = [{"when": "2026-03-03T10:00:00+00:00", "from": "checkpoints/last.ckpt", "changes": []}]
-    run = make_run(tmp_path / "parts", resumes=resumes, ended="2026-03-04T10:00:00+00:00")
-    assert "in 2 parts, pauses included" in text_of(card_of(run))
-
-
-def test_run_that_began_from_anothers_state_may_have_more_steps_than_time(tmp_path):
-    resumes = [{"when": "2026-03-01T10:00:00+00:00", "from": "runs/other/checkpoints/last.ckpt", "changes": []}]
-    run = make_run(tmp_path / "fork", resumes=resumes, ended="2026-03-01T10:00:02+00:00")
-    assert "on top of another run's state" in text_of(card_of(run))
-
-
-@pytest.mark.parametrize(
-    ("keys", "value", "says"),
-    [
-        (("checkpoint", "sha256"), "a" * 64, "results.json is of the checkpoint aaaaaaaaaaaa…, the run's is"),
-        (("recipe_sha256",), "b" * 64, "results.json is of the recipe bbbbbbbbbbbb…, the run's is"),
-        (("data_digest",), "c" * 64, "results.json is of the data cccccccccccc…, the run's is dddddddddddd…"),
-        (("best_epoch",), 16, "best_epoch is 16 in results.json and 2 in run.json"),
-    ],
-)
-def test_results_of_another_run_are_refused(run, keys, value, says):
-    results = verify(run)
-    place = results["run"]
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
-    (run.path / "verification" / "results.json").write_text(json.dumps(results))
-    assert says in refused(run).what
-
-
-@pytest.mark.parametrize("metric", ["mIoU", "F1_Score"])
-@pytest.mark.parametrize("column", ["ours", "reference"])
-def test_scores_that_break_an_identity_are_refused(run, metric, column):
-    results = verify(run)
-    row = next(row for row in results["scores"]["rows"] if row["metric"] == metric)
-    old, row[column] = row[column], row[column] + 0.0021
-    (run.path / "verification" / "results.json").write_text(json.dumps(results))
-    what = refused(run).what
-    assert f"{metric} ({column}) is {row[column]:.6g}" in what
-    assert f"give {old:.6g}" in what
-
-
-def test_class_that_occurs_nowhere_is_in_no_mean(run):
-    results = verify(run, everywhere=True)
-    rows = {row["metric"]: row for row in results["scores"]["rows"]}
-    for column in ("ours", "reference"):
-        assert (rows["IoU_0"][column], rows["Class_Accuracy_0"][column]) == (0.0, None)
-        assert rows["mIoU"][column] == rows["IoU_1"][column] == 1.0
-    records_of(run, run.best, recipes.read(run.recipe))
-
-
-def test_scores_that_the_chip_table_does_not_have_are_refused(run):
-    results = verify(run)
-    for row in results["scores"]["rows"]:  # consistent with each other, and of no counts
-        row["ours"] = row["reference"]
-    (run.path / "verification" / "results.json").write_text(json.dumps(results))
-    assert re.search(r"IoU_1 is 0\.\d+ in results\.json, and 0\.\d+ in the chip table", refused(run).what)
-    verify(run)
-    (run.path / "evaluation" / "test" / "best.parquet").unlink()
-    assert "the chip table that they were counted in is not there" in refused(run).what
-
-
-def test_scores_of_a_split_that_training_saw_are_refused(run):
-    results = verify(run)
-    results["run"]["split"] = "val"
-    (run.path / "verification" / "results.json").write_text(json.dumps(results))
-    assert "of the split val, and a card speaks of a test" in refused(run).what
-
-
-def test_other_weights_in_the_place_of_the_run_s_are_refused(run):
-    other = {"state_dict": {"model.a": torch.zeros(2, 3), "model.b": torch.ones(4)}}
-    torch.save(torch.load(run.best) | other, run.best)
-    assert "best.ckpt has sha256" in refused(run).what
-
-
-def test_claim_of_equivalence_without_the_checks_that_it_needs_is_damage(run):
-    results = verify(run, failing="weights")
-    results["verdict"]["equivalent"] = True
-    (run.path / "verification" / "results.json").write_text(json.dumps(results))
-    assert "the verdict claims equivalence" in refused(run).what
-
-
-def test_results_of_a_schema_that_is_not_known_are_refused(run):
-    verify(run, schema=7)
-    assert "schema 7" in refused(run).what
-
-
-def test_healthy_record_is_not_refused(run):
-    verify(run)
-    records = records_of(run, run.best, recipes.read(run.recipe))
-    assert records.record["best_val_loss"] == LOSSES[BEST]
-    assert records.found["summary"]["ok"] is True
-
-
-# Weights of which nothing is known
-
-
-def test_checkpoint_outside_a_run_folder_gets_a_card_that_says_so(cli, run, tmp_path):
-    alone = Path(shutil.copy(run.best, tmp_path / "found.ckpt"))
-    outcome = cli("export", "--ckpt", alone, "--config", run.recipe, "--output", tmp_path / "out", "--format", "json")
-    assert outcome.code == 0, outcome.err
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "No record of the training exists" in card
-    assert "random weights" not in card, "the YAML beside an export says pretrained: false of every model"
-    assert "not recorded" in card
-    assert json.loads(outcome.out)["results"] is None
-
-
-def test_last_state_of_a_run_is_not_described_by_the_record_of_its_best(run):
-    last = Path(shutil.copy(run.best, run.checkpoints / "last.ckpt"))
-    assert records_of(run, last, recipes.read(run.recipe)).record is None
-
-
-def test_seal_is_of_the_card_that_was_written(run):
-    card_of(run)
-    card = read_card(run.path / "export")
-    assert not card.edited
-    assert sorted(card.files) == ["model.safetensors", "model.yaml"]
+    assert factors_of(argparse.Namespace(**dict.fromkeys(names))) is None

@@ -1,358 +1,331 @@
-"""Reading chips from folders and from tars; what is laid out otherwise is read rightly or refused, never misread."""
+"""Reading chips: any layout gives the pixels that zarr and GDAL give, and damage is an error, never a pixel."""
 
 import io
-import json
 import os
 import pickle
+import random
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
 import numcodecs
 import numpy as np
 import pytest
+import rasterio
 import zarr
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numcodecs import Blosc, Zlib
 
-from floodrepro.data import tar_index
-from floodrepro.data.chips import open_source, read_any_zarr
-from floodrepro.data.synth import generate
-from floodrepro.data.tar_index import build_index, index_path, open_index
-from floodrepro.data.zarr_zip import decode, find_chunks
+from floodrepro.data import chips as reading
+from floodrepro.data.chips import Chips, Window, radar_faults, read_bands, read_raster, tar_index
+from floodrepro.data.protocols import PARTS, suffix_of
+from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError
 
+MADE = {"events": 4, "chips": 8, "size": 32, "protocol": "v0", "seed": 3, "variants": tuple(VARIANTS)}
 
-@pytest.fixture(scope="module")
-def tars(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("tars") / "ImpactMesh-Flood"
-    generate(root, events=6, chips=18, size=64, protocol="v0", seed=1, layout="hub")
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("layouts") / "folders"
+    generate(root, **MADE)
     return root
 
 
-def zip_of(array: np.ndarray, chunks, compressor, *, method=zipfile.ZIP_STORED, order="C", filters=None) -> bytes:
-    store: dict = {}
-    group = zarr.group(store)
-    group.create_dataset("bands", data=array, chunks=chunks, compressor=compressor, order=order, filters=filters)
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    generate(tmp_path / "tars", **MADE, layout="hub")
+    return tmp_path / "tars"
+
+
+def file_of(root: Path, chip: str, part: str) -> Path:
+    return root / "data" / part / f"{chip}{suffix_of(Chips(root).protocol, part)}"
+
+
+def stock(path: Path) -> np.ndarray:
+    """The array as impactmesh 0.1.2 and 0.2.0 read it."""
+    if path.suffix == ".zip":
+        return zarr.open_consolidated(path, mode="r")["bands"][...]
+    with rasterio.open(path) as file:
+        return file.read(1)
+
+
+def ours(path: Path) -> np.ndarray:
+    with path.open("rb", buffering=0) as stream:
+        return (read_bands if path.suffix == ".zip" else read_raster)(Window(stream))
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Equal to the bit, whatever the byte order."""
+    other = other.astype(other.dtype.newbyteorder("="))
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def test_folders_and_tars_in_every_variant_give_what_zarr_and_gdal_give(folders, tars):
+    one, other = Chips(folders), Chips(tars)
+    assert one.having("DEM") == other.having("DEM")
+    for chip in one.having("DEM"):
+        for part in PARTS:
+            truth = stock(file_of(folders, chip, part))
+            for source in (one, other):
+                read = source.bands if part in ("S2L2A", "S1RTC") else source.raster
+                assert same(read(chip, part), truth), (chip, part)
+    assert not (tars / "data").exists()
+
+
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
+codecs = st.sampled_from(
+    [None, Zlib(1), numcodecs.GZip(1), numcodecs.LZ4(), numcodecs.Zstd(1), numcodecs.BZ2(1)]
+    + [Blosc(name, 3, shuffle) for name in ("lz4", "zstd", "zlib") for shuffle in (0, 1, 2)]
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_zarr_layout_is_read_as_zarr_reads_it(tmp_path, data):
+    shape = data.draw(shapes)
+    chunks = tuple(data.draw(st.integers(1, edge + 3)) for edge in shape)
+    dtype = data.draw(st.sampled_from(["<i2", ">i2", "<f2", ">f2", "<f4", "u1"]))
+    values = np.random.default_rng(data.draw(st.integers(0, 9))).integers(-9, 9, shape).astype(dtype)
+    values[: data.draw(st.integers(0, shape[0]))] = 0  # chunks that equal the fill value may be left out
+    store: dict[str, bytes] = {}
+    zarr.group(store=store).array(
+        "bands",
+        values,
+        chunks=chunks,
+        compressor=data.draw(codecs),
+        order=data.draw(st.sampled_from("CF")),
+        fill_value=data.draw(st.sampled_from([0, 7])),
+        filters=data.draw(st.sampled_from([None, [numcodecs.Delta(dtype=dtype)]])) if dtype[1] == "i" else None,
+        write_empty_chunks=data.draw(st.booleans()),
+        dimension_separator=data.draw(st.sampled_from("./")),
+    )
     zarr.consolidate_metadata(store)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
+    path = tmp_path / "chip.zip"
+    with zipfile.ZipFile(path, "w", data.draw(st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))) as archive:
         for name, content in store.items():
             archive.writestr(name, bytes(content))
-    return buffer.getvalue()
+    assert same(ours(path), stock(path))
+    place = np.empty(shape, values.dtype.newbyteorder("="))
+    with path.open("rb", buffering=0) as stream:
+        assert read_bands(Window(stream), place) is place
+    assert same(place, stock(path))
 
 
-def read(content: bytes, timesteps=None) -> tuple[np.ndarray, bool]:
-    """What the reader makes of a ZIP, and whether it took the fast way."""
-
-    def read_at(size, offset):
-        return content[offset : offset + size]
-
-    chunks = find_chunks(read_at, len(content))
-    if chunks is None:
-        return read_any_zarr(content, timesteps), False
-    return decode(chunks, read_at, timesteps), True
-
-
-CHIP = np.arange(4 * 3 * 16 * 16, dtype=np.int16).reshape(4, 3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    ("chunks", "compressor", "method", "fast"),
-    [
-        ((1, 3, 16, 16), numcodecs.Blosc("lz4"), zipfile.ZIP_STORED, True),
-        ((1, 3, 16, 16), numcodecs.Blosc("zstd", shuffle=2), zipfile.ZIP_STORED, True),
-        ((1, 3, 16, 16), numcodecs.Zstd(), zipfile.ZIP_STORED, True),
-        ((1, 3, 16, 16), numcodecs.GZip(), zipfile.ZIP_STORED, True),
-        ((1, 3, 16, 16), None, zipfile.ZIP_STORED, True),
-        ((2, 3, 16, 16), numcodecs.Blosc("lz4"), zipfile.ZIP_STORED, True),
-        ((4, 3, 16, 16), None, zipfile.ZIP_STORED, True),
-        ((3, 3, 16, 16), numcodecs.Blosc("lz4"), zipfile.ZIP_STORED, False),
-        ((1, 1, 16, 16), numcodecs.Blosc("lz4"), zipfile.ZIP_STORED, False),
-        ((4, 3, 5, 7), numcodecs.Zstd(), zipfile.ZIP_STORED, False),
-        ((1, 3, 16, 16), numcodecs.Blosc("lz4"), zipfile.ZIP_DEFLATED, False),
-        ((1, 3, 16, 16), None, zipfile.ZIP_DEFLATED, False),
-    ],
-)
-@pytest.mark.parametrize("timesteps", [None, [2], [3, 1]])
-def test_other_layouts_are_read_rightly(chunks, compressor, method, fast, timesteps):
-    found, went_fast = read(zip_of(CHIP, chunks, compressor, method=method), timesteps)
-    assert went_fast is fast
-    assert found.dtype == CHIP.dtype
-    assert np.array_equal(found, CHIP if timesteps is None else CHIP[timesteps])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_tiff_layout_is_read_as_gdal_reads_it(tmp_path, data):
+    size = 16 * data.draw(st.integers(1, 4))
+    dtype = data.draw(st.sampled_from(["int8", "uint8", "int16", "float32"]))
+    values = np.random.default_rng(1).integers(-3, 3, (size, size)).astype(dtype)
+    compress = data.draw(st.sampled_from([None, "deflate", "lzw", "zstd", "packbits"]))
+    options = {"compress": compress} if compress else {}
+    if compress in ("deflate", "lzw", "zstd"):
+        options["predictor"] = data.draw(st.sampled_from([1, 2] if dtype != "float32" else [1, 2, 3]))
+    if data.draw(st.booleans()):
+        options |= {"tiled": True, "blockxsize": 16, "blockysize": 16}
+    options |= data.draw(st.sampled_from([{}, {"bigtiff": "yes"}, {"endianness": "big"}]))
+    path = tmp_path / "chip.tif"
+    shape = {"height": size, "width": size, "count": 1, "dtype": dtype}
+    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32630", **shape, **options) as file:
+        file.write(values, 1)
+    assert same(ours(path), stock(path))
+    assert same(ours(path), values)
 
 
-def test_column_order_filters_and_byte_order_are_read_rightly():
-    for content in (
-        zip_of(CHIP, (1, 3, 16, 16), None, order="F"),
-        zip_of(CHIP, (1, 3, 16, 16), numcodecs.Zstd(), filters=[numcodecs.Delta("<i2")]),
-        zip_of(CHIP.astype(">i2"), (1, 3, 16, 16), numcodecs.Blosc("lz4")),
-    ):
-        assert np.array_equal(read(content)[0], CHIP)
+def flip(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
 
 
-def test_chunk_that_is_all_fill_value_and_therefore_missing_is_filled():
-    array = CHIP.copy()
-    array[1] = 0
-    store: dict = {}
-    zarr.group(store).create_dataset(
-        "bands", data=array, chunks=(1, 3, 16, 16), compressor=None, fill_value=0, write_empty_chunks=False
-    )
-    assert "bands/1.0.0.0" not in store
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in store.items():
-            archive.writestr(name, bytes(content))
-    found, fast = read(buffer.getvalue())
-    assert not fast
-    assert np.array_equal(found, array)
+def outcome(read, path: Path) -> np.ndarray | None:
+    try:
+        return read(path)
+    except Exception:
+        return None
 
 
-@given(
-    shape=st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
-    cut=st.tuples(*[st.integers(1, 9)] * 4),
-    codec=st.sampled_from([None, numcodecs.Zstd(), numcodecs.Blosc("lz4"), numcodecs.Blosc("zlib", shuffle=0)]),
-    method=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]),
-    dtype=st.sampled_from(["<i2", "<f2", "<f4", "|i1"]),
-)
-@settings(max_examples=80, deadline=None)
-def test_any_zarr_reads_as_the_zarr_library_reads_it(shape, cut, codec, method, dtype):
-    array = (np.arange(np.prod(shape)).reshape(shape) % 120).astype(dtype)
-    content = zip_of(array, tuple(min(c, s) for c, s in zip(cut, shape, strict=True)), codec, method=method)
-    found, _ = read(content)
-    assert found.dtype == array.dtype
-    assert np.array_equal(found, array)
+def count_flips(root: Path, work: Path, flips: int, seed: int = 0) -> dict[str, int]:
+    """Flip single bits: how often both readers see it, and how they differ."""
+    source, counts = Chips(root), {"both raise": 0, "pixels unchanged": 0, "silent where stock raises": 0}
+    counts |= {"we raise, stock is silently wrong": 0, "both silently wrong": 0, "we raise, stock is right": 0}
+    drawn = random.Random(seed)
+    chips = sorted(source.having("DEM"))
+    for number in range(flips):
+        part = PARTS[number % len(PARTS)]
+        path = file_of(root, drawn.choice(chips), part)
+        content = path.read_bytes()
+        damaged = work / path.name
+        damaged.write_bytes(flip(content, drawn.randrange(8 * len(content))))
+        truth, mine, theirs = stock(path), outcome(ours, damaged), outcome(stock, damaged)
+        right, their_right = (found is not None and same(found, truth) for found in (mine, theirs))
+        if mine is None:
+            key = (
+                "both raise"
+                if theirs is None
+                else "we raise, stock is " + ("right" if their_right else "silently wrong")
+            )
+        elif right:
+            key = "pixels unchanged"
+        else:
+            key = "silent where stock raises" if theirs is None else "both silently wrong"
+        counts[key] += 1
+        damaged.unlink()
+    return counts
 
 
-@given(st.data())
-@settings(max_examples=60, deadline=None)
-def test_truncated_zarr_is_an_error_and_never_pixels(data):
-    content = zip_of(CHIP, (1, 3, 16, 16), numcodecs.Blosc("lz4"))
-    kept = data.draw(st.integers(0, len(content) - 1))
-    with pytest.raises(DataError):
-        read(content[:kept])
+def test_flipped_bit_is_never_a_silently_wrong_pixel_where_stock_raises(folders, tmp_path):
+    counts = count_flips(folders, tmp_path, 240)
+    assert counts["silent where stock raises"] == 0
+    assert counts["both raise"] > 60
 
 
-def edited(content: bytes, name: str, change) -> bytes:
-    """The ZIP with one file's bytes changed."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(buffer, "w") as target:
-        for entry in archive.namelist():
-            target.writestr(entry, change(archive.read(entry)) if entry == name else archive.read(entry))
-    return buffer.getvalue()
+def test_flipped_bit_in_any_chunk_is_an_error_that_names_the_chip(folders, tmp_path):
+    chip = sorted(Chips(folders).having("DEM"))[0]
+    path = tmp_path / "data" / "S1RTC" / file_of(folders, chip, "S1RTC").name
+    path.parent.mkdir(parents=True)
+    content = file_of(folders, chip, "S1RTC").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        chunks = [info for info in archive.infolist() if info.filename.startswith("bands/0.")]
+    for info in chunks:
+        path.write_bytes(flip(content, 8 * (info.header_offset + 60 + info.file_size // 2)))
+        with pytest.raises(DataError, match=f"{chip}_S1RTC.zarr.zip is damaged"):
+            Chips(tmp_path).bands(chip, "S1RTC")
 
 
-@pytest.mark.parametrize("codec", [numcodecs.Blosc("lz4"), numcodecs.Zstd(), numcodecs.GZip(), None])
-def test_chunk_of_another_size_is_an_error_and_leaves_no_old_pixels(codec):
-    content = zip_of(CHIP, (1, 3, 16, 16), codec)
-    encode = codec.encode if codec else bytes
-    for size in (1, 3 * 16 * 15 * 2, 3 * 16 * 17 * 2):
-        wrong = edited(content, "bands/2.0.0.0", lambda _, size=size: bytes(encode(bytes(size))))
-        with pytest.raises(DataError, match="a chunk does not decode"):
-            read(wrong)
+def test_missing_chunk_without_fill_value_and_a_renamed_one_are_errors(tmp_path):
+    for number, (fill, rename) in enumerate([(None, None), (0, b"bands/9")]):
+        path = tmp_path / f"{number}.zip"
+        with zarr.ZipStore(path, mode="w") as store:
+            zarr.group(store=store).array("bands", np.ones((2, 1, 4, 4), "i2"), chunks=(1, 1, 4, 4), fill_value=fill)
+            zarr.consolidate_metadata(store)
+        content = path.read_bytes()
+        if rename:
+            place = content.rindex(b"bands/1.0.0.0")  # in the directory: its header keeps the right name
+            path.write_bytes(content[:place] + rename + content[place + len(rename) :])
+        else:
+            with zipfile.ZipFile(path) as full, zipfile.ZipFile(tmp_path / "less.zip", "w") as less:
+                for name in full.namelist():
+                    if name != "bands/1.0.0.0":
+                        less.writestr(name, full.read(name))
+            path = tmp_path / "less.zip"
+        assert outcome(ours, path) is None
 
 
-def test_blosc_chunk_that_ends_early_is_an_error():
-    content = zip_of(CHIP, (1, 3, 16, 16), numcodecs.Blosc("lz4"))
-    for kept in (0, 10, 100):
-        with pytest.raises(DataError, match="a chunk does not decode"):
-            read(edited(content, "bands/2.0.0.0", lambda chunk, kept=kept: chunk[:kept]))
-    chunks = find_chunks(lambda size, offset: content[offset : offset + size], len(content))
-    with pytest.raises(DataError, match="a chunk does not decode"):  # what lies behind it in memory is not its end
-        decode(chunks, lambda size, offset: memoryview(content)[offset : offset + size - 1])
+def test_empty_folder_hides_no_tars_and_parts_may_lie_in_either(folders, tars):
+    chip = sorted(Chips(folders).having("DEM"))[0]
+    (tars / "data" / "DEM").mkdir(parents=True)
+    (tars / "data" / "S2L2A").mkdir()
+    assert len(Chips(tars).having("DEM")) == len(Chips(tars / "data").having("S2L2A")) == 8
+    for split in ("train", "val", "test"):
+        (tars / split / "MASK.tar").unlink()
+    (tars / "data" / "MASK").mkdir()
+    copied = file_of(folders, chip, "MASK")
+    (tars / "data" / "MASK" / copied.name).write_bytes(copied.read_bytes())
+    assert Chips(tars).having("MASK") == {chip}
+    assert same(Chips(tars).raster(chip, "MASK"), stock(copied))
 
 
-DAMAGED_ZARRAYS = {
-    "no JSON": lambda _: b"{",
-    "no text": lambda _: b"\xff\xfe",
-    "a list": lambda _: b"[]",
-    "null": lambda _: b"null",
-    "empty": lambda _: b"{}",
-    **{f"no {key}": lambda text, key=key: without(text, key) for key in ("shape", "chunks", "dtype", "compressor")},
-    "odd shape": lambda text: json.dumps(json.loads(text) | {"shape": ["a", 3, 16, 16]}).encode(),
-    "chunks of nothing": lambda text: json.dumps(json.loads(text) | {"chunks": [0, 3, 16, 16]}).encode(),
-    "odd dtype": lambda text: json.dumps(json.loads(text) | {"dtype": "<x9"}).encode(),
-    "odd codec": lambda text: json.dumps(json.loads(text) | {"compressor": {"id": "none such"}}).encode(),
-}
+def test_index_comes_from_headers_is_kept_and_is_made_anew_for_another_tar(tars, monkeypatch):
+    tar = tars / "train" / "S2L2A.tar"
+    read = []
+    real = tarfile.TarInfo.fromtarfile.__func__
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(lambda c, t: read.append(1) or real(c, t)))
+    first = tar_index(tar)
+    assert read
+    read.clear()
+    assert tar_index(tar) == first
+    assert not read
+    os.utime(tar, (1, 1))
+    assert tar_index(tar) == first
+    assert read
 
 
-def without(text: bytes, key: str) -> bytes:
-    return json.dumps({name: value for name, value in json.loads(text).items() if name != key}).encode()
+def test_index_of_a_read_only_folder_lies_in_the_users_cache(tars, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(reading.os, "access", lambda *_: False)  # root may write anywhere
+    Chips(tars)
+    assert not list(tars.rglob("*.index.json"))
+    assert len(list((tmp_path / "cache").rglob("*.index.json"))) == 12
 
 
-@pytest.mark.parametrize("damage", DAMAGED_ZARRAYS)
-def test_damaged_array_metadata_is_an_error_in_either_layout(tmp_path: Path, damage, capsys):
-    chip = "EMSR9001_1_35TMF_x0_y0"
-    content = edited(zip_of(CHIP, (1, 3, 16, 16), None), "bands/.zarray", DAMAGED_ZARRAYS[damage])
-    folder, tar = tmp_path / "a" / "data" / "S2L2A", tmp_path / "b" / "test" / "S2L2A.tar"
-    folder.mkdir(parents=True)
-    tar.parent.mkdir(parents=True)
-    (folder / f"{chip}_S2L2A.zarr.zip").write_bytes(content)
-    with tarfile.open(tar, "w") as archive:
-        archive.add(folder / f"{chip}_S2L2A.zarr.zip", f"S2L2A/{chip}_S2L2A.zarr.zip")
-    for root in (tmp_path / "a", tmp_path / "b"):
-        with pytest.raises(DataError, match="is damaged"):
-            open_source(root).read_bands(chip, "S2L2A")
-    assert ".zarray is damaged" in capsys.readouterr().err
+def test_stray_files_in_a_tar_are_passed_over(tars):
+    tar = tars / "train" / "DEM.tar"
+    before = Chips(tars).having("DEM")
+    with tarfile.open(tar, "a") as archive:
+        for name in ("DEM/.DS_Store", "DEM/._EMSR9001_1_30TXM_x1_y1_DEM.tif", "README.md"):
+            archive.addfile(tarfile.TarInfo(name))
+        link = tarfile.TarInfo("DEM/EMSR1_1_DEM.tif")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    assert Chips(tars).having("DEM") == before
 
 
-def test_tar_index_gives_every_file_at_its_offset(tars):
-    for tar in tars.glob("*/*.tar"):
-        index = build_index(tar)
-        content = tar.read_bytes()
-        with tarfile.open(tar) as archive:
-            for info in archive:
-                data = archive.extractfile(info).read()
-                chip = Path(info.name).name.split("_S")[0].split("_D")[0].split("_a")[0]
-                member = index.members[chip]
-                assert content[member.offset : member.offset + member.size] == data
-            assert len(index.members) == len(archive.getnames())
+def test_tar_that_is_cut_short_is_named(tars):
+    tar = tars / "train" / "S2L2A.tar"
+    tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
+    with pytest.raises(DataError, match="damaged or cut short") as error:
+        Chips(tars)
+    assert "S2L2A.tar" in error.value.where
 
 
-def test_index_is_saved_beside_the_tar_and_used_again(tars, monkeypatch):
-    tar = next(tars.glob("train/S2L2A*.tar"))
-    first = open_index(tar)
-    assert index_path(tar).parent == tar.parent
-    monkeypatch.setattr(tar_index, "build_index", lambda *_: pytest.fail("the index was made again"))
-    assert open_index(tar) == first
-    status = tar.stat()
-    os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # touched, not changed: the hash decides
-    assert open_index(tar) == first
+def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
+    source = Chips(folders)
+    chip = sorted(source.having("DEM"))[0]
+    truth, real, failures = source.raster(chip, "DEM"), os.pread, [116, 5]  # ESTALE, EIO
+
+    def fails(*arguments):
+        if failures:
+            raise OSError(failures.pop(), "hiccup")
+        return real(*arguments)
+
+    monkeypatch.setattr(reading, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr(reading.os, "pread", fails)
+    assert same(source.raster(chip, "DEM"), truth)
+    failures += [5, 5, 5]
+    with pytest.raises(DataError, match=f"DEM of {chip} cannot be read: hiccup"):
+        source.raster(chip, "DEM")
 
 
-@pytest.mark.parametrize("change", ["size", "content", "damaged index"])
-def test_index_that_does_not_fit_is_made_again(tars, tmp_path: Path, change):
-    tar = tmp_path / "S2L2A.tar"
-    tar.write_bytes(next(tars.glob("test/S2L2A*.tar")).read_bytes())
-    first = open_index(tar)
-    if change == "damaged index":
-        index_path(tar).write_text(index_path(tar).read_text()[:100])
-        assert open_index(tar) == first
-        return
-    content = bytearray(tar.read_bytes())
-    content[next(iter(first.members.values())).offset + 40] ^= 1
-    tar.write_bytes(bytes(content) + (b"\0" * 10240 if change == "size" else b""))
-    assert open_index(tar).sha256 != first.sha256
+def test_threads_share_a_source_and_kept_errors_do_no_harm(folders):
+    source = pickle.loads(pickle.dumps(Chips(folders)))
+    chips = sorted(source.having("DEM"))
+    truth = {(c, p): source.bands(c, p).tobytes() for c in chips for p in ("S2L2A", "S1RTC")}
+    wrong, kept = [], []
+
+    def read(number: int) -> None:
+        for key in random.Random(number).choices(list(truth), k=60):
+            if source.bands(*key).tobytes() != truth[key]:
+                wrong.append(key)
+            try:
+                source.raster(key[0], "S1RTC")
+            except DataError as error:
+                kept.append(error)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(kept) == 240
 
 
-def test_folder_that_cannot_be_written_is_read_all_the_same(tars, tmp_path: Path, monkeypatch, capsys):
-    tar = tmp_path / "S2L2A.tar"
-    tar.write_bytes(next(tars.glob("test/S2L2A*.tar")).read_bytes())
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(tar_index, "write_atomically", refuse)
-    assert open_index(tar).members
-    assert "cannot be saved" in capsys.readouterr().err
+def test_infinite_and_unrecognised_no_data_are_counted():
+    bands = np.full((4, 2, 8, 8), -12, np.float16)
+    assert radar_faults(bands) is None
+    bands[0, 0, 0, :3] = (np.inf, -np.inf, -9999)
+    assert bands[0, 0, 0, 2] == -10000
+    assert "2 values infinite" in radar_faults(bands)
+    assert "1 values -10000" in radar_faults(bands)
+    assert radar_faults(bands.astype(np.float32)) == "2 values infinite"
 
 
-def hostile(kind: str) -> tarfile.TarInfo:
-    name = "S2L2A/EMSR1_1_35TMF_x1_y1_S2L2A.zarr.zip"
-    info = tarfile.TarInfo(
-        {
-            "absolute": f"/{name}",
-            "climbing": f"../{name}",
-            "climbing inside": "S2L2A/../../etc/EMSR1_1_35TMF_x1_y1_S2L2A.zarr.zip",
-            "unknown": "S2L2A/readme.txt",
-            "elsewhere": "OTHER/EMSR1_1_35TMF_x1_y1_S2L2A.zarr.zip",
-            "deep": "S2L2A/more/EMSR1_1_35TMF_x1_y1_S2L2A.zarr.zip",
-        }.get(kind, name)
-    )
-    info.type = {
-        "symbolic link": tarfile.SYMTYPE,
-        "hard link": tarfile.LNKTYPE,
-        "device": tarfile.CHRTYPE,
-        "block device": tarfile.BLKTYPE,
-        "fifo": tarfile.FIFOTYPE,
-    }.get(kind, tarfile.REGTYPE)
-    info.linkname = "/etc/passwd"
-    return info
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("symbolic link", "hard link", "device", "block device", "fifo"),
-        *("absolute", "climbing", "climbing inside", "unknown", "elsewhere", "deep"),
-    ],
-)
-def test_hostile_member_is_refused_by_name(tmp_path: Path, kind):
-    folder = tmp_path / "root" / "train"
-    folder.mkdir(parents=True)
-    info = hostile(kind)
-    with tarfile.open(folder / "S2L2A.tar", "w") as archive:
-        archive.addfile(info, io.BytesIO())
-    with pytest.raises(DataError, match="refused") as caught:
-        open_source(tmp_path / "root")
-    assert info.name in caught.value.what
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["S2L2A.tar", "root", "train"]
-
-
-def test_duplicated_member_is_refused_by_name(tmp_path: Path):
-    (tmp_path / "train").mkdir()
-    content = zip_of(CHIP, (1, 3, 16, 16), None)
-    with tarfile.open(tmp_path / "train" / "S2L2A.tar", "w") as archive:
-        for _ in range(2):
-            info = hostile("plain")
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    with pytest.raises(DataError, match="twice"):
-        open_source(tmp_path)
-
-
-@given(st.data())
-@settings(max_examples=25, deadline=None)
-def test_truncated_tar_is_found(tars, tmp_path_factory, data):
-    content = next(tars.glob("test/DEM*.tar")).read_bytes()
-    # Behind the last block that holds anything there are zeros only, and a cut in there loses nothing.
-    end = max(i for i, byte in enumerate(content) if byte) // 512 * 512 + 512
-    path = tmp_path_factory.mktemp("cut") / "DEM.tar"
-    path.write_bytes(content[: data.draw(st.integers(0, end - 1))])
-    with pytest.raises(DataError):
-        build_index(path)
-
-
-def test_chip_in_two_tars_is_listed(tars, tmp_path: Path):
-    (tmp_path / "train").mkdir()
-    content = next(tars.glob("train/S2L2A*.tar")).read_bytes()
-    for name in ("S2L2A_1.tar", "S2L2A_2.tar"):
-        (tmp_path / "train" / name).write_bytes(content)
-    twice = open_source(tmp_path).duplicates()
-    assert "in S2L2A_1.tar and S2L2A_2.tar" in twice[0]
-
-
-def test_source_pickles_without_its_open_files(tars):
-    source = open_source(tars)
-    chip = sorted(source.parts("S2L2A"))[0]
-    first = source.read_bands(chip, "S2L2A")
-    copy = pickle.loads(pickle.dumps(source))
-    assert np.array_equal(copy.read_bands(chip, "S2L2A"), first)
-    source.close()
-    assert np.array_equal(source.read_bands(chip, "S2L2A"), first)
-
-
-@pytest.mark.parametrize("part", ["S2L2A", "DEM"])
-def test_missing_part_is_named(tars, chips, part):
-    for root in (tars, chips):
-        source = open_source(root)
-        with pytest.raises(DataError, match=f"EMSR1_x has no {part}"):
-            source.read_bands("EMSR1_x", part) if part == "S2L2A" else source.read_raster("EMSR1_x", part)
-
-
-def test_layout_is_found_from_the_folder_or_from_data_in_it(chips, tars):
-    assert open_source(chips).layout == open_source(chips / "data").layout == "extracted"
-    assert open_source(tars).layout == open_source(tars / "data").layout == "tars"
-
-
-def test_no_chips_at_all_is_said(tmp_path: Path):
-    with pytest.raises(DataError, match="the data root is empty"):
-        open_source(tmp_path)
-
-
-def test_saved_index_is_documented_json(tars):
-    tar = next(tars.glob("test/S1RTC*.tar"))
-    open_index(tar)
-    document = json.loads(index_path(tar).read_text())
-    assert document["schema"] == 1
-    assert len(document["chips"]) == len(document["offsets"]) == len(document["chunks"])
+def test_no_chips_at_all_is_named_with_what_to_do(tmp_path):
+    for root in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError) as error:
+            Chips(root)
+        assert "data synth" in error.value.fix

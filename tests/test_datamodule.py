@@ -1,33 +1,29 @@
 """The data module: what reaches the model equals stock impactmesh and TerraTorch, to the bit."""
 
 import os
-import pickle
 import shutil
-from collections import Counter
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import albumentations
 import numpy as np
 import pytest
 import rasterio
 import torch
 from albumentations.augmentations.geometric import functional as geometric
+from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 
 from conftest import CHIPS
 from floodrepro import recipe as recipes
-from floodrepro.data import d4
-from floodrepro.data.synth import generate
-from floodrepro.errors import DataError
-from floodrepro.training.importing import import_terratorch
-
-import_terratorch()
-
-from impactmesh.impactmesh_datamodule import ImpactMeshDataModule  # noqa: E402
-
-from floodrepro.data.batch_memory import BatchMemory  # noqa: E402
-from floodrepro.data.datamodule import FloodDataModule  # noqa: E402
-from floodrepro.data.samplers import ShuffledByEpoch  # noqa: E402
+from floodrepro.data.augment import apply_symmetry, draw_symmetry
+from floodrepro.data.datamodule import FloodDataModule
+from floodrepro.data.protocols import PROTOCOLS
+from floodrepro.data.samplers import ShuffledByEpoch
+from floodrepro.data.splits import read_split
+from floodrepro.data.synth import VARIANTS, generate
+from floodrepro.errors import DataError, UsageError
 
 DATA = recipes.read(recipes.find("demo"))["data"]["init_args"]
 
@@ -59,8 +55,7 @@ def arguments(chips: Path, **changes) -> dict:
 def ours(chips: Path, stage: str = "test", epoch: int = 0, **changes) -> FloodDataModule:
     module = FloodDataModule(
         **{
-            "label_map": [0, 1],
-            "class_names": ["rest", "flood"],
+            "protocol": "v0",
             "seed": 5,
             **arguments(chips, **changes),
         }
@@ -79,7 +74,7 @@ def stock(chips: Path, stage: str = "test", **changes) -> ImpactMeshDataModule:
 
 def batches(module, stage: str = "test") -> list:
     loader = getattr(module, f"{'train' if stage == 'fit' else stage}_dataloader")()
-    return [module.on_after_batch_transfer(batch, 0) for batch in loader]
+    return [module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0) for batch in loader]
 
 
 def assert_same(first, second) -> None:
@@ -136,10 +131,20 @@ def spoilt(chips: Path, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_batches_equal_stock_to_the_bit(chips, stage):
     def of(module):
-        name = {"validate": "val"}.get(stage, stage)
-        return [module.on_after_batch_transfer(batch, 0) for batch in getattr(module, f"{name}_dataloader")()]
+        loader = getattr(module, f"{stage.removesuffix('idate')}_dataloader")()
+        return [module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0) for batch in loader]
 
     assert_same(of(ours(chips, stage)), of(stock(chips, stage)))
+
+
+def test_every_layout_gives_stocks_tensors(tmp_path):
+    generate(tmp_path / "a", events=4, chips=10, size=32, protocol="v0", seed=4, variants=list(VARIANTS))
+    assert_same(batches(ours(tmp_path / "a")), batches(stock(tmp_path / "a")))
+    train = {"val_split": arguments(tmp_path / "a")["train_split"]}
+    mine, theirs = ours(tmp_path / "a", "validate", **train), stock(tmp_path / "a", "validate", **train)
+    for one, other in zip(mine.val_dataloader(), theirs.val_dataloader(), strict=True):
+        raw = mine.on_before_batch_transfer(one, 0)
+        assert_same([mine.on_after_batch_transfer(raw, 0)], [theirs.on_after_batch_transfer(other, 0)])
 
 
 def test_missing_values_of_every_kind_equal_stock_to_the_bit(spoilt):
@@ -187,16 +192,16 @@ def test_training_chips_are_stocks_turned_by_the_element_drawn_for_them(chips):
     upright = {
         batch.chips[0]: batch
         for loader in [plain.val_dataloader()]
-        for batch in [plain.on_after_batch_transfer(raw, 0) for raw in loader]
+        for batch in [plain.on_after_batch_transfer(plain.on_before_batch_transfer(raw, 0), 0) for raw in loader]
     }
     turned = 0
     for batch in batches(module, "fit"):
         for i, chip in enumerate(batch.chips):
-            element = d4.draw(5, 3, chip)
-            turned += element != "e"
+            element = draw_symmetry(5, 3, chip)
+            turned += element != 0
             for modality, image in upright[chip]["image"].items():
-                assert torch.equal(batch["image"][modality][i], d4.apply(element, image[0]))
-            assert torch.equal(batch["mask"][i], d4.apply(element, upright[chip]["mask"][0]))
+                assert torch.equal(batch["image"][modality][i], apply_symmetry(element, image[0]))
+            assert torch.equal(batch["mask"][i], apply_symmetry(element, upright[chip]["mask"][0]))
     assert turned > 0
 
 
@@ -265,78 +270,93 @@ def test_tensors_that_are_kept_are_never_written_over(chips, workers):
     assert all(np.array_equal(one, other) for one, other in zip(kept, alone, strict=True))
 
 
-def test_memory_of_a_batch_that_is_gone_is_used_again(chips):
-    module = ours(chips, num_workers=2)
-    module.test_dataset.chips = (chips / "split" / "impactmesh_flood_train.txt").read_text().split() * 3
-    loader = module.test_dataloader()
-
-    places = [batch["S2L2A"].data_ptr() for batch in loader]
-    for _ in range(5):
-        places.append(next(iter(loader))["S2L2A"].data_ptr())  # broken off: its other batches are on their way
-    places += [batch["S2L2A"].data_ptr() for batch in loader]
-    assert len(places) == 18 + 5 + 18
-    assert len(set(places)) <= 2 * (module.prefetch_factor + 2)
-
-
-def test_child_that_drops_a_batch_leaves_it_to_its_parent():
-    memory = BatchMemory(8, workers=1, slots=1)
-    assert memory.take_slot(0) == 0
-    held = memory.tensors(0, memory.place({"mask": torch.zeros(8, dtype=torch.int8)}, 1))
-    if (child := os.fork()) == 0:
-        held.clear()
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert memory.take_slot(0) is None
-    row = held.pop("mask")[0, 3:].numpy()
-    assert memory.take_slot(0) is None
-    del row
-    assert memory.take_slot(0) == 0
-
-
-def test_batch_larger_than_a_slot_has_no_place_in_it():
-    memory = BatchMemory(1 << 20, workers=1, slots=1)
-    assert memory.place({"S2L2A": torch.zeros(1 << 18)}, 1) is not None
-    assert memory.place({"S2L2A": torch.zeros(1 << 18)}, 2) is None
-
-
-def test_spawned_workers_read_without_memory_of_their_own():
-    assert pickle.loads(pickle.dumps(BatchMemory(8, workers=1, slots=1))) is None
-
-
-@pytest.mark.parametrize("element", d4.ELEMENTS)
-def test_each_symmetry_equals_albumentations(element):
-    image = np.arange(5 * 5 * 3, dtype=np.int16).reshape(5, 5, 3)
-    expected = geometric.d4(image, element)
-    found = d4.apply(element, torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0)
-    assert np.array_equal(found.numpy(), expected)
-    assert element in albumentations.core.type_definitions.d4_group_elements
-
-
-def test_the_eight_symmetries_are_uniform_and_independent_of_each_other():
-    """Chi-square with 7 degrees of freedom stays below 24.3 in 99.9 % of uniform draws (NIST/SEMATECH 1.3.6.7.4)."""
-    for epoch in range(3):
-        drawn = Counter(d4.draw(42, epoch, f"EMSR{i}_1_35TMF_x{i}_y1") for i in range(8000))
-        assert sum((drawn[element] - 1000) ** 2 / 1000 for element in d4.ELEMENTS) < 24.3
-    pairs = Counter((d4.draw(42, 0, f"c{i}"), d4.draw(42, 1, f"c{i}")) for i in range(6400))
-    assert len(pairs) == 64
-    assert sum((count - 100) ** 2 / 100 for count in pairs.values()) < 103.4  # 63 degrees of freedom, 99.9 %
-
-
-def test_symmetry_depends_on_seed_epoch_and_chip_and_on_nothing_else():
-    chips = [f"EMSR{i}_1_35TMF_x1_y1" for i in range(64)]
-    drawn = [d4.draw(1, 2, chip) for chip in chips]
-    assert drawn == [d4.draw(1, 2, chip) for chip in reversed(chips)][::-1]
-    assert drawn != [d4.draw(2, 2, chip) for chip in chips]
-    assert drawn != [d4.draw(1, 3, chip) for chip in chips]
-
-
 def test_chips_that_are_not_square_cannot_be_turned():
     with pytest.raises(ValueError, match="square"):
-        d4.apply("t", torch.zeros(4, 6))
+        apply_symmetry(7, torch.zeros(4, 6))
 
 
-def test_mask_value_that_the_label_map_does_not_know_is_named_with_its_chip(own_chips):
-    chip = (own_chips / "split" / "impactmesh_flood_test.txt").read_text().split()[0]
+def test_neither_fire_nor_flood_in_a_path_matters(chips, tmp_path: Path):
+    elsewhere = Path(shutil.copytree(chips, tmp_path / "firefly"))
+    assert_same(batches(ours(elsewhere)), batches(ours(chips)))
+
+
+@pytest.mark.parametrize(("symmetry", "element"), list(enumerate(("e", "r90", "r180", "r270", "v", "hvt", "h", "t"))))
+def test_each_symmetry_is_one_of_albumentations(symmetry, element):
+    image = np.arange(5 * 5 * 3, dtype=np.int16).reshape(5, 5, 3)
+    found = apply_symmetry(symmetry, torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0)
+    assert np.array_equal(found.numpy(), geometric.d4(image, element))
+
+
+def test_symmetries_are_uniform_and_depend_on_seed_epoch_and_chip_only():
+    """Chi-square with 7 degrees of freedom stays below 24.3 in 99.9 % of uniform draws (NIST/SEMATECH 1.3.6.7.4)."""
+    names = [f"EMSR{i}_1_35TMF_x{i}_y1" for i in range(8000)]
+    drawn = [draw_symmetry(42, 0, name) for name in names]
+    assert sum((drawn.count(symmetry) - 1000) ** 2 / 1000 for symmetry in range(8)) < 24.3
+    assert drawn == [draw_symmetry(42, 0, name) for name in reversed(names)][::-1]
+    assert drawn != [draw_symmetry(42, 1, name) for name in names] != [draw_symmetry(43, 0, name) for name in names]
+
+
+def test_epoch_begins_in_the_middle_where_a_run_is_resumed_and_the_next_one_is_whole():
+    whole, resumed = ShuffledByEpoch(20, 1, batch_size=3), ShuffledByEpoch(20, 1, batch_size=3, resumed=(4, 2))
+    whole.set_epoch(4)
+    assert list(resumed) == list(whole)[6:]
+    for sampler in (whole, resumed):
+        sampler.set_epoch(5)
+    assert list(resumed) == list(whole)
+
+
+def break_chip(root: Path, chip: str) -> None:
+    path = root / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_chip_is_named_where_it_lies_and_what_to_do(own_chips, workers):
+    chip = read_split(own_chips / "split" / "impactmesh_flood_test.txt")[1]
+    break_chip(own_chips, chip)
+    with pytest.raises(DataError, match=f"{chip}_S1RTC.zarr.zip is damaged") as error:
+        batches(ours(own_chips, num_workers=workers))
+    assert error.value.where.endswith(f"{chip}_S1RTC.zarr.zip")
+    assert "--skip-damaged" in error.value.fix
+
+
+def test_so_many_damaged_chips_are_left_out_and_recorded(own_chips):
+    listed = read_split(own_chips / "split" / "impactmesh_flood_train.txt")
+    for chip in listed[:2]:
+        break_chip(own_chips, chip)
+    module = ours(own_chips, "validate", val_split=arguments(own_chips)["train_split"], skip_damaged=2, batch_size=4)
+    read = [chip for batch in batches(module, "val") for chip in batch.chips]
+    assert read == listed[2:]
+    assert set(module.failed_chips) == set(listed[:2])
+    with pytest.raises(DataError, match="damaged"):
+        batches(ours(own_chips, "validate", val_split=arguments(own_chips)["train_split"], skip_damaged=1), "val")
+
+
+def test_infinite_and_unrecognised_no_data_are_named_at_the_first_read(spoilt, capsys):
+    module = ours(spoilt)
+    batches(module)
+    batches(module)
+    listed = read_split(spoilt / "split" / "impactmesh_flood_test.txt")
+    assert set(module.odd_chips) == set(listed)
+    said = capsys.readouterr().err
+    assert [said.count(f"the radar of {chip} holds") for chip in listed] == [1, 1, 1]
+    assert "infinite" in said
+    assert "-10000" in said
+
+
+def test_optical_and_radar_work_without_elevation(tars, tmp_path):
+    root = Path(shutil.copytree(tars, tmp_path / "tars"))
+    for split in ("train", "val", "test"):
+        (root / split / "DEM.tar").unlink()
+    found = batches(ours(root, modalities=["S2L2A", "S1RTC"]))
+    for mine, theirs in zip(found, batches(ours(tars)), strict=True):
+        assert mine["image"].keys() == {"S2L2A", "S1RTC"}
+        assert torch.equal(mine["image"]["S2L2A"], theirs["image"]["S2L2A"])
+        assert all("_annotation_flood.tif" in name for name in mine["filename"])
+
+
+def test_mask_value_that_the_protocol_does_not_know_is_named_with_its_chip(own_chips):
+    chip = read_split(own_chips / "split" / "impactmesh_flood_test.txt")[0]
     with rasterio.open(own_chips / "data" / "MASK" / f"{chip}_annotation_flood.tif", "r+") as file:
         mask = file.read(1)
         mask[0, 0] = 2
@@ -345,11 +365,13 @@ def test_mask_value_that_the_label_map_does_not_know_is_named_with_its_chip(own_
         batches(ours(own_chips))
 
 
-def test_label_map_joins_classes(chips):
-    swapped = batches(ours(chips, label_map=[1, 0]))
-    for mine, plain in zip(swapped, batches(ours(chips)), strict=True):
-        expected = torch.where(plain["mask"] == -1, -1, 1 - plain["mask"])
-        assert torch.equal(mine["mask"], expected)
+def test_custom_label_map_and_events_of_a_csv(own_chips):
+    file = own_chips / "split" / "impactmesh_flood_test.txt"
+    file.write_text("".join(f"{chip},storm\n" for chip in read_split(file)))
+    own = {"protocol": "custom", "class_names": ["wet", "dry"], "label_map": [1, 0]}
+    for mine, plain in zip(batches(ours(own_chips, **own)), batches(ours(own_chips)), strict=True):
+        assert torch.equal(mine["mask"], torch.where(plain["mask"] == -1, -1, 1 - plain["mask"]))
+        assert set(mine.events) == {"storm"}
 
 
 @pytest.mark.parametrize(
@@ -357,14 +379,47 @@ def test_label_map_joins_classes(chips):
     [
         {"class_names": ["only one"]},
         {"bands": {"S1RTC": [0]}},
+        {"protocol": "v2"},
+        {"label_map": [0, 0, 1]},
+        {"protocol": "custom", "means": None, "class_names": ["a", "b"]},
     ],
     ids=str,
 )
 def test_parameters_that_do_not_fit_each_other_are_refused(chips, changes):
-    with pytest.raises(ValueError, match=r"label_map|bands"):
+    with pytest.raises(ValueError, match=r"label_map|bands|protocol|class_names|means"):
         ours(chips, **changes)
 
 
-def test_neither_fire_nor_flood_in_a_path_matters(chips, tmp_path: Path):
-    elsewhere = Path(shutil.copytree(chips, tmp_path / "firefly"))
-    assert_same(batches(ours(elsewhere)), batches(ours(chips)))
+def test_statistics_and_classes_are_the_protocols_where_the_recipe_has_none(chips):
+    module = ours(chips, means=None, stds=None)
+    assert module.means == {name: list(values) for name, values in PROTOCOLS["v0"].means.items()}
+    assert module.protocol.class_names == ("rest", "flood")
+
+
+def test_limit_is_kept_and_a_split_that_is_not_named_is_refused(chips):
+    assert len(ours(chips, "validate", val_split=arguments(chips)["train_split"], limit=5).val_dataset) == 5
+    with pytest.raises(UsageError, match="names no test split"):
+        ours(chips, test_split=None)
+
+
+def test_workers_ignore_signals_to_the_process_group(chips):
+    loader = iter(ours(chips, num_workers=1, batch_size=1).test_dataloader())
+    next(loader)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(loader._workers[0].pid, number)
+    assert len(list(loader)) == 2
+
+
+def test_process_that_fails_with_workers_ends(chips, tmp_path):
+    """multiprocessing sends SIGTERM to workers at exit, which they ignore, and waits for them."""
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "from floodrepro.data.datamodule import FloodDataModule\n"
+        f"module = FloodDataModule(**{arguments(chips, num_workers=1, protocol='v0')!r})\n"
+        "module.setup('test')\n"
+        "left = iter(module.test_dataloader())\n"
+        "next(left)\n"
+        "raise SystemExit(7)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    assert subprocess.run([sys.executable, script], env=environment, timeout=200, check=False).returncode == 7

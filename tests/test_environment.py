@@ -82,11 +82,6 @@ def test_amd_box_gives_the_installed_rocm_and_the_driver(amd_box):
     assert found["host"]["os"] == "Ubuntu 24.04.3 LTS"
 
 
-def test_driver_of_the_kernel_has_no_version_of_its_own(amd_box):
-    (amd_box / "sys/module/amdgpu/version").unlink()
-    assert environment(root=amd_box)["accelerator"]["drivers"] == {"amdgpu": "the kernel's own"}
-
-
 @pytest.mark.parametrize(
     "banner",
     [
@@ -105,45 +100,6 @@ def test_bare_machine_gives_nothing_instead_of_failing(tmp_path):
     found = environment(root=tmp_path)
     assert found["torch"]["rocm"] is None
     assert found["accelerator"]["drivers"] == {}
-
-
-def test_package_that_is_missing_is_said_to_be(monkeypatch):
-    real = importlib.metadata.version
-
-    def without_zarr(package: str) -> str:
-        if package == "zarr":
-            raise importlib.metadata.PackageNotFoundError(package)
-        return real(package)
-
-    monkeypatch.setattr("floodrepro.system.environment.version", without_zarr)
-    packages = environment()["packages"]
-    assert packages["zarr"] == "not installed"
-    assert packages["numpy"] == real("numpy")
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_switches_of_torch_are_read_when_asked(strict):
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    try:
-        torch.use_deterministic_algorithms(strict)
-        torch.backends.cudnn.deterministic = strict
-        numerics = environment(variables={"PYTHONHASHSEED": "7"})["numerics"]
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.deterministic = before[1]
-    assert numerics["deterministic_algorithms"] is numerics["cudnn_deterministic"] is strict
-    assert numerics["python_hash_seed"] == "7"
-
-
-def test_new_precision_switch_of_torch_does_not_break_the_record():
-    # In a process of its own: torch offers no way back from the mix of both switches.
-    code = (
-        "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
-        "from floodrepro.system.environment import environment\n"
-        "print(environment()['numerics']['float32_matmul_precision'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "cuda: tf32"
 
 
 def test_variables_that_change_numerics_or_speed_are_recorded_and_no_others():
@@ -185,41 +141,27 @@ def test_checkout_gives_its_commit_and_whether_it_was_changed(repository):
     assert checkout(package) == {"commit": commit, "dirty": True, "note": None}
 
 
-@pytest.mark.parametrize("ignored", [True, False])
-def test_installed_package_inside_a_foreign_repository_has_no_commit(repository, ignored):
-    installed = repository / ".venv/lib/python3.12/site-packages/floodrepro"
-    installed.mkdir(parents=True)
-    (installed / "__init__.py").write_text("")
-    if ignored:
-        (repository / ".gitignore").write_text(".venv\n")
-    found = checkout(installed)
-    assert found["commit"] is None
-    assert found["dirty"] is None
-    assert "does not track" in found["note"]
+def test_package_inside_another_repository_or_outside_any_has_no_commit(repository, tmp_path):
+    wheel, bare = repository / ".venv/lib/site-packages/floodrepro", tmp_path / "bare"
+    for package in (wheel, bare):
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        found = checkout(package)
+        assert (found["commit"], found["dirty"], "does not track" in found["note"]) == (None, None, True)
 
 
-def test_package_outside_any_repository_has_no_commit(tmp_path):
-    (tmp_path / "__init__.py").write_text("")
-    assert checkout(tmp_path)["commit"] is None
-
-
-def test_repository_without_a_commit_gives_none(tmp_path):
-    (tmp_path / "__init__.py").write_text("")
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "add", "__init__.py")
-    assert checkout(tmp_path)["commit"] is None
-    assert "no commit" in checkout(tmp_path)["note"]
+def test_container_image_records_the_commit_that_it_was_built_from(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOODREPRO_COMMIT", "c0ffee")
+    package = tmp_path / "site-packages/floodrepro"
+    package.mkdir(parents=True)
+    assert checkout(package)["commit"] == "c0ffee"
+    assert checkout(repository / "src/package")["commit"] == git(repository, "rev-parse", "HEAD")
 
 
 def test_machine_without_git_gives_no_commit_but_a_reason(repository, monkeypatch):
     monkeypatch.setenv("PATH", str(repository))
     found = checkout(repository / "src/package")
     assert found == {"commit": None, "dirty": None, "note": "git cannot be asked: FileNotFoundError"}
-
-
-def test_git_variables_of_a_hook_do_not_answer_for_another_repository(repository, tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere/.git"))
-    assert checkout(repository / "src/package")["commit"] is not None
 
 
 def test_resume_compares_what_computes():
@@ -230,15 +172,15 @@ def test_resume_compares_what_computes():
     assert json.loads(json.dumps(found)) == found == code_version()
 
 
-@pytest.mark.parametrize(("name", "content"), [("__init__.py", "a = 2\n"), ("new.py", ""), ("deep/new.py", "a = 1\n")])
-def test_source_digest_sees_a_changed_and_a_new_file(repository, name, content):
+def test_source_digest_sees_a_changed_and_a_new_file(repository):
     package = repository / "src/package"
-    before = source_digest(package)
-    (package / "deep").mkdir()
-    (package / "notes.txt").write_text("no code\n")
-    assert source_digest(package) == before
-    (package / name).write_text(content)
-    assert source_digest(package) != before
+    digests = [source_digest(package)]
+    (package / "notes.txt").write_text("no code")
+    assert source_digest(package) == digests[0]
+    for name, content in (("__init__.py", "a = 2\n"), ("new.py", "")):
+        (package / name).write_text(content)
+        digests.append(source_digest(package))
+    assert len(set(digests)) == 3
 
 
 def test_code_version_does_not_wait_for_torch():

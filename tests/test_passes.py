@@ -1,7 +1,6 @@
-"""validate, test and predict: the same figures as plain TerraTorch, the config before the checkpoint's memory."""
+"""validate, test and predict: plain TerraTorch's figures, the config before the checkpoint's memory, chips by name."""
 
 import json
-import pickle
 import shutil
 import subprocess
 import sys
@@ -11,9 +10,10 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-import yaml
+import zarr
 
-from floodrepro import recipe as recipes
+from floodrepro.data.protocols import EVENT, NO_DATA
+from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.metrics import confusion, scores
 
 PLAIN_TERRATORCH = """
@@ -50,11 +50,15 @@ def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by(cli, tra
     assert metrics["val/loss"] == pytest.approx(trained.read_record()["best_val_loss"], abs=1e-6)
 
 
-def test_text_output_is_the_main_metrics(cli, trained):
-    lines = cli("test", "--ckpt", trained.best).out.splitlines()
-    assert [line.split()[0] for line in lines] == [
+def test_text_output_is_the_main_metrics_and_which_iou_is_which(cli, trained):
+    text = cli("test", "--ckpt", trained.best).out
+    metrics, ious = text.split("\n\n")
+    assert [line.split()[0] for line in metrics.splitlines()] == [
         f"test/{name}" for name in ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
     ]
+    rows = [line.split() for line in ious.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["pooled", "mean", "mean"]
+    assert [row[-1] for row in rows] == ["chips", "chips", "events"]
 
 
 def test_a_pass_shows_how_far_it_has_come_in_a_log(cli, trained, tmp_path: Path):
@@ -65,7 +69,7 @@ def test_a_pass_shows_how_far_it_has_come_in_a_log(cli, trained, tmp_path: Path)
         assert "floodrepro: batches 3/3" in outcome.err
 
 
-def test_a_validation_writes_nothing_and_a_test_its_chip_table_only(cli, trained, tmp_path: Path, monkeypatch):
+def test_a_validation_writes_nothing_and_a_test_its_tables_only(cli, trained, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(trained.evaluation, ignore_errors=True)
     before = set(trained.path.rglob("*"))
@@ -73,26 +77,61 @@ def test_a_validation_writes_nothing_and_a_test_its_chip_table_only(cli, trained
     assert set(trained.path.rglob("*")) == before
     assert cli("test", "--ckpt", trained.best).code == 0
     written = {path for path in set(trained.path.rglob("*")) - before if path.is_file()}
-    assert written == {trained.evaluation / "test" / "best.parquet"}
+    baselines = {f"baselines/test/{name}.parquet" for name in ("everything", "nothing", "vv-drop", "vv-vh-change")}
+    assert {str(path.relative_to(trained.evaluation)) for path in written} == {"test/best.parquet"} | baselines
     assert list(tmp_path.iterdir()) == []
 
 
-def test_predicted_masks_are_georeferenced_and_score_what_test_scores(cli, trained, chips, tmp_path: Path):
+def test_baselines_can_be_left_out(cli, trained, tmp_path: Path):
+    assert cli("test", "--ckpt", trained.best, "--output", tmp_path, "--no-baselines").code == 0
+    assert [path.name for path in tmp_path.rglob("*.parquet")] == ["best.parquet"]
+
+
+def test_predicted_masks_are_named_after_chips_and_score_what_test_scores(cli, trained, chips, tmp_path: Path):
     masks = tmp_path / "masks"
-    outcome = cli("predict", "--ckpt", trained.best, "--output", masks, "--format", "json")
+    outcome = cli("predict", "--ckpt", trained.best, "--output", masks, "--format", "json", "--probabilities")
     assert outcome.code == 0, outcome.err
     counts = np.zeros((2, 2), np.int64)
     for chip in split_of(chips, "test"):
         with (
-            rasterio.open(masks / f"{chip}_DEM_pred.tif") as mine,
+            rasterio.open(masks / f"{chip}_pred.tif") as mine,
+            rasterio.open(masks / f"{chip}_prob.tif") as probable,
             rasterio.open(chips / "data" / "MASK" / f"{chip}_annotation_flood.tif") as truth,
         ):
             assert (mine.crs, mine.transform, mine.shape) == (truth.crs, truth.transform, truth.shape)
+            assert (probable.crs, probable.transform, probable.dtypes) == (truth.crs, truth.transform, ("float32",))
+            assert np.array_equal(probable.read(1) > 0.5, mine.read(1) == 1)
+            assert len(np.unique(probable.read(1))) > 100  # no zeros in a type that cannot hold them
             counts += confusion(truth.read(1), mine.read(1), 2)
-    assert len(json.loads(outcome.out)["files"]) == len(split_of(chips, "test"))
+    assert len(json.loads(outcome.out)["files"]) == len(list(masks.iterdir())) == 2 * len(split_of(chips, "test"))
     tested = json.loads(cli("test", "--ckpt", trained.best, "--format", "json").out)["metrics"]
     for name, value in scores(counts).items():
         assert tested[f"test/{name}"] == pytest.approx(value, abs=1e-6)
+
+
+def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_chips, tmp_path: Path):
+    chip, seen = split_of(own_chips, "test")[0], {"S2L2A": np.s_[:4, :6], "S1RTC": np.s_[2:9, :5]}
+    for modality, place in seen.items():
+        path = own_chips / "data" / modality / f"{chip}_{modality}.zarr.zip"
+        with zarr.ZipStore(str(path), mode="r") as store:
+            bands = zarr.open_consolidated(store, mode="r")["bands"][:]
+        bands[(EVENT, slice(None), *place)] = NO_DATA  # in float16 that is -10000
+        path.unlink()
+        with zarr.ZipStore(str(path), mode="w") as store:
+            zarr.group(store).array("bands", bands)
+            zarr.consolidate_metadata(store)
+    arguments = ("--ckpt", trained.best, "--data-root", own_chips, "--probabilities", "--output", tmp_path / "p")
+    outcome = cli("predict", *arguments)
+    assert outcome.code == 0, outcome.err
+    both = np.zeros((32, 32), bool)
+    both[2:4, :5] = True
+    with (
+        rasterio.open(tmp_path / "p" / f"{chip}_pred.tif") as mask,
+        rasterio.open(tmp_path / "p" / f"{chip}_prob.tif") as probable,
+    ):
+        assert mask.nodata == -1
+        assert np.array_equal(mask.read(1) == -1, both)
+        assert np.array_equal(np.isnan(probable.read(1)), both)
 
 
 def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
@@ -123,141 +162,67 @@ def test_checkpoint_of_another_shape_is_refused_with_both_names(cli, trained, ch
     assert len(outcome.report) <= 3
 
 
-def copy_beside_recipe(trained, folder: Path, name: str = "weights.ckpt") -> Path:
-    shutil.copy(trained.recipe, folder / "recipe.yaml")
-    return Path(shutil.copy(trained.best, folder / name))
-
-
-def test_weights_that_lack_a_tensor_or_have_one_too_many_are_refused(cli, trained, tmp_path: Path):
-    path = copy_beside_recipe(trained, tmp_path)
-    content = torch.load(path, weights_only=True)
-    first = next(iter(content["state_dict"]))
-    for change in ("less", "more"):
-        damaged = {**content, "state_dict": dict(content["state_dict"])}
-        if change == "less":
-            del damaged["state_dict"][first]
-        else:
-            damaged["state_dict"]["model.stray.weight"] = torch.zeros(1)
-        torch.save(damaged, path)
-        outcome = cli("test", "--ckpt", path)
-        assert outcome.code == 1
-        assert ("stray" if change == "more" else first.removeprefix("model.")) in outcome.err
-
-
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-@pytest.mark.parametrize("keep", [0, 100, 0.5])
-def test_truncated_checkpoint_is_found(cli, trained, tmp_path: Path, suffix, keep):
-    path = copy_beside_recipe(trained, tmp_path, f"weights{suffix}")
-    if suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file({"model.weight": torch.zeros(1000)}, path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    outcome = cli("test", "--ckpt", path)
-    assert outcome.code == 1
-    assert "damaged or truncated" in outcome.err
-    assert len(outcome.report) <= 3
-
-
-class Payload:
-    """Runs code where a pickle is opened carelessly."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return (Path.touch, (self.trace,))
-
-
-@pytest.mark.parametrize("how", ["torch", "pickle"])
-def test_checkpoint_that_holds_code_is_not_opened(cli, trained, tmp_path: Path, how):
-    path = copy_beside_recipe(trained, tmp_path)
-    trace = tmp_path / "code-was-run"
-    if how == "torch":
-        torch.save({"state_dict": {}, "extra": Payload(trace)}, path)
-    else:
-        path.write_bytes(pickle.dumps({"state_dict": Payload(trace)}))
-    outcome = cli("test", "--ckpt", path)
-    assert outcome.code == 1
-    assert "holds code" in outcome.err
-    assert len(outcome.report) <= 3
-    assert not trace.exists()
-
-
-def test_missing_config_beside_the_checkpoint_is_asked_for(cli, trained, tmp_path: Path):
-    lonely = Path(shutil.copy(trained.best, tmp_path / "lonely.ckpt"))
-    outcome = cli("test", "--ckpt", lonely)
-    assert outcome.code == 2
-    assert "--config YAML" in outcome.err
-
-
-def test_two_configs_beside_the_checkpoint_are_not_chosen_between(cli, trained, tmp_path: Path):
-    path = copy_beside_recipe(trained, tmp_path)
-    shutil.copy(trained.recipe, tmp_path / "other.yaml")
+def test_config_beside_the_checkpoint_has_to_be_one(cli, trained, tmp_path: Path):
+    path = Path(shutil.copy(trained.best, tmp_path / "lonely.ckpt"))
+    assert "--config YAML" in cli("test", "--ckpt", path).err
+    for name in ("recipe.yaml", "other.yaml"):
+        shutil.copy(trained.recipe, tmp_path / name)
     assert "2 configs lie beside" in cli("test", "--ckpt", path).err
 
 
-def damage_root(chips: Path) -> str:
-    shutil.rmtree(chips / "data")
-    return "the data root does not exist"
-
-
-def empty_root(chips: Path) -> str:
-    shutil.rmtree(chips / "data")
-    (chips / "data").mkdir()
-    return "the data root is empty"
-
-
-def remove_part(chips: Path) -> str:
-    chip = split_of(chips, "test")[0]
-    (chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").unlink()
-    return f"1 of {len(split_of(chips, 'test'))} chips have no S1RTC file, the first is {chip}_S1RTC.zarr.zip"
-
-
-def name_stranger(chips: Path) -> str:
-    with (chips / "split" / "impactmesh_flood_test.txt").open("a") as file:
-        file.write("EMSR1_1_35TMF_x1_y1\n")
-    return "the first is EMSR1_1_35TMF_x1_y1_S2L2A.zarr.zip"
-
-
-def blank_line(chips: Path) -> str:
-    path = chips / "split" / "impactmesh_flood_test.txt"
-    path.write_text(path.read_text().replace("\n", "\n\n", 1))
-    return "1 blank lines, the first is line 2"
-
-
-def empty_split(chips: Path) -> str:
-    (chips / "split" / "impactmesh_flood_test.txt").write_text("")
-    return "the test split is empty"
-
-
-def no_split(chips: Path) -> str:
-    (chips / "split" / "impactmesh_flood_test.txt").unlink()
-    return "the test split cannot be read"
-
-
-@pytest.mark.parametrize(
-    "damage", [damage_root, empty_root, remove_part, name_stranger, blank_line, empty_split, no_split]
-)
-def test_missing_data_is_found_before_the_work_starts(cli, trained, own_chips, damage):
-    says = damage(own_chips)
+def test_missing_chips_are_found_before_the_work_starts(cli, trained, own_chips):
+    chip = split_of(own_chips, "test")[0]
+    (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").unlink()
     outcome = cli("test", "--ckpt", trained.best, "--data-root", own_chips)
     assert outcome.code == 1
-    assert says in outcome.err
-    assert len(outcome.report) <= 3
-    assert "over " not in outcome.err.split("loading TerraTorch")[-1].replace("is never written over", "")
+    assert f"{chip}_S1RTC.zarr.zip" in outcome.err
+    assert "batches" not in outcome.err
 
 
-def test_a_path_without_flood_in_its_name_reads_the_same(cli, trained, chips, tmp_path: Path):
-    """impactmesh 0.1.2 guesses the disaster from the path, "fire" first; the recipes say which it is."""
-    elsewhere = Path(shutil.copytree(chips, tmp_path / "firefly"))
-    here = json.loads(cli("test", "--ckpt", trained.best, "--format", "json").out)["metrics"]
-    there = cli("test", "--ckpt", trained.best, "--data-root", elsewhere, "--format", "json")
-    assert there.code == 0, there.err
-    assert json.loads(there.out)["metrics"] == here
+def test_a_split_can_be_chosen_and_an_unknown_one_is_named(cli, trained, tmp_path: Path):
+    outcome = cli("test", "--ckpt", trained.best, "--split", "val", "--output", tmp_path, "--format", "json")
+    assert chip_table.read(Path(json.loads(outcome.out)["tables"]["val"])).metadata["split"] == "val"
+    wrong = cli("test", "--ckpt", trained.best, "--split", "holdout")
+    assert wrong.code == 2
+    assert "no split 'holdout'" in wrong.err
 
 
-def test_resolved_recipe_is_a_terratorch_yaml(trained):
-    recipe = yaml.safe_load(trained.recipe.read_text())
-    assert set(recipe) <= set(recipes.SECTIONS)
+def test_several_test_splits_are_tested_in_one_pass(cli, trained, chips, tmp_path: Path):
+    all_chips, part = split_of(chips, "test"), tmp_path / "holdout.txt"
+    part.write_text("".join(f"{chip}\n" for chip in all_chips[1:]))
+    several = json.dumps({"test": str(chips / "split" / "impactmesh_flood_test.txt"), "holdout": str(part)})
+    arguments = ("--ckpt", trained.best, "--output", tmp_path, "--data.init_args.test_split", several)
+    outcome = cli("test", *arguments, "--format", "json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    whole, holdout = (chip_table.read(Path(result["tables"][name])) for name in ("test", "holdout"))
+    assert (holdout.chips.tolist(), holdout.metadata["subset_of"]) == (all_chips[1:], "test")
+    assert np.array_equal(holdout.counts, whole.counts[1:])
+    assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
+
+
+def test_weights_that_predict_nan_leave_no_table(cli, trained, tmp_path: Path):
+    content = torch.load(trained.best, weights_only=True)
+    name = next(key for key in content["state_dict"] if key.endswith("running_var"))
+    content["state_dict"][name][0] = float("nan")
+    torch.save(content, tmp_path / "best.ckpt")
+    outcome = cli("test", "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe)
+    assert outcome.code == 1
+    assert "not finite for 3 chips, the first is EMSR" in outcome.err
+    assert not list((tmp_path / "evaluation").rglob("*.parquet"))
+
+
+def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path / "file")
+    assert outcome.code == 1
+    assert "cannot be written" in outcome.err
+    assert "batches" not in outcome.err
+
+
+def test_test_of_some_batches_leaves_no_table_that_looks_whole(cli, trained, tmp_path: Path):
+    some = ("--data.init_args.batch_size", "1", "--trainer.limit_test_batches", "2")
+    outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, *some)
+    assert outcome.code == 0
+    assert "2 of 3 chips were tested" in outcome.err
+    assert not list(tmp_path.rglob("*.parquet"))

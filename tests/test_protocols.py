@@ -1,10 +1,13 @@
-"""The other two protocols, trained for a few steps on generated v1 data and tested on all their splits."""
+"""Protocols other than v0, trained for a few steps on generated chips; a new one is an entry and a recipe."""
 
 import json
 from pathlib import Path
 
 import pytest
+import yaml
 
+from floodrepro import recipe as recipes
+from floodrepro.data.protocols import PROTOCOLS, Protocol
 from floodrepro.data.synth import generate
 from floodrepro.evaluation.chip_table import read
 
@@ -68,5 +71,58 @@ def test_v0_recipe_on_v1_data_is_an_error_that_names_the_way_out(cli, v1_chips, 
     workers = ("--data.init_args.num_workers=0",)
     outcome = cli("fit", "--config", name, "--data-root", v1_chips, "--runs-root", tmp_path, *TINY, *SHORT, *workers)
     assert outcome.code == 1
-    assert "which the label map does not know" in outcome.err
+    assert "holds [2], expected [-1, 0, 1]" in outcome.err
     assert "v1-binary" in outcome.err
+
+
+# ImpactMesh-Fire, with the statistics of impactmesh 0.1.2 (impactmesh_datamodule.datasets_stats["fire"]).
+FIRE = Protocol(
+    name="fire",
+    title="ImpactMesh-Fire, two classes",
+    class_names=("rest", "burned"),
+    label_map=(0, 1),
+    mask_suffix="_annotation_wildfire.tif",
+    hazard="fire",
+    means={
+        "S2L2A": (801.3, 861.7, 991.6, 1019.7, 1366.4, 2000.2, 2255.3, 2354.9, 2481.8, 2747.9, 2185.8, 1495.2),
+        "S1RTC": (-9.838, -15.465),
+        "DEM": (412.745,),
+    },
+    stds={
+        "S2L2A": (1960.5, 1732.9, 1494.8, 1384.5, 1385.1, 1309.4, 1322.6, 1352.4, 1336.4, 2379.4, 1145.6, 992.0),
+        "S1RTC": (3.505, 3.422),
+        "DEM": (354.58,),
+    },
+)
+
+
+def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(PROTOCOLS, "fire", FIRE)
+    root, run = tmp_path / "chips", tmp_path / "runs" / "burn"
+    made = cli(
+        "data", "synth", "--root", root, "--protocol", "fire", *["--events", "5", "--chips", "15", "--size", "32"]
+    )
+    assert made.code == 0, made.err
+    assert len(list((root / "data" / "MASK").glob("*_annotation_wildfire.tif"))) == 15
+    audited = cli("data", "audit", "--root", root, "--protocol", "fire", "--jobs", "1", "--format", "json")
+    assert audited.code == 0, audited.out
+    assert "error" not in {finding["severity"] for finding in json.loads(audited.out)["findings"]}
+    recipe = recipes.read(recipes.find("demo"))
+    data = recipe["data"]["init_args"] | {"protocol": "fire", "data_root": str(root / "data"), "batch_size": 4}
+    data |= {key: {m: list(v) for m, v in getattr(FIRE, key).items()} for key in ("means", "stds")}
+    splits = {"train": "train", "val": "val", "test": "test", "predict": "test"}
+    data |= {f"{key}_split": str(root / "split" / FIRE.split_file(split)) for key, split in splits.items()}
+    recipe["data"]["init_args"] = data
+    (tmp_path / "burn.yaml").write_text(yaml.safe_dump(recipe))
+    for command in (
+        ("fit", "--config", tmp_path / "burn.yaml", "--runs-root", run.parent, "--name", "burn", *SHORT),
+        ("test", "--ckpt", run / "checkpoints" / "best.ckpt"),
+        ("verify", "--run", run, "--no-measure", "--require", "identities"),
+        ("export", "--run", run),
+    ):
+        outcome = cli(*command)
+        assert outcome.code == 0, outcome.err
+    for path in (run / "verification" / "report.md", next((run / "export").glob("*.md"))):
+        text = path.read_text()
+        assert "burned" in text
+        assert "flood" not in text.lower().replace("floodrepro", "")

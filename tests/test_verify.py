@@ -1,4 +1,4 @@
-"""floodrepro verify from the outside: what it judges, what it refuses, and its exit codes."""
+"""floodrepro verify and export from the outside: what they judge, what they refuse, and their exit codes."""
 
 import json
 import shutil
@@ -11,161 +11,178 @@ import torch
 
 from floodrepro.evaluation import chip_table
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification import battery
 from floodrepro.verification.battery import CHECKS
+from verification_fixtures import WITHOUT_TORCH
 
-WITHOUT_TORCH = """
-import sys
-for name in ("torch", "terratorch", "lightning", "impactmesh"):
-    sys.modules[name] = None
-from floodrepro.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-CHEAP = ("identities", "data")
+ASKED = "weights,load_back,round_trip,panels,identities"
+SCRIPT = f"{WITHOUT_TORCH}\nfrom floodrepro.cli.main import main\nsys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture(scope="module")
-def verified(cli, trained, tmp_path_factory) -> tuple[RunFolder, Path]:
-    """A run with its chip table and evidence, and a reference checkpoint: the same weights, moved a little."""
+def verified(cli, trained: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run with its export, chip tables and evidence; the reference is the same weights, moved a little."""
     root = tmp_path_factory.mktemp("verify")
     run = RunFolder(Path(shutil.copytree(trained.path, root / "runs" / "mine")))
-    shutil.rmtree(run.evaluation, ignore_errors=True)
     content = torch.load(run.best, weights_only=True)
     content["state_dict"] = {k: v * 1.02 if v.is_floating_point() else v for k, v in content["state_dict"].items()}
     torch.save(content, root / "reference.ckpt")
-    outcome = cli("verify", "--run", run.path, "--reference", root / "reference.ckpt", "--require", ",".join(CHEAP))
-    assert outcome.code == 0, outcome.err
-    return run, root / "reference.ckpt"
+    assert cli("export", "--run", run.path).code == 0
+    outcome = cli("verify", "--run", run.path, "--reference", root / "reference.ckpt", "--require", ASKED)
+    assert outcome.code == 0, outcome.err + outcome.out
+    return run
 
 
 @pytest.fixture
-def own_run(verified, tmp_path: Path) -> RunFolder:
-    return RunFolder(Path(shutil.copytree(verified[0].path, tmp_path / "mine")))
+def own_run(verified: RunFolder, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(verified.path, tmp_path / "mine")))
 
 
 def results_of(run: RunFolder) -> dict:
-    return json.loads((run.verification / "results.json").read_text())
+    return json.loads(run.results.read_text())
 
 
-def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified):
-    run, reference = verified
-    found = results_of(run)
+def statuses(outcome) -> dict[str, tuple[str, str]]:
+    return {check["id"]: (check["status"], check["finding"]) for check in json.loads(outcome.out)["checks"]}
+
+
+def without_torch(run: RunFolder, *flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", SCRIPT, "verify", "--run", run.path, *flags]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def reference_of(run: RunFolder) -> Path:
+    return run.evaluation / "reference" / "test" / "reference.parquet"
+
+
+def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified: RunFolder):
+    found = results_of(verified)
     assert [check["id"] for check in found["checks"]] == list(CHECKS)
-    status = {check["id"]: check["status"] for check in found["checks"]}
-    for id_ in ("weights", "load_back", "round_trip", "panels", "identities", "data"):
-        assert status[id_] == "pass", found["checks"]
-    assert status["variance"] == "skip"
-    assert (run.evaluation / "test" / "best.parquet").is_file()
-    assert (run.evaluation / "reference" / "test" / f"{reference.stem}.parquet").is_file()
-    assert found["reference"]["name"] == "reference"
-    assert {"report.md", "report.html", "figures", "evidence"} <= {path.name for path in run.verification.iterdir()}
+    assert found["reference"]["checkpoint"]["name"] == "reference.ckpt"
+    assert "reference" in found["verdict"]["sentence"]
+    assert all(check["code"].endswith(f".{check['id']}") for check in found["checks"])
+    assert "as it lies in export/" in str(found["checks"])
+    names = {path.name for path in verified.verification.iterdir()}
+    assert {"report.md", "report.html", "figures", "evidence"} <= names
+    assert (verified.verification / "figures" / "panels.png").is_file()
 
 
-def test_a_report_is_made_again_to_the_byte_without_torch(verified, tmp_path: Path):
-    run = RunFolder(Path(shutil.copytree(verified[0].path, tmp_path / "other" / "mine")))
-    before = {path: path.read_bytes() for path in run.verification.rglob("*") if path.is_file()}
-    for path in (run.verification / "report.md", run.verification / "report.html"):
-        path.unlink()
-    command = [sys.executable, "-c", WITHOUT_TORCH, "verify", "--run", run.path, "--report-only"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == (0 if results_of(run)["summary"]["ok"] else 1), done.stderr
-    assert {path: path.read_bytes() for path in before} == before
+def test_machine_without_torch_judges_what_is_there_and_makes_the_same_report(own_run: RunFolder):
+    before = results_of(own_run)
+    done = without_torch(own_run, "--no-measure", "--reference", reference_of(own_run), "--require", ASKED)
+    assert done.returncode == 0, done.stderr
+    assert results_of(own_run)["checks"] == before["checks"]
+    files = {path: path.read_bytes() for path in own_run.verification.rglob("*") if path.is_file()}
+    (own_run.verification / "report.html").unlink()
+    assert without_torch(own_run, "--report-only").returncode == 0
+    assert {path: path.read_bytes() for path in files} == files
 
 
-def test_a_machine_without_torch_judges_what_is_there(verified, tmp_path: Path):
-    run = RunFolder(Path(shutil.copytree(verified[0].path, tmp_path / "other" / "mine")))
-    before = results_of(run)
-    table = run.evaluation / "reference" / "test" / "reference.parquet"
-    command = [sys.executable, "-c", WITHOUT_TORCH, "verify", "--run", run.path, "--no-measure", "--reference", table]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert "error" not in done.stderr, done.stderr
-    for now, then in zip(results_of(run)["checks"], before["checks"], strict=True):
-        assert now == then
-
-
-def test_exit_code_is_1_unless_all_required_checks_passed(cli, own_run):
-    table = own_run.evaluation / "reference" / "test" / "reference.parquet"
-    flags = ("verify", "--run", own_run.path, "--no-measure")
+def test_exit_code_is_1_where_a_required_check_is_not_met(cli, own_run: RunFolder):
+    flags = ("verify", "--run", own_run.path, "--no-measure", "--format", "json")
     assert cli(*flags, "--require", "identities").code == 0
-    everything = cli(*flags, "--reference", table, "--require", "all", "--format", "json")
+    everything = cli(*flags, "--require", "all")
     assert everything.code == 1
-    assert "variance" in json.loads(everything.out)["summary"]["required_not_passed"]  # skipped, hence not passed
-    assert "variance" not in cli(*flags, "--require", "identities").out.split("required, and not passed")[1:]
-    default = cli(*flags)
-    assert default.code == 1
-    assert "required, and not passed: parity" in default.out
-    assert "No reference was given" in default.out
+    assert "variance" in json.loads(everything.out)["summary"]["not_met"]  # skipped, and asked for by name
+    unknown = cli(*flags, "--require", "parity,magic")
+    assert (unknown.code, "no check 'magic'" in unknown.err) == (2, True)
 
 
-def test_unknown_check_is_refused_before_anything_is_done(cli, own_run):
-    outcome = cli("verify", "--run", own_run.path, "--require", "parity,magic")
-    assert outcome.code == 2
-    assert "no check 'magic'" in outcome.err
-    assert "loading" not in outcome.err
+# Damage fails its check and never aborts
 
 
-def test_table_of_other_weights_than_the_run_has_is_not_judged(cli, own_run):
-    content = torch.load(own_run.best, weights_only=True)
-    content["state_dict"] = {k: v * 2 if v.is_floating_point() else v for k, v in content["state_dict"].items()}
-    torch.save(content, own_run.best)
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("evaluation/test/best.parquet", "identities"),
+        ("evaluation/val/best.parquet", "identities"),
+        ("verification/evidence/weights.json", "weights"),
+        ("run.json", "provenance"),
+        ("../declared.json", "variance"),
+    ],
+)
+def test_damaged_file_fails_its_check(cli, own_run: RunFolder, name: str, check: str):
+    path = own_run.path / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(b"PAR1 not really")
+    outcome = cli("verify", "--run", own_run.path, "--no-measure", "--format", "json")
+    assert outcome.code == 1, outcome.err
+    assert statuses(outcome)[check][0] == "fail", statuses(outcome)
+
+
+def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, own_run: RunFolder):
+    pair = own_run.export / "mine.safetensors"
+    pair.write_bytes(pair.read_bytes()[:5000])
+    (own_run.export / "README.md").write_text("no metadata, my own words")
+    outcome = cli("verify", "--run", own_run.path, "--format", "json")
+    assert outcome.code == 1, outcome.err
+    found = statuses(outcome)
+    assert found["load_back"][0] == found["round_trip"][0] == "fail"
+    assert "damaged" in found["load_back"][1]
+    assert found["weights"][0] == found["panels"][0] == "pass"
+
+
+# What belongs to other weights, and what is given by mistake
+
+
+def test_table_and_evidence_of_other_weights_are_not_judged(cli, own_run: RunFolder):
+    own_run.best.write_bytes(b"other weights")
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--format", "json")
     assert outcome.code == 1
-    checks = {check["id"]: check for check in json.loads(outcome.out)["checks"]}
-    for id_ in ("parity", "events", "calibration", "identities"):
-        assert checks[id_]["status"] == "skip"
-        assert "made from other weights" in checks[id_]["reason"]
+    found = statuses(outcome)
+    assert all(found[name][0] == "skip" for name in ("parity", "events", "identities", "weights", "panels"))
+    assert "other weights" in found["events"][1]
+    assert "other weights" in found["weights"][1]
 
 
-def test_evidence_of_other_weights_than_the_run_has_is_not_judged(cli, own_run):
-    file = own_run.verification / "evidence" / "weights.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"measured_on": "0" * 64}))
-    outcome = cli("verify", "--run", own_run.path, "--no-measure", "--format", "json")
-    checks = {check["id"]: check for check in json.loads(outcome.out)["checks"]}
-    assert (checks["weights"]["status"], checks["load_back"]["status"]) == ("skip", "pass")
-    assert "measured on other weights" in checks["weights"]["reason"]
-
-
-def test_reference_over_other_chips_fails_parity_by_name(cli, own_run, tmp_path: Path):
-    table = chip_table.read(own_run.evaluation / "reference" / "test" / "reference.parquet")
+def test_reference_over_other_chips_fails_parity_by_name(cli, own_run: RunFolder, tmp_path: Path):
+    table = chip_table.read(reference_of(own_run))
     chip_table.write(table.subset(table.chips[1:]), tmp_path / "fewer.parquet")
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--reference", tmp_path / "fewer.parquet")
     assert outcome.code == 1
     assert "wrong reference: other chips: 1" in outcome.out
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 not really", b"{}"])
-def test_damaged_reference_is_an_error_that_names_it(cli, own_run, tmp_path: Path, content):
+@pytest.mark.parametrize("content", [b"", b"PAR1 not really"])
+def test_damaged_reference_is_an_error_that_names_it(cli, own_run: RunFolder, tmp_path: Path, content: bytes):
     (tmp_path / "r.parquet").write_bytes(content)
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--reference", tmp_path / "r.parquet")
-    assert outcome.code == 1
-    assert "r.parquet" in outcome.err
-    assert len(outcome.report) <= 3
+    assert (outcome.code, "r.parquet" in outcome.err) == (1, True)
 
 
-def test_folder_without_a_run_is_refused(cli, tmp_path: Path):
-    outcome = cli("verify", "--run", tmp_path)
-    assert outcome.code == 2
-    assert "no run folder" in outcome.err
-
-
-def test_output_that_cannot_be_written_is_an_error(cli, own_run, tmp_path: Path):
+def test_folder_without_a_run_and_output_that_cannot_be_written_are_refused(cli, own_run: RunFolder, tmp_path: Path):
+    assert cli("verify", "--run", tmp_path).code == 2
     (tmp_path / "file").write_text("in the way")
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--output", tmp_path / "file")
-    assert outcome.code == 1
-    assert "cannot be written" in outcome.err
+    assert (outcome.code, "cannot be written" in outcome.err) == (1, True)
 
 
-def test_an_incident_stands_in_results_and_at_the_top_of_the_report(cli, own_run):
-    incident = {"kind": "loss", "detail": "the loss is nan", "module": "model.neck", "epoch": 1, "step": 7, "chips": []}
-    own_run.update_record(
-        incidents=[incident], rollback={"step": 7, "state": "last.ckpt", "precision": ["16-mixed", "bf16-mixed"]}
-    )
-    outcome = cli("verify", "--run", own_run.path, "--no-measure")
-    report = (own_run.verification / "report.md").read_text()
-    for text in (outcome.out, report[: report.index("## Scores")]):
-        assert "rolled back at step 7" in text
-        assert "the loss is nan" in text
+# The order of export and verify
 
 
-def test_a_table_that_lies_nowhere_near_a_run_is_of_no_run():
-    assert battery.run_of(Path("/table.parquet")) is None
+def test_run_is_exported_first_and_gets_its_card_once_it_is_verified(cli, own_run: RunFolder):
+    pair = {path.name: path.read_bytes() for path in own_run.export.glob("mine.*")}
+    again = cli("export", "--run", own_run.path)
+    assert (again.code, "not overwritten" in again.err) == (2, True)
+    outcome = cli("export", "--run", own_run.path, "--card-only", "--licence", "mit", "--format", "json")
+    assert outcome.code == 0, outcome.err
+    assert {path.name: path.read_bytes() for path in own_run.export.glob("mine.*")} == pair
+    card = (own_run.export / "README.md").read_text()
+    assert results_of(own_run)["verdict"]["sentence"] in card
+    assert "](panels.png)" in card
+    assert (own_run.export / "README-2.md").is_file()  # the card of before
+
+
+def test_unfinished_run_leaves_nothing_behind_and_no_card_exports_all_the_same(cli, own_run: RunFolder):
+    shutil.rmtree(own_run.export)
+    own_run.update_record(status="interrupted")
+    assert cli("export", "--run", own_run.path).code == 1
+    assert not own_run.export.exists()
+    assert cli("export", "--run", own_run.path, "--no-card").code == 0
+    assert sorted(path.name for path in own_run.export.iterdir()) == ["mine.safetensors", "mine.yaml"]
+
+
+def test_checkpoint_is_not_exported_with_another_models_recipe(cli, verified: RunFolder, tmp_path: Path):
+    other = ("--config", "terramind_v1_base_impactmesh_flood_amd", "--output", tmp_path / "export")
+    for flags in ((), ("--no-card",)):
+        assert cli("export", "--ckpt", verified.best, *other, *flags).code == 2
+    assert not (tmp_path / "export").exists()

@@ -6,78 +6,60 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from floodrepro.errors import FloodreproError
 
-DEBUG_VARIABLE = "FLOODREPRO_DEBUG"
 FORMATS = ("text", "json")
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on (stderr); of several processes of one run the first one does."""
-    if follows():
-        return
-    print(f"floodrepro: {text}", file=sys.stderr, flush=True)
-
-
-def follows() -> bool:
-    """Whether this is one of several processes of a run, and not the first."""
-    return rank() != 0
-
-
-def rank() -> int:
-    """This process's place in a run of several, 0 for the first: torchrun's word, Lightning's own, or Slurm's."""
-    if "RANK" in os.environ:
-        return int(os.environ["RANK"])
-    if "LOCAL_RANK" in os.environ or "NODE_RANK" in os.environ:  # any but the first process of the first node follows
-        return int(os.environ.get("LOCAL_RANK", 0)) + int(os.environ.get("NODE_RANK", 0))
-    return int(os.environ.get("SLURM_PROCID", 0))
+    """Print a message on stderr; of several processes of one run only the first does."""
+    if not _is_follower():
+        print(f"floodrepro: {text}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """Tell the user of something that may change what a figure means (stderr)."""
+    """Print a warning on stderr: something that may change what a figure means."""
     say(f"warning: {text}")
 
 
 def emit(data: Mapping[str, Any], text: str, output_format: str) -> None:
     """Print a result on stdout: *text* for a reader, or *data* as one JSON document for a script."""
-    print(json.dumps(data, indent=2) if output_format == "json" else text, flush=True)
+    if not _is_follower():
+        print(json.dumps(data, indent=2) if output_format == "json" else text, flush=True)
 
 
 def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     """Lay rows out in columns; those from *right_from* on are figures and stand to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
+    lines = []
+    for row in rows:
+        cells = [
             cell.rjust(width) if i >= right_from else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback (done, total) that shows how far a loop has come on stderr.
+    """Yield a callback (done, total) that shows on stderr how far a loop has come, its rate and the time left.
 
-    On a terminal one line is redrawn; in a log a line is written at every tenth.
+    On a terminal one line is redrawn; in a log a line is written every half minute.
     """
-    live = sys.stderr.isatty()
-    shown = -1
+    from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 
-    def update(done: int, total: int) -> None:
-        nonlocal shown
-        tenth = 10 * done // max(total, 1)
-        if live:
-            print(f"\rfloodrepro: {label} {done}/{total}", end="", file=sys.stderr, flush=True)
-        elif tenth > shown:
-            say(f"{label} {done}/{total}")
-        shown = max(shown, tenth)
+    seconds = 0.2 if sys.stderr.isatty() else 30.0
+    with tqdm(desc=f"floodrepro: {label}", file=sys.stderr, mininterval=seconds, disable=_is_follower()) as bar:
 
-    yield update
-    if live and shown >= 0:
-        print(file=sys.stderr)
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
 
 
 @contextlib.contextmanager
@@ -87,12 +69,41 @@ def stdout_to_stderr() -> Iterator[None]:
         yield
 
 
+class _Log:
+    """A stream that also writes whole lines to a file; a progress bar's control codes stay out of it."""
+
+    def __init__(self, stream: TextIO, file: TextIO) -> None:
+        self._stream, self._file = stream, file
+
+    def write(self, text: str) -> int:
+        if "\r" not in text and "\x1b" not in text:
+            self._file.write(text)
+            self._file.flush()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Append what goes to stderr to a file as well, and the traceback of an error that ends the block."""
+    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(_Log(sys.stderr, file)):
+        try:
+            yield
+        except BaseException as error:
+            file.write(error.report() + "\n" if isinstance(error, FloodreproError) else traceback.format_exc())
+            raise
+
+
 def run(main: Callable[[], int]) -> int:
-    """Call *main* and turn what it raises into at most three lines on stderr and an exit code."""
+    """Call *main* and turn what it raises into an exit code.
+
+    An error that floodrepro raised on purpose takes at most three lines on stderr. Any other keeps its traceback.
+    """
     try:
         return main()
     except FloodreproError as error:
-        _debug()
         print(error.report(), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -102,17 +113,18 @@ def run(main: Callable[[], int]) -> int:
         # The reader of our stdout went away (`| head`); give the interpreter's last flush somewhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:  # the last resort: whatever a library raised still ends in three lines, not a traceback
-        _debug()
-        detail = str(error).strip().splitlines()
+    except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
+        traceback.print_exc()
         unexpected = FloodreproError(
-            f"{type(error).__name__}: {detail[0] if detail else 'no message'}",
-            fix=f"{DEBUG_VARIABLE}=1 before the command shows where it happened",
+            f"unexpected {type(error).__name__}; the traceback is above",
+            fix="if it is not your own code, report it together with the traceback",
         )
         print(unexpected.report(), file=sys.stderr)
         return unexpected.exit_code
 
 
-def _debug() -> None:
-    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
-        traceback.print_exc()
+def _is_follower() -> bool:
+    """Whether this is one of several processes of a run and not the first, as far as Lightning knows by now."""
+    lightning = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    rank = getattr(lightning.rank_zero_only, "rank", None) if lightning else None
+    return int(os.environ.get("LOCAL_RANK", 0) if rank is None else rank) != 0

@@ -1,8 +1,17 @@
 """Every exception that floodrepro raises on purpose, and the exit code that each one means."""
 
+import re
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 SIGNALLED = 128  # exit codes from here on: ended by a signal, the shell's convention
+
+# torch raises the class of a loader worker's error again, with the worker's traceback as its only argument.
+_FROM_WORKER = re.compile(
+    r"\ACaught \w+ in .*\n\w[\w.]*: (?P<what>[^\n]*)(\n  where: (?P<where>[^\n]*))?(\n  to do: (?P<fix>[^\n]*))?\s*\Z",
+    re.DOTALL,
+)
 
 
 class FloodreproError(Exception):
@@ -17,19 +26,25 @@ class FloodreproError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None) -> None:
+        if worker := _FROM_WORKER.match(what):
+            what, where, fix = worker["what"], worker["where"] or where, worker["fix"] or fix
         self.what = _fold(what)
         self.where = _fold(str(where)) if where is not None else None
         self.fix = _fold(fix) if fix is not None else None
         super().__init__(self.what)
 
-    def report(self) -> str:
-        """The error as one to three lines of text, without a final line break."""
-        lines = [f"floodrepro: error: {self.what}"]
+    def __str__(self) -> str:
+        """The report's text without its heading; a loader worker's traceback ends with it."""
+        lines = [self.what]
         if self.where:
             lines.append(f"  where: {self.where}")
         if self.fix:
             lines.append(f"  to do: {self.fix}")
         return "\n".join(lines)
+
+    def report(self) -> str:
+        """The error as one to three lines of text, without a final line break."""
+        return f"floodrepro: error: {self}"
 
 
 class UsageError(FloodreproError):
@@ -47,7 +62,7 @@ class CheckpointError(FloodreproError):
 
 
 class TableError(FloodreproError):
-    """A chip table that is missing, damaged, or does not belong to what it is held against."""
+    """A chip table that is missing, damaged, or does not belong to what it is compared with."""
 
 
 class RunFolderError(FloodreproError):
@@ -58,39 +73,72 @@ class Incident(FloodreproError):
     """The guard stopped a run before a bad state could overwrite a good one: exit code 3.
 
     Args:
-        kind: loss, gradient, state (a weight or buffer), collapse, or elsewhere (another process found it).
+        kind: ``input`` (a batch held a value that is not finite), ``loss``, or ``state`` (a weight or a buffer).
         detail: What was found.
-        module: Path of the first bad module in forward order; None where there is none to name.
+        tensors: Names of the parameters and buffers that are not finite, running statistics first.
         epoch: Counted from 0.
         step: Optimizer steps taken before it.
-        chips: Ids of the batch's chips.
+        chips: Names of the chips in the batches around it; for ``input`` the bad ones only.
     """
 
     exit_code = 3
 
     def __init__(
-        self, kind: str, detail: str, *, module: str | None, epoch: int, step: int, chips: tuple[str, ...]
+        self,
+        kind: str,
+        detail: str,
+        *,
+        epoch: int,
+        step: int,
+        chips: Sequence[str],
+        tensors: Sequence[str] = (),
     ) -> None:
-        self.kind, self.detail, self.module = kind, detail, module
-        self.epoch, self.step, self.chips = epoch, step, chips
-        first = f", first bad module {module}" if module else ""
-        named = f"; chips {', '.join(chips[:3])}{' …' if len(chips) > 3 else ''}" if chips else ""
-        super().__init__(
-            f"the guard stopped the run at step {step}, epoch {epoch + 1}: {detail}{first}{named}",
-            fix="see incident.json"
-            + ("; fit --on-overflow rollback goes on from the last good state in bf16" * (kind != "collapse")),
-        )
+        self.kind, self.detail = kind, detail
+        self.epoch, self.step, self.chips, self.tensors = epoch, step, tuple(chips), tuple(tensors)
+        bad = f"; not finite: {_first_three(self.tensors)}" if tensors else ""
+        named = f"; chips {_first_three(self.chips)}" if chips else ""
+        fix = "look at these chips, replace or remove them; then run the same command again"
+        if self.rolls_back:
+            fix = "see incident.json; fit --on-overflow rollback resumes from the last good state in bf16"
+        super().__init__(f"NaNGuard stopped the run at step {step}, epoch {epoch + 1}: {detail}{bad}{named}", fix=fix)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a wider number format can help; it cannot where the input itself is bad."""
+        return self.kind != "input"
 
     def as_dict(self) -> dict[str, object]:
         """The incident as JSON types."""
         return {
             "kind": self.kind,
             "detail": self.detail,
-            "module": self.module,
+            "tensors": list(self.tensors),
             "epoch": self.epoch,
             "step": self.step,
             "chips": list(self.chips),
         }
+
+
+class Interrupted(FloodreproError, SystemExit):
+    """The run was told to stop and did so in good order: exit code 128 + the signal's number, as shells have it.
+
+    It is a `SystemExit` too, so that plain ``terratorch fit``, which does not know floodrepro's errors, ends with the
+    same code and without a traceback.
+
+    Args:
+        number: The signal's number.
+        where: The run folder, or the folder of the states.
+        how: What was saved.
+    """
+
+    def __init__(self, number: int, where: str | Path, how: str = "the state is saved") -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; {how}", where=where, fix="run the same command again to resume")
+        self.exit_code = self.code = SIGNALLED + number
+
+
+def _first_three(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _fold(text: str) -> str:

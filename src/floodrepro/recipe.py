@@ -15,19 +15,10 @@ from floodrepro.errors import UsageError
 
 Recipe = dict[str, Any]
 
-# The top-level keys of a TerraTorch YAML; the same words open an override on the command line.
+# The sections of a TerraTorch YAML: an override begins with one of them.
 SECTIONS = (
-    "seed_everything",
-    "trainer",
-    "data",
-    "model",
-    "optimizer",
-    "lr_scheduler",
-    "predict_output_dir",
-    "output_file_prefix",
-    "out_dtype",
-    "deploy_config_file",
-    "custom_modules_path",
+    *("seed_everything", "trainer", "data", "model", "optimizer", "lr_scheduler", "predict_output_dir"),
+    *("output_file_prefix", "out_dtype", "deploy_config_file", "custom_modules_path"),
 )
 
 # Lightning's names for what --precision chooses.
@@ -83,16 +74,6 @@ def read(path: Path) -> Recipe:
     return content
 
 
-def unknown_sections(recipe: Recipe) -> dict[str, str]:
-    """The top-level keys that TerraTorch does not know, each with one line that names the nearest one that it does."""
-    problems = {}
-    for key in recipe:
-        if key not in SECTIONS:
-            close = difflib.get_close_matches(str(key), SECTIONS, n=1)
-            problems[key] = f"{key}: unknown key" + (f", did you mean '{close[0]}'?" if close else "")
-    return problems
-
-
 def fingerprint(recipe: Recipe) -> str:
     """The sha256 of a recipe's content: order of keys, comments and layout of the YAML do not count."""
     canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=True)
@@ -107,19 +88,25 @@ def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, A
         now: The same.
         path: What the paths begin with.
     """
-    old, new = dict(_leaves(before, path)), dict(_leaves(now, path))
+    old, new = dict(leaves(before, path)), dict(leaves(now, path))
     return {
         key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     }
 
 
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every plain value of a nested content, with the dotted path of its key.
+
+    Args:
+        node: Mappings, lists and plain values. A list of plain values is one value.
+        path: What the paths begin with.
+    """
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
         for number, value in enumerate(node):
-            yield from _leaves(value, f"{path}.{number}")
+            yield from leaves(value, f"{path}.{number}")
     else:
         yield path, node
 
@@ -127,7 +114,7 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 # Where a run takes place, and its seed: what may differ between two runs of one recipe.
 _PLACE = re.compile(
     r"seed_everything|trainer\.(default_root_dir|accelerator|devices|num_nodes|strategy|enable_\w+|logger.*)"
-    r"|data\.init_args\.((\w+_)?data_root|\w+_split(\.\w+)?|num_workers|prefetch_factor)"
+    r"|data\.init_args\.((\w+_)?data_root|\w+_split(\.\w+)?|num_workers|prefetch_factor|strict|skip_damaged)"
 )
 
 

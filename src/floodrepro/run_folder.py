@@ -5,147 +5,74 @@ import hashlib
 import json
 import os
 import tempfile
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from floodrepro import recipe as recipes
 from floodrepro.errors import RunFolderError, UsageError
-from floodrepro.lock import hold
 from floodrepro.recipe import Recipe
 
-RECORD_SCHEMA = 2
+RECORD_SCHEMA = 3
 DECLARATION = "declared.json"  # beside runs that were declared together, `seed-<seed>` each
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths inside one run's folder. Nothing is created by asking for a path."""
+    """Paths inside one run's folder. Nothing is created by asking for a path.
 
-    evaluation_name: ClassVar = "evaluation"
+    Args:
+        path: The folder.
 
-    path: Path
+    Attributes:
+        recipe: The resolved recipe, saved before the first step.
+        record: The run's own record, ``run.json``.
+        log: What the fit wrote to stderr.
+        metrics: What Lightning's CSV logger wrote: a row a logging step, a row a validation.
+        checkpoints: Folder of the checkpoints.
+        best: Weights of the best epoch by the recipe's own monitor.
+        evaluation: Folder of the chip tables: ``<split>/<checkpoint>.parquet``.
+        verification: Folder of results.json, the report, and what was measured for it.
+        results: What the battery of checks found.
+        export: Folder of the exported pair and its card.
+        lock: Held by the process that trains in this folder.
+    """
 
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe, saved before the first step."""
-        return self.path / "recipe.yaml"
+    evaluation_name = "evaluation"
 
-    @property
-    def record(self) -> Path:
-        """The run's own record, ``run.json``."""
-        return self.path / "run.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.record = path / "run.json"
+        self.log = path / "log.txt"
+        self.metrics = path / "metrics.csv"
+        self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / "best.ckpt"
+        self.evaluation = path / self.evaluation_name
+        self.verification = path / "verification"
+        self.results = self.verification / "results.json"
+        self.export = path / "export"
+        self.lock = path / ".lock"
 
-    @property
-    def metrics(self) -> Path:
-        """What Lightning's CSV logger wrote: a row a logging step, a row a validation."""
-        return self.path / "metrics.csv"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """Weights of the epoch with the lowest val/loss."""
-        return self.checkpoints / "best.ckpt"
-
-    @property
-    def starting_point(self) -> Path:
-        """Hashes of the tensors that training started from."""
-        return self.checkpoints / "start.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Folder of the chip tables: `<split>/<checkpoint>.parquet`."""
-        return self.path / self.evaluation_name
-
-    @property
-    def verification(self) -> Path:
-        """Folder of results.json, the report, and what was measured for it."""
-        return self.path / "verification"
-
-    @property
-    def results(self) -> Path:
-        """What the battery of checks found."""
-        return self.verification / "results.json"
-
-    @property
-    def export(self) -> Path:
-        """Folder of the exported pair."""
-        return self.path / "export"
-
-    @property
-    def lock(self) -> Path:
-        """Held by the process that trains in this folder."""
-        return self.path / ".lock"
-
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep every other process from training in this folder.
-
-        Raises:
-            RunFolderError: Another process does so.
-        """
-
-        def taken(process: str) -> RunFolderError:
-            what = f"another fit (process {process}) is at work in this run folder"
-            return RunFolderError(what, where=self.path, fix="wait until it is done, or give another --name")
-
-        return hold(self.lock, taken)
-
-    @staticmethod
-    def refuse_existing(path: Path) -> None:
-        """Raise `UsageError` if *path* is taken: a run is never written over."""
-        if path.exists():
-            raise UsageError(
-                "the run folder exists already and is never written over",
-                where=path,
-                fix=f"--name {free_name(path)} for a new run, or move the old one away",
-            )
-
-    def refuse_to_begin(self, resume: str) -> None:
-        """Raise `UsageError` if no fit can begin in this folder: another thing lies there, or a finished run.
-
-        Args:
-            resume: auto, never, or a path; an unfinished run is refused with never.
-        """
-        if not self.path.exists():
-            return
-        old = self.recipe.exists() and self.record.exists()
-        # A start that was killed may have come as far as its recipe: nothing has been trained before its record.
-        names = {self.lock.name, self.recipe.name} - ({self.recipe.name} if self.record.exists() else set())
-        empty = self.path.is_dir() and all(e.name in names or e.name.endswith(PARTIAL) for e in self.path.iterdir())
-        if (resume == "never" and not empty) or not (old or empty):
-            self.refuse_existing(self.path)
-        if old and self.read_record().get("status") == "finished":
-            raise UsageError(
-                "the run is finished and is never written over",
-                where=self.path,
-                fix=f"--name {free_name(self.path)} for a new run",
-            )
+    def is_resumable(self) -> bool:
+        """Whether a fit may begin here: the folder holds a run, or nothing but what a start that failed left."""
+        if self.record.is_file():
+            return True
+        left = {self.lock.name, self.log.name, self.recipe.name}
+        return self.path.is_dir() and all(e.name in left or e.name.endswith(PARTIAL) for e in self.path.iterdir())
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make a new run folder.
+        """Make a run folder, or take the one that exists.
 
         Raises:
-            UsageError: The path exists already; a run is never written over.
             RunFolderError: The folder cannot be made.
         """
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            cls.refuse_existing(path)  # someone else made it a moment ago
-            raise RunFolderError(
-                f"the run folder cannot be made: {error.strerror}",
-                where=path,
-                fix="--runs-root DIR puts it elsewhere",
-            ) from error
+            what = f"the run folder cannot be made: {error.strerror}"
+            raise RunFolderError(what, where=path, fix="--runs-root DIR puts it elsewhere") from error
         return cls(path)
 
     @classmethod

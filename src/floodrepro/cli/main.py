@@ -7,27 +7,31 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from floodrepro import __version__, console
-from floodrepro.errors import UsageError
+from floodrepro.errors import FloodreproError, UsageError
+from floodrepro.system.environment import missing_requirements
 
 # name: (module, one line of help). The module must not import torch or TerraTorch at its top: --help stays instant.
 COMMANDS = {
     "fit": ("floodrepro.cli.fit", "train a recipe into a run folder"),
-    "validate": ("floodrepro.cli.validate", "measure a checkpoint on the validation split"),
-    "test": ("floodrepro.cli.test", "measure a checkpoint on the test split"),
-    "predict": ("floodrepro.cli.predict", "write a flood mask (GeoTIFF) for every chip of a split"),
-    "verify": ("floodrepro.cli.verify", "run the battery of checks over a run folder and write its report"),
-    "export": ("floodrepro.cli.export", "write a safetensors + YAML pair that plain TerraTorch loads"),
+    "map": ("floodrepro.cli.map", "map a whole scene, compare a map with a truth, plan a scene"),
+    "validate": ("floodrepro.cli.evaluate", "measure a checkpoint on the validation split"),
+    "test": ("floodrepro.cli.evaluate", "measure a checkpoint on the test split"),
+    "predict": ("floodrepro.cli.evaluate", "write a flood mask (GeoTIFF) for every chip of a split"),
+    "verify": ("floodrepro.cli.publish", "check a run, compare it with a reference, and write its report"),
+    "export": ("floodrepro.cli.publish", "write a safetensors + YAML pair that plain TerraTorch loads"),
     "publish": ("floodrepro.cli.publish", "upload an export to the hub, in one commit; --dry-run looks first"),
-    "configs": ("floodrepro.cli.configs", "list, show or copy the shipped recipes"),
+    "configs": ("floodrepro.cli.runs", "list, show or copy the shipped recipes"),
+    "runs": ("floodrepro.cli.runs", "list runs with recipe, status, best score and age"),
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
-    "doctor": ("floodrepro.cli.doctor", "look at this machine before a run does: what hurts, and what to do"),
-    "bench": ("floodrepro.cli.bench", "measure speed as ratios: bench data, train, test, guard"),
-    "reproduce": ("floodrepro.cli.reproduce", "the whole path, from the download to the verdict; --demo at toy size"),
+    "doctor": ("floodrepro.cli.doctor", "check whether this machine can do what a recipe needs"),
+    "bench": ("floodrepro.cli.bench", "measure speed beside plain TerraTorch"),
+    "reproduce": ("floodrepro.cli.reproduce", "every stage from the download to the verdict; --demo at toy size"),
 }
+_TAKES_OVERRIDES = ("fit", "validate", "test", "predict", "doctor", "reproduce")
 
 EXAMPLES = """\
 examples:
@@ -38,7 +42,7 @@ examples:
   floodrepro test --ckpt runs/first/checkpoints/best.ckpt
   floodrepro export --run runs/first
 
-exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 the guard stopped a fit, 130 and 143 told to stop
+exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit, 130 and 143 stopped by a signal
 """
 
 
@@ -60,37 +64,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process where None.
 
     Returns:
-        Exit code: 0 done, 1 the work failed, 2 bad usage or config, 3 the guard stopped a fit, 128 + a signal's number.
+        Exit code: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit, 128 + a signal's number.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return console.run(lambda: _dispatch(arguments))
+    return console.run(lambda: _name_missing_packages(arguments))
+
+
+def _name_missing_packages(arguments: list[str]) -> int:
+    try:
+        return _dispatch(arguments)
+    except ModuleNotFoundError as error:
+        if missing := missing_requirements():  # as after `pip install --no-deps`
+            what = f"floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
+            raise FloodreproError(what, fix=f"{sys.executable} -m pip install floodrepro") from error
+        raise
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if not sys.platform.startswith("linux"):
+        raise UsageError(f"floodrepro runs on Linux only, and this is {sys.platform}", fix="use Linux, WSL 2 or Docker")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0
     if arguments[0] in ("-V", "--version"):
         print(f"floodrepro {__version__}")
         return 0
-    name = arguments[0]
+    name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
+        later = [word for word in rest if word in COMMANDS]
+        if name.startswith("-") and later:
+            ordered = " ".join([later[0], *(word for word in arguments if word != later[0])])
+            raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
         raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
-    module_name, _ = COMMANDS[name]
-    command = importlib.import_module(module_name)
+    from floodrepro.recipe import SECTIONS  # needs PyYAML, which may be missing
+
+    module, _ = COMMANDS[name]
+    command = importlib.import_module(module)
     run = getattr(command, f"run_{name}", None) or command.run
     parser = Parser(f"floodrepro {name}", description=run.__doc__ if run.__name__ != "run" else command.__doc__)
     (getattr(command, f"add_{name}_arguments", None) or command.add_arguments)(parser)
-    _refuse_unknown_flags(arguments[1:], _flags(parser), getattr(command, "OVERRIDE_SECTIONS", ()), parser.prog)
+    takes_overrides = name in _TAKES_OVERRIDES
+    _refuse_unknown_flags(rest, _flags(parser), SECTIONS if takes_overrides else (), parser.prog)
     try:
-        args, overrides = parser.parse_known_args(arguments[1:])
-    except SystemExit as done:  # argparse leaves this way after --help
+        args, overrides = parser.parse_known_args(rest)
+        if overrides and not takes_overrides:
+            raise UsageError(f"unexpected argument '{overrides[0]}'", fix=f"{parser.prog} --help")
+        args.overrides = overrides
+        return int(run(args))
+    except FloodreproError:  # a stop by a signal is a SystemExit too
+        raise
+    except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
         return int(done.code or 0)
-    _refuse_stray_arguments(overrides, parser.prog)
-    if overrides and not getattr(command, "OVERRIDE_SECTIONS", ()):  # a flag of another of its actions
-        raise UsageError(f"'{overrides[0]}' is no flag of this action", fix=f"{parser.prog} --help")
-    args.overrides = overrides
-    return int(run(args))
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[str]:
@@ -104,28 +128,27 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _refuse_unknown_flags(arguments: list[str], flags: list[str], sections: Sequence[str], prog: str) -> None:
-    """Refuse a flag that is neither the command's nor, where it takes overrides, opens with a section of a recipe.
+    """Refuse a flag that is neither the command's nor, where it takes overrides, begins with a section of a recipe.
 
-    argparse would first complain about required flags, and a misspelt one is both unknown and missing.
+    TerraTorch's parser would refuse it too, after an import of 10 to 20 s.
     """
+    takes_value = False
     for token in arguments:
         flag = token.split("=", 1)[0]
-        if token.startswith("--") and flag not in flags and flag[2:].split(".", 1)[0].rstrip("+") not in sections:
-            known = [*flags, *(f"--{section}" for section in sections)]
-            raise UsageError(f"unknown flag '{flag}'{_closest(flag.split('.', 1)[0], known)}", fix=f"{prog} --help")
-
-
-def _refuse_stray_arguments(overrides: list[str], prog: str) -> None:
-    takes_value = False
-    for token in overrides:
-        if not token.startswith("--") and not takes_value:
-            raise UsageError(f"unexpected argument '{token}'", fix=f"{prog} --help")
-        takes_value = token.startswith("--") and "=" not in token
+        if token.startswith("--"):
+            section = flag[2:].split(".", 1)[0].rstrip("+")
+            if flag not in flags and section not in sections and not (sections and section == "print_config"):
+                known = [*flags, *(f"--{section}" for section in sections)]
+                fix = f"{prog} --help"
+                raise UsageError(f"unknown flag '{flag}'{_closest(flag.split('.', 1)[0], known)}", fix=fix)
+            takes_value = "=" not in token and flag not in flags and not flag.endswith(("help", "print_config"))
+        else:
+            takes_value = False
     if takes_value:
-        raise UsageError(f"'{overrides[-1]}' needs a value", fix=f"{prog} --help")
+        raise UsageError(f"'{arguments[-1]}' needs a value", fix=f"{prog} --help")
 
 
-def _closest(word: str, known: Sequence[str] | dict[str, tuple[str, str]]) -> str:
+def _closest(word: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
@@ -134,5 +157,5 @@ def _overview() -> str:
     rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: floodrepro COMMAND [options]   (floodrepro COMMAND --help tells more)\n\n"
-        f"Re-run, check and trust the fine-tuning of TerraMind for flood mapping.\n\n{rows}\n\n{EXAMPLES}"
+        f"Re-run, check, trust and use the fine-tuning of TerraMind for flood mapping.\n\n{rows}\n\n{EXAMPLES}"
     )

@@ -1,299 +1,400 @@
-"""Is this the data that a protocol means, and is it whole? A quick look at names and sizes, or a deep one at pixels.
+"""Check a data set: read every chip once, and say what is wrong, by kind; figures by split, event and timestep."""
 
-The result is ``data-manifest.json`` in the data set's folder, schema 1::
-
-    schema          1
-    protocol        v0, v1 or v1-binary
-    layout          extracted or tars
-    splits          by split file: chips, events, and the published number of chips (null for further test splits)
-    digest          sha256 of the lines "<split> <chip>", sorted, then "<chip> <part> <bytes>", sorted, of all chips
-                    that a split names: the same for either layout, and for a quick audit and a deep one
-    findings        severity (error, warning, info), check, message, chip, file; null where it is about no chip or file
-    deep            null after a quick audit, else
-      content_digest  as digest, with the file's sha256 at the end of each line of the second kind
-      chips           number of chips read, by split ("unlisted": no split names them), as in the next three
-      class_shares    by class of the mask, ignored pixels left out
-      missing_shares  by part, the share of pixels without data in any band; of MASK, the ignored ones
-      bands           by modality: count, mean and std of each band's values, missing ones left out
-      compared        with a recipe's statistics: recipe, its name, and bands: by modality z and std_ratio, as
-                      `moments.Totals.compare` gives them; null if it was not asked for
-      flood_change    pixels called flood, and the mean of VV(event) - VV(before) over them in dB
-"""
-
-import hashlib
 import json
-import multiprocessing
 import os
-import signal
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
-from itertools import islice
-from multiprocessing.connection import wait as wait_for_process
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from floodrepro import console
-from floodrepro.data.chip_checks import DAMAGED, check_chip
-from floodrepro.data.chips import ChipSource
-from floodrepro.data.hub_layout import DATA_OF
-from floodrepro.data.moments import ChipRecord, Finding
-from floodrepro.data.names import PROTOCOLS, Protocol
-from floodrepro.data.survey import Survey, expected_chips, make_survey
-from floodrepro.data.totals import Statistics, Totals
-from floodrepro.errors import DataError, UsageError
-from floodrepro.lock import acquire
+import numpy as np
+import zarr
+from rasterio.io import MemoryFile
+
+from floodrepro.data.chips import Array, Chips, radar_faults, unzip
+from floodrepro.data.protocols import (
+    BEFORE,
+    EVENT,
+    IGNORE_INDEX,
+    LABEL_DIR,
+    MODALITIES,
+    NO_DATA,
+    PARTS,
+    S1_BANDS,
+    S2_BANDS,
+    SPLITS,
+    TIMESTEPS,
+    Protocol,
+)
+from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events
+from floodrepro.errors import DataError
 from floodrepro.run_folder import write_atomically
 
-SCHEMA = 1
-MANIFEST = "data-manifest.json"
-PARTIAL = ".floodrepro-audit.partial.jsonl"
-UNLISTED = "unlisted"
-MOST_JOBS = 32  # each has the index of all chips: 0.2 GB at the size of the published data
+MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
+SCHEMA = 2
+
+_BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
+_SHAPES = {"S2L2A": (4, 12), "S1RTC": (4, 2)}
+_DTYPES = {
+    "S2L2A": ("int16",),
+    "S1RTC": ("float16", "float32"),
+    "DEM": ("int16", "float32"),
+    LABEL_DIR: ("int8", "uint8"),
+}
+_CLOUDY = (8, 9, 10)  # Sen2Cor's scene classification: medium and high probability of cloud, thin cirrus
+_DAYS = 5  # between the radar and the optical image of the event
+_OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
+_FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
+_FEW = 1000  # pixels that are too few for a mean
+_EXAMPLES = 3
+
+
+@dataclass
+class ChipRow:
+    """What one chip was found to hold; small, so that processes can hand it on.
+
+    `findings` holds (severity, kind, what) of each fault, `classes` the number of pixels by mask value, `sums` what
+    `_sums` returns by modality, `shares` the share of pixels (cloud, no optical, no radar) at each timestep, `change`
+    by mask value the pixels seen before and at the event and their sum of changes of VV in dB, and `darkest` the first
+    percentile of the optical band B11, reflectance x 10,000.
+    """
+
+    chip: str
+    split: str
+    event: str
+    findings: list[tuple[str, str, str]] = field(default_factory=list)
+    classes: dict[int, int] = field(default_factory=dict)
+    sums: dict[str, Array] = field(default_factory=dict)
+    shares: dict[str, list[float]] = field(default_factory=dict)
+    change: dict[int, tuple[int, float]] = field(default_factory=dict)
+    darkest: float = float("nan")
 
 
 def audit(
     root: Path,
-    protocol: str,
+    protocol: Protocol,
     *,
-    deep: bool = False,
-    statistics: Statistics | None = None,
+    splits: Sequence[str] | None = None,
+    limit: int | None = None,
+    fraction: float | None = None,
     jobs: int | None = None,
-    resume: bool = True,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    strict: bool = False,
+    statistics: tuple[dict[str, Any], dict[str, Any]] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Audit a data set and write its manifest.
+    """Read every chip of some splits once and write `data-manifest.json` and `data-audit.parquet` into the root.
 
     Args:
-        root: The data set's folder.
-        protocol: `v0`, `v1` or `v1-binary`.
-        deep: Whether to read every chip.
-        statistics: Of the recipe that the bands are compared with after a deep audit; not compared where None.
-        jobs: Processes that read; `default_jobs` where None.
-        resume: Whether a deep audit that was stopped goes on; else it starts anew.
-        progress: Called with the number of chips read and of all.
+        root: Folder with `split/` and the chips.
+        protocol: What the data should be.
+        splits: Names as in the split files; all split files where None.
+        limit: Number of chips of each split, at most.
+        fraction: Share of the chips of each split.
+        jobs: Processes; one for each core, up to 32, where None.
+        strict: Whether an event in two splits is an error.
+        statistics: Means and stds of a recipe that training's are compared with.
+        progress: Called with the number of chips that were read, and of all.
 
     Returns:
         The manifest.
 
     Raises:
-        UsageError: There is no such protocol, or jobs is not positive.
-        DataError: There are no chips at all, another audit is at work here, or a worker process died.
+        DataError: There are no chips, or no such split file.
     """
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs is {jobs}, expected 1 or more", fix="--jobs 1")
-    survey = make_survey(root, protocol, None, None)
-    found = survey.quick()
-    expected = expected_chips(protocol)
-    document: dict[str, Any] = {
-        **{"schema": SCHEMA, "protocol": protocol, "layout": found.layout},
-        "splits": {
-            split: {"chips": count, "events": found.events[split], "expected": expected.get(split)}
-            for split, count in found.chips.items()
-        },
-        **{"digest": found.digest, "findings": [], "deep": None},
-    }
-    findings = list(found.findings)
-    partial = None
-    if deep:
-        with _Partial(root, survey, resume=resume) as partial:
-            _read_chips(survey, partial, jobs or default_jobs(), progress)
-            document["deep"] = _deep_section(survey, partial, statistics, findings)
-    document["findings"] = [asdict(finding) for finding in findings]
+    source = Chips(root, protocol)
+    listed, findings = _read_lists(root, splits, limit, fraction)
     try:
-        write_atomically(root / MANIFEST, json.dumps(document, indent=2) + "\n")
-    except OSError as error:
-        console.warn(f"{MANIFEST} cannot be written ({error.strerror}): the result is only printed")
-    if partial is not None:
-        partial.remove()  # not before the manifest is there
-    return document
+        sentences = shared_events({_kind(name): chips for name, chips in listed.items()})
+        findings += [("error" if strict else "warning", "shared events", text, "") for text in sentences]
+    except DataError as error:
+        findings.append(("error", "chip in two splits", error.what, ""))
+    tasks, places = [], {}
+    for split, chips in listed.items():
+        for chip, event in chips.items():
+            missing = [part for part in PARTS if not source.has(chip, part)]
+            if missing:
+                findings.append(("error", f"no {', '.join(missing)}", "", chip))
+            elif chip not in places:  # a chip of several test lists is read once
+                places[chip] = source.order(chip, PARTS[0])
+                tasks.append((chip, split, event))
+    tasks.sort(key=lambda task: places[task[0]])  # as they lie on disk
+    rows: list[ChipRow] = []
+    for row in _read_all(source, tasks, jobs or min(len(os.sched_getaffinity(0)), 32)):
+        rows.append(row)
+        progress(len(rows), len(tasks))
+    findings += [(severity, kind, what, row.chip) for row in rows for severity, kind, what in row.findings]
+    findings += _compare_rows(rows, protocol)
+    bands = {split: _statistics([row for row in rows if row.chip in chips]) for split, chips in listed.items()}
+    if statistics and bands.get("train"):
+        findings += _compare_statistics(bands["train"], *statistics)
+    whole = {split: [chip for chip in chips if chip in places] for split, chips in listed.items()}
+    manifest = {
+        "schema": SCHEMA,
+        "protocol": protocol.name,
+        "deep": True,
+        "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
+        "digests": {split: digest_of(source, chips, PARTS) for split, chips in whole.items()},
+        "findings": group(findings),
+        "bands": bands,
+    }
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    _write_figures(root / FIGURES, rows)
+    return manifest
 
 
-def default_jobs() -> int:
-    """One process for each core that this one may run on (as Slurm or taskset left it), but not more than 32."""
-    return min(len(os.sched_getaffinity(0)), MOST_JOBS)
+def group(findings: Sequence[tuple[str, str, str, str]]) -> list[dict[str, Any]]:
+    """One entry for each severity and kind, errors first, with a count and three examples."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for severity, kind, what, chip in findings:
+        groups[severity, kind].append(": ".join(text for text in (chip, what) if text))
+    return [
+        {
+            "severity": severity,
+            "check": kind,
+            "count": len(texts),
+            "message": "; ".join(texts[:_EXAMPLES]) + ("; …" if len(texts) > _EXAMPLES else ""),
+        }
+        for (severity, kind), texts in sorted(groups.items())
+    ]
 
 
-def _deep_section(
-    survey: Survey, partial: "_Partial", statistics: Statistics | None, findings: list[Finding]
-) -> dict[str, Any]:
-    """Merge the chips' records in the order of their ids: the same sums whoever read them, and when."""
-    protocol = PROTOCOLS[DATA_OF[survey.protocol]]
-    # Backwards, so that a chip in two splits counts for the first: train, val, test, then further test splits.
-    split_of = {chip: split for split, chips in reversed(survey.splits.items()) for chip in chips}
-    content = hashlib.sha256("".join(survey.head()).encode())
-    totals = Totals(protocol)
-    of_chips = []
-    for chip in sorted(survey.sizes):
-        record = partial.record(chip)
-        totals.add(split_of.get(chip, UNLISTED), record)
-        of_chips += record.findings
-        if chip in split_of:
-            for part, sha256 in sorted(record.sha256.items()):
-                content.update(f"{chip} {part} {record.sizes[part]} {sha256}\n".encode())
-    findings += [*totals.judge(statistics), *of_chips]
-    return {"content_digest": content.hexdigest(), **totals.document(statistics)}
-
-
-class _Partial:
-    """The records of the chips that were read so far, one line of JSON each, in a file that outlives a killed audit.
-
-    A record counts as long as its chip's files have the sizes they had. That of a chip that could not be read is made
-    again: whoever ran into it may have fetched the chip again since.
-    """
-
-    def __init__(self, root: Path, survey: Survey, *, resume: bool) -> None:
-        self.path: Path | None = root / PARTIAL
-        self._offsets: dict[str, int] = {}
-        self._file = self._open(root)
-        # The sizes are in the records; what a record says depends on the protocol as well.
-        head = json.dumps({"schema": SCHEMA, "protocol": DATA_OF[survey.protocol]}).encode() + b"\n"
-        self._file.seek(0)
-        if resume and self._file.readline() == head:
-            self._load(survey.sizes)
-        else:
-            self._file.seek(0)
-            self._file.truncate()
-            self._file.write(head)
-
-    def _open(self, root: Path) -> IO[bytes]:
+def check_chip(source: Chips, row: ChipRow) -> ChipRow:
+    """Read all parts of a chip and fill its row; nothing is raised for a chip that is wrong."""
+    arrays: dict[str, Array] = {}
+    attributes: dict[str, dict[str, Any]] = {}
+    for part in PARTS:
         try:
-            file = (root / PARTIAL).open("a+b")
-        except OSError as error:
-            console.warn(f"{root} cannot be written ({error.strerror}): a stopped audit will not go on from here")
-            self.path = None
-            return tempfile.TemporaryFile()
+            if part in _SHAPES:
+                arrays[part] = source.bands(row.chip, part)
+                group = zarr.open_group(unzip(source.read(row.chip, part)), mode="r")
+                attributes[part] = dict(group.attrs)
+                if part == "S2L2A" and "SCL" in group:
+                    arrays["SCL"] = group["SCL"][...]
+            else:
+                arrays[part] = source.raster(row.chip, part)
+        except Exception as error:  # DataError, or what zarr raises for damage beside the bands
+            row.findings.append(("error", f"{part} is damaged", getattr(error, "what", None) or str(error)))
+    edge = arrays.get(LABEL_DIR, arrays.get("DEM", np.empty((0, 0)))).shape
+    for part in PARTS:
+        if part in arrays:
+            wanted = (*_SHAPES.get(part, ()), *edge)
+            if arrays[part].shape != wanted:
+                row.findings.append(("error", f"{part}: shape", f"{arrays.pop(part).shape}, expected {wanted}"))
+            elif arrays[part].dtype.name not in _DTYPES[part]:
+                row.findings.append(("error", f"{part}: dtype", f"{arrays[part].dtype}"))
+    if "DEM" in arrays and LABEL_DIR in arrays and _grid(source, row.chip, "DEM") != _grid(source, row.chip, LABEL_DIR):
+        row.findings.append(("error", "DEM and MASK on different grids", ""))
+    _check_dates(row, attributes)
+    if "S2L2A" in arrays:
+        _measure_optical(row, arrays["S2L2A"], arrays.get("SCL"))
+    if "S1RTC" in arrays:
+        _measure_radar(row, arrays["S1RTC"], arrays.get(LABEL_DIR))
+    if "DEM" in arrays:
+        dem = arrays["DEM"][None, None].astype(np.float64)
+        row.sums["DEM"] = _sums(dem, dem != NO_DATA)
+    if LABEL_DIR in arrays:
+        _measure_mask(row, arrays[LABEL_DIR], source.protocol)
+    return row
+
+
+def _read_all(source: Chips, tasks: Sequence[tuple[str, str, str]], jobs: int) -> Iterator[ChipRow]:
+    """The rows of all chips, in their order. A process is given the places of a few chips at a time."""
+    few = [tasks[start : start + 16] for start in range(0, len(tasks), 16)]
+    packs = [(source.only([chip for chip, _, _ in pack]), pack) for pack in few]
+    if jobs == 1 or len(packs) < 2:
+        for pack in packs:
+            yield from _check_pack(pack)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # a fork would copy locks of threads
+        for rows in pool.map(_check_pack, packs):
+            yield from rows
+
+
+def _check_pack(pack: tuple[Chips, Sequence[tuple[str, str, str]]]) -> list[ChipRow]:
+    source, tasks = pack
+    return [check_chip(source, ChipRow(*task)) for task in tasks]
+
+
+def _read_lists(
+    root: Path, splits: Sequence[str] | None, limit: int | None, fraction: float | None
+) -> tuple[dict[str, dict[str, str]], list[tuple[str, str, str, str]]]:
+    """Chips and events by split, train, val and test first, and what is wrong with the split files."""
+    folder = root / "split"
+    files = {file.stem.split("_", 2)[-1]: file for file in sorted(folder.glob("*.txt"))}
+    for split in splits or ():
+        if split not in files:
+            raise DataError(f"there is no split file of {split}", where=folder, fix=f"--split {','.join(files)}")
+    names = sorted(splits or files, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
+    if not names:
+        raise DataError("there are no split files", where=folder, fix="floodrepro data fetch")
+    listed, findings = {}, []
+    for name in names:
         try:
-            acquire(file, root)
-        except BlockingIOError as error:
-            file.close()
-            raise DataError("another audit of this data is at work", where=root, fix="wait for it to end") from error
-        return file
-
-    def _load(self, sizes: Mapping[str, Mapping[str, int]]) -> None:
-        while line := self._file.readline():
-            start = self._file.tell() - len(line)
-            try:
-                record = ChipRecord.from_line(line)
-            except (ValueError, KeyError, TypeError):
-                self._file.truncate(start)  # the line that the kill tore
-                break
-            damaged = any(finding.check == DAMAGED for finding in record.findings)
-            if record.sizes == sizes.get(record.chip) and not damaged:
-                self._offsets[record.chip] = start
-
-    def __contains__(self, chip: str) -> bool:
-        return chip in self._offsets
-
-    def append(self, line: str) -> None:
-        """Keep a chip's record, given as its line."""
-        self._file.seek(0, os.SEEK_END)
-        start = self._file.tell()
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
-        self._offsets[json.loads(line)["chip"]] = start
-
-    def record(self, chip: str) -> ChipRecord:
-        """A chip's record."""
-        self._file.seek(self._offsets[chip])
-        return ChipRecord.from_line(self._file.readline())
-
-    def remove(self) -> None:
-        """Delete the file: the audit came to its end."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-    def __enter__(self) -> "_Partial":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+            listed[name] = choose_chips(read_events(files[name]), limit=limit, fraction=fraction)
+        except DataError as error:
+            findings.append(("error", "split file", f"{files[name].name}: {error.what}", ""))
+    return listed, findings
 
 
-def _read_chips(survey: Survey, partial: _Partial, jobs: int, progress: Callable[[int, int], None]) -> None:
-    """Read all chips that have no record yet, each by one of *jobs* processes."""
-    protocol = PROTOCOLS[DATA_OF[survey.protocol]]
-    total = len(survey.sizes)
-    todo = [(chip, tuple(survey.sizes[chip])) for chip in sorted(survey.sizes) if chip not in partial]
-    if len(todo) < total:
-        console.say(f"going on with a stopped audit: {total - len(todo)} of {total} chips are done")
-    progress(total - len(todo), total)
-    lines = _in_workers(survey.source, protocol, todo, jobs) if jobs > 1 else _here(survey.source, protocol, todo)
-    for done, line in enumerate(lines, total - len(todo) + 1):
-        partial.append(line)
-        progress(done, total)
+def _kind(name: str) -> str:
+    """Further lists of a split (`test_holdout`) as its parts, which may share chips with it."""
+    return name if name in SPLITS else name.replace("_", "/", 1)
 
 
-Task = tuple[str, tuple[str, ...]]  # a chip and its parts
+def _grid(source: Chips, chip: str, part: str) -> tuple[Any, Any]:
+    with MemoryFile(source.read(chip, part)) as memory, memory.open() as file:
+        return file.crs, file.transform
 
 
-def _check(source: ChipSource, protocol: Protocol, task: Task) -> str:
-    """Read and check one chip; its record as a line."""
-    chip, parts = task
-    files, unreadable = {}, {}
-    for part in parts:
+def _check_dates(row: ChipRow, attributes: dict[str, dict[str, Any]]) -> None:
+    times: dict[str, Array] = {}
+    for part, held in attributes.items():
+        texts = [text.strip().rstrip("Z") for text in str(held.get("datetime", "")).split(";")]
         try:
-            files[part] = source.read_file(chip, part)
-        except (DataError, OSError) as error:  # no permission, a bad sector, or gone since the survey
-            unreadable[part] = error.__cause__ or error
-    record = check_chip(chip, files, protocol)
-    for part, reason in unreadable.items():
-        record.add("error", DAMAGED, f"cannot be read: {reason}", part)
-    return record.to_line()
+            times[part] = np.array([text.split("+")[0] or "NaT" for text in texts], "datetime64[s]")
+        except ValueError:
+            times[part] = np.array(["NaT"], "datetime64[s]")
+        known = times[part][~np.isnat(times[part])]
+        if len(times[part]) != len(TIMESTEPS) or len(known) < len(TIMESTEPS):
+            row.findings.append(("warning", f"{part}: a date is missing", ";".join(texts)))
+        if len(set(known.tolist())) < len(known):
+            row.findings.append(("warning", f"{part}: a date is there twice", ";".join(texts)))
+        elif (np.diff(known) < np.timedelta64(0)).any():
+            row.findings.append(("warning", f"{part}: dates out of order", ";".join(texts)))
+    if all(len(found) == len(TIMESTEPS) for found in times.values()) and len(times) == len(_SHAPES):
+        days = abs(times["S1RTC"][EVENT] - times["S2L2A"][EVENT]) / np.timedelta64(1, "D")
+        if days > _DAYS:
+            row.findings.append(
+                ("warning", f"radar and optical event more than {_DAYS} days apart", f"{days:.0f} days")
+            )
+    for key in ("sat_orbit_state", "sat_relative_orbit"):
+        orbits = str(attributes.get("S1RTC", {}).get(key, "")).split(";")
+        if len(orbits) == len(TIMESTEPS) and orbits[BEFORE].strip() != orbits[EVENT].strip():
+            row.findings.append(("warning", "radar orbit changed between before and event", ";".join(orbits)))
+            break
 
 
-def _here(source: ChipSource, protocol: Protocol, todo: Sequence[Task]) -> Iterator[str]:
-    for task in todo:
-        yield _check(source, protocol, task)
+def _measure_optical(row: ChipRow, bands: Array, scl: Array | None) -> None:
+    valid = bands != NO_DATA
+    row.sums["S2L2A"] = _sums(bands.astype(np.float64), valid)
+    row.shares["no optical"] = (1 - valid.all(axis=1).mean(axis=(1, 2))).tolist()
+    if scl is not None and scl.shape == (len(bands), *bands.shape[2:]):
+        row.shares["cloud"] = np.isin(scl, _CLOUDY).mean(axis=(1, 2)).tolist()
+    dark = bands[:, S2_BANDS.index("B11")]
+    if (seen := dark[valid[:, S2_BANDS.index("B11")]]).size:
+        row.darkest = float(np.percentile(seen, 1))
 
 
-_work: tuple[ChipSource, Protocol] | None = None
+def _measure_radar(row: ChipRow, bands: Array, mask: Array | None) -> None:
+    if faults := radar_faults(bands):
+        row.findings.append(("error" if "infinite" in faults else "warning", "radar values that become inputs", faults))
+    valid = np.isfinite(bands) & (bands > NO_DATA)
+    decibels = np.where(valid, bands, 0).astype(np.float64)
+    row.sums["S1RTC"] = _sums(decibels, valid)
+    row.shares["no radar"] = (1 - valid.all(axis=1).mean(axis=(1, 2))).tolist()
+    seen = decibels[valid]
+    if seen.size >= _FEW and (seen < 0).mean() < 0.5:
+        row.findings.append(("error", "radar is linear, not in dB", f"mean {seen.mean():.3g}"))
+    if mask is not None and mask.shape == bands.shape[2:]:
+        both = valid[BEFORE, 0] & valid[EVENT, 0]
+        fall = np.where(both, decibels[EVENT, 0] - decibels[BEFORE, 0], 0)
+        for value in np.unique(mask).tolist():
+            chosen = both & (mask == value)
+            row.change[value] = (int(chosen.sum()), float(fall[chosen].sum()))
 
 
-def _start_worker(source: ChipSource, protocol: Protocol) -> None:
-    global _work
-    _work = source, protocol
-    from numcodecs import blosc
-
-    blosc.use_threads = False  # the cores are taken by the other workers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal: the parent answers it
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave_with_parent() -> None:
-        wait_for_process([parent.sentinel])
-        os._exit(1)
-
-    # A worker of concurrent.futures waits for ever if its parent is killed: it holds both ends of its queue's pipe.
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+def _measure_mask(row: ChipRow, mask: Array, protocol: Protocol) -> None:
+    values, counts = np.unique(mask, return_counts=True)
+    row.classes = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    known = {IGNORE_INDEX, *range(len(protocol.label_map))}
+    if strange := sorted(set(row.classes) - known):
+        hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
+        row.findings.append(("error", "mask values", f"{strange}, expected {sorted(known)}{hint}"))
 
 
-def _check_in_worker(task: Task) -> str:
-    assert _work is not None
-    return _check(*_work, task)
+def _sums(values: Array, valid: Array) -> Array:
+    """Number, sum and sum of squares over the pixels of each timestep and band: (3, T, C) from (T, C, H, W)."""
+    kept = np.where(valid, values, 0)
+    return np.stack([valid.sum(axis=(2, 3)), kept.sum(axis=(2, 3)), (kept**2).sum(axis=(2, 3))])
 
 
-def _in_workers(source: ChipSource, protocol: Protocol, todo: Sequence[Task], jobs: int) -> Iterator[str]:
-    """Lines in the order in which they are ready; never more than a few chips are under way."""
-    tasks = iter(todo)
-    # Spawned, not forked: GDAL, BLAS and blosc may hold threads by now. An executor, not a Pool: a Pool waits for ever
-    # for the result of a worker that was killed for its memory.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(jobs, max(len(todo), 1)), context, _start_worker, (source, protocol)) as workers:
-        under_way: set[Future[str]] = set()
-        try:
-            while True:
-                under_way |= {workers.submit(_check_in_worker, t) for t in islice(tasks, 4 * jobs - len(under_way))}
-                if not under_way:
-                    return
-                ready, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    yield future.result()
-        except BrokenProcessPool as error:
-            fix = "the same command goes on where it ended; --jobs 1 needs the least memory"
-            raise DataError("a worker process of the audit died", where=source.root, fix=fix) from error
-        finally:
-            workers.shutdown(wait=False, cancel_futures=True)
+def _statistics(rows: Sequence[ChipRow]) -> dict[str, dict[str, list[float]]]:
+    """Mean and standard deviation of each band over the valid values of some chips, by modality."""
+    found = {}
+    for modality in MODALITIES:
+        sums = [row.sums[modality].sum(axis=1) for row in rows if modality in row.sums]
+        if sums:
+            count, total, squares = np.sum(sums, axis=0)
+            mean = total / np.maximum(count, 1)
+            std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
+            found[modality] = {"mean": mean.round(3).tolist(), "std": std.round(3).tolist()}
+    return found
+
+
+def _compare_statistics(
+    found: dict[str, dict[str, list[float]]], means: dict[str, Any], stds: dict[str, Any]
+) -> list[tuple[str, str, str, str]]:
+    """Bands whose training mean lies more than half a standard deviation from the recipe's."""
+    findings = []
+    for modality in found.keys() & means.keys():
+        held = found[modality]["mean"]
+        for band, mean, given, std in zip(_BANDS[modality], held, means[modality], stds[modality], strict=False):
+            if abs(mean - given) > 0.5 * std:
+                findings.append(
+                    ("warning", "statistics differ from the recipe's", f"{band} {mean:.1f}, {given:.1f}", "")
+                )
+    return findings
+
+
+def _compare_rows(rows: Sequence[ChipRow], protocol: Protocol) -> list[tuple[str, str, str, str]]:
+    """What only many chips together show: classes swapped, and an offset between the optical images of events."""
+    findings, falls = [], {}
+    for value in range(len(protocol.label_map)):
+        pixels = sum(row.change.get(value, (0, 0.0))[0] for row in rows)
+        if pixels >= _FEW:
+            falls[value] = sum(row.change.get(value, (0, 0.0))[1] for row in rows) / pixels
+    struck = max(range(len(protocol.label_map)), key=lambda value: protocol.label_map[value] == protocol.positive_class)
+    if protocol.hazard.startswith("flood") and struck in falls and len(falls) > 1:
+        lowest = min(falls, key=lambda value: falls[value])
+        if falls[struck] > -_FALL:
+            swapped = f"; it falls most where the mask is {lowest}: are classes swapped?" if lowest != struck else ""
+            text = f"VV changes by {falls[struck]:+.2f} dB from before to event where the mask says flood{swapped}"
+            findings.append(("error" if swapped else "warning", "no flood signature", text, ""))
+    darkest: dict[str, float] = {}
+    for row in rows:
+        darkest[row.event] = min(darkest.get(row.event, np.inf), row.darkest)
+    lifted = [event for event, value in darkest.items() if value > _OFFSET]
+    if lifted and len(lifted) < len(darkest):
+        text = f"{', '.join(sorted(lifted)[:_EXAMPLES])}: darkest B11 above {_OFFSET}, in other events below"
+        findings.append(("warning", "optical offset of 1000 in some events", text, ""))
+    return findings
+
+
+def _write_figures(path: Path, rows: Sequence[ChipRow]) -> None:
+    """A Parquet table with a row for each split, event and timestep."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = []
+    groups: dict[tuple[str, str], list[ChipRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.split, row.event].append(row)
+    for (split, event), held in sorted(groups.items()):
+        pixels = sum((np.array([row.classes.get(v, 0) for v in range(-1, 3)]) for row in held), np.zeros(4))
+        for step, name in enumerate(TIMESTEPS):
+            line: dict[str, Any] = {"split": split, "event": event, "timestep": name, "chips": len(held)}
+            for share in ("cloud", "no optical", "no radar"):
+                found = [row.shares[share][step] for row in held if share in row.shares]
+                line[share.replace(" ", "_")] = float(np.mean(found)) if found else None
+            for modality in ("S1RTC", "S2L2A"):
+                sums = [row.sums[modality][:, step] for row in held if modality in row.sums]
+                count, total, _ = np.sum(sums, axis=0) if sums else np.zeros((3, len(_BANDS[modality])))
+                for band, n, value in zip(_BANDS[modality], count, total, strict=True):
+                    line[f"mean_{band}"] = float(value / n) if n else None
+            for value, number in zip(range(-1, 3), pixels, strict=True):
+                line[f"share_of_mask_{value}"] = float(number / max(pixels.sum(), 1))
+            table.append(line)
+    pq.write_table(pa.Table.from_pylist(table), path)

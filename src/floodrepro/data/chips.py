@@ -1,270 +1,350 @@
-"""Chips on disk, wherever they lie: extracted into folders, or still inside the downloaded tars."""
+"""Where chips lie, in folders or inside the hub's tars, and how one is read. Nothing is extracted.
 
+Any layout that zarr 2 and GDAL write is read by these libraries themselves; ZIP checksums are always compared.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
 import io
+import itertools
+import json
 import os
+import tarfile
+import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import filelock
+import numpy as np
 import numpy.typing as npt
 import zarr
-from rasterio.errors import RasterioError
+from numcodecs import Blosc
 from rasterio.io import MemoryFile
 
 from floodrepro import console
-from floodrepro.data import plain_tiff
-from floodrepro.data.names import LABEL_DIR, MODALITIES, SPLITS, SUFFIXES
-from floodrepro.data.tar_index import Member, TarIndex, open_index
-from floodrepro.data.zarr_zip import ARRAY, Chunks, decode, find_chunks
+from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, Protocol, suffix_of
 from floodrepro.errors import DataError
+from floodrepro.run_folder import write_atomically
 
+T = TypeVar("T")
 Array = npt.NDArray[Any]
-PARTS = (*MODALITIES, LABEL_DIR)
+Place = tuple[str, int, int | None]  # a file, and where the chip begins in it and how many bytes it has; None: all
+
+_LARGE = 2**30  # bytes of a tar whose headers may take a while
+_WAITS = (0.2, 2.0)  # seconds before the second and the third try of a read that failed
 
 
-class ChipSource:
-    """Reads parts of chips: ``S2L2A``, ``S1RTC``, ``DEM`` or ``MASK``.
+class Chips:
+    """The chips below a folder: in `data/<PART>/`, or in `<split>/<PART>*.tar`.
 
-    It pickles; each process opens the files for itself, and reads by offset, so that a fork shares nothing that moves.
+    Where both hold a part (S2L2A, S1RTC, DEM or MASK), the one with more chips is read first, and what it lacks comes
+    from the other. An object holds names and places only: it pickles, and threads and processes may share it.
 
     Args:
-        root: Where the chips were found.
-        layout: ``extracted`` or ``tars``.
-        indexes: Of the tars; none for the extracted layout.
+        root: A folder in ImpactMesh-Flood's layout, or the `data` folder in it.
+        protocol: Says how masks are named.
+
+    Raises:
+        DataError: There are no chips, or an archive is damaged.
     """
 
-    def __init__(self, root: Path, layout: str, indexes: Sequence[TarIndex] = ()) -> None:
-        self.root = root
-        self.layout = layout
-        self._members: dict[str, dict[str, tuple[Path, Member]]] = {part: {} for part in PARTS}
-        self._twice: list[str] = []
-        for index in indexes:
-            held = self._members[index.part]
-            for chip, member in index.members.items():
-                if chip in held:
-                    self._twice.append(f"{chip} {index.part}: in {held[chip][0].name} and {index.path.name}")
-                held[chip] = (index.path, member)
-        self._open: dict[Path, int] = {}
-        self._owner = os.getpid()
+    def __init__(self, root: Path, protocol: Protocol = PROTOCOLS["custom"]) -> None:
+        self.root, self.protocol = root, protocol
+        self._places = {part: self._find(part) for part in PARTS}
+        if not any(self._places.values()):
+            raise DataError(
+                "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
+                if root.is_dir()
+                else "the data root does not exist",
+                where=root,
+                fix="set --data-root, fetch the data, or make toy data: floodrepro data synth --root DIR",
+            )
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind."""
-        return {**self.__dict__, "_open": {}}
+    def having(self, part: str) -> frozenset[str]:
+        """Ids of the chips that have a part."""
+        return frozenset(self._places[part])
 
-    def parts(self, part: str) -> frozenset[str]:
-        """Ids of the chips that have this part."""
-        if self.layout == "tars":
-            return frozenset(self._members[part])
-        folder, suffix = self.root / part, SUFFIXES[part]
-        names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208  # a Path for each of 80,000 is slow
-        return frozenset(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    def only(self, chips: Sequence[str]) -> "Chips":
+        """The same for a few chips: what a process needs to read them."""
+        few = copy.copy(self)
+        few._places = {part: {c: held[c] for c in chips if c in held} for part, held in self._places.items()}
+        return few
 
-    def duplicates(self) -> list[str]:
-        """Chips whose part lies in two tars, one line each."""
-        return list(self._twice)
+    def has(self, chip: str, part: str) -> bool:
+        """Whether a chip has a part."""
+        return chip in self._places[part]
 
     def path(self, chip: str, part: str) -> str:
         """A path that GDAL opens, named after the chip."""
-        name = f"{chip}{SUFFIXES[part]}"
-        if self.layout == "extracted":
-            return str(self.root / part / name)
-        tar, _ = self._member(chip, part)
-        return f"/vsitar/{tar}/{part}/{name}"
+        file, _, size = self._place(chip, part)
+        return file if size is None else f"/vsitar/{file}/{part}/{chip}{suffix_of(self.protocol, part)}"
 
-    def file_size(self, chip: str, part: str) -> int | None:
-        """Bytes of a chip's file; None where it is listed but not there, as a link that leads nowhere."""
-        if self.layout == "tars":
-            return self._member(chip, part)[1].size
-        try:
-            return os.stat(self.path(chip, part)).st_size  # noqa: PTH116  # a Path for each of 320,000 is slow
-        except FileNotFoundError:
-            return None
+    def size(self, chip: str, part: str) -> int:
+        """Number of bytes of a chip's file."""
+        file, _, size = self._place(chip, part)
+        return os.stat(file).st_size if size is None else size  # noqa: PTH116  # a Path for each of 320,000 is slow
 
-    def read_file(self, chip: str, part: str) -> bytes:
-        """A chip's whole file.
+    def order(self, chip: str, part: str) -> tuple[str, int]:
+        """Sorts chips as they lie on disk."""
+        return self._place(chip, part)[:2]
+
+    def read(self, chip: str, part: str) -> bytes:
+        """The whole file of a chip's part.
 
         Raises:
-            DataError: The chip has no such part.
+            DataError: The chip has no such part, or it cannot be read.
         """
-        if self.layout == "tars":
-            tar, member = self._member(chip, part)
-            return os.pread(self._descriptor(tar), member.size, member.offset)
-        try:
-            return Path(self.path(chip, part)).read_bytes()
-        except OSError as error:
-            raise self._missing(chip, part) from error
+        return self._open(chip, part, Window.read)
 
-    def read_bands(
-        self, chip: str, modality: str, timesteps: Sequence[int] | None = None, out: Array | None = None
-    ) -> Array:
-        """A chip's S2L2A or S1RTC.
+    def bands(self, chip: str, modality: str, out: Array | None = None) -> Array:
+        """A chip's S2L2A (T, C, H, W), int16 reflectance x 10,000, or S1RTC (T, 2, H, W), float16 dB, as on disk.
 
         Args:
             chip: Its id.
             modality: S2L2A or S1RTC.
-            timesteps: Indices on the time axis in the order wanted; all where None.
-            out: Array to decode into where that is possible: compare it with what is returned.
+            out: Where to decode to; a new array is returned where shape or dtype is another.
 
-        Returns:
-            Array (T, C, H, W): int16 reflectance x 10,000, or float16 dB; no-data as on disk.
+        Raises:
+            DataError: The part is missing or damaged; the checksum of each chunk is compared.
+        """
+        return self._open(chip, modality, functools.partial(read_bands, out=out))
+
+    def raster(self, chip: str, part: str) -> Array:
+        """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk.
 
         Raises:
             DataError: The part is missing or damaged.
         """
+        return self._open(chip, part, read_raster)
+
+    def _open(self, chip: str, part: str, reader: Callable[["Window"], T]) -> T:
+        """Let a reader read a chip's file, three times where the disk fails: a network disk's hiccup passes."""
+        file, offset, size = self._place(chip, part)
+        for wait in (*_WAITS, None):
+            try:
+                with open(file, "rb", buffering=0) as stream:  # noqa: PTH123  # as in `size`
+                    return reader(Window(stream, offset, size))
+            except FileNotFoundError:
+                raise self._missing(chip, part) from None
+            except OSError as error:
+                if wait is None:
+                    what = f"the {part} of {chip} cannot be read: {error.strerror or error}"
+                    raise DataError(what, where=file, fix="check the disk, then run the same command again") from error
+                time.sleep(wait)
+            except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and GDAL raise nearly anything
+                raise self._damaged(chip, part, f"{type(error).__name__}: {error}") from error
+        raise AssertionError  # the last try returns or raises
+
+    def _place(self, chip: str, part: str) -> Place:
         try:
-            if self.layout == "tars":
-                tar, member = self._member(chip, modality)
-                if member.chunks is not None:
-                    return decode(member.chunks, partial(_borrow, self._descriptor(tar)), timesteps, out)
-            else:
-                array = self._decode_file(self.path(chip, modality), timesteps, out)
-                if array is not None:
-                    return array
-            return read_any_zarr(self.read_file(chip, modality), timesteps)
-        except FileNotFoundError as error:
-            raise self._missing(chip, modality) from error
-        except (DataError, OSError) as error:
-            raise DataError(
-                f"{chip}{SUFFIXES[modality]} is damaged: {error}",
-                where=self.path(chip, modality),
-                fix="floodrepro data audit --deep lists all damaged chips",
-            ) from error
-
-    def read_raster(self, chip: str, part: str) -> Array:
-        """A chip's DEM (metres, int16) or MASK (classes, int8), (H, W).
-
-        Raises:
-            DataError: The part is missing or damaged.
-        """
-        content = self.read_file(chip, part)
-        try:
-            array = plain_tiff.read(content)
-            if array is None:
-                with MemoryFile(content) as memory, memory.open() as file:
-                    array = file.read(1)
-        except RasterioError as error:
-            raise DataError(f"{chip}{SUFFIXES[part]} is damaged: {error}", where=self.path(chip, part)) from error
-        return array
-
-    def close(self) -> None:
-        """Close what is open; reading opens it again."""
-        if self._owner == os.getpid():
-            for descriptor in self._open.values():
-                os.close(descriptor)
-        self._open = {}
-
-    def _decode_file(self, path: str, timesteps: Sequence[int] | None, out: Array | None) -> Array | None:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-
-            def read_at(size: int, offset: int) -> bytes:
-                return os.pread(descriptor, size, offset)
-
-            chunks: Chunks | None = find_chunks(read_at, os.fstat(descriptor).st_size)
-            return None if chunks is None else decode(chunks, partial(_borrow, descriptor), timesteps, out)
-        finally:
-            os.close(descriptor)
-
-    def _descriptor(self, path: Path) -> int:
-        if self._owner != os.getpid():  # a forked worker: the parent's descriptors are the parent's to close
-            self._open, self._owner = {}, os.getpid()
-        if path not in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
-        return self._open[path]
-
-    def _member(self, chip: str, part: str) -> tuple[Path, Member]:
-        try:
-            return self._members[part][chip]
+            return self._places[part][chip]
         except KeyError:
             raise self._missing(chip, part) from None
 
     def _missing(self, chip: str, part: str) -> DataError:
         return DataError(f"{chip} has no {part}", where=self.root, fix="floodrepro data audit lists what is missing")
 
+    def _damaged(self, chip: str, part: str, why: str) -> DataError:
+        return DataError(
+            f"{chip}{suffix_of(self.protocol, part)} is damaged: {why}",
+            where=self.path(chip, part),
+            fix="fetch it again; --skip-damaged N leaves out up to N such chips; floodrepro data audit lists all",
+        )
 
-# Reused by every read of a process: a new buffer of this size costs more in page faults than the copy into it.
-_scratch = bytearray()
+    def _find(self, part: str) -> dict[str, Place]:
+        suffix = suffix_of(self.protocol, part)
+        folder: dict[str, Place] = {}
+        for parent in (self.root / "data" / part, self.root / part):
+            if not folder and parent.is_dir():
+                names = os.listdir(parent)  # noqa: PTH208  # a Path for each of 80,000 is slow
+                folder = {name.removesuffix(suffix): (f"{parent}/{name}", 0, None) for name in _chips(names, suffix)}
+        tars: dict[str, Place] = {}
+        for parent in (self.root, self.root.parent):
+            for tar in [] if tars else sorted(tar for split in SPLITS for tar in (parent / split).glob(f"{part}*.tar")):
+                index = tar_index(tar)
+                tars |= {name.removesuffix(suffix): (str(tar), *index[name]) for name in _chips(index, suffix)}
+        return tars | folder if len(folder) >= len(tars) else folder | tars
 
 
-def _borrow(descriptor: int, size: int, offset: int) -> memoryview:
-    """Read into the scratch buffer; what it returns is valid until the next call."""
-    if len(_scratch) < size:
-        _scratch.extend(bytes(size - len(_scratch)))
-    view = memoryview(_scratch)[:size]
-    return view[: os.preadv(descriptor, [view], offset)]
+def _chips(names: Sequence[str] | dict[str, Any], suffix: str) -> list[str]:
+    """Those file names that are a chip's; `._NAME` is what macOS puts beside a file."""
+    return [name for name in names if name.endswith(suffix) and not name.startswith(".")]
 
 
-# What zipfile and zarr 2.18.0 raise: the last four for a .zarray that is JSON, and not an array's.
-_OF_DAMAGED_ZARR = (
-    *(zipfile.BadZipFile, KeyError, ValueError, RuntimeError, OSError, NotImplementedError),
-    *(zarr.errors.MetadataError, AttributeError, TypeError, ZeroDivisionError),
-)
+def radar_faults(bands: Array) -> str | None:
+    """How many values of a radar image are infinite or -10000, in words; None where none is.
+
+    float16 has no -9999: it becomes -10000, which `no_data_value: -9999` does not match (impactmesh 0.1.2 and 0.2.0).
+    """
+    if bands.dtype == np.float16:  # numpy compares float16 about ten times as slowly as its bits
+        bits = bands.view(np.uint16)
+        counts = {"infinite": (bits & 0x7FFF) == 0x7C00, "-10000 (no-data that is not recognised)": bits == 0xF0E2}
+    else:
+        counts = {"infinite": np.isinf(bands)}
+    return ", ".join(f"{flags.sum()} values {name}" for name, flags in counts.items() if flags.any()) or None
 
 
-def read_any_zarr(content: bytes, timesteps: Sequence[int] | None = None) -> Array:
-    """Read ``bands`` from a zarr ZIP of whatever layout with the zarr library: slower, and right.
+def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size in bytes of each regular file of a tar, by its name without folders, from the tar's headers.
+
+    The index is kept beside the tar or, where that folder is read-only, in the user's cache, and made anew when the
+    tar's size or time of change is another. Of several processes one reads the headers and the others wait.
 
     Raises:
-        DataError: It is no readable zarr ZIP.
+        DataError: The tar is damaged.
     """
+    state = [tar.stat().st_size, tar.stat().st_mtime_ns]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "floodrepro"
+    elsewhere = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{tar.name}.index.json"
+    saved = tar.with_name(f"{tar.name}.index.json") if os.access(tar.parent, os.W_OK) else elsewhere
+    lock = filelock.FileLock(saved.with_name(f".{saved.name}.lock"))
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            store = {name: archive.read(name) for name in archive.namelist()}
-        array = zarr.open_group(store, mode="r")[ARRAY]
-        if array.nchunks_initialized != array.nchunks and array.fill_value is None:
-            raise DataError("a chunk is missing")
-        whole: Array = array[...]
-    except _OF_DAMAGED_ZARR as error:
-        raise DataError(f"the zarr cannot be read: {error}") from error
-    return whole if timesteps is None else whole[list(timesteps)]
+        if (known := _read_index(saved, state)) is not None:
+            return known
+        with contextlib.suppress(OSError, NotImplementedError):  # no locks, or no cache: every process reads for itself
+            saved.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        if (known := _read_index(saved, state)) is not None:
+            return known
+        if state[0] > _LARGE:
+            console.say(f"reading the headers of {tar}")
+        with tarfile.open(tar, "r:") as archive:
+            members = [member for member in archive if member.isreg()]
+    except (tarfile.TarError, EOFError) as error:
+        what = f"the archive is damaged or cut short: {error}"
+        raise DataError(what, where=tar, fix="fetch it again: delete it, then floodrepro data fetch") from error
+    else:
+        index = {Path(member.name).name: (member.offset_data, member.size) for member in members}
+        with contextlib.suppress(OSError):  # a full disk: the headers are read again next time
+            write_atomically(saved, json.dumps({"tar": state, "files": index}))
+        return index
+    finally:
+        lock.release()
 
 
-def open_source(root: Path, progress: Callable[[int, int], None] | None = None) -> ChipSource:
-    """Find out how the chips below a folder lie and open them.
+def _read_index(saved: Path, state: list[int]) -> dict[str, tuple[int, int]] | None:
+    """A kept index; None where there is none, or it is of another state of the tar."""
+    try:
+        content = json.loads(saved.read_text(encoding="utf-8"))
+        if content["tar"] == state:
+            return {name: (offset, size) for name, (offset, size) in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or of another version: it is made anew
+    return None
+
+
+class Window:
+    """A part of an open file, as zipfile wants it. Each read names its place: nothing that a fork shares moves.
 
     Args:
-        root: A folder in ImpactMesh-Flood's layout, or the ``data`` folder in it.
-        progress: Called with bytes done and bytes in all where tars have to be indexed first.
+        stream: The file.
+        offset: Where the part begins.
+        size: Its number of bytes; None for all that follows.
+    """
+
+    def __init__(self, stream: io.FileIO, offset: int = 0, size: int | None = None) -> None:
+        self._descriptor, self._offset, self._at = stream.fileno(), offset, 0
+        self._size = os.fstat(self._descriptor).st_size - offset if size is None else size
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a place, counted from the start, from here, or from the end."""
+        self._at = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        if self._at < 0:
+            raise ValueError("a place before the file's start")
+        return self._at
+
+    def tell(self) -> int:
+        """The present place."""
+        return self._at
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def read(self, count: int = -1) -> bytes:
+        """The next bytes, all where `count` is negative; fewer at the end.
+
+        Raises:
+            EOFError: The file is shorter than the part should be.
+        """
+        left = max(self._size - self._at, 0)
+        count = left if count < 0 else min(count, left)
+        content = os.pread(self._descriptor, count, self._offset + self._at)
+        if len(content) != count:
+            raise EOFError("the archive ends inside it")
+        self._at += count
+        return content
+
+
+def read_raster(file: Window) -> Array:
+    """The only band (H, W) of a GeoTIFF, as GDAL reads it: it refuses damage that tifffile takes for pixels."""
+    with MemoryFile(file.read()) as memory, memory.open() as dataset:
+        return np.asarray(dataset.read(1))
+
+
+def read_bands(file: Window, out: Array | None = None) -> Array:
+    """The array `bands` of a zarr ZIP, into `out` where its shape and dtype fit.
+
+    One chunk after the other is read, its checksum compared, and decoded while it is in the processor's cache: zarr
+    itself would read all of them first, which takes a quarter longer.
 
     Raises:
-        DataError: There are no chips, or an archive is damaged or refused.
+        ValueError: A chunk is missing that no fill value stands for.
+        Exception: Whatever zipfile, zarr and numcodecs raise for a damaged file.
     """
-    for folder in (root / "data", root):
-        if any((folder / part).is_dir() for part in MODALITIES):
-            return ChipSource(folder, "extracted")
-    for folder in (root, root.parent):
-        tars = [tar for split in SPLITS for part in PARTS for tar in sorted((folder / split).glob(f"{part}*.tar"))]
-        if tars:
-            return ChipSource(folder, "tars", _open_indexes(tars, progress))
-    if not root.is_dir():
-        problem = "the data root does not exist"
-    elif not any(root.iterdir()):
-        problem = "the data root is empty"
-    else:
-        problem = "the data root holds no chips: neither folders S2L2A, S1RTC, DEM, nor tars of them"
-    raise DataError(
-        problem,
-        where=root,
-        fix="set --data-root, fetch the data, or make toy data: floodrepro data synth --root DIR",
-    )
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        array = zarr.open_array({".zarray": archive.read("bands/.zarray")}, mode="r")
+        dtype = array.dtype.newbyteorder("=")  # torch takes no big-endian arrays
+        if out is None or (out.shape, out.dtype) != (array.shape, dtype):
+            out = np.empty(array.shape, dtype)
+        blosc = (
+            isinstance(array.compressor, Blosc) and not array.filters and array.order == "C" and array.dtype == dtype
+        )
+        complete, spare = True, np.empty(array.chunks, dtype)
+        for index in itertools.product(*(range(count) for count in array.cdata_shape)):
+            place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip(index, array.chunks, strict=True))]
+            key = f"bands/{array._chunk_key(index)}"
+            if key not in members:
+                if array.fill_value is None:
+                    raise ValueError(f"chunk {key} is missing")
+                place[...], complete = array.fill_value, False
+                continue
+            chunk = _read_member(file, archive, members[key])
+            if not blosc:
+                place[...] = array._decode_chunk(chunk)[tuple(slice(edge) for edge in place.shape)]
+                continue
+            direct = place.shape == array.chunks and place.flags.c_contiguous
+            size = int.from_bytes(chunk[4:8], "little")  # of what it holds: README_CHUNK_FORMAT of c-blosc 1
+            if size != spare.nbytes:  # numcodecs 0.15 would leave the end of a larger place as it was
+                raise ValueError(f"chunk {key} has another size")
+            array.compressor.decode(chunk, place if direct else spare)
+            if not direct:
+                place[...] = spare[tuple(slice(edge) for edge in place.shape)]
+        for info in () if complete else archive.infolist():
+            archive.open(info).close()  # raises for a file of two names: a chunk would be taken for one left out
+    return out
 
 
-def _open_indexes(tars: Sequence[Path], progress: Callable[[int, int], None] | None) -> list[TarIndex]:
-    total = sum(tar.stat().st_size for tar in tars)
-    indexes, before = [], 0
-    for tar in tars:
-        indexes.append(open_index(tar, partial(_report_from, progress, before, total) if progress else None))
-        before += tar.stat().st_size
-    return indexes
+def _read_member(file: Window, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | memoryview:
+    """A member's content, its checksum compared. Stored ones take one read, where zipfile takes three and a copy."""
+    name = info.orig_filename.encode()
+    before = 30 + len(name)  # a local header's fixed part: APPNOTE.TXT of PKWARE, 4.3.7
+    file.seek(info.header_offset)
+    content = file.read(before + info.compress_size)
+    if info.compress_type != zipfile.ZIP_STORED or content[28:30] != b"\0\0" or content[30:before] != name:
+        return archive.read(info)
+    if zlib.crc32(memoryview(content)[before:]) != info.CRC or info.file_size != info.compress_size:
+        raise zipfile.BadZipFile(f"the checksum of {info.filename} differs")
+    return memoryview(content)[before:]
 
 
-def _report_from(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
-    progress(before + done, total)
-
-
-def open_source_loudly(root: Path) -> ChipSource:
-    """`open_source` with its progress on stderr, in MiB."""
-    with console.progress("indexing tars (MiB)") as show:
-        return open_source(root, lambda done, total: show(done >> 20, total >> 20))
+def unzip(content: bytes) -> dict[str, bytes]:
+    """All files of a ZIP, their checksums compared: what zarr takes for a store."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}

@@ -1,15 +1,17 @@
-"""ImpactMesh's data module, made to keep a GPU busy: raw chips to the device, the arithmetic there, nothing guessed.
+"""ImpactMesh's data module with the arithmetic on the device, so that reading keeps a GPU busy.
 
-What the model is given equals stock impactmesh + TerraTorch bit for bit (on a CPU). What differs is where the work is
-done: a loader worker reads and decodes, and hands on int16 and float16; conversion to float32, no-data, symmetries and
-normalisation are done on the device for a whole batch.
+What the model is given equals stock impactmesh + TerraTorch bit for bit (on a CPU). A loader worker only reads and
+decodes: int16 and float16 travel. Conversion to float32, no-data, symmetries and normalisation follow on the device.
 
 Shape suffixes: B = chips, T = timesteps, C = bands, H, W = pixels.
 """
 
+import atexit
+import math
+import multiprocessing
 import os
+import signal
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +19,28 @@ import numpy as np
 import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from numcodecs import blosc
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from floodrepro.data import batch_memory, d4
-from floodrepro.data.batch_memory import BatchMemory
-from floodrepro.data.chips import ChipSource, open_source_loudly
-from floodrepro.data.names import IGNORE_INDEX, LABEL_DIR, MODALITIES, TIMESTEPS
+from floodrepro import console
+from floodrepro.data.augment import apply_symmetry, draw_symmetry
+from floodrepro.data.chips import Array, Chips, radar_faults
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, MODALITIES, TIMESTEPS, fill_protocol
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
+from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError
-from floodrepro.heap import keep_freed_memory
 
 RawChip = dict[str, Any]
 
+_UNKNOWN = -128  # in a lookup table: a mask value that the label map does not know
+_NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips`
+
 
 class Batch(dict[str, Any]):
-    """What the model is given: ``image`` (by modality), ``mask``, ``filename``; who it is travels as attributes.
+    """What the model is given: `image` (by modality), `mask` and `filename`.
 
-    TerraTorch passes every further key of a batch on to the model as an argument, so that chip ids cannot be keys.
+    TerraTorch passes every further key of a batch to the model as an argument, so that chip ids are attributes.
 
-    Attributes:
-        chips: Chip ids, B of them.
-        events: Their Copernicus EMS events.
+    `chips` holds their ids, `events` the event of each.
     """
 
     chips: tuple[str, ...] = ()
@@ -49,7 +52,7 @@ class ChipDataset(Dataset[RawChip]):
 
     Args:
         source: Where they lie.
-        chips: Their ids.
+        events: The event of each chip; its order is the dataset's.
         modalities: Any of S2L2A, S1RTC, DEM.
         timesteps: Indices on the time axis. As in impactmesh, as many as there are on disk means all, in disk order.
         bands: Indices of the bands to keep, by modality; all bands of a modality that is not in it.
@@ -58,129 +61,155 @@ class ChipDataset(Dataset[RawChip]):
 
     def __init__(
         self,
-        source: ChipSource,
-        chips: Sequence[str],
-        *,
+        source: Chips,
+        events: Mapping[str, str],
         modalities: Sequence[str],
         timesteps: Sequence[int],
         bands: Mapping[str, Sequence[int]],
         label_map: Sequence[int] | None,
     ) -> None:
-        self.source, self.chips, self.modalities = source, list(chips), list(modalities)
+        self.source, self.chips, self.events = source, list(events), dict(events)
+        self.modalities, self._bands = list(modalities), {key: list(value) for key, value in bands.items()}
         self._timesteps = list(timesteps) if len(timesteps) < len(TIMESTEPS) else None
-        self._bands = {modality: list(indices) for modality, indices in bands.items()}
-        self._classes = None if label_map is None else _lookup(label_map)
+        self._classes = None
+        if label_map is not None:
+            self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
+            self._classes[IGNORE_INDEX % 256] = IGNORE_INDEX
+            self._classes[: len(label_map)] = label_map
 
     def __len__(self) -> int:
         """Number of chips."""
         return len(self.chips)
 
     def __getitem__(self, index: int) -> RawChip:
-        """One chip: each modality (T, C, H, W) in its dtype on disk (DEM with T = 1), mask (H, W) int8, id."""
+        """One chip: each modality (T, C, H, W) in its dtype on disk (DEM with T = 1), mask (H, W) int8, chip id.
+
+        Raises:
+            DataError: The chip is missing, damaged, or its mask holds a value that the label map does not know.
+        """
         chip = self.chips[index]
-        raw: RawChip = {modality: torch.from_numpy(self._read(chip, modality)) for modality in self.modalities}
-        if self._classes is not None:
-            raw["mask"] = torch.from_numpy(self._classified(chip))
-        return raw | {"chip": chip}
+        return {name: torch.from_numpy(array) for name, array in self._read(chip, {}).items()} | {"chip": chip}
 
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
-        """A whole batch, decoded into the memory that it travels in: collating would copy every chip once more."""
-        first = self[indices[0]]
-        chips = [self.chips[index] for index in indices]
-        batch = batch_memory.room({k: v for k, v in first.items() if k != "chip"}, len(chips))
-        for name in batch:
-            batch[name][0] = first[name]
-            for place, chip in zip(batch[name][1:].numpy(), chips[1:], strict=True):
-                array = self._classified(chip) if name == "mask" else self._read(chip, name, out=place)
-                if array.shape != place.shape:
-                    raise DataError(f"{chip}: {name} is {array.shape}, other chips are {place.shape}")
-                if array is not place:
-                    place[...] = array
-        batch["chip"] = chips
-        return batch
+        """A batch of chips, stacked; `failed` holds the errors of those that are left out, `odd` what is odd in which.
 
-    def _read(self, chip: str, modality: str, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        """A modality (T, C, H, W); DEM has T = C = 1."""
-        if modality == "DEM":
-            return self.source.read_raster(chip, modality)[None, None]
-        if modality in self._bands:
-            return self.source.read_bands(chip, modality, self._timesteps)[:, self._bands[modality]]
-        return self.source.read_bands(chip, modality, self._timesteps, out)
+        Chips are decoded into the memory that the batch travels in. Errors travel as values: torch makes another
+        exception of one that a worker raises.
+        """
+        batch: dict[str, torch.Tensor] = {}
+        chips: list[str] = []
+        failed: list[tuple[str, DataError]] = []
+        odd: list[tuple[str, str]] = []
+        for chip in (self.chips[index] for index in indices):
+            places = {name: tensor[len(chips)].numpy() for name, tensor in batch.items()}
+            try:
+                arrays = self._read(chip, places)
+                for name, place in places.items():
+                    if arrays[name].shape != place.shape:
+                        what = f"{name} of {chip} is {arrays[name].shape}, of other chips {place.shape}"
+                        raise DataError(what, where=self.source.path(chip, name if name != "mask" else LABEL_DIR))
+            except DataError as error:
+                failed.append((chip, error))
+                continue
+            for name, array in arrays.items():
+                if name not in batch:
+                    batch[name] = shared_empty((len(indices), *array.shape), torch.from_numpy(array).dtype)
+                if array is not places.get(name):
+                    batch[name][len(chips)] = torch.from_numpy(array)
+            if "S1RTC" in arrays and (faults := radar_faults(arrays["S1RTC"])):
+                odd.append((chip, faults))
+            chips.append(chip)
+        whole: RawChip = {name: tensor[: len(chips)] for name, tensor in batch.items()}
+        return whole | {"chip": chips, "failed": failed, "odd": odd}
 
-    def _classified(self, chip: str) -> np.ndarray[Any, np.dtype[np.int8]]:
-        values = self.source.read_raster(chip, LABEL_DIR)
-        assert self._classes is not None
+    def _read(self, chip: str, places: Mapping[str, Array]) -> dict[str, Array]:
+        """The arrays of a chip, by modality and `mask`; bands are decoded into their places where these fit."""
+        arrays = {}
+        for modality in self.modalities:
+            if modality == "DEM":
+                arrays[modality] = self.source.raster(chip, modality)[None, None]
+                continue
+            whole = self._timesteps is None and modality not in self._bands
+            bands = self.source.bands(chip, modality, places.get(modality) if whole else None)
+            bands = bands if self._timesteps is None else bands[self._timesteps]
+            arrays[modality] = bands[:, self._bands[modality]] if modality in self._bands else bands
+        return arrays if self._classes is None else arrays | {"mask": self._classified(chip, self._classes)}
+
+    def _classified(self, chip: str, classes: Array) -> Array:
+        values = self.source.raster(chip, LABEL_DIR)
         narrow = values.astype(np.int8)
-        classes = self._classes[narrow.view(np.uint8)]  # -1 becomes 255: the table's last place
-        if (classes == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-            strange = sorted({int(value) for value in np.unique(values)} - set(self._known()))
+        mask: Array = classes[narrow.view(np.uint8)]  # -1 becomes 255: the table's last place
+        if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+            known = [IGNORE_INDEX, *np.flatnonzero(classes[:255] != _UNKNOWN).tolist()]
             raise DataError(
-                f"the mask of {chip} holds {strange}, which the label map does not know",
+                f"the mask of {chip} holds {sorted(set(np.unique(values).tolist()) - set(known))}, expected {known}",
                 where=self.source.path(chip, LABEL_DIR),
-                fix="take the recipe of this data's protocol (v0, v1 or v1-binary), or set data.init_args.label_map",
+                fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
             )
-        return classes
-
-    def _known(self) -> list[int]:
-        assert self._classes is not None
-        return [IGNORE_INDEX, *(int(i) for i in np.flatnonzero(self._classes[:255] != _UNKNOWN))]
+        return mask
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-_UNKNOWN = -128
-
-
-def _lookup(label_map: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """Table of 256 classes for int8 masks read as uint8."""
-    table = np.full(256, _UNKNOWN, np.int8)
-    table[IGNORE_INDEX % 256] = IGNORE_INDEX
-    table[: len(label_map)] = label_map
-    return table
+def shared_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor; in a loader's worker in shared memory, as torch's own `default_collate` makes it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # type: ignore[no-untyped-call]
+    tensor: torch.Tensor = torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape))  # type: ignore[call-overload]
+    return tensor
 
 
 class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh ships no types
-    """ImpactMesh-Flood, from extracted folders or straight from the downloaded tars.
+    """Chips in ImpactMesh's layout, from folders or straight from the downloaded tars.
 
     Args:
-        data_root: Folder in ImpactMesh-Flood's layout, or the ``data`` folder in it; the layout is found, not asked.
-        train_split: Text file, one chip id a line.
-        val_split: The same.
-        test_split: The same, or several by name, tested in this order (the task's ``test_dataloaders_names``).
-        predict_split: The same.
+        data_root: Folder in ImpactMesh-Flood's layout, or the `data` folder in it.
+        protocol: Name in `floodrepro.data.protocols.PROTOCOLS`. `custom` takes any chips in this layout: the recipe
+            then gives class_names, means and stds, and label_map and mask_suffix where they are not the default.
+        train_split: Split file, see `floodrepro.data.splits.read_events`; val_split and predict_split alike.
+        val_split: See train_split.
+        test_split: One split file, or several by name, in this order (the task's `test_dataloaders_names`).
         means: By modality, a value for each band that is used. Reflectance x 10,000, dB, metres.
         stds: The same.
+        label_map: The class of each mask value on disk, from value 0 up; the ignore index -1 is kept.
+        class_names: Of the classes that the label map gives, from 0 up.
+        positive_class: The class that reports speak of; the protocol's, or the last, by default.
+        mask_suffix: End of a mask's file name, after the chip id.
         modalities: Any of S2L2A, S1RTC, DEM.
         timesteps: Indices: 0 a month before, 1 before, 2 event, 3 after.
         bands: Indices of the bands to keep, by modality.
-        label_map: The class of each mask value on disk, from value 0 up; the ignore index -1 is kept.
-        class_names: Of the classes that the label map gives, from 0 up.
         no_data_value: Marks a missing value on disk, besides NaN.
         no_data_replace: What a missing value becomes before normalisation.
-        augment: Whether training chips are turned and mirrored (D4).
+        augment: Whether training chips are turned and mirrored.
         seed: Of the order of training chips and of their symmetries. Default: what seed_everything was given.
+        limit: Number of chips of each split to use, at most; whole events where they fit.
+        fraction: Share of the chips of each split to use.
+        strict: Whether an event in two splits is an error.
+        skip_damaged: Number of chips that may be left out because they cannot be read.
         batch_size: Chips in a batch.
         num_workers: Loader processes.
         prefetch_factor: Batches that each worker holds ready.
-        predict_data_root: As data_root, for prediction.
+        predict_data_root: See data_root.
+
+    Attributes `failed_chips` and `odd_chips`: by chip, why it was left out, and what is odd about its radar.
 
     Raises:
-        ValueError: Statistics, bands, label map and class names do not fit each other.
+        ValueError: Protocol, statistics, bands, label map and class names do not fit each other.
     """
 
     def __init__(
         self,
         data_root: str,
-        means: dict[str, list[float]],
-        stds: dict[str, list[float]],
-        label_map: list[int],
-        class_names: list[str],
+        protocol: str = "custom",
         train_split: str | None = None,
         val_split: str | None = None,
         test_split: str | dict[str, str] | None = None,
         predict_split: str | None = None,
+        means: dict[str, list[float]] | None = None,
+        stds: dict[str, list[float]] | None = None,
+        label_map: list[int] | None = None,
+        class_names: list[str] | None = None,
+        positive_class: int | None = None,
+        mask_suffix: str | None = None,
         modalities: list[str] | None = None,
         timesteps: list[int] | None = None,
         bands: dict[str, list[int]] | None = None,
@@ -188,18 +217,26 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         no_data_replace: float = 0,
         augment: bool = True,
         seed: int | None = None,
+        limit: int | None = None,
+        fraction: float | None = None,
+        strict: bool = False,
+        skip_damaged: int = 0,
         batch_size: int = 8,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         predict_data_root: str | None = None,
     ) -> None:
         modalities = modalities or list(MODALITIES)
+        self.protocol = fill_protocol(protocol, class_names, label_map, positive_class, mask_suffix)
+        given_means, given_stds = means or self.protocol.means, stds or self.protocol.stds
+        if absent := [name for name in modalities if name not in given_means or name not in given_stds]:
+            raise ValueError(f"means or stds lack {', '.join(absent)}; protocol {protocol} has none of its own")
         super().__init__(
             data_root=data_root,
             batch_size=batch_size,
             num_workers=num_workers,
-            means={modality: means[modality] for modality in modalities},
-            stds={modality: stds[modality] for modality in modalities},
+            means={modality: list(given_means[modality]) for modality in modalities},
+            stds={modality: list(given_stds[modality]) for modality in modalities},
             train_split=train_split,
             val_split=val_split,
             test_split=test_split,
@@ -209,35 +246,31 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             predict_data_root=predict_data_root,
             no_data_value=no_data_value,
             no_data_replace=no_data_replace,
-            disaster_type="flood",  # else guessed from the path; only file names hang on it here
+            disaster_type="flood",  # else guessed from the path; nothing here depends on it
         )
         self.bands = bands or {}
-        self.label_map = label_map
-        self.class_names = class_names
-        self.augment, self.seed = augment, seed
-        self.prefetch_factor = prefetch_factor
+        self.augment, self.seed, self.limit, self.fraction = augment, seed, limit, fraction
+        self.skip_damaged, self.prefetch_factor = skip_damaged, prefetch_factor
+        self.failed_chips: dict[str, str] = {}
+        self.odd_chips: dict[str, str] = {}
+        self._events: dict[str, str] = {}
         for modality, chosen in self.bands.items():
             if len(chosen) != len(self.means[modality]):
                 raise ValueError(
                     f"{modality}: {len(chosen)} bands are used, but {len(self.means[modality])} means given"
                 )
-        if set(label_map) != set(range(len(class_names))):
-            raise ValueError(f"label_map gives {sorted(set(label_map))}, class_names has {class_names}")
 
     def setup(self, stage: str) -> None:
         """Open the chips and list those of the stage's splits."""
+        stage = getattr(stage, "value", stage)  # Lightning's is an enum, which an f-string shows by its name
         root = self.predict_data_root if stage == "predict" else None
-        self.source = source = open_source_loudly(Path(root or self.data_root))
-        if stage == "fit":
-            self.train_dataset = self._dataset(source, self.train_split)
-        if stage in ("fit", "validate"):
-            self.val_dataset = self._dataset(source, self.val_split)
+        self.source = Chips(Path(root or self.data_root), self.protocol)
+        splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
+        for split in splits[stage]:
+            datasets = self._datasets(split)
+            setattr(self, f"{split}_dataset", datasets[0])
         if stage == "test":
-            splits = self.test_split if isinstance(self.test_split, dict) else {"test": self.test_split}
-            self.test_datasets = [self._dataset(source, split) for split in splits.values()]
-            self.test_dataset = self.test_datasets[0]
-        if stage == "predict":
-            self.predict_dataset = self._dataset(source, self.predict_split, labels=False)
+            self.test_datasets = datasets
 
     def test_dataloader(self) -> Any:
         """One loader for each test split; a list if there are several."""
@@ -247,82 +280,92 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             loaders.append(self._dataloader_factory("test"))
         return loaders if len(loaders) > 1 else loaders[0]
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Record chips that could not be read and those with odd values.
+
+        Raises:
+            DataError: More chips than `skip_damaged` could not be read, or all of a batch.
+        """
+        if "failed" not in batch:
+            return batch
+        for chip, error in batch.pop("failed"):
+            if chip not in self.failed_chips:
+                if len(self.failed_chips) >= self.skip_damaged:
+                    raise error
+                self.failed_chips[chip] = error.what
+                console.warn(f"left out {len(self.failed_chips)} of {self.skip_damaged}: {error.what}")
+        for chip, faults in batch.pop("odd"):
+            if chip not in self.odd_chips and len(self.odd_chips) < _NAMED:
+                console.warn(f"the radar of {chip} holds {faults}")
+            self.odd_chips[chip] = faults
+        if not batch["chip"]:
+            raise DataError("no chip of a batch can be read", where=self.data_root, fix="floodrepro data audit")
+        return batch
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn raw chips, on the device by now, into what the model is given."""
         if "chip" not in batch:
             return batch
-        chips = tuple(batch["chip"])
-        training = self.trainer is not None and self.trainer.training
-        elements = ["e"] * len(chips)
-        if training and self.augment:
-            elements = [d4.draw(self._seed(), self.trainer.current_epoch, chip) for chip in chips]
-        images = {modality: self._image(batch[modality], elements) for modality in self.modalities}
+        chips, symmetries = tuple(batch["chip"]), [0] * len(batch["chip"])
+        if self.augment and self.trainer is not None and self.trainer.training:
+            symmetries = [draw_symmetry(self._seed(), self.trainer.current_epoch, chip) for chip in chips]
+        images = {modality: self._image(batch[modality], symmetries) for modality in self.modalities}
         ready = Batch(image=images, filename=[self._filename(chip) for chip in chips])
         if "mask" in batch:
-            pairs = zip(elements, batch["mask"], strict=True)
-            ready["mask"] = torch.stack([d4.apply(element, mask) for element, mask in pairs]).long()
+            pairs = zip(symmetries, batch["mask"], strict=True)
+            ready["mask"] = torch.stack([apply_symmetry(symmetry, mask) for symmetry, mask in pairs]).long()
         ready.chips = chips
-        ready.events = tuple(chip.split("_", 1)[0] for chip in chips)
+        ready.events = tuple(self._events[chip] for chip in chips)
         return self.aug(ready)
 
     def _seed(self) -> int:
-        """What order and symmetries are drawn from: as given, or as seed_everything left it."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
-    def _image(self, raw: torch.Tensor, elements: Sequence[str]) -> torch.Tensor:
+    def _image(self, raw: torch.Tensor, symmetries: Sequence[int]) -> torch.Tensor:
         """Float32 (B, C, T, H, W), or (B, C, H, W) for a single timestep, from raw (B, T, C, H, W)."""
-        count, steps, bands, height, width = raw.shape
-        wanted = len(self.timesteps)
+        (count, steps, bands, height, width), wanted = raw.shape, len(self.timesteps)
         if steps not in (1, wanted):
             raise DataError(f"chips have {steps} timesteps, the recipe asks for {wanted}", where=self.data_root)
         image = torch.empty((count, bands, wanted, height, width), dtype=torch.float32, device=raw.device)
-        for chip, element, place in zip(raw, elements, image, strict=True):
-            place.copy_(d4.apply(element, chip).transpose(0, 1))  # converts, turns and spreads T = 1 in one pass
+        for chip, symmetry, place in zip(raw, symmetries, image, strict=True):
+            place.copy_(apply_symmetry(symmetry, chip).transpose(0, 1))  # converts, turns and repeats T = 1 in one pass
         image.masked_fill_(image == self.no_data_value, self.no_data_replace)
         if raw.is_floating_point():
             image.nan_to_num_(nan=self.no_data_replace)  # numpy's and torch's agree on infinities as well
         return image if wanted > 1 else image[:, :, 0]
 
     def _filename(self, chip: str) -> str:
-        """A file that TerraTorch's writer can take a georeference from."""
-        path: str = self.source.path(chip, "DEM")
-        return path
+        """A file that TerraTorch's writer can take a georeference from; a chip without one has its first modality."""
+        parts = ("DEM", LABEL_DIR, *self.modalities)
+        return self.source.path(chip, next(part for part in parts if self.source.has(chip, part)))
 
-    def _dataset(self, source: ChipSource, split: str | None, *, labels: bool = True) -> ChipDataset:
-        chips = Path(split).read_text(encoding="utf-8").split() if split else sorted(source.parts(self.modalities[0]))
-        return ChipDataset(
-            source,
-            chips,
-            modalities=self.modalities,
-            timesteps=self.timesteps,
-            bands=self.bands,
-            label_map=self.label_map if labels else None,
-        )
+    def _datasets(self, split: str) -> list[ChipDataset]:
+        keys = {f"{split}_split": getattr(self, f"{split}_split"), "limit": self.limit, "fraction": self.fraction}
+        splits = read_splits(keys, split).values()
+        self._events |= {chip: event for events in splits for chip, event in events.items()}
+        labels = self.protocol.label_map if split != "predict" else None
+        return [
+            ChipDataset(self.source, events, self.modalities, self.timesteps, self.bands, labels) for events in splits
+        ]
 
     def _dataloader_factory(self, split: str) -> DataLoader[RawChip]:
-        """As torchgeo's, with pinned memory and prefetching; shuffled and without a last odd batch in training."""
+        """As torchgeo's, with pinned memory and prefetching; in training shuffled, without a last short batch."""
         workers = self.num_workers > 0
         device = torch.get_default_device() if self.trainer is None else self.trainer.strategy.root_device
         dataset = getattr(self, f"{split}_dataset")
-        memory = None
-        if workers and len(dataset):
-            batch_bytes = self.batch_size * sum(v.nbytes for k, v in dataset[0].items() if k != "chip")
-            # Beyond what is prefetched, Lightning and the model hold one batch each.
-            memory = BatchMemory(batch_bytes, self.num_workers, self.prefetch_factor + 2)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=self._sampler(split, len(dataset)),
             drop_last=split == "train",
-            # Of its own: torch 2.14 draws from it once an epoch without workers, and once for all with persistent ones,
-            # and what it took from torch's global generator would be missing in dropout.
+            # Its own: torch 2.14 draws from it, and what it took from the global one would be missing in dropout.
             generator=torch.Generator(),
             num_workers=self.num_workers,
             persistent_workers=workers,
             prefetch_factor=self.prefetch_factor if workers else None,
             pin_memory=device.type == "cuda",  # not where a recipe keeps to the CPU of a machine with a GPU
-            collate_fn=_as_it_is,
-            worker_init_fn=partial(as_a_worker, memory=memory),
+            collate_fn=dict,  # the batch is stacked already
+            worker_init_fn=start_worker,
         )
 
     def _sampler(self, split: str, count: int) -> Sampler[int] | None:
@@ -340,11 +383,19 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         return EachOnce(count, world=world, rank=rank) if world > 1 and split != "predict" else None
 
 
-def as_a_worker(_: int = 0, memory: BatchMemory | None = None) -> None:
-    """Set a process up as a loader's worker: one core, and memory that is kept for the next chip and the next batch.
+@atexit.register  # before multiprocessing's own, which would send SIGTERM and wait for ever
+def _end_workers() -> None:
+    """End the loader workers that an error left behind."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
-    Blosc's own threads would only get in each other's way.
+
+def start_worker(_: int = 0) -> None:
+    """Set a process up as a loader's worker.
+
+    A signal to the process group must not end it: its parent decides. Blosc's threads would wait for each other.
     """
-    batch_memory.use(memory)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     blosc.use_threads = False
-    keep_freed_memory()

@@ -1,267 +1,276 @@
-"""Fetch ImpactMesh-Flood's archives from the hub: one commit a folder, each file checked, nothing fetched twice."""
+"""Fetch a data set from the Hugging Face hub: one commit a folder. huggingface_hub transfers the files."""
 
-import os
+import json
+import re
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from floodrepro import console
-from floodrepro.data import ledger as ledgers
-from floodrepro.data import names
-from floodrepro.data.hub import Hub
-from floodrepro.data.hub_layout import DATA_OF, PARTS, Version, check_protocol, identify, is_part, select
-from floodrepro.data.ledger import Ledger, Mismatch, check_content
-from floodrepro.errors import DataError, FloodreproError, UsageError
+from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
+from floodrepro.data.splits import FETCH_NOTE, read_split
+from floodrepro.errors import DataError
+from floodrepro.run_folder import sha256_of, write_atomically
 
-Progress = Callable[[str, str, int, int], None]  # "checking" or "fetching", a file, bytes done, bytes in all
+if TYPE_CHECKING:
+    from huggingface_hub import RepoFile
+
+_WAITS = (1, 2, 4, 8)  # seconds between tries of a request that the hub refused for the moment
+_BLOCK = 2**12  # bytes that are read ahead of a remote tar
+_SEEN_A_CHIP = 20  # members of a remote tar whose headers are read for each chip of a sample, at most
 
 
-@dataclass(frozen=True)
+@dataclass
 class FetchReport:
     """What lies in the folder now.
 
     Args:
-        ledger: The folder's ledger; it may know files that were not asked for.
-        version: What the split files say.
-        came: How each file that was asked for came: `fetched`, `adopted` or `kept`.
+        root: The folder.
+        commit: Of the hub's repository.
+        version: `v0`, `v1`, or `unknown` where the counts are of neither.
+        chips: Number of chips that each split file lists.
+        files: Bytes of each file, by its path.
     """
 
-    ledger: Ledger
-    version: Version
-    came: dict[str, str]
-
-    def size(self, *ways: str) -> int:
-        """Bytes of the files that came in the ways named."""
-        return sum(self.ledger.files[path].size for path, way in self.came.items() if way in ways)
+    root: Path
+    commit: str
+    version: str
+    chips: dict[str, int]
+    files: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values; sizes in bytes."""
-        ledger, version = self.ledger, self.version
-        return {
-            **{"root": str(ledger.root), "repo": ledger.repo, "revision": ledger.asked, "commit": ledger.commit},
-            **{"version": version.name, "published": version.published, "chips": version.chips},
-            "files": {path: {**asdict(ledger.files[path]), "came": way} for path, way in sorted(self.came.items())},
-        }
+        """The report as JSON types."""
+        return vars(self) | {"root": str(self.root)}
 
 
 def fetch(
     root: Path,
-    hub: Hub,
+    repo: str,
     *,
-    revision: str | None = None,
-    splits: Sequence[str] = names.SPLITS,
-    modalities: Sequence[str] = PARTS,
+    revision: str = "main",
+    splits: Sequence[str] = SPLITS,
+    parts: Sequence[str] = PARTS,
     protocol: str | None = None,
-    verify: bool = False,
-    progress: Progress = lambda *_: None,
+    sample: int | None = None,
 ) -> FetchReport:
-    """Make a folder hold the split files and the chosen archives of one commit, in the hub's layout.
+    """Fetch the archives of some splits and parts, or a sample of chips, after the split files.
 
-    What is there already is used: files that the ledger knows are not read again as long as their size and time stay,
-    files of a plain `hf download` are hashed and entered, and a half file is completed.
+    Run it again after an interruption: whole files are not fetched again, nor hashed again while they stay unchanged.
 
     Args:
-        root: The data set's folder; made if it is missing.
-        hub: The repository.
-        revision: Branch, tag or sha; `main` where None. Offline, the ledger's commit where None.
-        splits: Splits whose archives are wanted.
-        modalities: Modalities whose archives are wanted, MASK among them.
-        protocol: `v0`, `v1` or `v1-binary`, if the data has to fit one.
-        verify: Hash every file, the unchanged ones too.
-        progress: Called as bytes are hashed or arrive.
+        root: Folder to fill; it holds one commit.
+        repo: Id of the data set.
+        revision: Branch, tag or commit.
+        splits: Any of train, val, test.
+        parts: Any of S2L2A, S1RTC, DEM, MASK.
+        protocol: Name of the protocol that the data has to fit.
+        sample: Number of chips to extract in place of fetching archives, shared by the splits; a few of each event
+            where the order in the archives allows it.
 
     Raises:
-        UsageError: An argument is unknown.
-        DataError: The hub, the commit, the folder or the disk do not allow it; what is verified by then is kept.
+        DataError: The hub cannot be read, lacks a part, holds another version than the protocol's; the folder holds
+            another commit; the disk is too small; a file is not what the hub says it is.
     """
-    _check_arguments(revision, splits, protocol)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        if hub.offline:
-            ledger = _offline_ledger(root, hub.repo, revision)
-        else:
-            asked = revision or "main"
-            snapshot = hub.snapshot(asked)
-            known = {path: file for path, file in snapshot.files.items() if is_part(path)}
-            ledger = Ledger.of(root, hub.repo, snapshot.commit, asked, known)
-        split_files, archives = select(ledger.files, splits, modalities, ledger.where)
-        with ledgers.locked(root):
-            return _Fetch(root, hub, ledger.pinned(), verify, progress).run(split_files, archives, protocol)
-    except OSError as error:
-        problem = f"the folder cannot be read or written: {error.strerror or error}"
-        fix = "mend that or name another --root; the same command then goes on where it stopped"
-        raise DataError(problem, where=error.filename or root, fix=fix) from error
+        commit, remote = _list_files(repo, revision)
+        note = _read_note(root)
+        if note and note["commit"] != commit:
+            what = f"the folder holds commit {note['commit']}, and {revision} is {commit}"
+            raise DataError(what, where=root, fix=f"--revision {note['commit']}, or another --root")
+        wanted = _choose(remote, splits, parts, where=f"{repo}@{commit}")
+        lists = [path for path in remote if path.startswith("split/") and path.endswith(".txt")]
+        root.mkdir(parents=True, exist_ok=True)
+        get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
+        if sample is None:
+            _check_disk(root, remote, wanted)
+            get(local_dir=root, allow_patterns=lists)
+            report = FetchReport(root, commit, *check_version(root / "split", protocol, where=f"{repo}@{commit}"))
+            note = {"repo": repo, "commit": commit, "asked": revision, "verified": (note or {}).get("verified", {})}
+            _write_note(root, note)  # before the archives: a folder with any of them says of which commit
+            get(local_dir=root, allow_patterns=wanted)
+            _verify(root, remote, wanted, note)
+            report.files = {path: remote[path].size for path in [*lists, *wanted]}
+            return report
+        hidden = root / ".fetch"  # whole lists: the folder's own name the chips of the sample only
+        get(local_dir=hidden, allow_patterns=lists)
+        version, _ = check_version(hidden / "split", protocol, where=f"{repo}@{commit}")
+        _write_note(root, {"repo": repo, "commit": commit, "asked": revision, "sample": sample})
+        chips, files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
+        counts = _write_lists(hidden / "split", root / "split", chips)
+        return FetchReport(root, commit, version, counts, files)
+    except (HfHubHTTPError, OSError, tarfile.TarError) as error:
+        fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
+        raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error
 
 
-def _check_arguments(revision: str | None, splits: Sequence[str], protocol: str | None) -> None:
-    if revision is not None and not revision.strip():  # as an unset variable of a script would make it
-        raise UsageError("--revision is empty", fix="--revision SHA, or leave it out for main")
-    if wrong := [split for split in splits if split not in names.SPLITS]:
-        raise UsageError(f"--split is {wrong[0]!r}, expected {', '.join(names.SPLITS)}", fix="--split train,val,test")
-    if protocol is not None and protocol not in DATA_OF:
-        raise UsageError(f"--protocol is {protocol!r}, expected {', '.join(DATA_OF)}", fix="--protocol v0")
+def check_version(folder: Path, protocol: str | None, *, where: str) -> tuple[str, dict[str, int]]:
+    """The version of the data that split files list, by their counts, and the counts by split.
+
+    Raises:
+        DataError: A split file is missing, or the data is of another version than the protocol's.
+    """
+    chips = {}
+    for split in SPLITS:
+        found = next(iter(sorted(folder.glob(f"*_{split}.txt"))), None)
+        if found is None:
+            raise DataError(f"there is no split file of {split}", where=where, fix="check --repo and --revision")
+        chips[split] = len(read_split(found))
+    known = {rules.data_version: dict(rules.counts) for rules in PROTOCOLS.values() if rules.data_version}
+    version = next((str(name) for name, counts in known.items() if counts == chips), "unknown")
+    needed = PROTOCOLS[protocol].data_version if protocol else None
+    like = "v1" if any(folder.glob("*_test_holdout.txt")) else "v0"  # a subset, or generated chips
+    if needed and (like if version == "unknown" else version) != needed:
+        fix = f"--revision of a commit that holds {needed}, or another --protocol"
+        fix += "; v1-binary reads version 1 as version 0's two classes" if needed == "v0" else ""
+        what = f"protocol {protocol} needs {needed} data, this is {version if version != 'unknown' else f'like {like}'}"
+        raise DataError(f"{what}: {', '.join(f'{n:,} {s}' for s, n in chips.items())}", where=where, fix=fix)
+    return version, chips
 
 
-def _offline_ledger(root: Path, repo: str, revision: str | None) -> Ledger:
-    ledger = Ledger.read(root)
-    fix = "unset HF_HUB_OFFLINE and run again"
-    if ledger is None:
-        raise DataError("offline (HF_HUB_OFFLINE), and nothing was fetched into this folder yet", where=root, fix=fix)
-    if revision not in (None, ledger.commit, ledger.asked):
-        problem = f"offline (HF_HUB_OFFLINE), and the folder holds {ledger.asked} ({ledger.commit}), not {revision}"
-        raise DataError(problem, where=root, fix=fix)
-    ledger.refuse_other_repo(repo)
-    return ledger
+def _list_files(repo: str, revision: str) -> tuple[str, dict[str, "RepoFile"]]:
+    """Commit of a revision, and its files by path. A hub that is busy is asked again, after what it says."""
+    from huggingface_hub import HfApi, RepoFile
+    from huggingface_hub.errors import HfHubHTTPError
 
-
-def size_text(size: int) -> str:
-    """Bytes as a reader takes them in: GiB, or MiB below a tenth of a GiB, or bytes below a tenth of a MiB."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if size >= unit / 10:
-            return f"{size / unit:.2f} {name}"
-    return f"{size} bytes"
-
-
-@dataclass
-class _Fetch:
-    """One call's work on one locked folder."""
-
-    root: Path
-    hub: Hub
-    ledger: Ledger
-    verify: bool
-    progress: Progress
-    came: dict[str, str] = field(default_factory=dict)
-
-    def run(self, split_files: Sequence[str], archives: Sequence[str], protocol: str | None) -> FetchReport:
-        wanted = [*split_files, *archives]
-        for path in ledgers.remove_orphans(self.ledger):
-            console.say(f"deleted {path}, which an interrupted download left")
-        if not self.hub.offline:
-            self.check_disk(wanted)
-        fresh = not self.ledger.holds_anything()
-        self.ledger.save()
+    api = HfApi()
+    for wait in (*_WAITS, None):
         try:
-            missing = self.settle(split_files if not self.hub.offline else wanted)
-            self.download(missing)
-            version = identify(self.root, split_files)
-            tell = console.say if version.published else console.warn
-            tell(f"{self.ledger.where} is {version}")
-            check_protocol(version, protocol, self.ledger.where)
-            missing = self.settle(archives)
-        except FloodreproError:
-            if fresh:
-                self.withdraw(split_files)
-            raise
-        self.download(missing)
-        return FetchReport(self.ledger, version, self.came)
+            commit = str(api.dataset_info(repo, revision=revision, timeout=30).sha)
+            tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+            return commit, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else 0
+            if wait is None or (status != 429 and status < 500):
+                raise
+            told = error.response.headers.get("Retry-After", "")
+            time.sleep(min(float(told), 300) if told.isdigit() else wait)
+    raise AssertionError  # the last try returns or raises
 
-    def check_disk(self, wanted: Sequence[str]) -> None:
-        """Raise `DataError` if what is not here yet does not fit on the disk."""
-        needed = 0
-        for path in wanted:
-            here = sum(file.stat().st_size for file in (self.root / path, self.half(path)) if file.exists())
-            needed += max(0, self.ledger.files[path].size - here)
-        free = shutil.disk_usage(self.root).free
-        if needed > free:
-            raise DataError(
-                f"the disk is too small: {size_text(needed)} needed, {size_text(free)} free",
-                where=self.root,
-                fix="free some space, give a --root on another disk, or fetch less: --split, --modality",
-            )
 
-    def settle(self, paths: Sequence[str]) -> list[str]:
-        """Enter into the ledger what lies in the folder already; the rest is returned."""
-        paths = [path for path in paths if path not in self.came]
-        known = {path for path in paths if self.ledger.unchanged(path) and not self.verify}
-        present = [path for path in paths if path not in known and (self.root / path).exists()]
-        self.came |= dict.fromkeys(known, "kept")
-        total, before = sum((self.root / path).stat().st_size for path in present), 0
-        for path in present:
-            entry, offset = self.ledger.files[path], before
-            before += (self.root / path).stat().st_size
-            try:
-                sha256 = check_content(self.root / path, entry, self.seen("checking", path, offset, total))
-            except Mismatch as mismatch:
-                self.reject(path, mismatch)
-            else:
-                self.came[path] = "kept" if entry.state == "verified" else "adopted"
-                self.ledger.set_verified(path, sha256)
-        missing = [path for path in paths if path not in self.came]
-        for path in missing:
-            if self.ledger.files[path].state == "verified":
-                self.ledger.set_pending(path)
-        return missing
+def _choose(remote: dict[str, "RepoFile"], splits: Sequence[str], parts: Sequence[str], where: str) -> list[str]:
+    """Paths of the archives, `<split>/<PART>*.tar`, the small ones first."""
+    chosen: list[str] = []
+    for split in splits:
+        for part in parts:
+            found = [path for path in remote if path.startswith(f"{split}/{part}") and path.endswith(".tar")]
+            if not found:
+                raise DataError(
+                    f"the commit has no {split}/{part}*.tar", where=where, fix="--split, --modality, --repo"
+                )
+            chosen += found
+    return sorted(chosen, key=lambda path: (remote[path].size, path))
 
-    def reject(self, path: str, mismatch: Mismatch) -> None:
-        """Discard a damaged file that came from this commit; a file of unknown or other origin is the user's."""
-        entry, target = self.ledger.files[path], self.root / path
-        commit, etag = ledgers.plain_download(self.root, path)
-        ours = entry.state == "verified" or (etag is not None and etag in (entry.sha256, entry.git_sha1))
-        if not ours:
-            other = f"--revision {commit} to go on with what lies here, or " if commit else "delete the file, or "
-            raise DataError(
-                f"{path} is not the file of commit {entry.revision}: {mismatch}",
-                where=target,
-                fix=f"{other}a new --root: two revisions are never mixed",
-            )
-        console.say(f"{path} is damaged: {mismatch}")
-        if not self.hub.offline:
-            target.unlink()
 
-    def download(self, missing: Sequence[str]) -> None:
-        """Fetch files, check them and give them their names.
+def _check_disk(root: Path, remote: dict[str, "RepoFile"], wanted: Sequence[str]) -> None:
+    needed = sum(remote[path].size for path in wanted if not (root / path).is_file())
+    if needed > (free := shutil.disk_usage(root).free):
+        what = f"the disk is too small: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free"
+        raise DataError(what, where=root, fix="--split, --modality, --sample, or another --root")
+    console.say(f"{needed / 1e9:.1f} GB to fetch, {free / 1e9:.0f} GB free")
 
-        Raises:
-            DataError: Offline; or a file is twice not what the hub says it is.
-        """
-        if missing and self.hub.offline:
-            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-            raise DataError(
-                f"offline (HF_HUB_OFFLINE), and {len(missing)} files are missing: {', '.join(missing[:4])}{more}",
-                where=self.root,
-                fix="unset HF_HUB_OFFLINE and run again",
-            )
-        total, before = sum(self.ledger.files[path].size for path in missing), 0
-        for path in missing:
-            self.download_one(path, self.seen("fetching", path, before, total))
-            before += self.ledger.files[path].size
 
-    def download_one(self, path: str, seen: Callable[[int], None]) -> None:
-        entry, target, half = self.ledger.files[path], self.root / path, self.half(path)
-        half.parent.mkdir(parents=True, exist_ok=True)
-        for last in (False, True):
-            try:
-                self.hub.download(entry, self.ledger.commit, half, seen)
-                sha256 = check_content(half, entry, self.seen("checking", path, 0, entry.size))
-                break
-            except Mismatch as mismatch:
-                half.unlink()
-                if last:
-                    raise DataError(
-                        f"{path}: {mismatch}; it was fetched twice and discarded",
-                        where=self.ledger.where,
-                        fix="a proxy or mirror may change it: try another network or HF_ENDPOINT, or later",
-                    ) from mismatch
-                console.say(f"{path}: {mismatch}; discarded, and fetched once more")
-        with half.open("rb") as file:
-            os.fsync(file.fileno())  # the ledger must not know of bytes that a power cut can still take
-        half.replace(target)
-        self.came[path] = "fetched"
-        self.ledger.set_verified(path, sha256)
+def _read_note(root: Path) -> dict[str, Any] | None:
+    path = root / FETCH_NOTE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def withdraw(self, split_files: Sequence[str]) -> None:
-        """Undo a first call that was refused, so that the folder is free for another commit."""
-        for path in split_files:
-            self.half(path).unlink(missing_ok=True)
-            if self.came.get(path) == "fetched":
-                (self.root / path).unlink()
-        (self.root / ledgers.NAME).unlink()
 
-    def seen(self, work: str, path: str, before: int, total: int) -> Callable[[int], None]:
-        """A callback for one file's bytes that reports them among those of all files."""
-        return lambda done: self.progress(work, path, before + done, total)
+def _write_note(root: Path, note: dict[str, Any]) -> None:
+    write_atomically(root / FETCH_NOTE, json.dumps(note, indent=2) + "\n")
 
-    def half(self, path: str) -> Path:
-        return self.root / f"{path}{ledgers.PARTIAL}"
+
+def _verify(root: Path, remote: dict[str, "RepoFile"], wanted: Sequence[str], note: dict[str, Any]) -> None:
+    """Compare archives with the hub's sha256; those that were compared before and are unchanged are left out."""
+    states = {path: [(root / path).stat().st_size, (root / path).stat().st_mtime_ns] for path in wanted}
+    new = [path for path in wanted if note["verified"].get(path) != states[path]]
+    if new:
+        console.say(f"comparing {len(new)} checksums")
+    with ThreadPoolExecutor(4) as pool:
+        digests = dict(zip(new, pool.map(lambda path: sha256_of(root / path), new), strict=True))
+    bad = [path for path, digest in digests.items() if (lfs := remote[path].lfs) and digest != lfs.sha256]
+    note["verified"] |= {path: states[path] for path in new if path not in bad}
+    _write_note(root, note)
+    if bad:
+        what = f"not what the hub says it is: {', '.join(bad)}"
+        raise DataError(what, where=root, fix=f"delete {'it' if len(bad) == 1 else 'them'}, then fetch again")
+
+
+def _extract_sample(
+    root: Path, where: str, wanted: Sequence[str], splits: Sequence[str], parts: Sequence[str], sample: int
+) -> tuple[set[str], dict[str, int]]:
+    """Copy chips out of remote tars by range reads into `data/<PART>/`: their ids, and the bytes of each file."""
+    chips: set[str] = set()
+    files: dict[str, int] = {}
+    for number, split in enumerate(splits):
+        count = (sample + len(splits) - 1 - number) // len(splits)
+        chosen: list[str] = []
+        contents: dict[str, dict[str, bytes]] = {}  # by chip, the content of each path
+        for part in sorted(
+            parts, key=lambda part: part != LABEL_DIR
+        ):  # masks are small: they tell what chips there are
+            for path in sorted(path for path in wanted if path.startswith(f"{split}/{part}")):
+                with _remote_tar(f"{where}/{path}") as archive:
+                    if not chosen:
+                        chosen = _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
+                    for member in archive:
+                        if (chip := _chip_of(member.name)) in chosen and (file := archive.extractfile(member)):
+                            contents.setdefault(chip, {})[f"data/{part}/{Path(member.name).name}"] = file.read()
+                            console.say(f"{split} {part}: {chip}")
+                        if sum(any(name.startswith(f"data/{part}/") for name in c) for c in contents.values()) == count:
+                            break
+        for chip, held in contents.items():
+            if len(held) < len(parts):
+                continue  # a chip that lacks a part is of no use
+            chips.add(chip)
+            for name, content in held.items():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_bytes(content)
+                files[name] = len(content)
+    return chips, files
+
+
+@contextmanager
+def _remote_tar(path: str) -> Iterator[tarfile.TarFile]:
+    """A tar on the hub, of which only what is asked for is read."""
+    from huggingface_hub import HfFileSystem
+
+    # A header has 512 bytes, and what is read beyond it is lost where a large member follows.
+    remote = HfFileSystem().open(path, "rb", block_size=_BLOCK, cache_type="readahead")
+    with remote, tarfile.open(fileobj=remote, mode="r:") as archive:
+        yield archive
+
+
+def _chip_of(name: str) -> str:
+    return re.sub(r"_(S2L2A\.zarr\.zip|S1RTC\.zarr\.zip|DEM\.tif|annotation_\w+\.tif)$", "", Path(name).name)
+
+
+def _spread(chips: Sequence[str], count: int) -> list[str]:
+    """So many of the chips, in turn from each event."""
+    place: Counter[str] = Counter()
+    order = {}
+    for chip in chips:
+        place[event_of(chip)] += 1
+        order[chip] = place[event_of(chip)]
+    return sorted(order, key=lambda chip: order[chip])[:count]
+
+
+def _write_lists(whole: Path, folder: Path, chips: set[str]) -> dict[str, int]:
+    """Write each split file with those of its chips that are in the sample: number of chips by split."""
+    folder.mkdir(exist_ok=True)
+    counts = {}
+    for file in sorted(whole.glob("*.txt")):
+        kept = [chip for chip in read_split(file) if chip in chips]
+        write_atomically(folder / file.name, "".join(f"{chip}\n" for chip in kept))
+        counts[file.stem.split("_", 2)[-1]] = len(kept)
+    return counts

@@ -5,23 +5,26 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data.distributed import DistributedSampler
 
-from floodrepro.data import d4
+from floodrepro.data.augment import hashed_number
 
 
 class ShuffledByEpoch(DistributedSampler[int]):
-    """Every chip once an epoch, in an order that seed and epoch alone decide; Lightning tells it the epoch.
+    """Every chip once an epoch, in an order that seed and epoch alone decide. Lightning calls `set_epoch`.
 
-    Several processes take turns batch by batch, so that each step sees the chips that one process with their batches'
-    total size would see. What does not fill a batch of all of them is left out, as torchgeo's loader does.
+    Several processes take turns batch by batch, so that each step sees the chips that one process with a batch of
+    their total size would see. Chips that do not fill a batch of all processes are left out.
 
     Args:
         count: Number of chips.
         seed: The run's.
         batch_size: Chips in the batch of one process.
-        world: Number of processes, and rank, this one's place among them.
-        rank: See above.
-        resumed: Epoch and number of batches that a resumed run has behind it in that epoch.
+        world: Number of processes.
+        rank: This process's number, from 0.
+        resumed: The epoch of a resumed run and the number of its batches that were trained before. That epoch begins
+            after them; every other epoch is whole.
     """
+
+    starts_mid_epoch = True  # tells `floodrepro.callbacks.ExactResume` so
 
     def __init__(
         self,
@@ -38,12 +41,12 @@ class ShuffledByEpoch(DistributedSampler[int]):
         self.epoch = resumed[0]
 
     def __len__(self) -> int:
-        """Number of chips of this process in an epoch."""
+        """Number of chips of this process in a whole epoch."""
         return self._count // (self._batch_size * self.num_replicas) * self._batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Indices of the chips; those that a resumed epoch has behind it are left out."""
-        generator = torch.Generator().manual_seed(d4.number(self.seed, self.epoch, "order") % 2**63)
+        """Indices of the chips."""
+        generator = torch.Generator().manual_seed(hashed_number(self.seed, self.epoch, "order") % 2**63)
         order = torch.randperm(self._count, generator=generator)
         batches = order[: len(self) * self.num_replicas].view(-1, self.num_replicas, self._batch_size)
         done = self._resumed[1] if self.epoch == self._resumed[0] else 0
@@ -59,7 +62,7 @@ class EachOnce(DistributedSampler[int]):
     Args:
         count: Number of chips.
         world: Number of processes.
-        rank: This one's place among them.
+        rank: This process's number, from 0.
     """
 
     def __init__(self, count: int, *, world: int, rank: int) -> None:

@@ -1,42 +1,76 @@
-"""Generated chips: a small data set in ImpactMesh-Flood's on-disk format, from nothing but a seed.
+"""Generated chips: a small data set in ImpactMesh's layout, from nothing but a seed.
 
-It stands in for the real data, about 210 GB, wherever what matters is that the pipeline works: tests, the demo, a
-first look at a new machine. The real `impactmesh.ImpactMeshDataset` reads it as its own. Events are numbered from
-EMSR9001, beyond any Copernicus activation, so that a generated chip is never taken for a real one.
+It stands in for the real data wherever what matters is that the pipeline works. Events are numbered from EMSR9001,
+beyond any Copernicus activation, so that a generated chip is never taken for a real one.
 
-Not documented by the data set, and therefore assumed here: a chip id's easting and northing are the centre of its
-upper left pixel; `proj_bbox` and `eo_cloud_cover` are joined by ";" as `datetime` is; `nan_mask`, `data_mask` and
-`cloud_mask` are uint8 (T, H, W) with 1 for yes; only S2L2A has `eo_cloud_cover` and `s2_mgrs_tile`.
+Each event is one scene of 10 m pixels with four timesteps, of which only the third shows the event. Values are chosen
+so that the classes read as ImpactMesh-Flood's do (VV/VH about -10/-15 dB before, -15/-21 dB at the event, and back).
+Fields that lose backscatter without water, woods that hide it, wind, speckle and clouds resist a mere threshold.
+Shape suffixes: T = 4 timesteps, C = bands, H, W = pixels.
 """
 
 import io
+import math
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rasterio.warp
+import rasterio
 import zarr
-from numcodecs import blosc
+from numcodecs import Blosc, Zlib, blosc
+from scipy import ndimage
 
-from floodrepro.data import names
-from floodrepro.data.scene import SCL_CLOUD, SCL_NO_DATA, SCL_THIN_CLOUD, make_scene
+from floodrepro.data.protocols import (
+    EVENT,
+    IGNORE_INDEX,
+    LABEL_DIR,
+    NO_DATA,
+    PARTS,
+    PROTOCOLS,
+    S1_BANDS,
+    S2_BANDS,
+    SPLITS,
+    Protocol,
+    suffix_of,
+)
 from floodrepro.errors import DataError, UsageError
 
-PIXEL = 10  # metres
-FIRST_EVENT, MAX_EVENTS = 9001, 900  # four digits each, so that names sort in the order of generation
-# Days from the event at the four timesteps, as the two satellites' orbits might fall.
-DAYS = {"S1RTC": (-30, -12, 0, 12), "S2L2A": (-33, -8, 1, 13)}
-BANDS = {"S1RTC": names.S1_BANDS, "S2L2A": names.S2_BANDS}
+Array = npt.NDArray[Any]
 
-Pixels = npt.NDArray[Any]
-Put = Callable[[str, str, str, bytes], None]  # split, part, file name, content
+FIRST_EVENT, MAX_EVENTS = 9001, 900  # four digits each, so that names sort in the order of generation
+EPSG, TILE = 32630, "30TXM"
+DAYS = {"S1RTC": (-30, -12, 0, 12), "S2L2A": (-33, -8, 1, 13)}  # from the event, as the satellites might pass
+LOOKS = 4.4  # equivalent number of looks of Sentinel-1 IW GRDH: ESA, S1-RS-MDA-52-7440, table 5-1
+CLOUDY, NOT_SEEN = 9, 0  # Sen2Cor's scene classification: Sentinel-2 Products Specification Document, table of SCL
+# Surface reflectance x 10,000, in the order of S2_BANDS.
+SOIL = np.array((850, 980, 1300, 1650, 1850, 2000, 2120, 2250, 2400, 2450, 2950, 2450))
+CROP = np.array((330, 400, 720, 440, 1020, 2650, 3300, 3500, 3700, 3750, 1850, 920))
+WATER = np.array((380, 420, 480, 330, 290, 230, 210, 200, 180, 170, 110, 80))
+TURBID = np.array((640, 780, 1050, 1120, 1150, 860, 820, 760, 620, 480, 230, 160))
+BURNT = np.array((350, 380, 430, 480, 600, 750, 820, 880, 950, 1000, 1700, 1650))
+CLOUD = np.array((6300, 6200, 6000, 5900, 6100, 6200, 6300, 6400, 6500, 6600, 4300, 3200))
+
+# How chips may be stored: a zarr chunk as a share of (T, C, H, W), rounded up, its compressor and byte order, and
+# GDAL's options for the TIFFs.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "time": {"chunk": (0.25, 1, 1, 1), "codec": Blosc("lz4"), "order": "=", "tiff": {}},
+    "quarters": {  # zarr 2.18's own default for 256 px: chunks (2, 6, 128, 128)
+        **{"chunk": (0.5, 0.5, 0.5, 0.5), "codec": Blosc("lz4"), "order": "="},
+        "tiff": {"compress": "deflate", "predictor": 2},
+    },
+    "whole": {"chunk": (1, 1, 1, 1), "codec": Blosc("zstd", shuffle=0), "order": "=", "tiff": {"compress": "lzw"}},
+    "uneven": {"chunk": (0.75, 1, 0.8, 0.3), "codec": Zlib(), "order": "=", "tiff": {"compress": "zstd"}},
+    "big-endian": {
+        **{"chunk": (0.25, 0.08, 1, 1), "codec": None, "order": ">"},
+        "tiff": {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"},
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -54,20 +88,24 @@ class SynthReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        return {**asdict(self), "root": str(self.root)}
+        return asdict(self) | {"root": str(self.root)}
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a chip lies (UTM zone, first row and column in its scene, degrees at its centre) and its event's time."""
+class Scene:
+    """An event as the satellites and the mappers saw it.
 
-    chip: names.ChipId
-    epsg: int
-    row: int
-    col: int
-    lat: float
-    lon: float
-    event_time: np.datetime64
+    `elevation` (H, W) int16 metres; `s1` (T, 2, H, W) float16 dB, NaN where missing; `s2` (T, 12, H, W) int16, NO_DATA
+    where missing; `scl` (T, H, W) uint8; (H, W) bool each: `permanent` water, `hit` by the event, and `mapped`.
+    """
+
+    elevation: Array
+    s1: Array
+    s2: Array
+    scl: Array
+    permanent: Array
+    hit: Array
+    mapped: Array
 
 
 def generate(
@@ -79,193 +117,235 @@ def generate(
     protocol: str,
     seed: int,
     layout: str = "extracted",
+    variants: Sequence[str] = ("time", "quarters"),
     progress: Callable[[int, int], None] | None = None,
 ) -> SynthReport:
     """Write a generated data set; the same arguments give the same bytes.
 
-    Each event is one scene, drawn from a generator of its own and cut into neighbouring chips. It lies in one split
-    only, but that v1, as published, tests on one chip of each training event too: `..._test_seen_events.txt` lists
-    these, `..._test_holdout.txt` the others. The split files are written last: where they are, everything else is.
+    Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
+    `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. The split files are written last: where
+    they are, everything else is.
 
     Args:
         root: Folder to write into; made if it is missing.
-        events: Number of flood events, 3 or more: about 60/20/20 % of them in train, val and test.
+        events: Number of events, 3 or more: about 60/20/20 % of them in train, val and test.
         chips: Number of chips over all events.
         size: Height and width of a chip in pixels.
-        protocol: Mask classes, `v0` or `v1`.
-        seed: Seed, 0 or more.
-        layout: `extracted` (`data/<MODALITY>/`) or `hub` (`<split>/<MODALITY>.tar`, as on the Hugging Face hub).
+        protocol: Name in `PROTOCOLS`; it gives mask values and file names.
+        seed: 0 or more.
+        layout: `extracted` (`data/<PART>/`) or `hub` (`<split>/<PART>.tar`, as on the Hugging Face hub).
+        variants: How chips are stored, names of `VARIANTS`; chips take them in turn.
         progress: Called after each chip with the number of chips done and the number of all.
 
     Raises:
-        UsageError: If an argument is out of range, or `root` holds a data set already.
-        DataError: If `root` cannot be written.
+        UsageError: An argument is out of range, or `root` holds a data set already.
+        DataError: `root` cannot be written.
     """
-    _check_arguments(events, chips, size, protocol, seed, layout)
+    _check_arguments(events, chips, size, protocol, seed, layout, variants)
+    rules = PROTOCOLS[protocol]
     held_out = (events + 2) // 5
     event_counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
-    listed: dict[str, list[str]] = {split: [] for split in names.SPLITS}
-    subsets: dict[str, list[str]] = {"seen_events": [], "holdout": []}
-    class_names = names.PROTOCOLS[protocol].class_names
-    pixels = np.zeros(1 + len(class_names), np.int64)
+    listed: dict[str, list[str]] = {split: [] for split in SPLITS}
+    subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
+    pixels = np.zeros(1 + len(rules.label_map), np.int64)
     try:
         _check_vacant(root)
-        with (_extracted if layout == "extracted" else _hub)(root) as put:
-            for event, split in enumerate(np.repeat(names.SPLITS, list(event_counts.values())).tolist()):
+        with _Writer(root, layout) as writer:
+            for event, split in enumerate(np.repeat(SPLITS, list(event_counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
-                for number, (place, mask, files) in enumerate(_event_chips(seed, event, share, size, protocol), 1):
+                made = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
+                for number, (chip, mask, files) in enumerate(made):
                     # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
-                    seen = protocol == "v1" and split == "train" and number == share > 1
+                    seen = rules.data_version == "v1" and split == "train" and number == 1
                     target = "test" if seen else split
                     for part, content in files.items():
-                        put(target, part, f"{place.chip}{names.SUFFIXES[part]}", content)
-                    listed[target].append(str(place.chip))
-                    subsets["seen_events" if seen else "holdout"] += [str(place.chip)] * (target == "test")
-                    pixels += np.bincount(mask.ravel() - names.IGNORE_INDEX, minlength=len(pixels))
+                        writer.put(target, part, f"{chip}{suffix_of(rules, part)}", content)
+                    listed[target].append(chip)
+                    if target == "test":
+                        subsets["test_seen_events" if seen else "test_holdout"].append(chip)
+                    pixels += np.bincount(mask.ravel() - IGNORE_INDEX, minlength=len(pixels))
                     if progress is not None:
                         progress(sum(map(len, listed.values())), chips)
-        extra = {f"test_{name}": chip_ids for name, chip_ids in subsets.items()} if protocol == "v1" else {}
-        for split, chip_ids in (extra | listed).items():
-            _write_whole(root / "split" / names.split_file(split), "".join(f"{c}\n" for c in chip_ids).encode())
+        for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
+            _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
     except OSError as error:
-        problem = f"cannot write the data set: {error.strerror or error}"
+        problem = f"the data set cannot be written: {error.strerror or error}"
         fix = "delete what was written, if anything, and name a folder that can be written"
         raise DataError(problem, where=error.filename or root, fix=fix) from error
-    chip_counts = {split: len(chip_ids) for split, chip_ids in listed.items()}
-    shares = dict(zip(class_names, (pixels[1:] / pixels[1:].sum()).tolist(), strict=True))
-    return SynthReport(root, layout, protocol, seed, event_counts, chip_counts, shares, float(pixels[0] / pixels.sum()))
-
-
-def _check_arguments(events: int, chips: int, size: int, protocol: str, seed: int, layout: str) -> None:
-    demands = (
-        (3 <= events <= MAX_EVENTS, f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}"),
-        (chips >= events, f"--chips is {chips}, expected at least one an event, {events}"),
-        (size % 16 == 0 and 32 <= size <= 512, f"--size is {size}, expected a multiple of 16 from 32 to 512"),
-        (protocol in names.PROTOCOLS, f"--protocol is {protocol!r}, expected {' or '.join(names.PROTOCOLS)}"),
-        (seed >= 0, f"--seed is {seed}, expected 0 or more"),
-        (layout in ("extracted", "hub"), f"--layout is {layout!r}, expected extracted or hub"),
+    shares = np.bincount(rules.label_map, pixels[1:], len(rules.class_names)) / pixels[1:].sum()
+    return SynthReport(
+        *(root, layout, protocol, seed, event_counts, {split: len(ids) for split, ids in listed.items()}),
+        class_shares=dict(zip(rules.class_names, shares.tolist(), strict=True)),
+        ignored_share=float(pixels[0] / pixels.sum()),
     )
-    problems = [problem for met, problem in demands if not met]
-    if problems:
-        raise UsageError("; ".join(problems), fix="change the flags named above")
 
 
-def _check_vacant(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise DataError("the data set's folder is a file", where=root, fix="name a folder that is new or empty")
-    held = [name for name in ("data", "split", *names.SPLITS) if (root / name).exists()]
-    if held:
-        problem = f"the folder holds a data set already ({', '.join(held)}), and nothing is overwritten"
-        raise UsageError(problem, where=root, fix="name a folder that is new or empty, or delete this one first")
+def draw_scene(rng: np.random.Generator, shape: tuple[int, int], *, hazard: str = "flood", edge: str = "") -> Scene:
+    """A whole event's scene.
+
+    Args:
+        rng: The event's own generator; the same state gives the same scene.
+        shape: Height and width in pixels.
+        hazard: `flood`, or `fire`, which burns what a flood would cover.
+        edge: Whose swath ends inside the scene, so that pixels are missing: `S1RTC`, `S2L2A` or both, as one text.
+    """
+    rows, columns = np.mgrid[: shape[0], : shape[1]] / min(shape)
+    river = 0.25 * shape[1] / min(shape) + 0.1 * np.sin(4 * rows + 6 * rng.random())
+    height = np.abs(columns - river) + 0.06 * _field(rng, shape, 6)
+    height -= np.quantile(height, rng.uniform(0.03, 0.06))  # the share of permanent water
+    permanent = height < 0
+    hit = (height < np.quantile(height, rng.uniform(0.14, 0.26))) & ~permanent
+    green, rough = _field(rng, shape, 5), _field(rng, shape, 3)
+    woods = green > 1
+    dry = (_field(rng, shape, 4) > 1.1) & ~woods  # fields that lose backscatter at the event, and no water comes
+    s1, s2 = np.empty((4, 2, *shape)), np.empty((4, 12, *shape))
+    scl = np.full((4, *shape), 4, np.uint8)
+    colour = BURNT if hazard == "fire" else TURBID
+    cover = np.clip(0.5 + 0.3 * green, 0, 1)
+    for step in range(4):
+        struck = hit & (step == EVENT)
+        open_water = permanent | (struck & ~woods & (hazard != "fire"))
+        land = np.stack((-9.8 + 0.9 * rough, -15.2 + 0.9 * rough)) + 1.2 * woods - 4.0 * (dry & (step == EVENT))
+        burnt = np.array((-3.0, -5.0))[:, None, None] * (struck & (hazard == "fire"))
+        wind = np.clip(_field(rng, shape, 5) - 1, 0, 1)
+        decibels = np.where(
+            open_water, np.stack((-17.5 + 4 * wind, -23.5 + 2 * wind)), land + burnt + rng.normal(0, 0.3)
+        )
+        # Speckle: a gamma law of mean 1 (Oliver and Quegan, Understanding Synthetic Aperture Radar Images, chapter 4).
+        s1[step] = decibels + 10 * np.log10(rng.gamma(LOOKS, 1 / LOOKS, decibels.shape))
+        surface = SOIL[:, None, None] * (1 - cover) + CROP[:, None, None] * cover
+        surface = np.where(permanent, WATER[:, None, None], surface)
+        surface = np.where(struck & ~woods, colour[:, None, None], surface)
+        thickness = _field(rng, shape, 7)
+        haze = np.clip(3 * (thickness - np.quantile(thickness, 0.5 if step == EVENT else 0.85)), 0, 1)
+        s2[step] = surface + haze * (CLOUD[:, None, None] - surface) + rng.normal(0, 40, surface.shape)
+        scl[step, open_water], scl[step, haze > 0.5] = 6, CLOUDY
+    s2 = np.rint(np.clip(s2, 1, 16000)).astype(np.int16)
+    beyond = rows * rng.uniform(-1, 1) + columns
+    far = beyond > np.quantile(beyond, 0.93)  # the far side of a slanting line: beyond a swath or a mapped area
+    if "S1RTC" in edge:
+        s1[EVENT, :, far] = np.nan
+    if "S2L2A" in edge:
+        s2[0, :, far], scl[0, far] = NO_DATA, NOT_SEEN
+    mapped = ~(far if "S1RTC" in edge else beyond < np.quantile(beyond, 0.05))
+    elevation = np.rint(60 + 40 * np.maximum(height, 0) + 4 * woods + rng.normal(0, 0.6, shape)).astype(np.int16)
+    return Scene(elevation, s1.astype(np.float16), s2, scl, permanent, hit, mapped)
+
+
+def _field(rng: np.random.Generator, shape: tuple[int, int], smooth: float) -> Array:
+    """A smooth random surface (H, W) of mean 0 and standard deviation 1."""
+    surface = ndimage.gaussian_filter(rng.standard_normal(shape), smooth, mode="wrap")
+    return np.asarray((surface - surface.mean()) / surface.std())
 
 
 def _event_chips(
-    seed: int, event: int, chips: int, size: int, protocol: str
-) -> Iterator[tuple[Place, npt.NDArray[np.int8], dict[str, bytes]]]:
-    """Each chip of one event, sorted by name: where it lies, its mask (H, W), and its files' content by part."""
+    seed: int, event: int, chips: int, size: int, protocol: Protocol, variants: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, Array, dict[str, bytes]]]:
+    """The neighbouring chips of an event: id, mask as on disk (H, W), and files by part of each."""
     rng = np.random.default_rng([seed, event])
     columns = int(np.ceil(np.sqrt(chips)))
     shape = (-(-chips // columns) * size, columns * size)
-    places = _places(rng, f"EMSR{FIRST_EVENT + event}", chips, columns, size)
-    # By turns, so that the smallest data set has both kinds of missing pixels and an event without any.
-    scene = make_scene(rng, shape, s1_edge=event % 3 == 1, s2_edge=event % 3 == 2)
-    truth = (scene.flood if protocol == "v0" else scene.permanent + 2 * scene.flood).astype(np.int8)
-    truth[~scene.mapped] = names.IGNORE_INDEX
-    for place in sorted(places, key=lambda place: str(place.chip)):
-        window = np.s_[..., place.row : place.row + size, place.col : place.col + size]
-        s1, s2, scl = scene.s1[window], scene.s2[window], scene.scl[window]
-        cloud = np.isin(scl, (SCL_THIN_CLOUD, SCL_CLOUD))
-        masks = {"SCL": scl, "cloud_mask": cloud}
-        percent = ";".join(f"{100 * share:.1f}" for share in cloud.mean(axis=(1, 2)))
-        attributes = {"eo_cloud_cover": percent, "s2_mgrs_tile": place.chip.tile}
-        files = {
-            "S2L2A": _zarr_zip(place, "S2L2A", s2, scl == SCL_NO_DATA, masks, attributes),
-            "S1RTC": _zarr_zip(place, "S1RTC", s1, np.isnan(s1[:, 0]), {}, {}),
-            "DEM": _geotiff(place, scene.elevation[window], names.NO_DATA),
-            names.LABEL_DIR: _geotiff(place, truth[window], names.IGNORE_INDEX),
-        }
-        yield place, truth[window], files
+    # In turn, so that the smallest data set has both kinds of missing pixels and an event without any.
+    scene = draw_scene(rng, shape, hazard=protocol.hazard, edge=("", "S1RTC", "S2L2A")[event % 3])
+    truth = np.where(scene.hit, len(protocol.label_map) - 1, 0).astype(np.int8)
+    if len(protocol.label_map) == 3:  # version 1 tells permanent water from the rest
+        truth[scene.permanent] = 1
+    truth[~scene.mapped] = IGNORE_INDEX
+    time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
+    orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
+    for number in range(chips):
+        row, column = (place * size for place in divmod(number, columns))
+        east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row
+        window = np.s_[..., row : row + size, column : column + size]
+        s1, s2, scl, mask = scene.s1[window], scene.s2[window], scene.scl[window], truth[window]
+        variant = variants[number % len(variants)]
+        yield (
+            f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}",
+            mask,
+            {
+                "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, _attributes(time, "S2L2A"), variant),
+                "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, _attributes(time, "S1RTC") | orbits, variant),
+                "DEM": _geotiff(scene.elevation[window], east, north, NO_DATA, variant["tiff"]),
+                LABEL_DIR: _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
+            },
+        )
 
 
-def _places(rng: np.random.Generator, event: str, chips: int, columns: int, size: int) -> list[Place]:
-    """Neighbouring chips between the tropics and 55 degrees, well inside one UTM zone."""
-    zone, south = int(rng.integers(1, 61)), bool(rng.random() < 0.3)
-    left = 350_005 + PIXEL * int(rng.integers(15_000))
-    top = 5 + PIXEL * int(rng.integers(600_000, 700_000) if south else rng.integers(300_000, 600_000))
-    time = np.datetime64("2016-01-01T00:00:00") + rng.integers(9 * 365 * 86_400)
-    epsg = (32700 if south else 32600) + zone
-    rows, cols = (size * index for index in np.divmod(np.arange(chips), columns))
-    half = PIXEL * (size - 1) / 2
-    xs, ys = left + PIXEL * cols + half, top - PIXEL * rows - half
-    lons, lats = rasterio.warp.transform(_crs(epsg), "EPSG:4326", xs, ys)
-    tiles = [names.mgrs_tile(zone, lat, int(x), int(y)) for lat, x, y in zip(lats, xs, ys, strict=True)]
-    return [
-        Place(names.ChipId(event, "1", tile, left + PIXEL * col, top - PIXEL * row), epsg, row, col, lat, lon, time)
-        for tile, row, col, lat, lon in zip(tiles, rows.tolist(), cols.tolist(), lats, lons, strict=True)
-    ]
+def _attributes(event: np.datetime64, modality: str) -> dict[str, str]:
+    times = event + np.array(DAYS[modality], "timedelta64[D]")
+    return {"datetime": ";".join(np.datetime_as_string(times, unit="s").tolist())}
 
 
-@lru_cache
-def _crs(epsg: int) -> rasterio.crs.CRS:
-    return rasterio.crs.CRS.from_epsg(epsg)
-
-
-def _zarr_zip(
-    place: Place, modality: str, bands: Pixels, missing: Pixels, masks: dict[str, Pixels], attributes: dict[str, Any]
+def zarr_zip(
+    bands: Array, masks: Mapping[str, Array], attributes: Mapping[str, Any], variant: Mapping[str, Any]
 ) -> bytes:
     """A radar or optical file: consolidated Zarr v2 in a ZIP whose bytes depend on nothing but the content.
 
-    `bands` is (T, C, H, W); `missing` and each of `masks` (T, H, W); `attributes` are added to the root's.
+    Args:
+        bands: (T, C, H, W).
+        masks: By name, (T, H, W) each.
+        attributes: Of the root.
+        variant: One of `VARIANTS`.
     """
-    size, left, top, wkt = bands.shape[-1], place.chip.easting, place.chip.northing, _crs(place.epsg).to_wkt()
-    times = place.event_time + np.array(DAYS[modality], "timedelta64[D]")
-    offsets = PIXEL * np.arange(size, dtype=np.float64)
-    arrays: dict[str, tuple[Pixels, tuple[str, ...], dict[str, str]]] = {
-        "bands": (bands, ("time", "band", "y", "x"), {"grid_mapping": "spatial_ref"}),
-        "band": (np.array(BANDS[modality]), ("band",), {}),
-        "time": (times.astype(np.int64), ("time",), {"units": "seconds since 1970-01-01", "calendar": "standard"}),
-        "x": (left + offsets, ("x",), {}),
-        "y": (top - offsets, ("y",), {}),
-        "spatial_ref": (np.array(0), (), {"crs_wkt": wkt, "spatial_ref": wkt}),
-    }
-    for name, mask in {"nan_mask": missing, "data_mask": ~missing, **masks}.items():
-        arrays[name] = (mask.astype(np.uint8), ("time", "y", "x"), {})
-    box = (left - PIXEL / 2, top + PIXEL / 2 - PIXEL * size, left - PIXEL / 2 + PIXEL * size, top + PIXEL / 2)
+    names = S2_BANDS if bands.shape[1] == len(S2_BANDS) else S1_BANDS
     store: dict[str, Any] = {}
     group = zarr.group(store=store)
-    group.attrs.put(attributes | {"proj_code": f"EPSG:{place.epsg}", "center_lat": place.lat, "center_lon": place.lon})
-    group.attrs["datetime"] = ";".join(np.datetime_as_string(times, unit="s").tolist())
-    group.attrs["proj_bbox"] = ";".join(f"{edge:.0f}" for edge in box)
+    group.attrs.put(dict(attributes))
     # With more threads, numcodecs 0.15.1's blosc stores a chunk's blocks in the order in which they are finished.
     threads, blosc.use_threads = blosc.use_threads, False
     try:
-        for name, (values, dims, attrs) in arrays.items():
-            chunks = (1, *values.shape[1:]) if len(dims) > 1 else values.shape
-            # No fill value: xarray would take pixels that equal it for missing.
-            array = group.array(name, values, chunks=chunks, compressor=blosc.Blosc("lz4"), fill_value=None)
-            array.attrs.put({"_ARRAY_DIMENSIONS": list(dims), **attrs})
+        chunks = [math.ceil(share * edge) for share, edge in zip(variant["chunk"], bands.shape, strict=True)]
+        stored = bands.astype(bands.dtype.newbyteorder(variant["order"]))
+        group.array("bands", stored, chunks=chunks, compressor=variant["codec"], fill_value=None)
+        group.array("band", np.array(names), fill_value=None)
+        for name, mask in masks.items():
+            group.array(name, mask.astype(np.uint8), compressor=variant["codec"], fill_value=None)
     finally:
         blosc.use_threads = threads
     zarr.consolidate_metadata(store)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(store):
-            entry = zipfile.ZipInfo(name)  # dated 1980-01-01
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, bytes(store[name]))
+            archive.writestr(zipfile.ZipInfo(name), bytes(store[name]))  # dated 1980-01-01
     return buffer.getvalue()
 
 
-def _geotiff(place: Place, values: Pixels, no_data: int) -> bytes:
-    """One band (H, W) with the chip's georeference."""
-    left, top = place.chip.easting - PIXEL / 2, place.chip.northing + PIXEL / 2
-    transform = rasterio.Affine(PIXEL, 0, left, 0, -PIXEL, top)
-    profile = {"driver": "GTiff", "count": 1, "dtype": values.dtype.name, "nodata": no_data, "crs": _crs(place.epsg)}
-    profile |= {"height": values.shape[0], "width": values.shape[1], "transform": transform}
+def _geotiff(values: Array, east: int, north: int, no_data: int, options: Mapping[str, Any]) -> bytes:
+    """One band (H, W) with the chip's georeference: `east` and `north` are the centre of its upper left pixel."""
+    profile = {"driver": "GTiff", "count": 1, "dtype": values.dtype.name, "nodata": no_data, **options}
+    profile |= {"height": values.shape[0], "width": values.shape[1], "crs": f"EPSG:{EPSG}"}
     with rasterio.MemoryFile() as memory:
-        with memory.open(**profile) as target:
+        with memory.open(**profile, transform=rasterio.Affine(10, 0, east - 5, 0, -10, north + 5)) as target:
             target.write(values, 1)
         return bytes(memory.read())
+
+
+class _Writer:
+    """Puts files into folders, or into archives that get their names once all of them are complete."""
+
+    def __init__(self, root: Path, layout: str) -> None:
+        self._root = root
+        self._tars: dict[Path, tarfile.TarFile] = {}
+        self._stack = ExitStack()
+        if layout == "hub":
+            for path in (root / split / f"{part}.tar" for split in SPLITS for part in PARTS):
+                tar = self._stack.enter_context(tarfile.open(_partial(path), "w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115
+                self._tars[path] = tar
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def put(self, split: str, part: str, name: str, content: bytes) -> None:
+        if not self._tars:
+            return _write(self._root / "data" / part / name, content)
+        member = tarfile.TarInfo(f"{part}/{name}")  # its defaults: mode 0644, owner 0, dated 1970-01-01
+        member.size = len(content)
+        return self._tars[self._root / split / f"{part}.tar"].addfile(member, io.BytesIO(content))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
+        for path in self._tars if kind is None else ():
+            _partial(path).replace(path)
 
 
 def _partial(path: Path) -> Path:
@@ -273,33 +353,32 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name beside `path`, then rename: a file that is there is complete."""
-    partial = _partial(path)
-    partial.write_bytes(content)
-    partial.replace(path)
+def _write(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename: a file that is there is complete."""
+    _partial(path).write_bytes(content)
+    _partial(path).replace(path)
 
 
-@contextmanager
-def _extracted(root: Path) -> Iterator[Put]:
-    yield lambda _split, part, name, content: _write_whole(root / "data" / part / name, content)
+def _check_arguments(
+    events: int, chips: int, size: int, protocol: str, seed: int, layout: str, variants: Sequence[str]
+) -> None:
+    known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
+    demands = (
+        (3 <= events <= MAX_EVENTS, f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}"),
+        (chips >= events, f"--chips is {chips}, expected at least one an event, {events}"),
+        (size % 16 == 0 and 32 <= size <= 512, f"--size is {size}, expected a multiple of 16 from 32 to 512"),
+        (protocol in known, f"--protocol is {protocol!r}, expected {', '.join(known)}"),
+        (seed >= 0, f"--seed is {seed}, expected 0 or more"),
+        (layout in ("extracted", "hub"), f"--layout is {layout!r}, expected extracted or hub"),
+        (set(variants) <= set(VARIANTS), f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}"),
+    )
+    if problems := [problem for met, problem in demands if not met]:
+        raise UsageError("; ".join(problems), fix="change the flags named above")
 
 
-@contextmanager
-def _hub(root: Path) -> Iterator[Put]:
-    """Archives that get their names once all of them are complete; members come in the order in which they are put."""
-    paths = {(split, part): root / split / f"{part}.tar" for split in names.SPLITS for part in names.SUFFIXES}
-    with ExitStack() as stack:
-        archives = {
-            key: stack.enter_context(tarfile.open(_partial(path), "w", format=tarfile.USTAR_FORMAT))
-            for key, path in paths.items()
-        }
-
-        def put(split: str, part: str, name: str, content: bytes) -> None:
-            member = tarfile.TarInfo(f"{part}/{name}")  # its defaults: mode 0644, owner 0, dated 1970-01-01
-            member.size = len(content)
-            archives[split, part].addfile(member, io.BytesIO(content))
-
-        yield put
-    for path in paths.values():
-        _partial(path).replace(path)
+def _check_vacant(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise DataError("the data set's folder is a file", where=root, fix="name a folder that is new or empty")
+    if held := [name for name in ("data", "split", *SPLITS) if (root / name).exists()]:
+        problem = f"the folder holds a data set already ({', '.join(held)}), and nothing is overwritten"
+        raise UsageError(problem, where=root, fix="name a folder that is new or empty, or delete this one first")

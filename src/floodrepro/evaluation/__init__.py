@@ -1,1 +1,1 @@
-"""From predictions to figures: confusion counts, scores and the baselines beside which a model is read."""
+"""Measuring: chip tables of models, masks and baselines, and the scores and intervals that are computed from them."""

@@ -1,13 +1,11 @@
-"""The chip table: one row a chip, from which every figure of a report is computed again. numpy and pyarrow only.
+"""The chip table: one row per chip, from which every figure of a report is computed. numpy and pyarrow only.
 
-N = chips, K = classes, B = bins of probability.
+N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes the file.
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +14,50 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from floodrepro.data.protocols import IGNORE_INDEX, event_of
 from floodrepro.errors import TableError
-from floodrepro.evaluation.metrics import Counts
+from floodrepro.evaluation.metrics import Counts, confusion
 
-SCHEMA = 1
+SCHEMA = 2
 BINS = 50
-"""Bins of probability, equally wide from 0 to 1, each with its lower edge: fine enough for a sweep of thresholds in
-steps of 0.02, coarse enough for 14,556 chips to fit in a few MB."""
+"""Bins of probability, equally wide from 0 to 1, each with its lower edge: a sweep of thresholds in steps of 0.02."""
 
 _KEY = b"floodrepro"
-_COLUMNS = ("chip", "event", "counts", "ignored", "histogram", "confidence", "squared_error")
 
 
 @dataclass(frozen=True)
 class ChipTable:
-    """What one pass over a split left.
+    """What one pass over a split counted, chip by chip.
+
+    The histogram is of the positive class against all others. Tables of classes without probabilities have none:
+    `histogram`, `confidence` and `squared_error` are None.
 
     Args:
         chips: Ids (N,), in the split's order.
-        counts: Confusion counts (N, K, K), rows = truth, columns = prediction; ignored pixels are left out.
-        ignored: Ignored pixels (N,).
-        histogram: Pixels (N, K, K, B): of truth i, with a probability of class j in bin b.
-        confidence: Sum (N, K, B) of the probabilities of class j in bin b, over all counted pixels.
-        squared_error: Sum (N, K) of (probability of class j - [truth is j])^2 over all counted pixels.
-        metadata: As `docs/chip-table.md` lists it, JSON types: split, class_names, protocol, checkpoint (name and
-            sha256), recipe_sha256, recipe_changes, inputs, data_digest, precision, device, versions, metrics, speed,
-            made.
+        counts: Confusion counts (N, K, K), rows = truth, columns = prediction.
+        ignored: Pixels (N,) whose truth has the ignore index; they are not in `counts`.
+        unseen: Pixels (N,) with a truth but without a prediction; they are not in `counts` either.
+        histogram: Pixels (N, 2, B) by their probability of the positive class: row 0 of other classes, row 1 of it.
+        confidence: Sum (N, B) of these probabilities.
+        squared_error: Sum (N,) over pixels of (probability - [truth is the positive class])^2.
+        metadata: JSON types, as `docs/chip-table.md` lists them.
+        events: Event (N,) of each chip; by default what its id says (`floodrepro.data.protocols.event_of`).
     """
 
     chips: npt.NDArray[np.str_]
     counts: Counts
     ignored: npt.NDArray[np.int64]
-    histogram: npt.NDArray[np.int64]
-    confidence: npt.NDArray[np.float64]
-    squared_error: npt.NDArray[np.float64]
+    unseen: npt.NDArray[np.int64]
+    histogram: npt.NDArray[np.int64] | None
+    confidence: npt.NDArray[np.float64] | None
+    squared_error: npt.NDArray[np.float64] | None
     metadata: dict[str, Any]
+    events: npt.NDArray[np.str_] = field(default_factory=lambda: np.array([], dtype=np.str_))
+
+    def __post_init__(self) -> None:
+        """Take the events from the chip ids where none are given."""
+        if len(self.events) != len(self.chips):
+            object.__setattr__(self, "events", np.array([event_of(str(chip)) for chip in self.chips], dtype=np.str_))
 
     def __len__(self) -> int:
         """Number of chips."""
@@ -62,27 +69,98 @@ class ChipTable:
         return int(self.counts.shape[-1])
 
     @property
-    def events(self) -> npt.NDArray[np.str_]:
-        """Copernicus EMS event (N,) of each chip: what its id has before the first underscore."""
-        return np.array([str(chip).split("_", 1)[0] for chip in self.chips], dtype=np.str_)
+    def positive(self) -> int:
+        """The class that a report speaks of, 0 to K - 1."""
+        return int(self.metadata.get("positive_class", self.num_classes - 1))
 
-    def subset(self, chips: Sequence[str], **metadata: Any) -> "ChipTable":
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes."""
+        return self.metadata.get("class_names") or [f"class {k}" for k in range(self.num_classes)]
+
+    @property
+    def name(self) -> str:
+        """Whose predictions these are: a checkpoint's file name, a baseline, or the name given to masks."""
+        return str((self.metadata.get("predictor") or self.metadata.get("checkpoint") or {}).get("name", "unnamed"))
+
+    @property
+    def brier(self) -> float | None:
+        """Mean of (probability - truth)^2 of the positive class, 0 to 1 (Brier 1950); None without probabilities."""
+        pixels = int(self.counts.sum())
+        return float(self.squared_error.sum() / pixels) if self.squared_error is not None and pixels else None
+
+    def subset(self, chips: Sequence[str] | npt.NDArray[np.str_], **metadata: Any) -> "ChipTable":
         """The rows of these chips, in their order, with metadata changed as given.
 
         Raises:
             TableError: A chip is not in the table.
         """
         places = {str(chip): row for row, chip in enumerate(self.chips)}
-        missing = [chip for chip in chips if chip not in places]
+        missing = [str(chip) for chip in chips if str(chip) not in places]
         if missing:
             raise TableError(f"{len(missing)} chips are not in the chip table, the first is {missing[0]}")
-        rows = np.array([places[chip] for chip in chips], dtype=np.int64)
-        fields = ("chips", "counts", "ignored", "histogram", "confidence", "squared_error")
-        return replace(self, **{name: getattr(self, name)[rows] for name in fields}, metadata=self.metadata | metadata)
+        rows = np.array([places[str(chip)] for chip in chips], dtype=np.int64)
+        changed = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **changed, metadata=self.metadata | metadata)
+
+
+class TableBuilder:
+    """Counts chips one by one, on a CPU, from classes and, where there are any, probabilities.
+
+    Args:
+        classes: K.
+        positive: The class that probabilities are of.
+    """
+
+    def __init__(self, classes: int, positive: int) -> None:
+        self._classes, self._positive = classes, positive
+        self._rows: list[dict[str, Any]] = []
+
+    def add(
+        self,
+        chip: str,
+        event: str,
+        truth: npt.NDArray[Any],
+        prediction: npt.NDArray[Any],
+        seen: npt.NDArray[np.bool_] | None = None,
+        probability: npt.NDArray[Any] | None = None,
+    ) -> None:
+        """Count one chip.
+
+        Args:
+            chip: Its id.
+            event: Its event.
+            truth: Classes (H, W), IGNORE_INDEX where unknown.
+            prediction: Classes (H, W).
+            seen: Where (H, W) there is a prediction; everywhere if None.
+            probability: Of the positive class (H, W), 0 to 1; for all chips or for none.
+        """
+        known = truth != IGNORE_INDEX
+        counted = known if seen is None else known & seen
+        row = {
+            "chips": chip,
+            "events": event,
+            "counts": confusion(truth[counted], prediction[counted], self._classes),
+            "ignored": int((~known).sum()),
+            "unseen": int((known & ~counted).sum()),
+        }
+        if probability is not None:
+            p, is_positive = probability[counted].astype(np.float64), truth[counted] == self._positive
+            place = np.minimum((p * BINS).astype(np.int64), BINS - 1)
+            row["histogram"] = np.bincount(is_positive * BINS + place, minlength=2 * BINS).reshape(2, BINS)
+            row["confidence"] = np.bincount(place, p, BINS)
+            row["squared_error"] = float(((p - is_positive) ** 2).sum())
+        self._rows.append(row)
+
+    def table(self, metadata: dict[str, Any]) -> ChipTable:
+        """All chips so far."""
+        columns: dict[str, Any] = dict.fromkeys(("histogram", "confidence", "squared_error"))
+        columns |= {name: np.array([row[name] for row in self._rows]) for name in self._rows[0]}
+        return ChipTable(**columns, metadata=metadata)
 
 
 def write(table: ChipTable, path: Path) -> None:
-    """Write a table, atomically: a pass that is killed leaves nothing under this name.
+    """Write a table as Parquet; a pass that is killed leaves nothing under this name.
 
     Raises:
         OSError: The folder cannot be written.
@@ -92,77 +170,62 @@ def write(table: ChipTable, path: Path) -> None:
         "event": pa.array(table.events.tolist(), pa.string()),
         "counts": _lists(table.counts, pa.int64()),
         "ignored": pa.array(table.ignored, pa.int64()),
-        "histogram": _lists(table.histogram, pa.int32()),
-        "confidence": _lists(table.confidence.astype(np.float32), pa.float32()),
-        "squared_error": _lists(table.squared_error, pa.float64()),
+        "unseen": pa.array(table.unseen, pa.int64()),
     }
-    shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": table.histogram.shape[-1]}
+    if table.histogram is not None and table.confidence is not None:
+        columns["histogram"] = _lists(table.histogram, pa.int32())
+        columns["confidence"] = _lists(table.confidence.astype(np.float32), pa.float32())
+        columns["squared_error"] = pa.array(table.squared_error, pa.float64())
+    shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": BINS}
     content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata).encode()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(content, file, compression="zstd", compression_level=9)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
+    partial.replace(path)
 
 
 def read(path: Path) -> ChipTable:
-    """Read a table and check that it is whole and agrees with itself.
+    """Read a table.
 
     Raises:
-        TableError: There is no such file, it is damaged, of another schema, empty, or contradicts itself.
+        TableError: There is no such file, it is damaged, of another schema, or empty.
     """
     if not path.is_file():
         raise TableError("chip table not found", where=path, fix="floodrepro test --ckpt FILE writes it")
     try:
-        content = pq.read_table(path)
+        content = pq.read_table(path, page_checksum_verification=True)
         metadata = json.loads((content.schema.metadata or {})[_KEY])
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
-    if metadata.get("schema") != SCHEMA:
-        raise TableError(
-            f"the chip table has schema {metadata.get('schema')}, this version of floodrepro reads {SCHEMA}",
-            where=path,
-            fix="test the checkpoint again with this version",
-        )
-    if missing := [name for name in _COLUMNS if name not in content.column_names]:
-        raise TableError(f"the chip table has no column {missing[0]}", where=path)
-    classes, bins, rows = metadata.pop("classes"), metadata.pop("bins"), content.num_rows
-    if not rows:
-        raise TableError("the chip table has no rows: the split was empty", where=path)
-
-    def array(name: str, dtype: Any, *shape: int) -> npt.NDArray[Any]:
-        values = content[name].combine_chunks()
-        flat = values.flatten() if shape else values
-        return np.asarray(flat.to_numpy(zero_copy_only=False), dtype).reshape(rows, *shape)
-
-    try:
+        if metadata.get("schema") != SCHEMA:
+            raise TableError(
+                f"the chip table has schema {metadata.get('schema')}, this version of floodrepro reads {SCHEMA}",
+                where=path,
+                fix="run the test again with this version",
+            )
+        classes, bins = metadata.pop("classes"), metadata.pop("bins")
+        probable = "histogram" in content.column_names
         table = ChipTable(
             np.array(content["chip"].to_pylist(), dtype=np.str_),
-            array("counts", np.int64, classes, classes),
-            array("ignored", np.int64),
-            array("histogram", np.int64, classes, classes, bins),
-            array("confidence", np.float64, classes, bins),
-            array("squared_error", np.float64, classes),
+            _array(content, "counts", np.int64, classes, classes),
+            _array(content, "ignored", np.int64),
+            _array(content, "unseen", np.int64),
+            _array(content, "histogram", np.int64, 2, bins) if probable else None,
+            _array(content, "confidence", np.float64, bins) if probable else None,
+            _array(content, "squared_error", np.float64) if probable else None,
             metadata,
+            np.array(content["event"].to_pylist(), dtype=np.str_),
         )
-    except ValueError as error:
-        raise TableError(f"the chip table is damaged: {error}", where=path) from error
-    if problem := _contradiction(table):
-        raise TableError(f"the chip table contradicts itself: {problem}", where=path, fix="test the checkpoint again")
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
+    if not len(table):
+        raise TableError("the chip table has no rows: the split was empty", where=path)
     return table
 
 
 def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
-    """Why two tables cannot be held against each other chip by chip; None if they can.
+    """Why two tables cannot be compared chip by chip; None if they can.
 
-    The same chips in the same order, the same classes, and the same truth: pixels of each class in each chip.
+    They need the same classes, the same chips in the same order, and the same truth: counted pixels of each class in
+    each chip. `on_common_chips` makes this so where one of them has not seen all pixels.
     """
     if one.num_classes != other.num_classes:
         return f"{one.num_classes} classes against {other.num_classes}: another protocol"
@@ -177,35 +240,32 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     return None
 
 
+def on_common_chips(one: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
+    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out.
+
+    Masks that have no data in part of a chip, such as GFM's exclusion mask, would otherwise be judged on easier
+    pixels than a model that predicts them all. Tables of different chips are returned as they are.
+
+    Raises:
+        TableError: No chip is left.
+    """
+    if not np.array_equal(one.chips, other.chips):
+        return one, other, 0
+    whole = (one.unseen == 0) & (other.unseen == 0)
+    if whole.all():
+        return one, other, 0
+    if not whole.any():
+        raise TableError(f"{one.name} and {other.name} have no chip of which both have seen every pixel")
+    chips = one.chips[whole]
+    return one.subset(chips), other.subset(chips), int((~whole).sum())
+
+
 def _lists(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
     """A column of lists of one length: each row's values in C order."""
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), int(np.prod(values.shape[1:])))
 
 
-def _contradiction(table: ChipTable) -> str | None:
-    if len(set(table.chips.tolist())) != len(table):
-        return "a chip is in it twice"
-    if (table.counts < 0).any() or (table.ignored < 0).any() or (table.histogram < 0).any():
-        return "negative counts"
-    per_truth = table.counts.sum(axis=2)
-    if (table.histogram.sum(axis=3) != per_truth[:, :, None]).any():
-        return "histograms and confusion counts hold different numbers of pixels"
-    if (wrong := _misplaced(table)).any():
-        return f"the predictions of {table.chips[wrong][0]} are not what its probabilities give"
-    if not (np.isfinite(table.confidence).all() and np.isfinite(table.squared_error).all()):
-        return "values that are not finite"
-    return None
-
-
-def _misplaced(table: ChipTable) -> npt.NDArray[np.bool_]:
-    """Which chips (N,) have confusion counts that the argmax of their probabilities cannot give.
-
-    A class whose probability is above 1/2 is the prediction, and the prediction's is 1 / K or more. Each edge lies in
-    the bin that it rounds down to: of that bin's pixels any number may be predicted, exact ties of two classes among
-    them.
-    """
-    bins = table.histogram.shape[-1]
-    least = table.histogram[..., bins // 2 + 1 :].sum(axis=-1)
-    most = table.histogram[..., bins // table.num_classes :].sum(axis=-1)
-    wrong: npt.NDArray[np.bool_] = ((table.counts < least) | (table.counts > most)).any(axis=(1, 2))
-    return wrong
+def _array(content: pa.Table, name: str, dtype: Any, *shape: int) -> npt.NDArray[Any]:
+    values = content[name].combine_chunks()
+    flat = values.flatten() if shape else values
+    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype).reshape(content.num_rows, *shape)

@@ -1,20 +1,25 @@
-"""Scores as pure functions of confusion counts: numpy only, so that a report needs neither torch nor the pixels.
+"""Scores as pure functions of a chip table's counts. numpy only: neither torch nor a pixel is needed.
 
-Counts are int64 (K, K), rows = truth, columns = prediction, pixels with the ignore index left out.
+Counts are int64 (..., K, K), rows = truth, columns = prediction, pixels with the ignore index left out. N = chips,
+K = classes, B = the table's bins of probability, M = bins of a diagram. A figure that is 0 / 0 is None, or NaN in an
+array: a chip without flood, predicted without flood, has no flood IoU.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 def confusion(
     truth: npt.NDArray[Any], prediction: npt.NDArray[Any], num_classes: int, ignore_index: int = -1
 ) -> Counts:
-    """Confusion counts of one or more chips.
+    """Confusion counts (K, K) of one or more chips, rows = truth, columns = prediction.
 
     Args:
         truth: Class of each pixel, integers of any shape.
@@ -22,11 +27,8 @@ def confusion(
         num_classes: K. Classes are 0 to K - 1.
         ignore_index: Truth of the pixels that are not counted.
 
-    Returns:
-        Counts (K, K): rows = truth, columns = prediction.
-
     Raises:
-        ValueError: If the shapes differ, or a counted pixel's truth or prediction is not a class.
+        ValueError: The shapes differ, or a counted pixel's truth or prediction is not a class.
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
@@ -41,90 +43,156 @@ def confusion(
     return pairs.astype(np.int64).reshape(num_classes, num_classes)
 
 
-def scores(counts: Counts) -> dict[str, float]:
-    """The scores that TerraTorch reports, from counts accumulated over a whole split.
+def scores(counts: Counts) -> dict[str, float | None]:
+    """The scores that TerraTorch reports, under its names, from counts (K, K) summed over a split.
 
-    The conventions are torchmetrics 1.9's, which TerraTorch 1.2.7 uses: a class that is absent from both truth and
-    prediction scores 0 by itself and is left out of the two macro means. Without a single counted pixel mIoU is NaN
-    and the others are 0.
-
-    Args:
-        counts: Confusion counts (K, K), rows = truth.
-
-    Returns:
-        `mIoU` (macro), `IoU_<k>` for each class, `F1_Score` (macro) and `Pixel_Accuracy` (micro), each 0 to 1.
+    `mIoU` and `F1_Score` are means over the classes that occur in truth or prediction, as in torchmetrics 1.9;
+    `Pixel_Accuracy` is the share of pixels that are right. A class that does not occur is None, where TerraTorch
+    1.2.7 reports 0.
     """
-    hits = np.diag(counts).astype(np.float64)
-    marginals = (counts.sum(axis=0) + counts.sum(axis=1)).astype(np.float64)
-    present = marginals > 0
-    iou = np.divide(hits, marginals - hits, out=np.zeros_like(hits), where=present)
-    f1 = np.divide(2 * hits, marginals, out=np.zeros_like(hits), where=present)
-    total = int(counts.sum())
+    hits, truth, predicted = _margins(counts)
+    each, f1 = _ratio(hits, truth + predicted - hits), _ratio(2 * hits, truth + predicted)
     return {
-        "mIoU": float(iou[present].mean()) if total else float("nan"),
-        **{f"IoU_{k}": float(value) for k, value in enumerate(iou)},
-        "F1_Score": float(f1[present].mean()) if total else 0.0,
-        "Pixel_Accuracy": float(hits.sum() / total) if total else 0.0,
+        "mIoU": _or_none(mean_iou(counts)),
+        **{f"IoU_{k}": _or_none(value) for k, value in enumerate(each)},
+        "F1_Score": _or_none(np.nanmean(f1)) if counts.any() else None,
+        "Pixel_Accuracy": _or_none(_ratio(hits.sum(), counts.sum())),
     }
 
 
-def per_class(counts: Counts) -> dict[str, npt.NDArray[np.float64]]:
-    """Scores of each class against the rest, of one or many confusion matrices at once.
-
-    iou = TP / (TP + FP + FN) (Jaccard 1912), f1 = 2 TP / (2 TP + FP + FN) (Dice 1945), precision = TP / (TP + FP),
-    recall = TP / (TP + FN). `accuracy` is what TerraTorch reports as `Class_Accuracy_<k>`: torchmetrics' accuracy of
-    one class, which is its recall. The share of all pixels that are right is `Pixel_Accuracy` in `scores`.
-
-    Args:
-        counts: Confusion counts (..., K, K), rows = truth.
+def class_scores(counts: Counts, k: int = -1) -> dict[str, float | None]:
+    """Scores of class k against the rest, from counts (K, K).
 
     Returns:
-        `iou`, `f1`, `precision`, `recall`, `accuracy`, each (..., K), 0 to 1. NaN where the score is 0 / 0: a dry chip
-        that is predicted dry has no flood IoU, which is not the same as a flood IoU of 0.
-
-    Raises:
-        ValueError: The last two axes differ.
+        `iou` = TP / (TP + FP + FN) (Jaccard 1912), `precision` = TP / (TP + FP), `recall` = TP / (TP + FN), which
+        TerraTorch calls Class_Accuracy, `f1` = 2 TP / (2 TP + FP + FN) (Dice 1945), `truth_share` and
+        `predicted_share`: the class's share of the counted pixels.
     """
-    hits, truth, predicted = _margins(counts)
-    recall = _ratio(hits, truth)
-    return {
-        "iou": _ratio(hits, truth + predicted - hits),
-        "f1": _ratio(2 * hits, truth + predicted),
-        "precision": _ratio(hits, predicted),
-        "recall": recall,
-        "accuracy": recall.copy(),
+    hits, truth, predicted = (float(margin[k]) for margin in _margins(counts))
+    found = {
+        "iou": (hits, truth + predicted - hits),
+        "precision": (hits, predicted),
+        "recall": (hits, truth),
+        "f1": (2 * hits, truth + predicted),
+        "truth_share": (truth, counts.sum()),
+        "predicted_share": (predicted, counts.sum()),
     }
+    return {name: float(part / whole) if whole else None for name, (part, whole) in found.items()}
 
 
-def iou(counts: Counts, k: int) -> npt.NDArray[np.float64]:
-    """IoU (...) of class k of confusion counts (..., K, K); NaN where neither truth nor prediction has the class.
-
-    Raises:
-        ValueError: The last two axes differ, or there is no class k.
-    """
+def iou(counts: Counts, k: int = -1) -> Floats:
+    """IoU (...) of class k from counts (..., K, K); NaN where neither truth nor prediction has the class."""
     hits, truth, predicted = _margins(counts)
-    if not 0 <= k < counts.shape[-1]:
-        raise ValueError(f"class {k} of counts that have classes 0 to {counts.shape[-1] - 1}")
     return _ratio(hits[..., k], (truth + predicted - hits)[..., k])
 
 
-def mean_iou(counts: Counts) -> npt.NDArray[np.float64]:
-    """Mean IoU (...) over the classes that truth or prediction has, as torchmetrics' macro average; NaN without any.
-
-    Args:
-        counts: Confusion counts (..., K, K), rows = truth.
-
-    Raises:
-        ValueError: The last two axes differ.
-    """
+def mean_iou(counts: Counts) -> Floats:
+    """Mean IoU (...) over the classes that truth or prediction has, from counts (..., K, K); NaN without any."""
     hits, truth, predicted = _margins(counts)
     each = _ratio(hits, truth + predicted - hits)
     return _ratio(np.nansum(each, axis=-1), (~np.isnan(each)).sum(axis=-1))
 
 
-def _margins(
-    counts: Counts,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def pool_by_event(counts: Counts, events: Sequence[str] | npt.NDArray[np.str_]) -> tuple[list[str], Counts]:
+    """The events of chips, sorted, and the chips' counts (N, K, K) summed over each: (E, K, K)."""
+    names, places = np.unique(np.asarray(events), return_inverse=True)
+    pooled = np.zeros((len(names), *counts.shape[1:]), np.int64)
+    np.add.at(pooled, places, counts)
+    return names.tolist(), pooled
+
+
+def which_iou(
+    counts: Counts, events: Sequence[str] | npt.NDArray[np.str_], k: int = -1, min_pixels: int = 100
+) -> list[dict[str, Any]]:
+    """Three figures that papers call "the IoU of flood", from counts (N, K, K) and events (N,) of chips.
+
+    Args:
+        counts: Of each chip.
+        events: Of each chip.
+        k: The class.
+        min_pixels: Pixels of the class in the truth from which an event has an IoU of its own.
+
+    Returns:
+        Three entries with `name`, `iou` (None where undefined), `n` and `of` (what n counts): pooled over all pixels,
+        mean over chips whose truth has the class, mean over events whose truth has `min_pixels` of it.
+    """
+    _, pooled = pool_by_event(counts, events)
+    chips = iou(counts[counts[:, k].sum(axis=-1) > 0], k)
+    floods = iou(pooled[pooled[:, k].sum(axis=-1) >= min_pixels], k)
+    entries = (
+        ("pooled over all pixels", iou(counts.sum(axis=0), k), len(counts), "chips"),
+        ("mean over chips with the class", chips.mean() if len(chips) else np.nan, len(chips), "chips"),
+        ("mean over events with the class", floods.mean() if len(floods) else np.nan, len(floods), "events"),
+    )
+    return [{"name": name, "iou": _or_none(value), "n": n, "of": of} for name, value, n, of in entries]
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram of the positive class (Murphy and Winkler 1977).
+
+    Args:
+        edges: Of the bins of probability (M + 1,), from 0 to 1.
+        pixels: Pixels (M,) whose probability of the class lies in the bin.
+        confidence: Their mean probability (M,); NaN in an empty bin.
+        frequency: Share (M,) of them that are of the class; NaN in an empty bin.
+    """
+
+    edges: Floats
+    pixels: npt.NDArray[np.int64]
+    confidence: Floats
+    frequency: Floats
+
+
+def reliability(histogram: npt.NDArray[np.int64], confidence: Floats, bins: int = 10) -> Reliability:
+    """The reliability diagram over all pixels of a chip table.
+
+    Args:
+        histogram: `ChipTable.histogram` (N, 2, B).
+        confidence: `ChipTable.confidence` (N, B).
+        bins: M, equally wide; each is made of whole bins of the table.
+
+    Raises:
+        ValueError: `bins` does not divide the table's bins.
+    """
+    fine = histogram.shape[-1]
+    if bins < 1 or fine % bins:
+        raise ValueError(f"{bins} bins cannot be made of the table's {fine}: choose a divisor")
+    rest, positive = histogram.sum(axis=0).reshape(2, bins, -1).sum(axis=2)
+    summed = confidence.sum(axis=0).reshape(bins, -1).sum(axis=1)
+    pixels = rest + positive
+    return Reliability(np.linspace(0, 1, bins + 1), pixels, _ratio(summed, pixels), _ratio(positive, pixels))
+
+
+def expected_calibration_error(diagram: Reliability) -> float | None:
+    """Mean of |confidence - frequency| over the pixels of a diagram, 0 to 1; None without a pixel.
+
+    Naeini, Cooper and Hauskrecht 2015 (AAAI), of the positive class whether it wins or not: where 95 % of the pixels
+    are background, the winning class says little about flood.
+    """
+    filled = diagram.pixels > 0
+    if not filled.any():
+        return None
+    gaps = np.abs(diagram.confidence[filled] - diagram.frequency[filled])
+    return float(np.average(gaps, weights=diagram.pixels[filled]))
+
+
+def threshold_sweep(histogram: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
+    """What calling the positive class wherever its probability is at least a threshold would have given.
+
+    Args:
+        histogram: `ChipTable.histogram` (N, 2, B).
+
+    Returns:
+        Thresholds (B,), the lower edges of the bins, where counts are exact; and confusion counts (B, 2, 2).
+    """
+    pooled = histogram.sum(axis=0)
+    called = pooled[:, ::-1].cumsum(axis=1)[:, ::-1]
+    counts = np.stack([pooled.sum(axis=1, keepdims=True) - called, called], axis=-1)
+    return np.arange(pooled.shape[-1]) / pooled.shape[-1], np.moveaxis(counts, 1, 0)
+
+
+def _margins(counts: Counts) -> tuple[Floats, Floats, Floats]:
     """Pixels (..., K) that are right, that are of the class, and that are predicted as it."""
     if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
         raise ValueError(f"confusion counts end in two axes of K classes, these are {counts.shape}")
@@ -132,8 +200,13 @@ def _margins(
     return np.diagonal(values, axis1=-2, axis2=-1), values.sum(axis=-1), values.sum(axis=-2)
 
 
-def _ratio(part: npt.NDArray[Any], whole: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
     """One over the other, NaN where the whole is 0."""
-    shares = np.full(np.shape(whole), np.nan)
-    np.divide(part, whole, out=shares, where=np.asarray(whole) > 0)
+    whole = np.asarray(whole)
+    shares = np.full(whole.shape, np.nan)
+    np.divide(part, whole, out=shares, where=whole > 0)
     return shares
+
+
+def _or_none(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,161 +1,109 @@
 """Energy of a run by method, and what it means for a data centre and the air: arithmetic with named sources."""
 
+import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from floodrepro.errors import UsageError
-from floodrepro.publishing.markdown import figure
+from floodrepro.verification.check import number
 
 METHODS = {
     "counter": "read from the device's own energy counter",
     "power": "integrated from sampled power",
     "tdp": "an upper estimate, rated power times time",
 }
-"""What `system/energy.py` calls its methods, in words."""
 
 
-@dataclass(frozen=True)
-class Factor:
-    """A figure that was not measured here.
+class Factors(NamedTuple):
+    """What turns the devices' energy into a data centre's emissions, and where both figures come from.
 
-    Args:
-        value: Power usage effectiveness (a ratio), or kg CO2e per kWh.
-        source: Where it comes from, in the words of who gave it.
+    `pue` is power usage effectiveness: energy of the data centre over energy of its computers (ISO/IEC 30134-2).
+    `intensity` is that of the grid, kg CO2e per kWh.
     """
 
-    value: float
-    source: str
+    pue: float
+    pue_source: str
+    intensity: float
+    intensity_source: str
 
 
-@dataclass(frozen=True)
-class Factors:
-    """What turns a device's energy into a data centre's emissions.
-
-    Args:
-        pue: Power usage effectiveness: energy of the data centre over energy of its computers (ISO/IEC 30134-2).
-        intensity: Of the grid, kg CO2e per kWh.
-    """
-
-    pue: Factor
-    intensity: Factor
-
-
-@dataclass(frozen=True)
-class Energy:
-    """Energy of the parts of a run.
-
-    Args:
-        kwh: By method, kWh; figures of different methods are kept apart.
-        parts: Number of parts (a resumed run has several).
-        unmeasured: Number of those of which nothing can be said.
-        notes: How each figure came about, without repeats.
-    """
-
-    kwh: Mapping[str, float]
-    parts: int
-    unmeasured: int
-    notes: Sequence[str]
-
-    @property
-    def total(self) -> float | None:
-        """Energy of the whole run, kWh; None where a part is missing or parts were measured by different methods."""
-        return next(iter(self.kwh.values())) if len(self.kwh) == 1 and not self.unmeasured else None
-
-
-@dataclass(frozen=True)
-class Carbon:
-    """What the data centre drew, kWh, and what that emitted, kg CO2e."""
-
-    kwh: float
-    kg: float
-
-
-def kwh(hours: float, watts: float) -> float:
-    """Energy in kWh of a device that draws *watts* for *hours*."""
-    return hours * watts / 1000
-
-
-def carbon(energy: float, pue: float, intensity: float) -> Carbon:
-    """Energy and emissions of a data centre.
-
-    Args:
-        energy: Of the device, kWh.
-        pue: Power usage effectiveness.
-        intensity: kg CO2e per kWh.
-    """
-    return Carbon(energy * pue, energy * pue * intensity)
-
-
-def add_up(entries: Sequence[Mapping[str, Any]]) -> Energy:
-    """Add the energy of a run's parts, method by method.
-
-    Args:
-        entries: ``energy`` of run.json.
-    """
-    sums: dict[str, float] = {}
-    measured = [entry for entry in entries if entry.get("kWh") is not None]
-    for entry in measured:
-        sums[entry["method"]] = sums.get(entry["method"], 0.0) + entry["kWh"]
-    notes = list(dict.fromkeys(str(entry["note"]) for entry in entries if entry.get("note")))
-    return Energy(sums, len(entries), len(entries) - len(measured), notes)
-
-
-def factors(
-    pue: float | None, pue_source: str | None, intensity: float | None, intensity_source: str | None
-) -> Factors | None:
-    """Both factors with their sources; None where none was given.
+def factors_of(args: argparse.Namespace) -> Factors | None:
+    """The four flags as `Factors`; None where none was given.
 
     Raises:
-        UsageError: A value lacks its source or a source its value, one of the two is missing, or one cannot be.
+        UsageError: One of the four is missing, or a value is out of range.
     """
     given = {
-        **{"--pue": pue, "--pue-source": _text(pue_source)},
-        **{"--grid-intensity": intensity, "--grid-source": _text(intensity_source)},
+        "--pue": args.pue,
+        "--pue-source": " ".join((args.pue_source or "").split()) or None,
+        "--grid-intensity": args.grid_intensity,
+        "--grid-source": " ".join((args.grid_source or "").split()) or None,
     }
     missing = [flag for flag, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
-    if missing or pue is None or intensity is None:
+    if missing:
         raise UsageError(
             f"{' and '.join(missing)} is missing: a carbon figure needs PUE and grid intensity, each with its source",
             fix="--pue X --pue-source TEXT --grid-intensity X --grid-source TEXT, or none of them",
         )
-    if not 1 <= pue < 10:
-        raise UsageError(f"--pue is {pue:g}, expected 1 or more: the data centre's energy over the computers'")
-    if not 0 <= intensity < 10:
-        raise UsageError(f"--grid-intensity is {intensity:g}, expected kg CO2e per kWh, 0 to about 1")
-    return Factors(Factor(pue, str(given["--pue-source"])), Factor(intensity, str(given["--grid-source"])))
+    if not 1 <= args.pue < 10:
+        raise UsageError(f"--pue is {args.pue:g}, expected 1 or more: the data centre's energy over the computers'")
+    if not 0 <= args.grid_intensity < 10:
+        raise UsageError(f"--grid-intensity is {args.grid_intensity:g}, expected kg CO2e per kWh, 0 to about 1")
+    return Factors(args.pue, str(given["--pue-source"]), args.grid_intensity, str(given["--grid-source"]))
 
 
-def sentences(record: Mapping[str, Any] | None, given: Factors | None) -> list[str]:
-    """Energy of the device by method, and emissions where a PUE and a grid intensity were given."""
-    if record is None or not record.get("energy"):
-        return ["The energy was not recorded, and no carbon figure is made up."]
-    found = add_up(record["energy"])
-    lines = [f"Device: {figure(kwh)} kWh, {METHODS.get(method, method)}." for method, kwh in found.kwh.items()]
+def total_kwh(record: Mapping[str, Any]) -> float | None:
+    """Energy of all devices over the whole run, kWh; None where a part or a device is unknown or methods are mixed."""
+    parts: Sequence[Mapping[str, Any]] = record.get("energy") or []
+    metered, devices = _devices(record)
+    one_method = len({part.get("method") for part in parts}) == 1
+    if not one_method or metered < devices or any(part.get("kWh") is None for part in parts):
+        return None
+    return float(sum(part["kWh"] for part in parts))
+
+
+def emissions_kg(record: Mapping[str, Any], factors: Factors | None) -> float | None:
+    """Emissions of the run, kg CO2e; None where the energy of all devices, or a factor, is not known."""
+    energy = total_kwh(record)
+    return None if energy is None or factors is None else energy * factors.pue * factors.intensity
+
+
+def energy_lines(record: Mapping[str, Any] | None, factors: Factors | None) -> list[str]:
+    """Energy by method, which devices it is of, and emissions where a PUE and a grid intensity were given."""
+    parts: Sequence[Mapping[str, Any]] = (record or {}).get("energy") or []
+    known = [part for part in parts if part.get("kWh") is not None]
+    if record is None or not known:
+        return ["The energy was not measured, so there is no carbon figure."]
+    lines = []
+    for method in dict.fromkeys(str(part["method"]) for part in known):
+        kwh = sum(part["kWh"] for part in known if part["method"] == method)
+        lines.append(f"{number(kwh)} kWh, {METHODS.get(method, method)}.")
     if len(lines) > 1:
-        lines.append("The parts of the run were measured by different methods, and their figures are not added.")
-    if found.unmeasured:
-        lines.append(f"Of {found.unmeasured} of {found.parts} parts of the run the energy is not known.")
-    lines.append(
-        "It is the energy of one device, without host, cooling and other devices; validation is in it, the test is not."
-        f" How it was measured: {'; '.join(found.notes)}."
-    )
-    if found.total is None:
-        lines.append("There is no one figure for the whole run, and no carbon figure is made up.")
-    elif given is None:
-        lines.append("No PUE and grid intensity were given with a source, and no carbon figure is made up.")
+        lines.append("Figures of different methods are not added.")
+    if len(known) < len(parts):
+        lines.append(f"The energy of {len(parts) - len(known)} of {len(parts)} parts of the run is not known.")
+    metered, devices = _devices(record)
+    whose = "the device" if devices == 1 else f"all {devices} devices"
+    if metered < devices:
+        whose = f"{metered} of {devices} devices; nothing was scaled up"
+    lines.append(f"This is the energy of {whose}, without host and cooling. Validation is included, the test is not.")
+    energy, emitted = total_kwh(record), emissions_kg(record, factors)
+    if energy is None:
+        lines.append("There is no one figure for the whole run on all devices, so there is no carbon figure.")
+    elif factors is None:
+        lines.append("No PUE and grid intensity were given with a source, so there is no carbon figure.")
     else:
-        footprint = carbon(found.total, given.pue.value, given.intensity.value)
         lines.append(
-            f"Data centre and grid: {figure(found.total)} kWh x PUE {given.pue.value:g} ({given.pue.source}) = "
-            f"{figure(footprint.kwh)} kWh; x {given.intensity.value:g} kg CO2e/kWh ({given.intensity.source}) = "
-            f"{figure(footprint.kg)} kg CO2e."
+            f"Data centre and grid: {number(energy)} kWh x PUE {factors.pue:g} ({factors.pue_source}) x "
+            f"{factors.intensity:g} kg CO2e/kWh ({factors.intensity_source}) = {number(emitted)} kg CO2e."
         )
-    return lines
+    notes = dict.fromkeys(str(part["note"]) for part in known if part.get("note"))
+    return [*lines, *([f"How it was measured: {'; '.join(notes)}."] if notes else [])]
 
 
-def _text(text: str | None) -> str | None:
-    """One line; None where nothing is left of it."""
-    return " ".join(text.split()) or None if text else None
+def _devices(record: Mapping[str, Any]) -> tuple[int, int]:
+    """How many devices were metered, and how many trained: one a process."""
+    metered = min((int(part.get("devices") or 1) for part in record.get("energy") or []), default=0)
+    return metered, int(record.get("processes") or 1)

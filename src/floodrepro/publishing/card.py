@@ -1,109 +1,311 @@
-"""The model card: what run.json and results.json say, for a reader of the hub. No figure comes from anywhere else."""
+"""The model card: what run.json, results.json and the recipe say, for a reader of the hub.
 
-from collections.abc import Mapping, Sequence
+A card is written once. From then on it is its author's: another one never replaces it, the old one is set aside.
+"""
+
+import re
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCardData
 
-from floodrepro.publishing import card_facts as facts
-from floodrepro.publishing.carbon import sentences
-from floodrepro.publishing.card_metadata import Subject, metadata, other_chips, started_from
-from floodrepro.publishing.markdown import figure, table
-from floodrepro.publishing.shortfall import broken, shortfall
+from floodrepro import console
+from floodrepro.data.protocols import (
+    TIMESTEPS,
+    class_names_of,
+    data_arguments,
+    positive_class_of,
+    protocol_of,
+)
+from floodrepro.errors import CheckpointError, RunFolderError
+from floodrepro.publishing.carbon import Factors, emissions_kg, energy_lines
+from floodrepro.publishing.export import ExportedWeights, read_exported
+from floodrepro.recipe import Recipe, fingerprint
+from floodrepro.run_folder import RunFolder, free_name, sha256_of
+from floodrepro.verification import results as results_file
+from floodrepro.verification.checks.run import device_of
+from floodrepro.verification.report import code_of, fill_in, required_sentence, run_facts, score, table
 
-TEMPLATE = Path(__file__).parent / "templates" / "README.md.j2"
+CARD, RESULTS, PICTURE = "README.md", "results.json", "panels.png"
+# The hub's names for what TerraTorch measures (https://hf.co/metrics); a class's IoU has none.
+_METRICS = {"mIoU": "mean_iou", "F1_Score": "f1", "Pixel_Accuracy": "accuracy"}
+_MEANING = {
+    "v0": "Class 1 is what the published v0 masks call flood; permanent water is no class of its own there.",
+    "v1-binary": "Class 1 is flood water; permanent water and dry land are both class 0.",
+    "v1": "Class 0 is no water, class 1 permanent water, class 2 flood water.",
+}
 
 
-def write(subject: Subject) -> str:
-    """The card's text, metadata included."""
-    results, record, recipe = subject.results, subject.record, subject.recipe
-    card = ModelCard.from_template(
-        metadata(subject),
-        template_path=str(TEMPLATE),
-        name=subject.name,
-        first=first_lines(subject),
-        what=facts.what(recipe, record),
-        verdict=results["verdict"]["sentences"] if results else [_unverified(record)],
-        summary=_summary(results) if results else "",
-        scores=_scores(results) if results else "",
-        sources=[f"{c['label']}: {_line(c['source'])}. {_line(c['note'])}" for c in _columns(results)],
-        intervals=_intervals(results) if results else "",
-        checks=_checks(results) if results else "",
-        warnings=[_line(text) for text in results["warnings"]] if results else [],
-        training=table(facts.training(record, recipe) if record else facts.unknown(recipe)),
-        energy=sentences(record, subject.factors),
-        config=subject.config,
-        weights=subject.weights.path.name,
-        inputs=facts.inputs(recipe),
-        limits=facts.limits(recipe, results),
-        base_licence=" So are TerraMind's own, which they started from." if started_from(subject) else "",
-        data_licence=_data_licence(subject),
-        provenance=table(facts.provenance(subject.weights, record)),
+def write_card(
+    folder: Path,
+    name: str,
+    checkpoint: Path,
+    recipe: Recipe,
+    run: RunFolder | None,
+    *,
+    licence: str | None = None,
+    factors: Factors | None = None,
+) -> Path:
+    """Write README.md beside an exported pair, with a copy of results.json and the picture of chips.
+
+    Args:
+        folder: The export folder.
+        name: Stem of the pair.
+        checkpoint: What the pair was exported from.
+        recipe: The recipe that it was trained with.
+        run: Its run folder; None for a checkpoint that is no run's best one.
+        licence: The author's choice, by its SPDX or hub id; None where none was made.
+        factors: PUE and grid intensity, if they were given.
+
+    Returns:
+        The card.
+
+    Raises:
+        CheckpointError: The pair is missing, damaged, or comes from another checkpoint.
+        RunFolderError: The run is not finished, or its records belong to another recipe or checkpoint.
+        TableError: results.json is damaged or of another schema.
+    """
+    weights, digest = read_exported(folder / f"{name}.safetensors"), sha256_of(checkpoint)
+    if weights.metadata.get("source_sha256") != digest:
+        raise CheckpointError(
+            f"the pair was not exported from {checkpoint.name}",
+            where=weights.path,
+            fix="move the pair away and export again, or export into another --output DIR",
+        )
+    record, results = read_records(run, recipe, digest)
+    picture = run.verification / "figures" / PICTURE if run and results else None
+    shown = picture is not None and picture.is_file()
+    text = card_text(name, weights, recipe, record, results, licence=licence, factors=factors, picture=shown)
+    try:
+        if (folder / CARD).exists():
+            aside = folder / f"{free_name(folder / 'README')}.md"
+            (folder / CARD).replace(aside)
+            console.say(f"the card that was there is now {aside.name}")
+        for source, target in ((run.results if run and results else None, RESULTS), (picture, PICTURE)):
+            if source and source.is_file():
+                shutil.copyfile(source, folder / target)
+            else:
+                (folder / target).unlink(missing_ok=True)  # of an earlier export of this run
+        (folder / CARD).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"the card cannot be written: {error.strerror or error}", where=folder) from error
+    return folder / CARD
+
+
+def card_text(
+    name: str,
+    weights: ExportedWeights,
+    recipe: Recipe,
+    record: Mapping[str, Any] | None,
+    results: Mapping[str, Any] | None,
+    *,
+    licence: str | None = None,
+    factors: Factors | None = None,
+    picture: bool = False,
+) -> str:
+    """The card's text, metadata included; see `write_card`."""
+    protocol, names, positive = protocol_of(recipe), class_names_of(recipe), positive_class_of(recipe)
+    events: list[Mapping[str, Any]] = [c for c in (results or {}).get("checks", ()) if c["id"] == "events"]
+    return fill_in(
+        Path(__file__).parent / "README.md.j2",
+        metadata=_metadata(name, recipe, record, results, licence, factors).to_yaml(),
+        name=name,
+        class_name=names[positive],
+        positive=positive,
+        results=results,
+        record=record,
+        banner=(results or {}).get("banner") or _other_chips(recipe, record),
+        what=_what(recipe, record),
+        required=required_sentence(results["summary"]) if results else "",
+        scores=_scores(results),
+        spread=[f"{value['name']}: {value['text']}" for check in events for value in check["values"][1:]],
+        training=table([*_hyperparameters(recipe), *(run_facts(record) if record else [])]),
+        energy=energy_lines(record, factors),
+        weights=weights.path.name,
+        config=weights.config.name,
+        hazard=protocol.hazard,
+        data_root="ImpactMesh-Flood/data" if protocol.repo else "chips/data",
+        inputs=_inputs(recipe),
+        meaning=_MEANING.get(protocol.name, "What the classes mean is up to the masks that the model was trained on."),
+        limits=_limits(results),
+        repo=protocol.repo,
+        published=protocol.repo and record and not _other_chips(recipe, record),
+        licence=licence,
+        pretrained=_base_model(recipe),
+        picture=picture,
+        provenance=table(_provenance(weights, recipe, record)),
     )
-    return str(card).rstrip() + "\n"
 
 
-def first_lines(subject: Subject) -> list[str]:
-    """What a reader has to know before anything else; the first is `shortfall`'s sentence, where there is one."""
-    lines = [line for line in (shortfall(subject.results),) if line]
-    if subject.record is None:
-        lines.append("No record of the training exists: these weights were exported from a file alone.")
-    elif (note := other_chips(subject)) is not None:
-        lines.append(note)
-    if subject.results and subject.results["summary"]["partial"]:
-        lines.append(f"The battery is not complete: {subject.results['summary']['text']}.")
-    return lines
+def read_records(
+    run: RunFolder | None, recipe: Recipe, digest: str
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """run.json and results.json of a run, where their hashes are those of its recipe and checkpoint.
+
+    Args:
+        run: The run folder; None where there is none.
+        recipe: The recipe.
+        digest: The checkpoint's sha256.
+
+    Raises:
+        RunFolderError: The run is not finished, or a record is of another recipe or checkpoint.
+        TableError: results.json is damaged or of another schema.
+    """
+    if run is None:
+        return None, None
+    record, again = run.read_record(), "fit, test and verify again; --no-card exports the pair without a card"
+    if record.get("status") != "finished":
+        what = f"the run is not finished, its status is {record.get('status', 'missing')!r}"
+        raise RunFolderError(what, where=run.path, fix="finish the fit; --no-card exports the pair without a card")
+    if record.get("recipe_sha256") != fingerprint(recipe):
+        raise RunFolderError("run.json is of another recipe than recipe.yaml", where=run.record, fix=again)
+    results = results_file.load(run.results) if run.results.exists() else None
+    if results and (results["run"].get("checkpoint") or {}).get("sha256") not in (None, digest):
+        raise RunFolderError("results.json is of another checkpoint than best.ckpt", where=run.results, fix=again)
+    return record, results
 
 
-def _data_licence(subject: Subject) -> str:
-    if subject.record and other_chips(subject) is None:
-        return "It was used for training as published."
-    return "This and the notices below hold so far as the chips came from it; the run's record does not say."
-
-
-def _unverified(record: Mapping[str, Any] | None) -> str:
-    return "Nothing was measured on a test split" + (", not verified: run `floodrepro verify`." if record else ".")
-
-
-def _summary(results: Mapping[str, Any]) -> str:
-    return f"{results['summary']['text']}; required and not passed: {', '.join(broken(results)) or 'none'}."
-
-
-def _columns(results: Mapping[str, Any] | None) -> Sequence[Mapping[str, str]]:
-    return results["scores"]["columns"] if results else ()
-
-
-def _scores(results: Mapping[str, Any]) -> str:
-    columns = _columns(results)
-    rows = [
-        [row["label"], f"`test/{row['metric']}`", *(figure(row.get(column["key"])) for column in columns)]
-        for row in results["scores"]["rows"]
-    ]
-    return table(rows, ["score", "TerraTorch's name", *(column["label"] for column in columns)]) if rows else ""
-
-
-def _intervals(results: Mapping[str, Any]) -> str:
-    """Every figure of the battery that has an interval with a level, with the chips and events behind it."""
-    rows = [
-        [
-            value["name"],
-            f"{figure(value['value'])} {value['unit']}".strip(),
-            f"{figure(value['low'])} to {figure(value['high'])} ({100 * value['level']:g} %)",
-            *(figure(value[key]) for key in ("n_chips", "n_events")),
-            value["method"] or "-",
+def _metadata(
+    name: str,
+    recipe: Recipe,
+    record: Mapping[str, Any] | None,
+    results: Mapping[str, Any] | None,
+    licence: str | None,
+    factors: Factors | None,
+) -> ModelCardData:
+    protocol, base = protocol_of(recipe), _base_model(recipe)
+    published = protocol.repo if record and not _other_chips(recipe, record) else None
+    tags = ["terratorch", "terramind", "earth-observation", "sentinel-1", "sentinel-2", protocol.hazard, "floodrepro"]
+    data: dict[str, Any] = {
+        "license": licence,
+        "library_name": "terratorch",
+        "pipeline_tag": "image-segmentation",
+        "tags": tags,
+        "base_model": base,
+        "base_model_relation": "finetune" if base else None,
+        "datasets": [published] if published else None,
+    }
+    if record and (emissions := emissions_kg(record, factors)) is not None and factors:
+        data["co2_eq_emissions"] = {
+            "emissions": round(1000 * emissions, 3),  # grams
+            "source": f"measured energy x PUE ({factors.pue_source}) x grid intensity ({factors.intensity_source})",
+            "training_type": "fine-tuning" if base else "pre-training",
+            "hardware_used": device_of(record),
+        }
+    if results and results["scores"]["rows"]:
+        whole = not results["banner"] and protocol.repo
+        data["model_name"] = name
+        data["eval_results"] = [
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=str(protocol.repo) if whole else "other",
+                dataset_name=protocol.title
+                if whole
+                else f"{results['run']['n_chips']} chips of protocol {protocol.name}",
+                dataset_config=protocol.name,
+                dataset_split=results["run"].get("split") or "test",
+                metric_type=_METRICS.get(row["metric"], row["metric"].lower()),
+                metric_name=row["label"],
+                metric_value=row["values"][0],
+            )
+            for row in results["scores"]["rows"]
+            if row["values"][0] is not None
         ]
-        for check in results["checks"]
-        for value in check["values"]
-        if value.get("level") is not None and value.get("low") is not None and value.get("high") is not None
+    return ModelCardData(**data)
+
+
+def _base_model(recipe: Recipe) -> str | None:
+    """The hub's id of the backbone that the training started from; None for random weights and other backbones."""
+    arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
+    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)", str(arguments.get("backbone")))
+    return f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}" if size and arguments.get("backbone_pretrained") else None
+
+
+def _what(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
+    """What the model is, in two sentences."""
+    arguments, names = (recipe["model"].get("init_args") or {}).get("model_args") or {}, class_names_of(recipe)
+    modalities = ", ".join(data_arguments(recipe).get("modalities") or arguments.get("backbone_modalities") or [])
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(names))
+    start = "Trained from random weights." if record else "What the training started from is not known."
+    if base := _base_model(recipe):
+        start = f"Training started from {base}."
+    parts = f"`{arguments.get('backbone', 'a backbone')}` with {arguments.get('decoder', 'a decoder')}"
+    return f"Segments image time series ({modalities}) into {classes}: {parts}, trained with TerraTorch. {start}"
+
+
+def _other_chips(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
+    """A sentence where the run's chips are not the published ones, in number; empty where they are."""
+    protocol, chips = protocol_of(recipe), ((record or {}).get("data") or {}).get("chips") or {}
+    if record is None or not protocol.counts:
+        return "" if protocol.counts else "Trained on chips of the author's own."
+    if all(chips.get(split) == protocol.counts[split] for split in ("train", "val")):
+        return ""
+    return f"Trained on {chips.get('train', 'unknown')} chips; {protocol.title} has {protocol.counts['train']:,}."
+
+
+def _scores(results: Mapping[str, Any] | None) -> str:
+    if not results or not results["scores"]["rows"]:
+        return ""
+    labels = [column["label"] for column in results["scores"]["columns"]]
+    return table([[r["label"], *map(score, r["values"])] for r in results["scores"]["rows"]], ["score", *labels])
+
+
+def _hyperparameters(recipe: Recipe) -> list[tuple[str, str]]:
+    """What the recipe asks for."""
+    task, trainer = recipe["model"].get("init_args") or {}, recipe.get("trainer") or {}
+    optimizer, scheduler = recipe.get("optimizer") or {}, recipe.get("lr_scheduler") or {}
+    rows = {
+        "loss": task.get("loss"),
+        "optimizer": _named(optimizer),
+        "learning rate schedule": _named(scheduler),
+        "batch": data_arguments(recipe).get("batch_size"),
+        "at most": f"{trainer['max_epochs']} epochs" if trainer.get("max_epochs") else None,
+        "precision": trainer.get("precision"),
+    }
+    return [(label, str(value)) for label, value in rows.items() if value]
+
+
+def _named(section: Mapping[str, Any]) -> str:
+    """A class and its arguments in one line."""
+    arguments = ", ".join(f"{key} {value}" for key, value in (section.get("init_args") or {}).items())
+    return f"{str(section.get('class_path', '')).rpartition('.')[2]} {arguments}".strip()
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    """What goes into the network and what comes out."""
+    arguments, yaml = data_arguments(recipe), "as in the YAML"
+    times = ", ".join(TIMESTEPS[step] for step in arguments.get("timesteps") or ()) or yaml
+    bands = ", ".join(f"{name} {len(means)}" for name, means in (arguments.get("means") or {}).items()) or yaml
+    return [
+        f"Input: float tensors (batch, band, time, height, width) by modality; bands: {bands}. Times: {times}.",
+        "The data module replaces missing values by 0 and normalises with the means and stds of the YAML.",
+        "Output: logits (batch, class, height, width).",
     ]
-    return table(rows, ["figure", "value", "interval", "chips", "events", "method"]) if rows else ""
 
 
-def _checks(results: Mapping[str, Any]) -> str:
-    rows = [[check["title"], check["status"], check["reason"] or check["claim"]] for check in results["checks"]]
-    return table(rows, ["check", "status", "what was found, or what passing means"])
+def _limits(results: Mapping[str, Any] | None) -> list[str]:
+    """What the model was not shown to do."""
+    if results is None:
+        return ["Nothing was measured on a test split."]
+    run = results["run"]
+    tested = f"Tested on {run['n_chips'] or 'no'} chips of {run['n_events'] or 'no'} events, and on no others."
+    seeds = run.get("seeds") or []
+    spread = f"One of {len(seeds)} runs that were declared together." if len(seeds) > 1 else "One training run only."
+    return [tested, f"{spread} {results['verdict']['not_shown']}"]
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())
+def _provenance(weights: ExportedWeights, recipe: Recipe, record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    data = (record or {}).get("data") or {}
+    revision = data.get("commit") or "not recorded"
+    rows = {
+        "weights sha256": f"{weights.sha256} ({weights.tensors} tensors, {weights.values:,} values)",
+        "checkpoint sha256": weights.metadata.get("source_sha256", "not recorded"),
+        "recipe sha256": weights.metadata.get("recipe_sha256", "not recorded"),
+        "data": f"protocol {protocol_of(recipe).name}, {protocol_of(recipe).repo or 'no published data set'}",
+        "data revision": revision,
+        **{f"data digest, {split}": digest for split, digest in (data.get("digests") or {}).items()},
+        "code": code_of(record or {}),
+    }
+    return list(rows.items())

@@ -1,51 +1,67 @@
-"""Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled."""
+"""Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled.
 
+torch is imported when weights are read: recipes can be rewritten for plain TerraTorch without it.
+"""
+
+import copy
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from floodrepro import __version__
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
-from floodrepro.evaluation.checkpoint import Checkpoint, list_differences, read_checkpoint
-from floodrepro.publishing.plain import portable
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import sha256_of, write_atomically
 
+if TYPE_CHECKING:
+    from floodrepro.training.checkpoint import Checkpoint
+
+_DATA_ROOT = Path("ImpactMesh-Flood")
+_STOCK_ARGUMENTS = (
+    "data_root",
+    "batch_size",
+    "num_workers",
+    "train_split",
+    "val_split",
+    "test_split",
+    "predict_split",
+    "modalities",
+    "timesteps",
+    "means",
+    "stds",
+    "no_data_value",
+    "no_data_replace",
+)
+
 
 @dataclass(frozen=True)
-class ExportResult:
-    """The exported pair.
+class ExportedWeights:
+    """A safetensors file that `export` wrote, as its header describes it.
 
     Args:
-        weights: The safetensors file.
-        config: The YAML.
-        tensors: Number of tensors.
-        parameters: Number of values in them, buffers included.
+        path: The file.
+        config: The YAML of the same name.
         sha256: Of the safetensors file.
+        tensors: Number of tensors.
+        values: Number of values in them, buffers included.
+        metadata: recipe_sha256, source_sha256 (of the checkpoint), hyper_parameters (JSON), floodrepro (version).
     """
 
-    weights: Path
+    path: Path
     config: Path
-    tensors: int
-    parameters: int
     sha256: str
+    tensors: int
+    values: int
+    metadata: Mapping[str, str]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The result as JSON types."""
-        return {**vars(self), "weights": str(self.weights), "config": str(self.config)}
 
-
-def export(
-    checkpoint_path: Path, recipe: Recipe, output: Path, name: str, data_digest: str | None = None
-) -> ExportResult:
+def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportedWeights:
     """Write NAME.safetensors and NAME.yaml and read the weights back.
 
     Args:
@@ -53,7 +69,6 @@ def export(
         recipe: The recipe that it was trained with.
         output: Folder for the pair; made if it is not there.
         name: Stem of both files.
-        data_digest: Of the data that it was trained on, from run.json; None where no record says.
 
     Returns:
         What was written.
@@ -63,6 +78,8 @@ def export(
         UsageError: The recipe describes another model than the checkpoint, or a file of that name is there already.
         RunFolderError: The folder cannot be written.
     """
+    from floodrepro.training.checkpoint import list_differences, read_checkpoint
+
     checkpoint = read_checkpoint(checkpoint_path)
     given = recipe["model"].get("init_args") or {}
     if differences := list_differences(checkpoint.hyper_parameters, given):
@@ -75,87 +92,130 @@ def export(
     for file in (weights, config):
         if file.exists():
             raise UsageError("the file exists already and is not overwritten", where=file, fix="--output DIR")
+    metadata = {
+        "floodrepro": __version__,
+        "format": "pt",
+        "hyper_parameters": json.dumps(given, sort_keys=True),
+        "recipe_sha256": recipes.fingerprint(recipe),
+        "source_sha256": sha256_of(checkpoint_path),
+    }
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _save_weights(checkpoint, recipe, weights, data_digest)
+        _save_weights(checkpoint, weights, metadata)
         write_atomically(config, _yaml_text(recipe, checkpoint_path))
     except OSError as error:
         raise RunFolderError(f"the export cannot be written: {error.strerror or error}", where=output) from error
-    parameters = sum(tensor.numel() for tensor in checkpoint.weights.values())
-    return ExportResult(weights, config, len(checkpoint.weights), parameters, sha256_of(weights))
+    return read_exported(weights)
 
 
-def refuse_other_pair(checkpoint_path: Path, recipe: Recipe, weights: Path, config: Path) -> None:
-    """Check that a pair that lies there holds what an export of this checkpoint would write.
-
-    The hash in its header says what it was made from, not what it holds.
+def read_exported(path: Path) -> ExportedWeights:
+    """Read the header of an exported safetensors file, and hash all of it. Needs no torch.
 
     Raises:
-        CheckpointError: It is missing or damaged, a tensor has other bits, or the YAML other values.
+        CheckpointError: It is missing or damaged, or the YAML beside it is missing.
     """
-    again = "move the pair away and export again, or export into another --output DIR"
+    if not path.is_file():
+        raise CheckpointError("there are no exported weights", where=path, fix="floodrepro export --run DIR")
     try:
-        there, given = load_file(weights), yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (SafetensorError, OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"the exported pair cannot be read: {error}", where=weights, fix=again) from error
-    if not _identical(_named(read_checkpoint(checkpoint_path)), there):
-        raise CheckpointError(f"the weights are not those of {checkpoint_path.name}", where=weights, fix=again)
-    if changed := recipes.differences(yaml.safe_load(recipes.to_yaml(portable(recipe))), given):
-        key, (exported, now) = next(iter(changed.items()))
-        raise CheckpointError(
-            f"the YAML was changed since the export: {key} is {now!r} and was {exported!r}", where=config, fix=again
-        )
+        with safe_open(str(path), framework="np") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"the exported weights are damaged: {error}", where=path) from error
+    config = path.with_suffix(".yaml")
+    if not config.is_file():
+        raise CheckpointError("the YAML of the pair is missing", where=config, fix="export into another --output DIR")
+    values = sum(math.prod(shape) for shape in shapes)
+    return ExportedWeights(path, config, sha256_of(path), len(shapes), values, metadata)
 
 
-def _named(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Names as in Lightning's state dict: TerraTorch's LightningInferenceModel strips one leading "model."."""
-    # clone: safetensors refuses tensors that share memory.
-    return {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+def with_stock_data(recipe: Recipe) -> Recipe:
+    """The recipe with impactmesh's own data module, which reads extracted chips, and masks as they are."""
+    stock = copy.deepcopy(recipe)
+    if stock["data"]["class_path"].endswith("FloodDataModule"):
+        stock["data"] = _stock_data(stock["data"]["init_args"])
+    return stock
 
 
-def _save_weights(checkpoint: Checkpoint, recipe: Recipe, path: Path, data_digest: str | None) -> None:
-    tensors = _named(checkpoint)
-    metadata = {
-        "format": "pt",
-        "floodrepro": __version__,
-        "recipe_sha256": recipes.fingerprint(recipe),
-        "source_sha256": sha256_of(checkpoint.path),
-        "hyper_parameters": json.dumps(recipe["model"].get("init_args") or {}, sort_keys=True),
+def portable(recipe: Recipe) -> Recipe:
+    """The recipe without what belongs to one machine or one run: loggers, callbacks, paths, pretrained weights."""
+    stock = with_stock_data(recipe)
+    trainer = stock.setdefault("trainer", {})
+    for key in ("callbacks", "default_root_dir"):
+        trainer.pop(key, None)
+    trainer["logger"] = False
+    model_args = stock["model"].get("init_args", {}).get("model_args") or {}
+    if "backbone_pretrained" in model_args:
+        model_args["backbone_pretrained"] = False
+    data = stock["data"].get("init_args") or {}
+    for key, value in data.items():
+        if key.endswith("data_root") and value:
+            data[key] = str(_DATA_ROOT / "data")
+        elif key.endswith("_split") and isinstance(value, dict):
+            data[key] = {name: str(_DATA_ROOT / "split" / Path(path).name) for name, path in value.items()}
+        elif key.endswith("_split") and value:
+            data[key] = str(_DATA_ROOT / "split" / Path(value).name)
+    return stock
+
+
+def _stock_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The data module of impactmesh with the same statistics and transforms; it knows no label map and no bands."""
+    kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
+    kept["predict_data_root"] = arguments.get("predict_data_root") or arguments["data_root"]
+    if arguments.get("augment", True):
+        steps = len(arguments.get("timesteps") or range(4))
+        kept["train_transform"] = [
+            {"class_path": "terratorch.datasets.transforms.FlattenTemporalIntoChannels"},
+            {"class_path": "albumentations.D4"},
+            {"class_path": "albumentations.pytorch.ToTensorV2"},
+            {
+                "class_path": "terratorch.datasets.transforms.UnflattenTemporalFromChannels",
+                "init_args": {"n_timesteps": steps},
+            },
+        ]
+    return {
+        "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
+        "init_args": kept,
+        "dict_kwargs": {"disaster_type": "flood"},  # else impactmesh guesses it from the path, "fire" first
     }
-    if data_digest is not None:
-        metadata["data_digest"] = data_digest
-    temporary = path.with_name(f".{path.name}.partial")
+
+
+def _save_weights(checkpoint: "Checkpoint", path: Path, metadata: dict[str, str]) -> None:
+    """Write the tensors under the names of Lightning's state dict, of which TerraTorch strips one leading "model."."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+        return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+    # clone: safetensors refuses tensors that share memory. reshape: a view as bytes needs one dimension.
+    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        _sort_header(temporary)
-        if not _identical(tensors, load_file(temporary)):
+        save_file(tensors, partial, metadata=metadata)
+        _sort_header(partial)
+        written = load_file(partial)
+        if written.keys() != tensors.keys() or not all(
+            tensor.shape == written[name].shape and same_bits(tensor.reshape(-1), written[name].reshape(-1))
+            for name, tensor in tensors.items()
+        ):
             raise CheckpointError("the written safetensors do not read back bit for bit", where=path)
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        partial.chmod(0o644)
+        partial.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _sort_header(file: Path) -> None:
-    """Put the header's metadata in order: safetensors writes it in a new one each time, and with it another sha256."""
+    """Sort the header's metadata: safetensors writes it in a new order each time, and with it another sha256."""
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # else it was written with other escapes: whole, only not in order
+        if len(text) <= length:  # else safetensors escaped it otherwise: the file is whole, only not sorted
             stream.seek(8)
             stream.write(text.ljust(length))
-
-
-def _identical(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
-    """Same names, dtypes, shapes and bits; a NaN equals itself here."""
-    return first.keys() == second.keys() and all(
-        a.dtype == (b := second[name]).dtype
-        and a.shape == b.shape
-        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-        for name, a in first.items()
-    )
 
 
 def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
@@ -163,6 +223,7 @@ def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
         f"# Exported from {checkpoint.name}; recipe sha256 {recipes.fingerprint(recipe)}.\n"
         "# Plain TerraTorch loads it with the .safetensors of the same name (torch 2.13 or newer):\n"
         "#   LightningInferenceModel.from_config(THIS_FILE, WEIGHTS)\n"
+        "# and so does python -m impactmesh.run_inference --config THIS_FILE --ckpt WEIGHTS --output_dir DIR.\n"
         "# To test it with floodrepro from tars, or where the recipe maps labels (v1-binary), add --config RECIPE.\n"
         f"{recipes.to_yaml(portable(recipe))}"
     )

@@ -1,4 +1,4 @@
-"""What a run records about where it ran: versions, commit, torch's build, device, CPU, and what changes numerics.
+"""What a run records about where it ran: versions, commit, torch's build, devices, CPU, and what changes numerics.
 
 Nothing here names a person or a machine: no host name, no user name, no token.
 """
@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import floodrepro
 
 _RESUMED_WITH = ("torch", "lightning", "terratorch", "impactmesh")
 _PACKAGES = (*_RESUMED_WITH, "torchvision", "torchgeo", "zarr", "numcodecs", "numpy", "jsonargparse", "torchmetrics")
-# NVIDIA_TF32_OVERRIDE overrules torch's own switches without a word.
-_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
-_PREFIXES = ("MIOPEN_", "PYTORCH_", "HSA_", "NCCL_", "TORCH_")
+COMMIT_VARIABLE = "FLOODREPRO_COMMIT"  # set in a container image, which has no repository inside
+# Variables that change numerics or speed. NVIDIA_TF32_OVERRIDE overrules torch's own switches without a word.
+_VARIABLES = re.compile(
+    r"(OMP|MKL)_NUM_THREADS|PYTHONHASHSEED|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|(MIOPEN|PYTORCH|HSA|NCCL|TORCH)_.*"
+)
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
 
 
@@ -28,7 +30,7 @@ def environment(
 ) -> dict[str, Any]:
     """Where a run runs, in JSON types, for ``run.json``.
 
-    It asks torch for its first device, which opens a context on it: call it where the run would do so anyway.
+    It asks torch for its devices, which opens a context on them: call it where the run would do so anyway.
 
     Args:
         precision: The trainer's precision, recorded as given.
@@ -39,17 +41,14 @@ def environment(
 
     try:
         matmul = torch.get_float32_matmul_precision()
+        convolutions = torch.backends.cudnn.allow_tf32
     except RuntimeError:  # torch >= 2.9 refuses to say once the new switch of a single backend was set
         matmul = f"cuda: {torch.backends.cuda.matmul.fp32_precision}"
-    try:
-        convolutions = torch.backends.cudnn.allow_tf32
-    except RuntimeError:
         convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # missing in its stub
-    count = torch.cuda.device_count()
     try:
-        device = torch.cuda.get_device_properties(0) if count else None
-    except RuntimeError:  # another process holds it for itself: no reason to stop a run on the CPU
-        device = None
+        devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    except RuntimeError:  # another process holds one for itself: no reason to stop a run on the CPU
+        devices = []
     cpu = re.search(r"^model name\s*:\s*(.+)$", small_text(root / "proc/cpuinfo") or "", re.MULTILINE)
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', small_text(root / "etc/os-release") or "", re.MULTILINE)
     own = {"python": platform.python_version(), "floodrepro": floodrepro.__version__}
@@ -64,9 +63,10 @@ def environment(
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # MIOpen's where it is ROCm
         },
         "accelerator": {
-            "count": count,
-            "name": device.name if device else None,
-            "memory_gib": round(device.total_memory / 2**30, 1) if device else None,
+            "count": len(devices),
+            "name": devices[0].name if devices else None,
+            "memory_gib": round(devices[0].total_memory / 2**30, 1) if devices else None,
+            "names": [device.name for device in devices],
             "drivers": gpu_drivers(root),
         },
         "numerics": {
@@ -76,7 +76,6 @@ def environment(
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
             "float32_matmul_precision": matmul,
             "cudnn_allow_tf32": convolutions,  # on NVIDIA convolutions of float32 take TF32 unless told otherwise
-            "python_hash_seed": variables.get("PYTHONHASHSEED"),
         },
         "cpu": {
             "model": cpu[1].strip() if cpu else platform.machine(),
@@ -94,11 +93,7 @@ def environment(
 
 
 def code_version() -> dict[str, Any]:
-    """The code that computes: what a resumed run must share with the run that it continues.
-
-    ``source_sha256`` is there because two dirty checkouts of one commit need not hold the same code, and because an
-    installed wheel has no commit.
-    """
+    """The code that computes: versions, commit, and a hash of the source, which also tells dirty checkouts apart."""
     package = Path(floodrepro.__file__).parent
     git = checkout(package)
     own = {"floodrepro": floodrepro.__version__, "commit": git["commit"], "dirty": git["dirty"]}
@@ -106,16 +101,16 @@ def code_version() -> dict[str, Any]:
 
 
 def checkout(package: Path) -> dict[str, Any]:
-    """The git commit that a package folder is checked out from.
-
-    Args:
-        package: Folder with an ``__init__.py``.
+    """The git commit that a package folder is checked out from, or the one that a container image was built from.
 
     Returns:
         ``commit``, ``dirty`` (a tracked file anywhere in the repository differs from the commit) and ``note``. The
         first two are None where they cannot be known, and the note says why. A package that merely lies inside
-        someone else's repository, as an installed wheel in a project's ``.venv`` does, has no commit.
+        another repository, as a wheel in a project's ``.venv`` does, has no commit.
     """
+    built_from = os.environ.get(COMMIT_VARIABLE)
+    if built_from and not any((folder / ".git").exists() for folder in package.parents):
+        return {"commit": built_from, "dirty": None, "note": "the commit that the container image was built from"}
     unknown = {"commit": None, "dirty": None}
     try:
         if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
@@ -145,10 +140,20 @@ def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
     masked = "|".join(re.escape(name) for name in sorted(filter(None, names)) if not name.isdigit())
     found = {}
     for key in sorted(variables):
-        if (key in _VARIABLES or key.startswith(_PREFIXES)) and not _SECRET.search(key):
+        if _VARIABLES.fullmatch(key) and not _SECRET.search(key):
             value = re.sub(rf"{re.escape(home)}(?=/|$)", "~", variables[key]) if home else variables[key]
             found[key] = re.sub(rf"(?<![\w-])(?:{masked})(?![\w-])", "***", value) if masked else value
     return found
+
+
+def missing_requirements() -> list[str]:
+    """Names of floodrepro's dependencies that are not installed; empty where floodrepro itself is not."""
+    try:
+        lines = [line for line in requires("floodrepro") or () if "extra ==" not in line]
+    except PackageNotFoundError:
+        return []
+    versions = _versions(*(re.match(r"[\w.-]+", line)[0] for line in lines))  # type: ignore[index]  # PEP 508's form
+    return [name for name, number in versions.items() if number == "not installed"]
 
 
 def _versions(*packages: str) -> dict[str, str]:

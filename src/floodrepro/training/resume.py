@@ -1,206 +1,135 @@
-"""Whether a run may go on, and from where."""
+"""Whether a fit starts, resumes or has nothing to do: decided from files alone, so that all processes decide alike."""
 
-import shutil
-import sys
+import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from floodrepro import console
 from floodrepro import recipe as recipes
+from floodrepro.callbacks.exact_resume import newest_state
+from floodrepro.data.splits import DataState
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import PARTIAL, RunFolder, free_name, timestamp
-from floodrepro.training.checkpoint_files import LAST, PREVIOUS, has_digest, is_whole, newest_whole
-from floodrepro.training.full_state import KEY
+from floodrepro.run_folder import RunFolder, free_name
 
+STATE_KEY = "floodrepro"  # ExactResume keeps the identity under it
+_PACKAGES = ("torch", "lightning", "terratorch", "torchmetrics", "timm", "segmentation-models-pytorch", "numpy")
 _SHOWN = 3
 
+# What a resumed run may have changed: where it takes place, how long it lasts and what it prints.
+_MAY_CHANGE = re.compile(
+    r"trainer\.(default_root_dir|accelerator|devices|num_nodes|strategy|enable_\w+|logger.*|callbacks.*|plugins.*"
+    r"|log_every_n_steps|max_epochs|max_steps|max_time|min_epochs|min_steps|profiler.*|num_sanity_val_steps)"
+    r"|data\.init_args\.(\w*(root|dir|path|split)(\..+)?|num_workers|prefetch_factor|pin_memory|persistent_workers)"
+    r"|predict_output_dir|output_file_prefix|out_dtype|deploy_config_file|custom_modules_path"
+)
+_ONLY_WATCH = ("ProgressBar", "Monitor", "ModelSummary", "ModelCheckpoint", "EarlyStopping", "Timer")
 
-def identity(
-    recipe: Recipe,
-    recipe_sha256: str,
-    data_digest: str | None,
-    code: Mapping[str, Any],
-    numerics: Mapping[str, bool],
-) -> dict[str, Any]:
-    """What two parts of one run have in common; stored in every full state.
 
-    The code is known by the digest of its source: another commit may have changed the documentation only.
+def identity(recipe: Recipe, data: DataState) -> dict[str, Any]:
+    """What two parts of one run must have in common, as plain values; it is stored in every full state.
 
     Args:
         recipe: The resolved recipe.
-        recipe_sha256: Its fingerprint.
-        data_digest: Of the data, as the quick audit gives it.
-        code: Versions of the code that decides what is computed.
-        numerics: Options that may change roundings.
+        data: What `floodrepro.data.splits.check_data` found.
     """
-    known = {key: value for key, value in code.items() if key not in ("commit", "dirty")}
+    kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
+    callbacks = (recipe.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        name = callback["class_path"].rsplit(".", 1)[-1] if isinstance(callback, Mapping) else str(callback)
+        if not name.endswith(_ONLY_WATCH):
+            kept |= dict(recipes.leaves(callback, f"trainer.callbacks.{name}"))
     return {
-        "recipe": recipe,
-        "recipe_sha256": recipe_sha256,
-        "data_digest": data_digest,
-        "code": known,
-        "numerics": dict(numerics),
+        "recipe": kept,
+        "data": dict(data.digests),
+        "packages": {name: version(name) for name in _PACKAGES},
     }
 
 
-def begin(run: RunFolder, now: Mapping[str, Any], resume: str, *, anyway: bool) -> Path | None:
-    """Decide what a fit starts from, and leave recipe and record in the run folder as they have to be for it.
+def choose_state(
+    run: RunFolder, now: Mapping[str, Any], *, resume: str, ckpt_path: str | None, allow_changes: bool
+) -> tuple[Path | None, list[str]]:
+    """Decide what a fit starts from.
 
     Args:
-        run: The run folder, empty for a new run.
+        run: The run folder; it may not exist yet.
         now: Identity of what is asked for.
-        resume: auto, never, or a path to a full state.
-        anyway: Go on although the identity changed.
+        resume: "auto", or "never" to refuse a run that exists.
+        ckpt_path: A full state to resume from: a path, or "last" for the run's own.
+        allow_changes: Accept changes of all but model and optimizer.
 
     Returns:
-        The full state to go on from; None to start from the beginning.
+        The full state to resume from, None to start from the beginning; and what changed since it, a line each.
 
     Raises:
-        UsageError: The run is finished, is another one, or must not be gone on with.
-        CheckpointError: No state of it is whole.
+        UsageError: The folder holds something else, the run must not be resumed, or it would not be the same run.
+        CheckpointError: The state cannot be read.
     """
-    old = run.recipe.exists() and run.record.exists()
-    run.refuse_to_begin(resume)
-    _remove_partial(run.path)
-    own = newest_whole(run.checkpoints) if resume in ("auto", "never") or _started_from(run, resume) else None
-    state = own if own or resume in ("auto", "never") else _given(Path(resume))
-    if own and resume != "auto":
-        console.say(f"this run was started from {resume} and goes on from its own {own.name}")
-    if state is not None:
-        before: Mapping[str, Any] = read_identity(state)
-    elif old and "environment" in run.read_record():  # killed before its first state; else it was never built
-        before = {
-            "recipe": recipes.read(run.recipe),
-            **{k: run.read_record()[k] for k in ("data_digest", "code", "numerics")},
-        }
-    else:
-        before = now
-    changes = list_changes(before, now)
-    there = run.recipe.exists()
-    stale = there and recipes.fingerprint(recipes.read(run.recipe)) != now["recipe_sha256"]
-    if old and stale and "environment" in run.read_record():  # else it was never built, and may be mended
-        kept = list_changes({**now, "recipe": recipes.read(run.recipe)}, now)
-        changes += [line for line in kept if line not in changes]
-    if state is not None and before["numerics"]["fused"] != now["numerics"]["fused"]:
+    if run.path.exists() and not run.is_resumable():
+        raise UsageError("the folder exists and holds no run of floodrepro", where=run.path, fix="give another --name")
+    if run.record.exists() and resume == "never":
+        raise UsageError("the run exists already", where=run.path, fix=f"--name {free_name(run.path)} for a new run")
+    if ckpt_path == "best":
         raise UsageError(
-            "a state of AdamW in one kernel goes on in one kernel only, and another state never does",
-            where=state,
-            fix="fit with --fused" if before["numerics"]["fused"] else "fit without --fused",
+            "best.ckpt holds weights only and cannot be resumed",
+            where=run.best,
+            fix=f"--ckpt_path last, or --weights {run.best} under another --name",
         )
-    if not anyway:
-        refuse_changes(changes, state or run.recipe)
-    if there and (changes or stale):
-        run.recipe.replace(run.recipe.with_name(free_name(run.recipe)))  # nothing is lost
-    if changes or stale or not old:
-        run.save_recipe(now["recipe"])
-    if state is not None:
-        _bring_along(state, run)
-    if not old:
-        run.update_record(started=timestamp(), started_from=str(state.resolve()) if state else None)
-    if old or state:
-        entry = {"when": timestamp(), "from": str(state) if state else "the start", "changes": changes}
-        run.update_record(resumes=[*run.read_record().get("resumes", []), entry])
-    run.update_record(recipe_sha256=now["recipe_sha256"], command=["floodrepro", *sys.argv[1:]])
-    return state
+    own = newest_state(run.checkpoints) if run.checkpoints.is_dir() else None
+    state = own or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
+    if state is None:
+        return None, []
+    before = read_identity(state)
+    changes = [
+        f"{section}.{key}: {old!r} became {new!r}" if section != "recipe" else f"{key}: {old!r} became {new!r}"
+        for section in ("recipe", "data", "packages")
+        for key, (old, new) in recipes.differences(before[section], now[section]).items()
+    ]
+    fixed = [line for line in changes if line.startswith(("model.", "optimizer.", "lr_scheduler."))]
+    if changes and (fixed or not allow_changes):
+        shown = fixed or changes
+        more = f" (and {len(shown) - _SHOWN} more)" if len(shown) > _SHOWN else ""
+        hint = (
+            f"--weights {state} starts a new run from its weights" if fixed else "or --resume-anyway, which is recorded"
+        )
+        raise UsageError(
+            f"this would not be the same run: {'; '.join(shown[:_SHOWN])}{more}",
+            where=state,
+            fix=f"undo the change, or give another --name; {hint}",
+        )
+    return state, changes
 
 
-def _remove_partial(folder: Path) -> None:
-    """Remove what a killed process has left half written."""
-    for orphan in folder.glob(f".*{PARTIAL}"):
-        orphan.unlink()
-
-
-def _started_from(run: RunFolder, state: str) -> bool:
-    """Whether this run was new when a state was named for it: what it has saved since descends from that state."""
-    return run.record.exists() and run.read_record().get("started_from") == str(Path(state).resolve())
-
-
-def _given(state: Path) -> Path:
-    """A state that was named on the command line; it may have been copied without its hash."""
-    if has_digest(state) and not is_whole(state):
-        raise CheckpointError(f"{state.name} is damaged (its sha256 is another)", where=state)
-    return state
-
-
-def _bring_along(state: Path, run: RunFolder) -> None:
-    """Copy what belongs to a state of another run: where its weights began, and the best that it knows of.
-
-    Later best weights of that run are none of the state's own.
-    """
-    start, best = (state.with_name(path.name) for path in (run.starting_point, run.best))
-    if state.parent.resolve() == run.checkpoints.resolve():
-        return
-    if start.is_file():
-        _copy(start, run.starting_point)
-    if best.is_file():
-        content = _read(state)
-        step = torch.load(best, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        if step < content["global_step"] or content[KEY]["moment"] == "end":
-            _copy(best, run.best)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f".{target.name}{PARTIAL}")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
-
-
-def follow(run: RunFolder, resume: str) -> Path | None:
-    """What `begin` decides, for the other processes of a run: they read, and leave all writing to the first."""
-    given = None if resume in ("auto", "never") else Path(resume)
-    if resume == "never" or (given and not _started_from(run, resume)):
-        return given
-    return next((state for name in (LAST, PREVIOUS) if is_whole(state := run.checkpoints / name)), given)
+def is_done(recipe: Recipe, record: Mapping[str, Any]) -> bool:
+    """Whether a run is finished, and the recipe asks for no more epochs or steps than it was asked for."""
+    length = record.get("length") or {}
+    longer = [(recipe["trainer"].get(key) or 0) > (length.get(key) or 0) for key in ("max_epochs", "max_steps")]
+    return record.get("status") == "finished" and not any(longer)
 
 
 def read_identity(state: Path) -> dict[str, Any]:
-    """The identity in a full state's file.
+    """The identity that is stored in a full state.
 
     Raises:
-        CheckpointError: It is no full state.
+        CheckpointError: It is no full state of floodrepro.
     """
-    found: dict[str, Any] = _read(state)[KEY]["identity"]
+    try:
+        content = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+        found: dict[str, Any] = content[STATE_KEY]["identity"]
+    except FileNotFoundError as error:
+        raise CheckpointError("the checkpoint to resume from does not exist", where=state) from error
+    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+        raise CheckpointError(
+            "this is no full state that a run can resume from",
+            where=state,
+            fix="give checkpoints/last.ckpt of a run, or start from the weights alone: --weights FILE",
+        ) from error
     return found
 
 
 def read_step(state: Path) -> int:
-    """The number of optimizer steps that a full state has behind it; raises as `read_identity`."""
-    return int(_read(state)["global_step"])
-
-
-def _read(state: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-        content[KEY]
-    except FileNotFoundError as error:
-        raise CheckpointError("the state to resume from is not there", where=state) from error
-    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
-        raise CheckpointError(
-            "this is no full state that a run can resume from", where=state, fix="give checkpoints/last.ckpt of a run"
-        ) from error
-    return content
-
-
-def list_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, one line each: recipe keys, data digest, versions."""
-    changes = []
-    for section in ("recipe", "data_digest", "code", "numerics"):
-        for key, (old, new) in recipes.differences(before[section], now[section], section).items():
-            changes.append(f"{key.removeprefix('recipe.')}: {old!r} became {new!r}")
-    return changes
-
-
-def refuse_changes(changes: list[str], state: Path) -> None:
-    """Raise `UsageError` with the differences, if there are any."""
-    if changes:
-        more = f" (and {len(changes) - _SHOWN} more)" if len(changes) > _SHOWN else ""
-        raise UsageError(
-            f"the run cannot go on as the same run: {'; '.join(changes[:_SHOWN])}{more}",
-            where=state,
-            fix="undo the change, start a new run with --name, or --resume-anyway, which is recorded",
-        )
+    """The number of optimizer steps that a full state has behind it."""
+    return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["global_step"])

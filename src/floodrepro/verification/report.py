@@ -1,134 +1,207 @@
-"""The report of a battery: report.md, report.html and figures, from results.json and nothing but it.
+"""The report: report.md, report.html and figures, from results.json and nothing else.
 
-The panels alone need more than numbers; their pixels lie in `evidence/panels.npz` beside it. The same input gives the
-same bytes. Neither torch nor a GPU is needed.
+The HTML is the Markdown in a page that loads nothing. Only the pictures of chips need more: their pixels lie in
+`evidence/panels.npz`. The same input gives the same bytes, and neither torch nor a GPU is needed.
 """
 
 import base64
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import markdown
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from floodrepro.errors import RunFolderError, TableError
+from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import write_atomically
-from floodrepro.verification import wording
-from floodrepro.verification.figure_panels import ARRAYS, panels_png
-from floodrepro.verification.figures import png
+from floodrepro.verification.check import NOTHING, number
+from floodrepro.verification.checks.run import device_of, hours_of, step_seconds
+from floodrepro.verification.figures import PANEL_ARRAYS, panels_png, png
+from floodrepro.verification.results import COMPARISONS
 
-_TEMPLATES = {"report.md": "report.md.j2", "report.html": "report.html.j2"}
-# What Markdown reads as more than text; a pipe would end a table's cell.
-_MARKDOWN = re.compile(r"([\\`*\[\]|])")
+_FOLDER = Path(__file__).parent
+_MARKUP = re.compile(r"([\\`*_\[\]|])")
+_ORDER = ("fail", "undecided", "skip", "pass")
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write report.md, report.html and figures/*.png.
+    """Write report.md, report.html and figures/*.png into a folder and return the files.
 
     Args:
         results: The content of results.json.
-        folder: Where they go; `evidence/panels.npz` in it holds the panels' pixels, if there are any.
-
-    Returns:
-        The files that were written.
+        folder: Where they go; `evidence/panels.npz` in it holds the pixels of the pictures, if there are any.
 
     Raises:
         RunFolderError: The folder cannot be written.
-        TableError: `evidence/panels.npz` is damaged.
     """
     figures = draw(results, folder / "evidence" / "panels.npz")
-    written = []
+    text = render(results, figures)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         for name, content in figures.items():
-            written.append(folder / name)
-            written[-1].write_bytes(content)
-        for name, text in render(results, figures).items():
-            written.append(folder / name)
-            write_atomically(written[-1], text)
+            (folder / name).write_bytes(content)
+        write_atomically(folder / "report.md", text)
+        write_atomically(folder / "report.html", to_html(text, figures, f"Verification of {results['run']['name']}"))
     except OSError as error:
         raise RunFolderError(
             f"the report cannot be written: {error.strerror}", where=folder, fix="--output DIR puts it elsewhere"
         ) from error
-    return written
+    return [*(folder / name for name in figures), folder / "report.md", folder / "report.html"]
 
 
 def draw(results: Mapping[str, Any], panels: Path) -> dict[str, bytes]:
-    """The figures as PNGs by their path below the report's folder."""
-    figures = {}
+    """The figures as PNGs by their path below the report's folder. Pictures that cannot be read are left out."""
+    figures = {"figures/forest.png": png(results["forest"])} if results["forest"]["series"] else {}
     for check in results["checks"]:
         for plot in check["plots"]:
             if plot["kind"] != "panels":
-                figures[figure_path(check, plot)] = png(plot)
-            elif panels.is_file():
-                figures[figure_path(check, plot)] = panels_png(_read_panels(panels))
+                figures[figure_path(plot)] = png(plot)
+            elif arrays := _read_panels(panels):
+                figures[figure_path(plot)] = panels_png(arrays)
     return figures
 
 
-def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> dict[str, str]:
-    """report.md and report.html as text, by name; a figure that is not given is said to be missing."""
-    environment = Environment(
-        loader=PackageLoader("floodrepro.verification", "templates"),
-        # By the name's middle, for select_autoescape() looks at its end alone, which is .j2 for both.
-        autoescape=lambda name: name is not None and ".html" in name,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
+    """report.md as text; a figure that is not given is said to be missing."""
+    checks = sorted(results["checks"], key=lambda check: _ORDER.index(check["status"]))
+    plots = {plot["name"]: plot for check in checks for plot in check["plots"]}
+    return fill_in(
+        _FOLDER / "report.md.j2",
+        results=results,
+        checks=checks,
+        plots=plots,
+        figures=figures,
+        figure_path=figure_path,
+        required=required_sentence(results["summary"]),
+        facts=run_facts(results["run"]),
+        reproduce=how_to_reproduce(results["run"]),
     )
-    environment.filters |= {"number": wording.number, "interval": wording.interval, "behind": wording.behind}
-    environment.filters |= {"key_figure": wording.key_figure, "md": _markdown, "score": _score}
-    context = {
-        "results": results,
-        "facts": wording.run_facts(results["run"]),
-        "figure": wording.figure,
-        "figure_path": figure_path,
-        "shown_columns": wording.shown_columns,
-        "uris": {name: f"data:image/png;base64,{base64.b64encode(data).decode()}" for name, data in figures.items()},
-        "marks": {"pass": "✓", "fail": "✗", "skip": "○"},
-        "partial": _partial(results),
-    }
-    return {name: environment.get_template(template).render(context) for name, template in _TEMPLATES.items()}
 
 
-def figure_path(check: Mapping[str, Any], plot: Mapping[str, Any]) -> str:
-    """Where a plot's picture lies below the report's folder: results of someone else cannot name another place."""
-    return "figures/" + re.sub(r"[^A-Za-z0-9_-]", "_", f"{check['id']}-{plot['name']}") + ".png"
+def to_html(text: str, figures: Mapping[str, bytes], title: str) -> str:
+    """A report's Markdown as one page, with its figures inside."""
+    body = markdown.markdown(text, extensions=["tables", "md_in_html"])
+    for name, content in figures.items():
+        uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        body = body.replace(f'src="{name}"', f'class="{Path(name).stem}" src="{uri}"')
+    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    style = (_FOLDER / "style.css").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
 
 
-def _partial(results: Mapping[str, Any]) -> str:
-    """What a partial report says at its top; empty for a whole one."""
-    if not results["summary"]["partial"]:
-        return ""
-    skipped = [check["id"] for check in results["checks"] if check["status"] == "skip"]
-    made = {check["id"] for check in results["checks"]}
-    absent = [id_ for id_ in results["summary"]["required"] if id_ not in made]
-    parts = [f"{len(skipped)} of {len(made)} checks were skipped ({', '.join(skipped)})"] if skipped else []
-    parts += [f"required checks were not made ({', '.join(absent)})"] if absent else []
-    return f"Partial report: {'; '.join(parts)}. What was not checked was not passed."
+def fill_in(template: Path, **values: Any) -> str:
+    """A template's text with these values; one that it names and that is not given raises."""
+    environment = Environment(
+        loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"md": md, "score": score, "number": number}
+    environment.globals |= {"table": table}
+    return environment.get_template(template.name).render(**values)
 
 
-def _score(value: float | None) -> str:
-    """A score of the table, 0 to 1, four digits after the point."""
-    return wording.NOTHING if value is None else f"{value:.4f}"
+def figure_path(plot: Mapping[str, Any]) -> str:
+    """Where a plot's picture lies below the report's folder; results of others cannot name another place."""
+    return "figures/" + re.sub(r"[^A-Za-z0-9_-]", "_", plot["name"]) + ".png"
 
 
-def _markdown(text: Any) -> str:
+def score(value: float | None) -> str:
+    """A score from 0 to 1, four digits after the point; a dash where it is undefined."""
+    return NOTHING if value is None else f"{value:.4f}"
+
+
+def md(text: Any) -> str:
     """Text for a line or a cell of Markdown: neither markup nor HTML in it counts."""
     line = " ".join(str(text).split())
-    return _MARKDOWN.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    return _MARKUP.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-def _read_panels(path: Path) -> dict[str, Any]:
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(md(number(cell)) for cell in line)} |" for line in lines)
+
+
+def required_sentence(summary: Mapping[str, Any]) -> str:
+    """What became of the required checks; the report and the model card have the same sentence."""
+    if summary["not_met"]:
+        sentence = f"Required and not met: {', '.join(summary['not_met'])}."
+    else:
+        asked = [name for name in summary["required"] if name not in COMPARISONS]
+        compared = [name for name in summary["required"] if name in COMPARISONS]
+        sentence = f"All required checks passed: {', '.join(asked)}." if asked else ""
+        sentence += f" No required comparison failed: {', '.join(compared)}." if compared else ""
+    if summary["left_out"]:
+        sentence += f" The list of required checks was shortened: {', '.join(summary['left_out'])} not asked for."
+    return sentence.strip()
+
+
+def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a run was, label and text, as far as its record has it; the model card has the same."""
+    environment, progress = run.get("environment") or {}, run.get("progress") or {}
+    packages = environment.get("packages") or {}
+    named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
+    chips, hours = (run.get("data") or {}).get("chips") or {}, hours_of(run)
+    skipped = progress.get("skipped_steps")
+    best, loss = run.get("best_epoch"), run.get("best_val_loss")
+    memory = (run.get("memory_gib") or {}).get("after_warm_up") or {}
+    rate, step = run.get("chips_per_second"), step_seconds(run)
+    back = (run.get("rollback") or {}).get("precision")
+    facts = {
+        "device": device_of(run) if environment else "",
+        "precision": (environment.get("numerics") or {}).get("precision"),
+        "precision changed": f"from {back[0]} to {back[1]} at step {run['rollback']['step']}" if back else "",
+        "chips": ", ".join(f"{count:,} {split}" for split, count in chips.items()),
+        "epochs": f"{progress['epochs']}; the weights are of epoch {best}, counted from 0"
+        if "epochs" in progress
+        else "",
+        "val/loss of that epoch": score(loss) if loss is not None else "",
+        "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
+        "seed": run.get("seed"),
+        "time": f"{hours:.1f} h from start to end" if hours is not None and hours >= 0.1 else "",
+        "speed": f"{rate['median']:g} chips/s (median epoch)" if rate else "",
+        "a step": f"{step:.3g} s (median epoch)" if step else "",
+        "peak memory": ", ".join(f"{name} {value:g} GiB" for name, value in memory.items()),
+        "versions": ", ".join(f"{name} {packages[name]}" for name in named if name in packages),
+    }
+    return [(label, str(text)) for label, text in facts.items() if text not in (None, "")]
+
+
+def how_to_reproduce(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Code, data and command of a run, and the hashes of what it left."""
+    data, weights = run.get("data") or {}, (run.get("checkpoint") or {}).get("sha256")
+    return [
+        ("code", code_of(run)),
+        ("data", f"protocol {run.get('protocol')}, commit {data.get('commit') or 'not recorded'}"),
+        *((f"data digest, {split}", digest) for split, digest in (data.get("digests") or {}).items()),
+        ("command", " ".join(run.get("command") or []) or "not recorded"),
+        ("recipe sha256", run.get("recipe_sha256") or "not recorded"),
+        ("checkpoint sha256", weights or "not tested"),
+    ]
+
+
+def code_of(run: Mapping[str, Any]) -> str:
+    """Version and commit of the code of a run; the hash of its source where no commit is recorded."""
+    code = run.get("code") or {}
+    if not code:
+        return "not recorded"
+    commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
+    return f"floodrepro {code.get('floodrepro')}, {commit}{' with changes' if code.get('dirty') else ''}"
+
+
+def _read_panels(path: Path) -> dict[str, Any] | None:
+    """The arrays of the pictures; None where they are missing or damaged, which the check of panels judges."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in ARRAYS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise TableError(
-            f"the panels' pixels cannot be read: {error}",
-            where=path,
-            fix="floodrepro verify --run DIR makes them again",
-        ) from error
+            return {name: content[name] for name in PANEL_ARRAYS}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None

@@ -1,4 +1,4 @@
-"""results.json: what a battery found, in JSON types, and the only source of its report and of the model card.
+"""results.json: what the checks found, in JSON types, and the only source of the report and the model card.
 
 `docs/verification.md` documents every key.
 """
@@ -8,78 +8,77 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import floodrepro
+from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import RunFolderError, TableError
-from floodrepro.evaluation.chip_table import ChipTable
-from floodrepro.evaluation.metrics import per_class, scores
+from floodrepro.evaluation.metrics import Counts, class_scores, scores, which_iou
+from floodrepro.recipe import beside_shipped
 from floodrepro.run_folder import write_atomically
-from floodrepro.verification.check import Check, Evidence
-from floodrepro.verification.verdict import verdict, warnings
+from floodrepro.verification.check import Check, Evidence, Plot
+from floodrepro.verification.checks.scores import terratorch_scores
 
-SCHEMA = 1
+SCHEMA = 2
+COMPARISONS = ("parity", "head_to_head", "variance", "reference")
+"""Checks that are met, unless --require names them, if they do not fail: data that do not decide are no failure."""
 
-_RECORD = (
-    *("status", "reason", "recipe_sha256", "data_digest", "code", "environment", "seed", "epochs", "best_epoch"),
-    *("best_val_loss", "started", "ended", "chips", "incidents", "rollback", "resumes", "numerics", "options"),
-    *("energy", "progress", "step_seconds", "chips_per_second", "share_waiting_for_data", "memory_gib"),
-    *("undetermined_operations", "checkpoint_sha256", "processes", "batch_size", "data_warnings"),
-)
-_PARTS = {
-    **{"made": str, "floodrepro": str, "run": dict, "verdict": dict, "summary": dict, "warnings": list},
-    **{"scores": dict, "subsets": dict, "checks": list},
-}
+_NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
 _PATH = re.compile(r"""(?<![\w./])/(?:[^\s'"/]+/)*([^\s'"/]+)""")
-_WORDS = {"passed": "pass", "failed": "fail", "skipped": "skip"}
 
 
 def summarise(
-    evidence: Evidence, checks: Sequence[Check], required: Sequence[str], made: str, standard: Sequence[str] = ()
+    evidence: Evidence,
+    checks: Sequence[Check],
+    required: Sequence[str],
+    made: str,
+    *,
+    standard: Sequence[str],
+    by_name: bool = False,
 ) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
         evidence: What the checks were given.
-        checks: Their answers, in the order of the report.
-        required: Ids of the checks without which there is no verdict; one that was not made counts as not passed.
+        checks: Their answers.
+        required: Ids of the checks that are required.
         made: The time, ISO 8601.
-        standard: Ids without which nothing is claimed or published, whatever was asked for.
+        standard: Ids that thresholds.yaml requires: those that `required` leaves out are named.
+        by_name: Whether --require named them: then a comparison has to be equivalent.
     """
-    needed = list(dict.fromkeys([*standard, *required]))
-    statuses = {check.id: check.status for check in checks}
-    counted = {word: sum(check.status == status for check in checks) for word, status in _WORDS.items()}
-    broken = [id_ for id_ in required if statuses.get(id_) != "pass"]
-    short = [id_ for id_ in needed if statuses.get(id_) != "pass"]
-    results: dict[str, Any] = _plain(
-        {
-            **{"schema": SCHEMA, "made": made, "floodrepro": floodrepro.__version__},
-            "run": _run(evidence),
-            "reference": _reference(evidence),
-            "verdict": verdict(evidence, checks, short),
-            "summary": {
-                **counted,
-                "text": _text(counted),
-                "required": required,
-                "required_not_passed": broken,
-                "needed": needed,
-                "needed_not_passed": short,
-                "ok": not broken,
-                "partial": counted["skipped"] > 0 or any(id_ not in statuses for id_ in required),
-            },
-            "warnings": warnings(evidence),
-            "scores": _score_table(evidence),
-            "subsets": {
-                name: {"n_chips": len(table), "n_events": len(set(table.events.tolist()))} | table_scores(table)
-                for name, table in evidence.subsets.items()
-            },
-            "checks": [asdict(check) | {"number": number} for number, check in enumerate(checks, start=1)],
-        }
-    )
-    return results
+    by_id = {check.id: check for check in checks}
+    not_met = [name for name in required if not _met(by_id.get(name), by_name)]
+    counted = {status: sum(check.status == status for check in checks) for status in _WORDS}
+    content = {
+        "schema": SCHEMA,
+        "made": made,
+        "floodrepro": floodrepro.__version__,
+        "run": _run(evidence),
+        "reference": _reference(evidence),
+        "verdict": _verdict(evidence, by_id, not_met),
+        "summary": {
+            **{word: counted[status] for status, word in _WORDS.items()},
+            "text": ", ".join(f"{counted[status]} {word}" for status, word in _WORDS.items() if counted[status]),
+            "required": required,
+            "left_out": [name for name in standard if name not in required],
+            "not_met": not_met,
+            "ok": not not_met,
+        },
+        "banner": _banner(evidence),
+        "warnings": _warnings(evidence),
+        "scores": _score_table(evidence),
+        "subsets": {
+            name: {"n_chips": len(table), "n_events": len(set(table.events))} | terratorch_scores(table)
+            for name, table in evidence.subsets.items()
+        },
+        "forest": asdict(_forest(evidence, checks)),
+        "checks": [_check(check) for check in checks],
+    }
+    plain: dict[str, Any] = _plain(content)
+    return plain
 
 
 def save(results: Mapping[str, Any], path: Path) -> None:
@@ -88,10 +87,9 @@ def save(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         RunFolderError: The folder cannot be written.
     """
-    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text)
+        write_atomically(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise RunFolderError(
             f"the results cannot be written: {error.strerror}", where=path, fix="--output DIR puts them elsewhere"
@@ -99,11 +97,11 @@ def save(results: Mapping[str, Any], path: Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read results.json and check that it is whole and that its summary is that of its checks.
+    """Read results.json.
 
     Raises:
         RunFolderError: There is none, or it cannot be read.
-        TableError: It is damaged, of another schema, or contradicts itself.
+        TableError: It is damaged, or of another schema.
     """
     again = "floodrepro verify --run DIR writes it again"
     try:
@@ -111,146 +109,207 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunFolderError(f"the results cannot be read: {error.strerror}", where=path, fix=again) from error
     except ValueError as error:
-        raise TableError(f"the results are no JSON, or damaged: {error}", where=path, fix=again) from error
+        raise TableError(f"the results are damaged: {error}", where=path, fix=again) from error
     schema = results.get("schema") if isinstance(results, dict) else None
-    if not isinstance(schema, int):
-        raise TableError("this is no results.json: it holds no schema", where=path, fix=again)
     if schema != SCHEMA:
-        newer = schema > SCHEMA
         raise TableError(
             f"the results have schema {schema}, this version of floodrepro ({floodrepro.__version__}) reads {SCHEMA}",
             where=path,
-            fix=f"read them with floodrepro {results.get('floodrepro', 'of a later version')}" if newer else again,
+            fix=again,
         )
-    if problem := _contradiction(results):
-        raise TableError(f"the results contradict themselves: {problem}", where=path, fix=again)
     return results
 
 
+_WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
+
+
+def _met(check: Check | None, by_name: bool) -> bool:
+    if check is None:
+        return False
+    if check.id in COMPARISONS and not by_name:
+        return check.status != "fail"
+    return check.status == "pass" and check.outcome in (None, "equivalent")
+
+
+def _check(check: Check) -> dict[str, Any]:
+    values = [asdict(v) | {"text": v.text, "criterion": v.criterion, "ok": v.ok} for v in check.values]
+    return asdict(check) | {"values": values}
+
+
+def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
+    """One word and one sentence, and what was not shown.
+
+    The word is equivalent, different or undecided; `not compared` without a comparison; `failed` or `incomplete` where
+    a required check that is no comparison failed or was skipped. Equivalence is refused its name where the
+    declared seeds, or the mean over events, stand against it.
+    """
+    parity, seeds, name = by_id.get("parity"), by_id.get("variance"), evidence.reference_name or "the reference"
+    word, sentence = "not compared", "There was no comparison with a reference; the run itself was checked."
+    outcome = parity.outcome if parity else None
+    if parity and parity.outcome is None and evidence.reference is not None:
+        sentence = f"The run was not compared with {name}: {parity.finding}."
+    elif parity and outcome:
+        sentence = f"Against {name}: {evidence.iou_name} {parity.finding}."
+        against = [by_id[key] for key in ("variance", "head_to_head") if key in by_id]
+        doubts = [one for one in against if one.status == "fail" or (one is seeds and one.status == "undecided")]
+        if doubts and (outcome == "equivalent" or doubts[0].outcome == "different (worse)"):
+            worse = doubts[0] is seeds and seeds.outcome == "different (worse)"
+            outcome = "different (worse)" if worse else "undecided"
+            sentence = f"{sentence[:-1]}. But {doubts[0].title.lower()}: {doubts[0].finding}."
+        word = outcome
+    broken = [key for key in not_met if key not in COMPARISONS]
+    if broken:
+        named = "; ".join(f"{key} ({by_id[key].finding if key in by_id else 'not made'})" for key in broken)
+        sentence = f"Required checks did not pass: {named}. {sentence}"
+        failed = any(by_id[key].status == "fail" for key in broken if key in by_id)
+        word = "failed" if failed else "incomplete"
+    limits = []
+    if len(evidence.seeds) < 2:
+        limits.append("what another seed would give, for this is one run")
+    limits.append("how the model does on events, regions and chips other than these")
+    return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {', or '.join(limits)}."}
+
+
+def _forest(evidence: Evidence, checks: Sequence[Check]) -> Plot:
+    """All differences to the reference that have an interval."""
+    values = [v for check in checks if check.id in COMPARISONS for v in check.values if v.level and v.unit == "pp"]
+    values.sort(key=lambda value: value.name.startswith("mIoU"))  # the figures that are tested first
+    margin = float(evidence.thresholds["parity"]["margin_pp"])
+    columns: dict[str, list[Any]] = {"x": [v.value for v in values], "y": [v.name for v in values]}
+    columns |= {"low": [v.low for v in values], "high": [v.high for v in values]}
+    level = f"{100 * values[0].level:g} % " if values and values[0].level else ""
+    return Plot(
+        "forest",
+        "forest",
+        "",
+        f"this run less {evidence.reference_name or 'the reference'}, percentage points",
+        "",
+        [{"label": "difference", **columns}] if values else [],
+        f"Differences to the reference with {level}intervals; the shaded band is the margin of ±{margin:g} pp.",
+        margin,
+    )
+
+
 def _run(evidence: Evidence) -> dict[str, Any]:
-    metadata = evidence.table.metadata if evidence.table else {}
-    return {
-        "name": evidence.run.path.name,
-        "protocol": metadata.get("protocol"),
+    record = {key: _without_folders(value) for key, value in evidence.record.items() if key not in _NOT_COPIED}
+    table = evidence.table
+    metadata = table.metadata if table else {}
+    return record | {
+        "name": evidence.run.path.resolve().name,
+        "protocol": protocol_of(evidence.recipe).name,
+        "class_name": evidence.class_name,
         "split": metadata.get("split"),
         "checkpoint": metadata.get("checkpoint"),
+        "n_chips": len(table) if table else None,
+        "n_events": len(set(table.events)) if table else None,
         "seeds": [{"seed": run.seed, "status": run.status, "run": run.run} for run in evidence.seeds],
-        **{key: _without_paths(evidence.record[key]) for key in _RECORD if key in evidence.record},
     }
 
 
-def _without_paths(entry: Any) -> Any:
-    """A record's entry with files by their names alone: results are published, and where they lay is nobody's.
-
-    In sentences as well, such as that of a resume: "'/home/a/data' became '/mnt/b'".
-    """
+def _without_folders(entry: Any) -> Any:
+    """A record's entry with files by their names alone: results are published, and where files lay is private."""
     if isinstance(entry, Mapping):
-        return {key: _without_paths(value) for key, value in entry.items()}
+        return {key: _without_folders(value) for key, value in entry.items()}
     if isinstance(entry, list):
-        return [_without_paths(value) for value in entry]
-    if not isinstance(entry, str):
-        return entry
-    return PurePath(entry).name if entry.startswith("/") else _PATH.sub(r"\1", entry)
+        return [_without_folders(value) for value in entry]
+    return _PATH.sub(r"\1", entry) if isinstance(entry, str) else entry
 
 
 def _reference(evidence: Evidence) -> dict[str, Any] | None:
     if evidence.reference is None:
         return None
-    keys = ("checkpoint", "recipe_sha256", "data_digest", "protocol")
-    return {"name": evidence.reference_name, **{key: evidence.reference.metadata.get(key) for key in keys}}
-
-
-def table_scores(table: ChipTable) -> dict[str, float | None]:
-    """TerraTorch's scores of the pooled counts and each class's recall; None where no pixel was counted."""
-    counts = table.counts.sum(axis=0)
-    recall = per_class(counts)["recall"]
-    found = scores(counts) | {f"Class_Accuracy_{k}": float(value) for k, value in enumerate(recall)}
-    return dict.fromkeys(found) if not counts.sum() else dict(found)
+    metadata = evidence.reference.metadata
+    return {"name": evidence.reference_name} | {key: metadata.get(key) for key in ("checkpoint", "recipe_sha256")}
 
 
 def _score_table(evidence: Evidence) -> dict[str, Any]:
-    """The run beside the reference and the published figures of its protocol, a row a metric, flood IoU first."""
-    table = evidence.table
+    """The run beside reference, baselines and published figures on the same chips; a row a score."""
+    table, k, name = evidence.table, evidence.positive, evidence.class_name
     if table is None:
         return {"rows": [], "columns": []}
-    columns = [_column("ours", evidence.run.path.name, table)]
-    figures: dict[str, Mapping[str, Any]] = {"ours": table_scores(table)}
+    tables = [(evidence.run.path.resolve().name, table)]
     if evidence.reference is not None:
-        columns.append(_column("reference", evidence.reference_name, evidence.reference))
-        figures["reference"] = table_scores(evidence.reference)
-    for stem, entry in evidence.published.items():
-        if entry.get("figures") and entry.get("protocol") == table.metadata.get("protocol"):
-            chips = entry.get("chips")
-            same = f"on {chips} chips, as many as here" if chips == len(table) else "on other chips"
-            columns.append(
-                {
-                    "key": stem,
-                    "label": str(entry.get("name", stem)),
-                    "source": str(entry.get("source", "no source given")),
-                    "note": f"Measured by others, {same}; not by this code.{_doubts(stem, entry)}",
-                }
-            )
-            figures[stem] = {str(key).removeprefix("test/"): value for key, value in entry["figures"].items()}
-    return {
-        "rows": [
-            {"metric": metric, "label": label} | {key: values.get(metric) for key, values in figures.items()}
-            for metric, label in _labels(table)
-        ],
-        "columns": columns,
-    }
-
-
-def _doubts(stem: str, entry: Mapping[str, Any]) -> str:
-    found = len(entry.get("contradictions") or [])
-    return f" Contradictions found in it: {found}, listed in verification/reference/{stem}.yaml." if found else ""
-
-
-def _column(key: str, label: str, table: ChipTable) -> dict[str, str]:
-    checkpoint = (table.metadata.get("checkpoint") or {}).get("name", "a checkpoint")
-    source = f"{checkpoint}, {len(table)} chips of {len(set(table.events.tolist()))} events"
-    return {"key": key, "label": label, "source": source, "note": "Computed from its chip table by this code."}
-
-
-def _labels(table: ChipTable) -> list[tuple[str, str]]:
-    """Metrics with their labels. The last class of every protocol is flood."""
-    flood = table.num_classes - 1
-    names = table.metadata.get("class_names") or [f"class {k}" for k in range(table.num_classes)]
-    others = range(flood)
-    return [
-        (f"IoU_{flood}", f"{names[flood]} IoU"),
-        ("mIoU", "mIoU"),
-        *((f"IoU_{k}", f"{names[k]} IoU") for k in others),
-        ("F1_Score", "F1, mean of classes"),
-        (f"Class_Accuracy_{flood}", f"{names[flood]} recall"),
-        *((f"Class_Accuracy_{k}", f"{names[k]} recall") for k in others),
-        ("Pixel_Accuracy", "pixel accuracy"),
+        tables.append((evidence.reference_name or "reference", evidence.reference))
+    figures = [_figures(one.counts, one.events, k) for _, one in tables]
+    columns = [
+        {"label": label, "source": f"{one.name}, {len(one):,} chips of {len(set(one.events)):,} events"}
+        for label, one in tables
     ]
+    for label, one in evidence.baselines.items():
+        figures.append(_figures(one.counts, one.events, k))
+        columns.append({"label": label, "source": f"baseline: {one.metadata.get('detail', one.name)}"})
+    here = (protocol_of(evidence.recipe).name, table.metadata.get("split"), len(table))
+    for stem, entry in evidence.published.items():
+        if (entry["protocol"], entry["split"], entry["chips"]) == here:
+            known = len(entry.get("contradictions") or [])
+            found = f"; {known} contradictions in it, see {stem}.yaml" if known else ""
+            columns.append({"label": entry["name"], "source": f"published: {entry['source']}{found}"})
+            figures.append(dict(entry["figures"]))
+    kinds = which_iou(table.counts, table.events, k)
+    labels = {
+        f"IoU_{k}": f"{name} IoU, pooled",
+        "precision": f"{name} precision",
+        f"Class_Accuracy_{k}": f"{name} recall",
+        "f1": f"{name} F1",
+        "iou_chips": f"{name} IoU, mean over {kinds[1]['n']:,} chips with it",
+        "iou_events": f"{name} IoU, mean over {kinds[2]['n']:,} events",
+        "mIoU": "mIoU",
+        **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.class_names) if j != k},
+        "F1_Score": "F1, mean of classes",
+        "Pixel_Accuracy": "pixel accuracy",
+        "truth_share": f"share of {name} in the truth",
+    }
+    rows = [{"metric": key, "label": label, "values": [f.get(key) for f in figures]} for key, label in labels.items()]
+    return {"columns": columns, "rows": rows, "code": "floodrepro.evaluation.metrics"}
 
 
-def _text(counted: Mapping[str, int]) -> str:
-    return ", ".join(f"{counted[word]} {word}" for word in _WORDS)
+def _figures(counts: Counts, events: Any, k: int) -> dict[str, Any]:
+    """Scores of one table, by TerraTorch's names where it has one."""
+    pooled = counts.sum(axis=0)
+    of_class, kinds = class_scores(pooled, k), which_iou(counts, events, k)
+    own = {key: of_class[key] for key in ("precision", "f1", "truth_share")}
+    own |= {f"Class_Accuracy_{k}": of_class["recall"], "iou_chips": kinds[1]["iou"], "iou_events": kinds[2]["iou"]}
+    return scores(pooled) | own
 
 
-def _contradiction(results: Mapping[str, Any]) -> str | None:
-    for key, kind in _PARTS.items():
-        if not isinstance(results.get(key), kind):
-            return f"{key} is missing or of another type"
-    checks, summary = results["checks"], results["summary"]
-    if not all(isinstance(check, dict) and {"id", "status", "values"} <= check.keys() for check in checks):
-        return "a check lacks its id, status or values"
-    counted = {word: sum(check["status"] == status for check in checks) for word, status in _WORDS.items()}
-    passed = {check["id"] for check in checks if check["status"] == "pass"}
-    broken = [id_ for id_ in summary.get("required", []) if id_ not in passed]
-    short = [id_ for id_ in summary.get("needed", []) if id_ not in passed]
-    if counted != {word: summary.get(word) for word in _WORDS} or summary.get("text") != _text(counted):
-        return f"the checks say {_text(counted)}, the summary says {summary.get('text')}"
-    if summary.get("required_not_passed") != broken or summary.get("ok") is not (not broken):
-        return "the summary names other required checks that did not pass than the checks do"
-    if summary.get("needed_not_passed", []) != short:
-        return "the summary names other checks that a claim needs and lacks than the checks do"
-    if results["verdict"].get("equivalent") and (short or "parity" not in passed):
-        return "the verdict claims equivalence, and a check that it needs did not pass"
-    return None
+def _banner(evidence: Evidence) -> str:
+    """That the chips are not the published ones, where the protocol has published ones; else empty."""
+    table = evidence.table
+    published = protocol_of(evidence.recipe).counts.get(table.metadata.get("split", "test")) if table else None
+    if table is None or published is None or len(table) == published:
+        return ""
+    events = len(set(table.events))
+    here = f"{len(table):,} chips of {events} events"
+    return f"Generated or partial data: {here}. The published split has {published:,} chips."
+
+
+def _warnings(evidence: Evidence) -> list[str]:
+    """How the run ended, and what went wrong or was changed on the way."""
+    record, found = evidence.record, []
+    if record.get("status", "finished") != "finished":
+        found.append(f"The run is not finished: its status is {record['status']}.")
+    split = evidence.table.metadata.get("split") if evidence.table else None
+    if split in ("train", "val"):
+        found.append(f"The scores are of the split {split}, which training used: this is no test.")
+    found += [f"Data: {text}." for text in (record.get("data") or {}).get("warnings") or []]
+    processes, batch = record.get("processes") or 1, record.get("batch_size")
+    if processes > 1 and batch:
+        found.append(
+            f"A step saw {processes * batch} chips, {batch} in each of {processes} processes: not the recipe's."
+        )
+    nearest, changed = beside_shipped(evidence.recipe)
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        found.append(f"The recipe differs from the shipped {nearest} in {', '.join(changed[:4])}{more}.")
+    for one in record.get("incidents") or []:
+        found.append(f"The guard stopped at step {one.get('step')} ({one.get('kind')}): {one.get('detail')}.")
+    if back := record.get("rollback"):
+        before, after = back.get("precision") or ("?", "?")
+        found.append(f"The run was rolled back at step {back.get('step')} and continued in {after}, not {before}.")
+    for one in record.get("resumes") or []:
+        if one.get("changes"):
+            found.append(f"The run was resumed after a change: {'; '.join(map(str, one['changes']))}.")
+    return [str(_without_folders(text)).replace("..", ".") for text in found]
 
 
 def _plain(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""The checks of the battery, one file each: an `ID`, and `check`, a pure function from the evidence to an answer."""
+"""The checks: pure functions from the evidence to an answer, by what they look at: scores, the run, its artefacts."""

@@ -1,0 +1,174 @@
+"""Energy of the devices that a run computes on, and by which of four methods the figure came about.
+
+In order of preference: ``counter`` (NVML's energy counter), ``power`` (sampled power, integrated), ``tdp`` (rated power
+times time, an upper estimate) and ``none``. One figure comes from one method, for all devices and the whole time. It is
+the energy of the devices alone: no host, no cooling.
+"""
+
+import importlib
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TDP_W = {"MI300X": 750.0, "H100 PCIe": 350.0, "H100": 700.0, "H200": 700.0}
+"""Rated power by a part of the device's name, W: data sheets of AMD Instinct and of NVIDIA (SXM where not said)."""
+MAX_GAP_S = 60.0  # between power readings further apart than this, anything may have happened
+COVERAGE = 0.95  # share of the time that readings must cover before they stand for all of it
+
+Read = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one physical device offers to measure with. A reading may raise; it then counts as failed.
+
+    Args:
+        name: As torch calls the device, and what else runs on it where the run has a part of it only.
+        counter: Gives the joules since any fixed moment.
+        power: Gives watts.
+        tdp_w: Rated power, W.
+    """
+
+    name: str
+    counter: Read | None = None
+    power: Read | None = None
+    tdp_w: float | None = None
+
+
+def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[Source]:
+    """What there is to measure torch's devices with, one source for each physical device.
+
+    Args:
+        indices: Of the run's devices, as torch counts them.
+        root: Holds ``/sys``.
+    """
+    found = {}
+    for index in indices:
+        device: Any = torch.cuda.get_device_properties(index)
+        name, pci = str(device.name), f"device {index}"
+        if hasattr(device, "pci_bus_id"):  # not in older torch
+            pci = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}"
+        tdp = next((watts for part, watts in TDP_W.items() if part in name), None)
+        if pci not in found:  # partitions of one device share its address, and its power
+            found[pci] = _amd(name, pci, index, tdp, root) if torch.version.hip else _nvidia(name, pci, index, tdp)
+    return list(found.values())
+
+
+def _nvidia(name: str, pci: str, index: int, tdp: float | None) -> Source:
+    note = ", the whole device of which the run had a MIG slice" if "MIG" in name else ""
+    counter: Read | None = None
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByPciBusId(f"{pci}.0")
+        counter = lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # noqa: E731  # of millijoules
+    except Exception:  # not installed, no driver, hidden from this container: all the same to the run
+        pass
+    return Source(name + note, counter, lambda: torch.cuda.power_draw(index) / 1e3, tdp)  # of milliwatts
+
+
+def _amd(name: str, pci: str, index: int, tdp: float | None, root: Path) -> Source:
+    cards = [card for card in root.glob("sys/class/drm/card*/device") if card.resolve().name.startswith(pci)]
+    files = [file for card in cards for file in sorted(card.glob("hwmon/*/power1_[ai][vn]*"))]  # average or input
+    files = [file for file in files if _text(file) not in ("", "0")]  # 0: it is not measured
+    modes = {_text(mode) for card in cards for mode in card.glob("current_compute_partition")} - {"SPX", ""}
+    note = f", the whole device of which the run had a partition ({', '.join(sorted(modes))})" if modes else ""
+
+    def watts() -> float:  # microwatts in the file; torch gives watts here, and 0 where amdsmi does not know
+        return int(files[0].read_text()) / 1e6 if files else torch.cuda.power_draw(index) or math.nan
+
+    return Source(name + note, None, watts, tdp)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:  # the driver does not answer
+        return ""
+
+
+class EnergyMeter:
+    """Measures once, from `start` to `stop`; no failure of a source reaches the run.
+
+    Args:
+        sources: One for each physical device.
+        interval_s: Seconds between two readings of power.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, interval_s: float = 2.0, clock: Read = time.monotonic) -> None:
+        self._sources, self._interval_s, self._clock = list(sources), interval_s, clock
+        self._began = self._last = clock()
+        self._watts: float | None = None  # of the reading before
+        self._first: float | None = None  # joules on the counters at the start
+        self._joules = self._covered = 0.0  # of integrated power, and the seconds that it covers
+        self._final: dict[str, Any] | None = None
+        self._lock, self._stopping = threading.Lock(), threading.Event()
+
+    def start(self) -> None:
+        """Take the first reading and go on in a thread."""
+        self._first, self._watts = self._sum("counter"), self._sum("power")
+        self._began = self._last = self._clock()
+        if self._sources:
+            threading.Thread(target=self._sample_until_stopped, name="energy", daemon=True).start()
+
+    def reading(self) -> dict[str, Any]:
+        """Energy since `start`: ``joules`` and ``kWh`` (None where unknown), ``method``, ``note`` and ``devices``."""
+        return self._reading() | {"devices": len(self._sources)}
+
+    def _reading(self) -> dict[str, Any]:
+        if self._final is not None:
+            return self._final
+        self._sample()
+        count, seconds = self._sum("counter"), self._clock() - self._began
+        names = " + ".join(source.name for source in self._sources) or "no GPU"
+        rated = [source.tdp_w for source in self._sources if source.tdp_w is not None]
+        if self._first is not None and count is not None and count > self._first:
+            return _result(count - self._first, "counter", f"energy counter of {names}")
+        if self._joules > 0 and self._covered >= COVERAGE * seconds:
+            return _result(self._joules, "power", f"power of {names}, read every {self._interval_s:g} s and integrated")
+        if rated and len(rated) == len(self._sources):
+            return _result(sum(rated) * seconds, "tdp", f"upper estimate: {sum(rated):g} W rated power of {names}")
+        return _result(None, "none", f"no counter, power or rated power: {names}")
+
+    def stop(self) -> dict[str, Any]:
+        """End the measurement and give its `reading`; a second call gives the same one."""
+        self._final = self.reading()
+        self._stopping.set()
+        return self._final
+
+    def _sample_until_stopped(self) -> None:
+        while not self._stopping.wait(self._interval_s):
+            self._sample()
+
+    def _sample(self) -> None:
+        if not self._lock.acquire(timeout=1):  # the other side is stuck in a driver: this reading has failed
+            return
+        try:
+            watts, now = self._sum("power"), self._clock()
+            if watts is not None:
+                if self._watts is not None and now - self._last <= MAX_GAP_S:
+                    self._joules += (self._watts + watts) / 2 * (now - self._last)  # the trapezoid rule
+                    self._covered += now - self._last
+                self._watts, self._last = watts, now
+        finally:
+            self._lock.release()
+
+    def _sum(self, kind: str) -> float | None:
+        """All devices' readings of one kind added up; None where one of them fails or cannot be one."""
+        try:
+            values = [float(getattr(source, kind)()) for source in self._sources]
+        except Exception:  # whatever a driver's library raises must not end a run
+            return None
+        return sum(values) if values and all(math.isfinite(v) and v >= 0 for v in values) else None
+
+
+def _result(joules: float | None, method: str, note: str) -> dict[str, Any]:
+    kwh = None if joules is None else round(joules / 3.6e6, 9)
+    return {"joules": None if joules is None else round(joules, 3), "kWh": kwh, "method": method, "note": note}

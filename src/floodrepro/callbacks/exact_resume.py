@@ -1,0 +1,445 @@
+"""A run that was killed or stopped goes on to the same bits as one that never was, in any TerraTorch recipe.
+
+Lightning saves model, optimizer, schedulers, loops and callbacks. It lacks the generators, and its resuming is exact
+from two moments only: before a training batch that opens no epoch, and before a validation. `ExactResume` saves there,
+and at the start of an epoch, from where it lets Lightning begin the epoch anew.
+"""
+
+import functools
+import math
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+from floodrepro.errors import CheckpointError, Interrupted, UsageError
+
+KEY = "floodrepro"  # of what is added to Lightning's checkpoint
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGREE_EVERY = 10  # batches: asking all processes costs a round trip
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there: written beside their place, flushed to the disk, then renamed.
+
+    A ``last.ckpt`` leaves the one before it as ``previous.ckpt``. `ExactResume` brings it along; without that callback
+    a recipe names it as ``trainer.plugins: [floodrepro.callbacks.AtomicCheckpointIO]``.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint; raises `CheckpointError` where the disk does not take it."""
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.name == LAST and target.exists():
+                target.replace(target.with_name(PREVIOUS))
+            partial.replace(target)
+            folder = os.open(target.parent, os.O_RDONLY)
+            os.fsync(folder)  # fsync(2): of the file alone it does not keep the name
+            os.close(folder)
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the disk says
+            partial.unlink(missing_ok=True)
+            what, fix = (
+                f"the checkpoint cannot be written: {error}",
+                "free some disk and resume: the one before is whole",
+            )
+            raise CheckpointError(what, where=target, fix=fix) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint to the CPU; unless told otherwise tensors and plain values only, so that nothing is run."""
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
+        return loaded
+
+
+def newest_state(dirpath: str | Path) -> Path | None:
+    """The newest full state of which every byte is as it was written.
+
+    A ``last.ckpt`` that is cut or altered is kept under another name, and a warning says so.
+
+    Args:
+        dirpath: Folder of the states.
+
+    Returns:
+        ``last.ckpt`` or ``previous.ckpt``; None where neither was written yet.
+
+    Raises:
+        CheckpointError: There was one, and none is whole.
+    """
+    last, previous = Path(dirpath, LAST), Path(dirpath, PREVIOUS)
+    found = next((path for path in (last, previous) if _is_whole(path)), None)
+    damaged = last if last.exists() else previous
+    if found is None and damaged.exists():
+        raise CheckpointError("the full state is damaged", where=damaged, fix="start again in another folder")
+    if found == previous and last.exists():
+        aside = last.replace(last.with_name(f"{LAST}.damaged-{time.time_ns()}"))
+        _say(f"warning: {last} is damaged and was renamed to {aside.name}; {PREVIOUS} is used instead")
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of torch.save is there and its checksums are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        return False
+
+
+class ExactResume(Callback):
+    """Saves full states, puts generators back, and stops in good order on SIGTERM and SIGINT.
+
+    In a recipe::
+
+        trainer:
+          callbacks:
+            - class_path: floodrepro.callbacks.ExactResume
+              init_args: {dirpath: runs/mine/checkpoints, every_n_steps: 500}
+
+    Go on with ``terratorch fit --config mine.yaml --ckpt_path runs/mine/checkpoints/last.ckpt``.
+
+    States are saved before each validation, at the end of an epoch without one, every N steps, when the process is told
+    to stop, and at the end. Within an epoch that needs a sampler that can start there: one with an attribute
+    ``starts_mid_epoch = True``, which leaves out the batches behind it. With any other, states are saved at the end of
+    each epoch only. Weights, optimizer, schedulers, best checkpoints and validation are the same to the bit; training
+    metrics of an epoch that was resumed in its middle cover the part after the resume.
+
+    A signal raises `floodrepro.errors.Interrupted`, which also plain ``terratorch fit`` leaves with exit code 128 + the
+    signal's number. A second one stops at once. Loader workers that are forked leave signals to the training process.
+
+    Args:
+        dirpath: Folder of ``last.ckpt`` and ``previous.ckpt``; ``checkpoints`` below ``default_root_dir`` if None.
+        every_n_steps: Optimizer steps between two states within an epoch.
+        identity: Plain values that the state holds as ``["floodrepro"]["identity"]``.
+
+    Attributes:
+        seconds: Spent in writing states by this process.
+    """
+
+    def __init__(
+        self, dirpath: str | None = None, every_n_steps: int = 500, identity: dict[str, Any] | None = None
+    ) -> None:
+        self._dirpath, self._every, self._identity = dirpath, every_n_steps, identity
+        self._folder, self._process = Path(), 0
+        self._mid_epoch = False  # whether the data can be taken up in the middle of an epoch
+        self._signal = self._asked = 0
+        self._moment: str | None = None  # of the state that is being saved
+        self._state: dict[str, Any] | None = None  # that was loaded and waits to be put back
+        self._saved = -1  # step of the newest state
+        self.seconds = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be resumed exactly, before anything is trained."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.callbacks = [one for one in callbacks if one is not self]  # type: ignore[attr-defined]
+            return
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            kind = type(trainer.strategy).__name__
+            raise UsageError(f"ExactResume does not know {kind}", fix="--trainer.strategy auto or ddp")
+        self._folder = Path(self._dirpath or Path(trainer.default_root_dir, "checkpoints")).absolute()
+        self._process = os.getpid()
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a recipe's own plugin stays
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        _shield_loader_workers()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to write over states of another run, or beside somebody else who writes ``last.ckpt``."""
+        last = self._folder / LAST
+        if any(c.save_last and Path(c.dirpath or "").resolve() == last.parent.resolve() for c in _best(trainer)):
+            what = f"a ModelCheckpoint with save_last and ExactResume both write {LAST}"
+            raise UsageError(what, where=last, fix="leave save_last out: the state of ExactResume holds more")
+        if trainer.ckpt_path is None and last.exists():
+            fix = f"--ckpt_path {last} to resume it, or another dirpath for a new run"
+            raise UsageError("a full state is there already", where=last, fix=fix)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals over from Lightning, and find out from where this data module can go on."""
+        if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
+            for number in _SIGNALS:
+                signal.signal(number, self._remember)  # Lightning gives the handlers back that were there before
+        self._signal = signal.SIGTERM if trainer.received_sigterm else 0
+        sampler = getattr(trainer.train_dataloader, "sampler", None)
+        self._mid_epoch = getattr(sampler, "starts_mid_epoch", False) and pl_module.automatic_optimization
+        if self._mid_epoch:  # Lightning cannot know
+            warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+        elif trainer.is_global_zero:
+            _say(
+                "the order of this data module cannot be taken up in the middle of an epoch: full states are saved "
+                "at the end of each epoch only, and a resumed run is exact from there"
+            )
+        if self._state is not None and self._state["moment"] == "epoch":
+            trainer.fit_loop.restarting = False  # it begins an epoch like any other
+            trainer.fit_loop._resuming_from_checkpoint = False
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of an epoch that no validation has saved."""
+        self._restore(trainer, pl_module)
+        if trainer.current_epoch and self._saved != trainer.global_step:
+            self._save(trainer, "epoch")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save where it is time; stop where that was asked for."""
+        self._restore(trainer, pl_module)
+        step, stop = trainer.global_step, self._told_to_stop(trainer)
+        due = stop or step - max(self._saved, 0) >= self._every
+        if due and step != self._saved and self._may_save(trainer, batch_idx):
+            self._save(trainer, "batch")
+        # In the middle of an accumulation nothing can be saved: the next batch will do.
+        if stop and (step in (0, self._saved) or not self._mid_epoch):
+            raise self._interrupted()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save: from here a killed run goes on with the validation, whatever the kill hits in it."""
+        if trainer.sanity_checking:
+            return
+        self._restore(trainer, pl_module)
+        loop = trainer.fit_loop.epoch_loop
+        exact = self._mid_epoch or loop._num_ready_batches_reached()
+        # Gradients that are being accumulated are in no state: a run that is killed here repeats their batches.
+        if exact and self._saved != trainer.global_step and not loop._should_accumulate():
+            self._save(trainer, "validation")
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """Stop where that was asked for. Several processes may have different numbers of batches: they stop later."""
+        kept = self._saved == trainer.global_step or not self._mid_epoch
+        if self._signal and kept and trainer.world_size == 1:
+            raise self._interrupted()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let plateau schedulers step: Lightning leaves them out in an epoch that it resumed into."""
+        trainer.fit_loop._restarting = False  # its setter would say True where max_steps is set
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end."""
+        self._save(trainer, "epoch")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if the next batch could not be read: the steps before it are complete."""
+        if isinstance(exception, Interrupted) or trainer.world_size > 1 or self._state is not None:
+            return
+        files = [frame.filename for frame in traceback.extract_tb(exception.__traceback__)]
+        reading = trainer.training and any(file.endswith("loops/fetchers.py") for file in files)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        if reading and self._may_save(trainer, done) and self._saved != trainer.global_step:
+            self._save(trainer, "batch")
+            _say(f"the state of step {self._saved} is saved")
+        self._signal = self._signal or (signal.SIGTERM if trainer.received_sigterm else 0)
+        if self._signal:  # which also killed a loader worker
+            trainer._teardown()
+            raise self._interrupted() from exception
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add to Lightning's checkpoint; those of other callbacks stay Lightning's own."""
+        if self._moment is None:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        ranks = [generators := _generators(pl_module)] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(ranks, generators)
+        checkpoint[KEY] = {
+            "moment": self._moment,
+            "identity": self._identity,
+            "should_stop": trainer.should_stop,
+            "validated": dict(loops["epoch_loop.val_loop.batch_progress"]["total"]),
+            "files": {callback.state_key: sorted(_files_of(callback)) for callback in _best(trainer)},
+            "ranks": ranks,
+        }
+        _settle_progress(loops, self._moment)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what was added until it can be put back; let the best checkpoints be found again."""
+        self._state = state = checkpoint.get(KEY)
+        if state is None:
+            _say("warning: this checkpoint holds no generators: the run will differ from an uninterrupted one")
+            return
+        if len(state["ranks"]) != trainer.world_size:
+            what = f"the state is one of {len(state['ranks'])} processes, this run has {trainer.world_size}"
+            raise UsageError(what, fix="resume with as many devices: otherwise each step sees other chips")
+        if state["moment"] == "epoch":  # an early stop is in no state of Lightning's
+            trainer.should_stop = state["should_stop"]
+        if state["moment"] == "validation" and checkpoint["global_step"] == trainer.max_steps:
+            state["max_steps"] = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps += (
+                1  # until the validation begins: Lightning would leave out the last one
+            )
+        for callback in _best(trainer):
+            best = checkpoint["callbacks"].get(callback.state_key)
+            if best and callback.dirpath:
+                callback.current_score = best["current_score"]  # Lightning saves it and does not load it
+                _relocate(best, str(callback.dirpath))
+                _write_again(callback, state["files"].get(callback.state_key, ()))
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a child that somebody else forked
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self._signal:
+            signal.signal(number, signal.SIG_DFL)
+            raise Interrupted(number, self._folder, "at once, without the steps since the last state")
+        self._signal = number
+        name = signal.Signals(number).name  # print() must not be interrupted by itself
+        os.write(2, f"floodrepro: {name}: stopping after this batch, twice stops at once\n".encode())
+
+    def _told_to_stop(self, trainer: Trainer) -> bool:
+        """Whether to stop now; with several processes all of them answer alike."""
+        self._asked += 1
+        if trainer.world_size > 1:
+            if self._asked % _AGREE_EVERY:
+                return False
+            number = torch.tensor(self._signal, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self._signal = int(number)
+        return self._signal != 0
+
+    def _may_save(self, trainer: Trainer, batches: int) -> bool:
+        """Whether Lightning can go on exactly from here: *batches* of the epoch are done, the next has not begun."""
+        total = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        since = batches if trainer.check_val_every_n_epoch is not None else total
+        validated = since % (trainer.val_check_batch or math.inf) == 0
+        return self._mid_epoch and batches > 0 and not validated and batches % trainer.accumulate_grad_batches == 0
+
+    def _interrupted(self) -> Interrupted:
+        saved = f"the state of step {self._saved} is saved" if self._saved >= 0 else "no state was saved yet"
+        return Interrupted(self._signal, self._folder, saved)
+
+    def _save(self, trainer: Trainer, moment: str) -> None:
+        start, before = time.perf_counter(), trainer.strategy.checkpoint_io
+        self._moment, trainer.strategy.checkpoint_io = moment, AtomicCheckpointIO()  # whatever a recipe's plugin does
+        try:
+            trainer.save_checkpoint(self._folder / LAST, weights_only=False)
+            self._saved = trainer.global_step
+        finally:
+            self._moment, trainer.strategy.checkpoint_io = None, before
+            self.seconds += time.perf_counter() - start
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        state, self._state = self._state, None
+        if state is None:
+            return
+        self._saved, mine = trainer.global_step, state["ranks"][trainer.global_rank]
+        if state["moment"] == "validation":
+            trainer.fit_loop.epoch_loop.max_steps = state.get("max_steps", trainer.max_steps)
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.load_state_dict(state["validated"])
+        random.setstate(mine["python"])
+        keys, *rest = mine["numpy"]
+        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(mine["torch"])
+        if mine["cuda"] is not None and pl_module.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda"], pl_module.device)
+        if trainer.is_global_zero:
+            _say(f"resuming at step {trainer.global_step}, epoch {trainer.current_epoch + 1}")
+
+
+def _generators(pl_module: LightningModule) -> dict[str, Any]:
+    """The generators of this process, as tensors and plain values."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    on_gpu = pl_module.device.type == "cuda"
+    return {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None,  # of this process's device alone
+    }
+
+
+def _settle_progress(loops: dict[str, Any], moment: str) -> None:
+    """Leave Lightning's counters as its resuming reads them rightly."""
+    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+    if moment == "validation":  # "interrupted in its first batch": else Lightning would leave the validation out
+        loops["epoch_loop.val_loop.batch_progress"]["total"].update(ready=1, started=1, processed=0, completed=0)
+        return
+    for counts in (batches if moment == "batch" else epochs,):  # what is about to begin has not begun
+        for kind in ("total", "current"):
+            counts[kind]["ready"] = counts[kind]["completed"]
+    if moment == "epoch":
+        batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
+
+
+def _best(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _files_of(callback: ModelCheckpoint) -> set[str]:
+    return {path.name for path in Path(callback.dirpath or ".").glob(f"*{callback.FILE_EXTENSION}")}
+
+
+def _relocate(state: dict[str, Any], folder: str) -> None:
+    """Let a ModelCheckpoint find its files where the run folder lies now: else it forgets all scores."""
+    before = state["dirpath"]
+    if before == folder:
+        return
+
+    def moved(path: str) -> str:
+        return str(Path(folder, os.path.relpath(path, before))) if path else path
+
+    best = moved(state["best_model_path"])
+    if best and not Path(best).is_file():
+        _say(f"warning: {best} is not there, the best checkpoint is chosen anew")
+        state.update(best_model_path="", dirpath="")
+        return
+    paths = {key: moved(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+    scores = {moved(path): score for path, score in state["best_k_models"].items()}
+    state.update(paths, best_k_models=scores, dirpath=folder)
+
+
+def _write_again(callback: ModelCheckpoint, known: Sequence[str]) -> None:
+    """Let what was written after the state be written again under its own name; Lightning would append ``-v1``."""
+    later, exists = _files_of(callback) - set(known), callback.file_exists
+
+    def existed(filepath: Any, trainer: Trainer) -> bool:
+        name = Path(filepath).name
+        there = exists(filepath, trainer) and name not in later
+        later.discard(name)
+        return there
+
+    callback.file_exists = existed  # type: ignore[method-assign]
+
+
+def _say(text: str) -> None:
+    print(f"floodrepro: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _shield_loader_workers() -> None:
+    """From now on data loaders' workers leave SIGTERM and SIGINT to the process that trains.
+
+    Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is. They
+    still end when the process that trains tells them to, or dies.
+    """
+
+    def shield() -> None:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_globals.get("__name__") != "torch.utils.data.dataloader":
+            frame = frame.f_back
+        if frame is not None:  # a loader forked this process
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            threading.Thread(target=obey_parent, daemon=True).start()
+
+    def obey_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    os.register_at_fork(after_in_child=shield)

@@ -1,0 +1,165 @@
+"""``floodrepro validate``, ``test`` and ``predict``: one pass over a split with a checkpoint."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from floodrepro import console
+from floodrepro.cli.shared import (
+    add_checkpoint_flags,
+    add_recipe_flags,
+    parse_recipe,
+    parse_recipe_for_checkpoint,
+)
+from floodrepro.errors import UsageError
+
+if TYPE_CHECKING:
+    from floodrepro.evaluation.chip_table import ChipTable
+
+_MASKS = """\
+Masks: GeoTIFFs named after chips (CHIP.tif, CHIP_pred.tif), or a few rasters in any CRS that cover the chips. A pixel
+of a chip takes the value of the mask's pixel in which its centre lies; where there is none it is not counted.
+  floodrepro test --masks gfm/ --name GFM --config demo --data-root chips --values 1=flood,0=rest,255=none
+  floodrepro verify --run runs/first --reference evaluation/test/GFM.parquet"""
+_FILES = """\
+CHIP_pred.tif has the class of each pixel as int16 on the chip's grid, and -1, its no-data value, where neither
+Sentinel-1 nor Sentinel-2 has data at the event. --probabilities adds CHIP_prob.tif: the probability of the positive
+class as float32, NaN where nothing was seen. Which chips are mapped: --data.init_args.predict_split FILE, an id a line
+(default: the recipe's, its test split)."""
+
+
+def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add_checkpoint_flags(parser)
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """Measure a checkpoint on the validation split."""
+    cli = parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation.passes import validate
+
+    result = validate(cli, args.ckpt)
+    console.emit(result.as_dict(), result.table(), args.format)
+    return 0
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.add_argument("--ckpt", "--ckpt_path", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
+    add_recipe_flags(parser, config_required=False)
+    parser.add_argument(
+        "--split",
+        default="test",
+        metavar="NAME",
+        help="test (default; several test splits in one pass), val, train, or one of the recipe's test splits",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the chip tables (default: evaluation/ of the run folder; of masks, here)",
+    )
+    parser.add_argument("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
+    masks = parser.add_argument_group("masks made by anyone else, in place of --ckpt; --config says which chips")
+    masks.add_argument("--masks", type=Path, nargs="+", metavar="PATH", help="a folder of GeoTIFFs, or files")
+    masks.add_argument("--name", help="what reports call them (default: the name of the first path)")
+    masks.add_argument("--values", metavar="1=flood,0=rest", help="class of each value; 255=none leaves one out")
+    masks.add_argument(
+        "--probability",
+        type=float,
+        nargs="?",
+        const=1.0,
+        metavar="SCALE",
+        help="masks hold probabilities of the positive class; SCALE is the value that means 1 (default: 1)",
+    )
+    parser.epilog = f"{parser.epilog}\n{_MASKS}"
+
+
+def run_test(args: argparse.Namespace) -> int:
+    """Measure a checkpoint, or masks made by anyone else, on the test split and leave a chip table."""
+    if bool(args.ckpt) == bool(args.masks):
+        raise UsageError("test needs either --ckpt or --masks", fix="--ckpt runs/NAME/checkpoints/best.ckpt")
+    if args.masks:
+        return _test_masks(args)
+    cli = parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation import chip_table
+    from floodrepro.evaluation.test import run_test as test
+
+    result = test(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
+    for split, path in result.tables.items():
+        console.say(f"chip table of {split}, {result.chips[split]} chips: {path}")
+    if result.disagreement is not None:
+        console.say(f"computed again from the table, the metrics differ by at most {result.disagreement:.1e}")
+    ious = _which_iou(chip_table.read(next(iter(result.tables.values())))) if result.tables else []
+    text = f"{result.table()}\n\n{_iou_text(ious)}" if ious else result.table()
+    console.emit(result.as_dict() | {"which_iou": ious}, text, args.format)
+    return 0
+
+
+def _test_masks(args: argparse.Namespace) -> int:
+    """Make a chip table of masks."""
+    cli = parse_recipe(args)
+    from floodrepro.data.protocols import class_names_of
+    from floodrepro.evaluation.masks import parse_values, tabulate_masks
+    from floodrepro.evaluation.metrics import class_scores, scores
+    from floodrepro.evaluation.test import choose_split, keep
+
+    chosen = choose_split(cli.recipe, args.split)
+    name = args.name or args.masks[0].resolve().stem
+    values = parse_values(args.values, class_names_of(cli.recipe)) if args.values else None
+    table = tabulate_masks(
+        cli.recipe, args.masks, chosen.events, name=name, split=chosen.name, scale=args.probability, values=values
+    )
+    path = keep(table, (args.output or Path("evaluation")) / chosen.name / f"{name}.parquet")
+    console.say(f"chip table of {name}, {len(table)} chips: {path}")
+    pooled = table.counts.sum(axis=0)
+    label = table.class_names[table.positive]
+    found = scores(pooled) | {f"{label} {k}": v for k, v in class_scores(pooled, table.positive).items() if k != "iou"}
+    ious, rows = _which_iou(table), [[key, _shown(value)] for key, value in found.items()]
+    unseen = int(table.unseen.sum())
+    result = {
+        "name": name,
+        "tables": {chosen.name: str(path)},
+        "scores": found,
+        "which_iou": ious,
+        "pixels": {"counted": int(pooled.sum()), "unseen": unseen},
+    }
+    console.emit(result, f"{console.columns(rows)}\n\n{_iou_text(ious)}", args.format)
+    return 0
+
+
+def _which_iou(table: "ChipTable") -> list[dict[str, Any]]:
+    from floodrepro.evaluation.metrics import which_iou
+
+    label = table.class_names[table.positive]
+    entries = which_iou(table.counts, table.events, table.positive)
+    return [entry | {"name": entry["name"].replace("the class", label)} for entry in entries]
+
+
+def _iou_text(entries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [["which IoU is this?", "IoU", "n", ""]]
+    rows += [[entry["name"], _shown(entry["iou"]), str(entry["n"]), entry["of"]] for entry in entries]
+    return console.columns(rows)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
+
+
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add_checkpoint_flags(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
+    parser.add_argument("--probabilities", action="store_true", help="write the positive class's probability too")
+    parser.epilog = f"{parser.epilog}\n{_FILES}"
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Write a flood mask (GeoTIFF) for every chip of the predict split."""
+    cli = parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation.passes import predict
+
+    files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
+    console.emit({"files": [str(file) for file in files]}, f"{len(files)} files  {args.output}", args.format)
+    return 0

@@ -1,0 +1,238 @@
+"""Map a whole scene (map), compare a map with a truth (map check), write a scene from a catalogue (map plan)."""
+
+import argparse
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from floodrepro import __version__, console
+from floodrepro import recipe as recipes
+from floodrepro.cli.shared import add_format
+from floodrepro.errors import CheckpointError, DataError, UsageError
+from floodrepro.recipe import PRECISIONS, check_precision
+from floodrepro.run_folder import config_beside, sha256_of, write_atomically
+
+_CROP, _STRIDE = 256, 208  # of the published recipes
+_SENSORS = ("S1RTC", "S2L2A")
+_LIMITS = {
+    "radar_days": (12.0, "days that the radar's event pass may come late"),
+    "optical_days": (15.0, "the same of the optical event pass"),
+    "max_gap": (5.0, "days between the two event passes"),
+    "min_coverage": (0.5, "share of the area below which a pass does not count"),
+}
+_EXAMPLES = """\
+examples:
+  floodrepro map plan --aoi area.geojson --event 2026-08-26 --output scene.yaml
+  floodrepro map --export runs/first/export --scene scene.yaml --output flood
+  floodrepro map check --map flood --truth flooded.gpkg --output check.parquet
+
+The scene and the files of a map are described in docs/mapping.md. If it is interrupted, run the same command again.
+"""
+
+
+def add_map_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of map and of its actions."""
+    parser.epilog = _EXAMPLES
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--ckpt", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
+    weights.add_argument("--export", type=Path, metavar="DIR", help="folder of an exported pair")
+    parser.add_argument(
+        "--config", action="append", metavar="YAML", help="recipe (default: the one beside the weights)"
+    )
+    parser.add_argument("--scene", type=Path, metavar="YAML", help="what to map; 'map plan' writes one")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the map")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: the recipe's")
+    parser.add_argument(
+        "--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors"
+    )
+    parser.add_argument("--anyway", action="store_true", help="map a scene with problems, and record them")
+    parser.add_argument("--max-gap", type=float, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    parser.add_argument("--min-seen", type=float, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="probability of the positive class (default: argmax)"
+    )
+    parser.add_argument("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
+    parser.add_argument("--min-hectares", type=float, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
+    parser.add_argument("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
+    parser.add_argument("--stride", type=int, metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)"
+    )
+    add_format(parser)
+    actions = parser.add_subparsers(dest="action", metavar="check|plan")
+    check = actions.add_parser("check", prog=f"{parser.prog} check", help="compare a map with a truth")
+    check.add_argument("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
+    check.add_argument("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
+    check.add_argument("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
+    check.add_argument("--output", type=Path, metavar="FILE", help="write the chip table there (.parquet)")
+    add_format(check)
+    plan = actions.add_parser("plan", prog=f"{parser.prog} plan", help="write scene.yaml from a STAC catalogue")
+    add_plan_arguments(plan)
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of map plan."""
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--aoi", type=Path, metavar="FILE", help="polygons: GeoJSON, GeoPackage")
+    place.add_argument("--box", type=float, nargs=4, metavar=("WEST", "SOUTH", "EAST", "NORTH"), help="in degrees")
+    parser.add_argument("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
+    parser.add_argument("--stac", metavar="URL", help="a STAC API (default: Planetary Computer)")
+    parser.add_argument("--sensors", nargs="+", choices=_SENSORS, default=list(_SENSORS), help="default: both")
+    parser.add_argument("--output", type=Path, default=Path("scene.yaml"), metavar="YAML", help="default: scene.yaml")
+    for name, (value, text) in _LIMITS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=float, default=value, metavar="N", help=f"{text} (default: {value:g})")
+    add_format(parser)
+
+
+def run_map(args: argparse.Namespace) -> int:
+    """Run the command or one of its actions."""
+    if args.action:
+        return {"check": _check, "plan": _plan}[args.action](args)
+    for name in ("scene", "output"):
+        if getattr(args, name) is None:
+            raise UsageError(f"--{name} is needed", fix="floodrepro map --help")
+    from floodrepro.mapping.checks import list_missing, list_problems
+    from floodrepro.mapping.scene import read_scene
+
+    scene = read_scene(args.scene)  # what is wrong with it is answered before the slow import
+    checkpoint = _weights(args)
+    problems = list_problems(scene, args.max_gap)
+    for problem in problems:
+        console.warn(problem)
+    if problems and not args.anyway:
+        raise DataError(
+            f"the scene has {len(problems)} problems, the first: {problems[0]}",
+            where=args.scene,
+            fix="mend scene.yaml, or map it --anyway: map.json will list them",
+        )
+    configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(checkpoint)]
+    overrides = [f"--trainer.accelerator={args.device}"] if args.device else []
+    overrides += [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
+    console.say("loading TerraTorch (10 to 20 s)")
+    import torch
+
+    from floodrepro.mapping.mapper import map_scene
+    from floodrepro.mapping.network import Network
+    from floodrepro.training.checkpoint import read_checkpoint
+    from floodrepro.training.terratorch_cli import RecipeCLI
+
+    cli = RecipeCLI(configs, overrides)
+    check_precision(cli.recipe, gpu=torch.cuda.is_available())
+    network = Network(cli, read_checkpoint(checkpoint))
+    missing = list_missing(scene, list(network.bands), network.steps)
+    if missing and args.missing == "refuse":
+        fix = "add them to scene.yaml, or --missing zero: filled as missing pixels were in training"
+        raise DataError(f"the scene lacks {', '.join(missing)}", where=args.scene, fix=fix)
+    record = {
+        "weights": {"file": checkpoint.name, "sha256": sha256_of(checkpoint)},
+        "recipe_sha256": recipes.fingerprint(cli.recipe),
+        "precision": cli.recipe.get("trainer", {}).get("precision"),
+        "device": str(network.device),
+        "filled": missing,
+        "problems": problems,
+        "versions": {"floodrepro": __version__, "torch": torch.__version__},
+    }
+    result = map_scene(network, scene, _plan_of(args, cli.recipe), args.output, record)
+    seen = result["shares_of_area"]["seen"]
+    text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
+    console.emit(result, f"{text}\n{args.output}", args.format)
+    if seen < args.min_seen:
+        raise DataError(f"only {seen:.0%} of the area was seen (--min-seen {args.min_seen:g})", where=args.output)
+    return 0
+
+
+def _weights(args: argparse.Namespace) -> Path:
+    """The weights' file."""
+    if args.export:
+        found = sorted(args.export.glob("*.safetensors"))
+        if len(found) != 1:
+            raise CheckpointError(f"{len(found)} .safetensors lie there", where=args.export, fix="--ckpt FILE")
+        return Path(found[0])
+    if args.ckpt is None or not args.ckpt.is_file():
+        raise CheckpointError("checkpoint not found", where=args.ckpt, fix="--ckpt FILE, or --export DIR")
+    return Path(args.ckpt)
+
+
+def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
+    """What flags and recipe ask for."""
+    from floodrepro.data.protocols import class_names_of, positive_class_of
+
+    names, positive = class_names_of(recipe), positive_class_of(recipe)
+    if names[0] == "class 0":  # an export names its classes no more
+        names = {2: ["rest", "flood"], 3: ["no water", "permanent water", "flood water"]}.get(len(names), names)
+    permanent = next((i for i, name in enumerate(names) if "permanent" in name), None)
+    if args.permanent and permanent is None:
+        names, permanent = [*names, "permanent water"], len(names)
+    tiles = recipe["model"]["init_args"].get("tiled_inference_parameters") or {}
+    crop = args.crop or tiles.get("h_crop", _CROP)
+    stride = args.stride or (None if args.crop else tiles.get("h_stride")) or crop * _STRIDE // _CROP
+    if not 1 <= stride <= crop or crop % 32:
+        raise UsageError(f"crop {crop} and stride {stride}: a crop is a multiple of 32, a stride at most the crop")
+    return {
+        "names": names,
+        "positive": positive,
+        "permanent": permanent,
+        "permanent_file": str(args.permanent) if args.permanent else None,
+        "threshold": args.threshold,
+        "crop": crop,
+        "stride": stride,
+        "batch": args.batch,
+        "min_hectares": args.min_hectares,
+    }
+
+
+def _check(args: argparse.Namespace) -> int:
+    """Compare a map with a truth."""
+    from floodrepro.evaluation import chip_table
+    from floodrepro.evaluation.metrics import class_scores
+    from floodrepro.mapping.compare import compare_map
+
+    if args.output and args.output.exists():
+        raise UsageError("the file exists already and is not overwritten", where=args.output)
+    table = compare_map(args.map, args.truth, args.truth_value)
+    counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
+    result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
+    result |= {"seen_share": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
+    if args.output:
+        chip_table.write(table, args.output)
+    rows = [[name, "-" if value is None else f"{value:.4f}"] for name, value in result.items() if name != "tiles"]
+    console.emit(result, console.columns(rows), args.format)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Write a scene from a STAC catalogue."""
+    from floodrepro.mapping.area import Area
+    from floodrepro.mapping.plan import PLANETARY_COMPUTER, make_scene, search
+    from floodrepro.mapping.scene import STEPS
+
+    if args.output.exists():
+        raise UsageError("the file exists already and is not overwritten", where=args.output, fix="--output FILE")
+    try:
+        event = datetime.fromisoformat(args.event)
+    except ValueError as error:
+        raise UsageError(f"--event is no date: {error}", fix="--event 2026-08-26") from error
+    event = event.astimezone(UTC) if event.tzinfo else event.replace(tzinfo=UTC)
+    area, url = Area.of(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
+    items = search(url, area, event, [*args.sensors, "DEM"])
+    limits = {name: getattr(args, name) for name in _LIMITS}
+    scene = make_scene(items, area, event, datetime.now(UTC), limits)
+    file = os.path.relpath(args.aoi, args.output.parent) if args.aoi else None
+    head: dict[str, Any] = {"area": {"file": file} if file else {"box": args.box}, "stac": url}
+    head["sign"] = "planetary-computer" if ".blob.core.windows.net" in str(scene) else "none"
+    text = yaml.safe_dump(head | scene, sort_keys=False, width=1000, allow_unicode=True)
+    write_atomically(args.output, f"# Written by floodrepro map plan; change what you like.\n{text}")
+    lines = []
+    for sensor in args.sensors:
+        for step in STEPS:
+            found = scene[sensor][step]
+            line = "{time}  orbit {orbit}  coverage {coverage:.0%}" if "time" in found else "missing"
+            line += "  cloud {cloud:.0f} %" * ("cloud" in found)
+            lines.append(f"{sensor}  {step:<12}  {line.format(**found)}")
+    console.emit(head | scene, "\n".join([*lines, *scene["notes"], str(args.output)]), args.format)
+    return 0

@@ -1,0 +1,244 @@
+"""The vocabulary of the data set, and the one table of protocols.
+
+A protocol says what the chips of a recipe are: which data, which classes, which statistics. A recipe names it in
+`data.init_args.protocol`. A new protocol is one more entry of `PROTOCOLS` and one recipe.
+
+Nothing here imports numpy or torch, so that every command can afford this module.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from floodrepro.errors import UsageError
+
+MODALITIES = ("S2L2A", "S1RTC", "DEM")
+LABEL_DIR = "MASK"
+PARTS = ("S2L2A", "S1RTC", "DEM", "MASK")  # what a chip consists of: its modalities and its mask
+S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
+S1_BANDS = ("vv", "vh")
+TIMESTEPS = ("month before", "before", "event", "after")
+BEFORE, EVENT, AFTER = 1, 2, 3
+NO_DATA = -9999
+IGNORE_INDEX = -1
+SPLITS = ("train", "val", "test")
+DATA_MODULE = "floodrepro.data.datamodule.FloodDataModule"
+
+Statistics = Mapping[str, tuple[float, ...]]  # by modality, a value for each band
+
+_SUFFIXES = {"S2L2A": "_S2L2A.zarr.zip", "S1RTC": "_S1RTC.zarr.zip", "DEM": "_DEM.tif"}
+
+# fmt: off
+# impactmesh 0.1.2, impactmesh_datamodule.datasets_stats["flood"]: the published checkpoints were trained with these.
+MEANS_0_1_2: Statistics = {
+    "S2L2A": (1223.128, 1251.355, 1423.443, 1408.984, 1786.818, 2448.316,
+              2685.642, 2745.795, 2817.936, 3194.081, 1964.659, 1399.317),
+    "S1RTC": (-9.98, -15.968),
+    "DEM": (141.786,),
+}
+STDS_0_1_2: Statistics = {
+    "S2L2A": (2358.709, 2227.598, 2082.363, 2068.519, 2086.682, 2003.085,
+              2019.494, 2060.309, 2014.732, 2992.644, 1414.951, 1218.357),
+    "S1RTC": (4.24, 4.105),
+    "DEM": (189.363,),
+}
+# impactmesh 0.2.0, the same table.
+MEANS_0_2_0: Statistics = {
+    "S2L2A": (1460.264, 1499.629, 1663.836, 1651.188, 2056.615, 2747.754,
+              2990.725, 3074.264, 3130.254, 3578.565, 2111.968, 1501.892),
+    "S1RTC": (-9.871, -15.993),
+    "DEM": (154.914,),
+}
+STDS_0_2_0: Statistics = {
+    "S2L2A": (2587.746, 2477.497, 2315.289, 2303.498, 2283.186, 2087.282,
+              2048.065, 2099.017, 2008.163, 3010.72, 1332.457, 1162.548),
+    "S1RTC": (4.028, 3.899),
+    "DEM": (368.796,),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the chips of a recipe are.
+
+    Args:
+        name: Key in `PROTOCOLS`.
+        title: One line for a reader.
+        class_names: One name for each class, from 0 up; IGNORE_INDEX is not among them.
+        label_map: The class of each mask value on disk, from value 0 up; IGNORE_INDEX is kept.
+        data_version: `v0` or `v1` of the published data set; None where there is no published version.
+        counts: Number of chips that the published version lists, by split; empty where nothing is published.
+        mask_suffix: End of a mask's file name, after the chip id.
+        means: By modality, a value for each band: reflectance x 10,000, dB, metres. Empty: the recipe's own only.
+        stds: The same.
+        positive_class: The class that reports speak of.
+        hazard: What the positive class is, in one word: flood, fire. It names the split files as well.
+        repo: Id of the data set on the Hugging Face hub; None where there is none.
+        size_gb: Size of the whole data set there in GB; None where it is unknown.
+        recipe: End of the names of the shipped recipes (`terramind_v1_base_<recipe>`); None where none is shipped.
+    """
+
+    name: str
+    title: str
+    class_names: tuple[str, ...]
+    label_map: tuple[int, ...]
+    data_version: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    mask_suffix: str = "_annotation_flood.tif"
+    means: Statistics = field(default_factory=dict)
+    stds: Statistics = field(default_factory=dict)
+    positive_class: int = 1
+    hazard: str = "flood"
+    repo: str | None = None
+    size_gb: int | None = None
+    recipe: str | None = None
+
+    def split_file(self, split: str) -> str:
+        """Name of the text file that lists the chip ids of a split, one a line."""
+        return f"impactmesh_{self.hazard}_{split}.txt"
+
+
+_FLOOD_REPO = "ibm-esa-geospatial/ImpactMesh-Flood"
+_V1_COUNTS = {"train": 19_448, "val": 2_171, "test": 2_959}
+
+PROTOCOLS: dict[str, Protocol] = {
+    "v0": Protocol(
+        name="v0",
+        title="ImpactMesh-Flood version 0, two classes: the data of the published figures",
+        class_names=("rest", "flood"),
+        label_map=(0, 1),
+        data_version="v0",
+        counts={"train": 57_067, "val": 9_028, "test": 14_556},
+        means=MEANS_0_1_2,
+        stds=STDS_0_1_2,
+        repo=_FLOOD_REPO,
+        size_gb=210,  # inferred from the sizes of chips; no published figure
+        recipe="impactmesh_flood",
+    ),
+    "v1-binary": Protocol(
+        name="v1-binary",
+        title="ImpactMesh-Flood version 1, permanent water counted as rest",
+        class_names=("rest", "flood"),
+        label_map=(0, 0, 1),
+        data_version="v1",
+        counts=_V1_COUNTS,
+        means=MEANS_0_1_2,
+        stds=STDS_0_1_2,
+        repo=_FLOOD_REPO,
+        size_gb=72,  # inferred from the sizes of chips; no published figure
+        recipe="impactmesh_flood_v1_binary",
+    ),
+    "v1": Protocol(
+        name="v1",
+        title="ImpactMesh-Flood version 1, three classes",
+        class_names=("no water", "permanent water", "flood water"),
+        label_map=(0, 1, 2),
+        data_version="v1",
+        counts=_V1_COUNTS,
+        means=MEANS_0_2_0,
+        stds=STDS_0_2_0,
+        positive_class=2,
+        repo=_FLOOD_REPO,
+        size_gb=72,  # inferred from the sizes of chips; no published figure
+        recipe="impactmesh_flood_v1",
+    ),
+    "custom": Protocol(
+        name="custom",
+        title="your own chips, with the classes and statistics of the recipe",
+        class_names=(),
+        label_map=(),
+    ),
+}
+
+
+def data_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The `init_args` of a recipe's data section; empty where there are none."""
+    return (recipe.get("data") or {}).get("init_args") or {}
+
+
+def uses_flood_data_module(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe reads its chips with floodrepro's own data module."""
+    return bool((recipe.get("data") or {}).get("class_path") == DATA_MODULE)
+
+
+def protocol_of(recipe: Mapping[str, Any]) -> Protocol:
+    """The protocol that a recipe names.
+
+    A recipe that names none, and one with another data module, is `custom`: its classes are the recipe's own.
+
+    Raises:
+        UsageError: The recipe names one that is not in `PROTOCOLS`, or keys that are not that protocol's.
+    """
+    arguments = data_arguments(recipe) if uses_flood_data_module(recipe) else {}
+    name = arguments.get("protocol") or "custom"
+    names = arguments.get("class_names") if name != "custom" else class_names_of(recipe)
+    try:
+        return fill_protocol(
+            name, names, *(arguments.get(key) for key in ("label_map", "positive_class", "mask_suffix"))
+        )
+    except ValueError as error:
+        raise UsageError(str(error), where="data.init_args", fix="see docs/protocols.md") from error
+
+
+def fill_protocol(
+    name: str,
+    class_names: Sequence[str] | None = None,
+    label_map: Sequence[int] | None = None,
+    positive_class: int | None = None,
+    mask_suffix: str | None = None,
+) -> Protocol:
+    """The protocol of a name, with what a recipe says itself filled in.
+
+    Raises:
+        ValueError: There is no such protocol, or the values are not that protocol's, or do not fit each other.
+    """
+    if name not in PROTOCOLS:
+        raise ValueError(f"protocol is {name!r}, expected one of {', '.join(PROTOCOLS)}")
+    protocol = PROTOCOLS[name]
+    given = {"class_names": class_names, "label_map": label_map, "mask_suffix": mask_suffix}
+    for key, value in given.items():
+        if name != "custom" and value is not None and list(value) != list(getattr(protocol, key)):
+            raise ValueError(f"{key} is {value}, protocol {name} has {getattr(protocol, key)}; protocol custom is free")
+    if name == "custom":
+        names = tuple(class_names or ())
+        labels = tuple(label_map) if label_map else tuple(range(len(names)))
+        if set(labels) != set(range(len(names))):
+            raise ValueError(f"label_map gives {sorted(set(labels))}, class_names has {list(names)}")
+        suffix, hazard = mask_suffix or protocol.mask_suffix, protocol.hazard
+        positive = len(names) - 1 if positive_class is None else positive_class
+        if names:
+            hazard = names[positive]
+        protocol = replace(protocol, class_names=names, label_map=labels, mask_suffix=suffix, hazard=hazard)
+        positive_class = positive
+    return protocol if positive_class is None else replace(protocol, positive_class=positive_class)
+
+
+def class_names_of(recipe: Mapping[str, Any]) -> list[str]:
+    """Names of a recipe's classes, from 0 up: the recipe's own, its protocol's, or `class 0` and so on."""
+    arguments = data_arguments(recipe)
+    if arguments.get("class_names"):
+        return list(arguments["class_names"])
+    named = PROTOCOLS.get(arguments.get("protocol") or "custom") if uses_flood_data_module(recipe) else None
+    if named is not None and named.class_names:
+        return list(named.class_names)
+    task = (recipe.get("model") or {}).get("init_args") or {}
+    if task.get("class_names"):
+        return list(task["class_names"])
+    count = (task.get("model_args") or {}).get("num_classes") or 0
+    return [f"class {number}" for number in range(count)]
+
+
+def positive_class_of(recipe: Mapping[str, Any]) -> int:
+    """The class that reports speak of: `data.init_args.positive_class`, by default the protocol's or the last one."""
+    return protocol_of(recipe).positive_class
+
+
+def suffix_of(protocol: Protocol, part: str) -> str:
+    """End of a file name, after the chip id, of a modality or of `MASK`."""
+    return protocol.mask_suffix if part == LABEL_DIR else _SUFFIXES[part]
+
+
+def event_of(chip: str) -> str:
+    """The event of a chip: what stands before the first `_`, such as `EMSR686`."""
+    return chip.split("_", 1)[0]

@@ -1,0 +1,273 @@
+"""The only reader of split files, and the look at a recipe's data before anything long starts."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from floodrepro import console
+from floodrepro.data.chips import Chips
+from floodrepro.data.protocols import (
+    LABEL_DIR,
+    MODALITIES,
+    SPLITS,
+    data_arguments,
+    event_of,
+    protocol_of,
+    suffix_of,
+    uses_flood_data_module,
+)
+from floodrepro.errors import DataError, UsageError
+
+FETCH_NOTE = "floodrepro-fetch.json"  # beside `split/`: repository, commit and what was asked for
+
+_SHOWN = 3  # examples in a message
+
+
+@dataclass(frozen=True)
+class DataState:
+    """What a run's record keeps about its data.
+
+    Args:
+        protocol: Its name.
+        chips: Number of chips by split; several test splits are counted by their names.
+        digests: By split, sha256 over its chip ids and the sizes of the files that the recipe reads. Compare them only
+            for splits that both sides have.
+        warnings: What may change the meaning of a score, one sentence each.
+        commit: The hub's commit that the data was fetched from; None where it is not known.
+    """
+
+    protocol: str
+    chips: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    commit: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The state as JSON types."""
+        return asdict(self)
+
+
+def read_split(path: Path) -> list[str]:
+    """The chip ids of a split file, in its order. See `read_events` for the format."""
+    return list(read_events(path))
+
+
+def read_events(path: Path) -> dict[str, str]:
+    """The chips of a split file and the event of each, in the file's order.
+
+    A line holds a chip id, whose event is what stands before its first `_`, or `chip,event`. Blank lines, a first line
+    `chip,event` and a byte order mark are passed over.
+
+    Raises:
+        DataError: The file cannot be read, names no chip, or names one twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"the split file cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise DataError(what, where=path, fix="set --data-root, or floodrepro data fetch") from error
+    rows = [[cell.strip() for cell in line.split(",", 1)] for line in lines if line.strip()]
+    if rows and [cell.lower() for cell in rows[0]] == ["chip", "event"]:
+        rows = rows[1:]
+    doubles = [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]
+    if doubles:
+        raise DataError(
+            f"{_count(doubles)} listed twice: {_examples(doubles)}", where=path, fix="keep one line of each"
+        )
+    if not rows:
+        raise DataError("the split file names no chip", where=path, fix="list one chip id a line")
+    return {row[0]: row[1] if len(row) > 1 and row[1] else event_of(row[0]) for row in rows}
+
+
+def read_splits(arguments: Mapping[str, Any], split: str) -> dict[str, dict[str, str]]:
+    """The chips that a recipe reads of a split, and the event of each: by the split's name, or the names of several.
+
+    Args:
+        arguments: The `init_args` of the data section: `<split>_split` is a path or, by name, several; `limit` and
+            `fraction` keep a part of the chips (see `choose_chips`).
+        split: train, val, test or predict.
+
+    Raises:
+        UsageError: The recipe names no such split.
+        DataError: A split file cannot be read.
+    """
+    given = arguments.get(f"{split}_split")
+    if not given:
+        key = f"data.init_args.{split}_split"
+        raise UsageError(f"the recipe names no {split} split", where=key, fix=f"--{key} FILE")
+    files: Mapping[str, str] = given if isinstance(given, Mapping) else {split: given}
+    listed = {name: read_events(Path(file)) for name, file in files.items()}
+    union = {chip: event for chips in listed.values() for chip, event in chips.items()}
+    kept = choose_chips(union, limit=arguments.get("limit"), fraction=arguments.get("fraction"))
+    chosen = {name: {c: e for c, e in chips.items() if c in kept} for name, chips in listed.items()}
+    for name in [name for name, chips in chosen.items() if not chips]:
+        console.warn(f"limit and fraction leave no chip of {name}")
+        del chosen[name]
+    return chosen
+
+
+def choose_chips(
+    events: Mapping[str, str], *, limit: int | None = None, fraction: float | None = None, seed: int = 0
+) -> dict[str, str]:
+    """A part of the chips, whole events where they fit.
+
+    Events are taken in an order drawn from the seed, as long as they fit; the first one that does not fills the rest.
+    The seed is not the run's: all seeds of a recipe, and every checkpoint that is tested, see the same chips.
+
+    Args:
+        events: The event of each chip.
+        limit: Number of chips to keep, at most.
+        fraction: Share of the chips to keep, above 0 and at most 1.
+        seed: Of the order.
+
+    Returns:
+        The kept chips and their events, in the order given.
+
+    Raises:
+        UsageError: The limit or the fraction is out of range.
+    """
+    if (limit is not None and limit < 1) or (fraction is not None and not 0 < fraction <= 1):
+        raise UsageError("a part of the data needs a limit of at least 1 and a fraction above 0 and at most 1")
+    wanted = len(events) if fraction is None else max(1, round(fraction * len(events)))
+    wanted = min(wanted, len(events) if limit is None else limit)
+    if wanted == len(events):
+        return dict(events)
+
+    def draw(name: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
+    sizes = Counter(events.values())
+    order = sorted(sizes, key=draw)
+    kept: set[str] = set()
+    room = wanted
+    for event in order:
+        if sizes[event] <= room:
+            kept.add(event)
+            room -= sizes[event]
+    rest = sorted((c for c, e in events.items() if e not in kept), key=lambda c: (order.index(events[c]), draw(c)))
+    part = set(rest[:room])
+    return {chip: event for chip, event in events.items() if event in kept or chip in part}
+
+
+def check_data(recipe: Mapping[str, Any], splits: Sequence[str], *, strict: bool = False) -> DataState:
+    """Check that every chip of the named splits has the files that a recipe reads; no pixel is read.
+
+    impactmesh finds a missing file only when its turn comes, hours into an epoch.
+
+    Args:
+        recipe: A resolved recipe. One with another data module than floodrepro's is not looked at.
+        splits: Any of train, val, test, predict; masks are not needed for predict.
+        strict: Whether an event in two splits is an error; `data.init_args.strict` asks for it as well.
+
+    Returns:
+        What a run's record keeps.
+
+    Raises:
+        UsageError: The recipe names no such split.
+        DataError: Chips, a split file or a chip's part are missing, a chip is in two splits, or, where it is strict, an
+            event is.
+    """
+    protocol = protocol_of(recipe)
+    if not uses_flood_data_module(recipe):
+        return DataState(protocol.name)
+    arguments = data_arguments(recipe)
+    root = Path(arguments["data_root"])
+    state = DataState(protocol.name, commit=read_commit(root))
+    sources: dict[Path, Chips] = {}
+    for split in splits:
+        place = Path((split == "predict" and arguments.get("predict_data_root")) or root)
+        source = sources.setdefault(place, Chips(place, protocol))
+        parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if split != "predict" else [])]
+        for name, chips in read_splits(arguments, split).items():
+            check_parts(source, list(chips), parts, split=name)
+            state.chips[name] = len(chips)
+            state.digests[name] = digest_of(source, list(chips), parts)
+            published = protocol.counts.get(name, len(chips))
+            if len(chips) != published:
+                console.say(f"{name} has {len(chips):,} chips; {protocol.name} was published with {published:,}")
+    state.warnings.extend(shared_events(_splits_on_disk(arguments), splits))
+    for warning in state.warnings:
+        console.warn(warning)
+    if state.warnings and (strict or arguments.get("strict")):
+        raise DataError(state.warnings[0], where=root, fix="keep each event in one split, or leave --strict out")
+    return state
+
+
+def check_parts(source: Chips, chips: Sequence[str], parts: Sequence[str], *, split: str) -> None:
+    """Raise `DataError` if a chip of a split lacks a part (S2L2A, S1RTC, DEM or MASK)."""
+    for part in parts:
+        having = source.having(part)
+        missing = [f"{chip}{suffix_of(source.protocol, part)}" for chip in chips if chip not in having]
+        if missing:
+            raise DataError(
+                f"{len(missing)} of {len(chips)} chips of {split} have no {part} file: {_examples(missing)}",
+                where=source.root,
+                fix="fetch or extract the missing files, or take the chips out of the split",
+            )
+
+
+def digest_of(source: Chips, chips: Sequence[str], parts: Sequence[str]) -> str:
+    """Sha256 over the sorted chip ids of a split and the size in bytes of each chip's parts."""
+    keys = [(chip, part) for chip in sorted(chips) for part in sorted(parts)]
+    with ThreadPoolExecutor(16) as pool:  # a network disk takes about a millisecond for each of 320,000 files
+        sizes = list(pool.map(lambda key: source.size(*key), keys, chunksize=64))
+    lines = (f"{chip} {part} {size}\n" for (chip, part), size in zip(keys, sizes, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] = SPLITS) -> list[str]:
+    """One sentence for each pair of splits that share events; published splits do.
+
+    Args:
+        splits: By split, its chips and their events. Names as `test/holdout` are of one split: parts may share chips.
+        asked: Pairs without any of these are not looked at.
+
+    Raises:
+        DataError: A chip is in two splits.
+    """
+    sentences = []
+    for (one, chips), (other, others) in combinations(splits.items(), 2):
+        kinds = {one.split("/")[0], other.split("/")[0]}
+        if len(kinds) == 1 or not kinds & set(asked):
+            continue
+        if both := sorted(set(chips) & set(others)):
+            what = f"{_count(both)} in {one} and in {other}: {_examples(both)}"
+            raise DataError(what, where=f"{one}, {other}", fix="take the chips out of one of the splits")
+        if events := sorted(set(chips.values()) & set(others.values())):
+            number = "1 event is" if len(events) == 1 else f"{len(events)} events are"
+            sentences.append(f"{number} in {one} and in {other}: {_examples(events)}")
+    return sentences
+
+
+def read_commit(root: Path) -> str | None:
+    """The hub's commit that `data fetch` noted beside the chips; None where there is no note."""
+    for folder in (root, root.parent):
+        if (note := folder / FETCH_NOTE).is_file():
+            return str(json.loads(note.read_text(encoding="utf-8"))["commit"])
+    return None
+
+
+def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Those of train, val and test that the recipe names and that are there: the test split may not be fetched yet."""
+    found: dict[str, dict[str, str]] = {}
+    for split in SPLITS:
+        given = arguments.get(f"{split}_split") or {}
+        files = given.values() if isinstance(given, Mapping) else [given]
+        if files and all(Path(file).is_file() for file in files):
+            chosen = read_splits(arguments, split)
+            found |= {name if name == split else f"{split}/{name}": chips for name, chips in chosen.items()}
+    return found
+
+
+def _count(chips: Sequence[str]) -> str:
+    return "1 chip is" if len(chips) == 1 else f"{len(chips)} chips are"
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")

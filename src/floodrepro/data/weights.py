@@ -1,0 +1,74 @@
+"""The weights that a reproduction needs besides chips: the pretrained backbone and IBM's checkpoint, on the hub."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from floodrepro.errors import CheckpointError, DataError
+from floodrepro.run_folder import sha256_of
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a model repository on the Hugging Face hub.
+
+    Args:
+        repo: The repository's id.
+        name: The file's.
+        revision: Branch or commit; None for `main`, as TerraTorch asks for it.
+        sha256: Of the content; None where none was published.
+    """
+
+    repo: str
+    name: str
+    revision: str | None = None
+    sha256: str | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The command line of huggingface_hub that fetches the same."""
+        return ["hf", "download", self.repo, self.name, *(["--revision", self.revision] if self.revision else [])]
+
+
+# IBM's two-class model of version 0; commit and hash as its repository's page showed them. 673 MB.
+REFERENCE = HubFile(
+    "ibm-esa-geospatial/TerraMind-base-Flood",
+    "TerraMind_v1_base_ImpactMesh_flood.pt",
+    "1e4b2429d17234922f8d92beb0d725af4db85c08",
+    "22627584c2db618c2f6ddb64b411a95762a893becb25104e3f66bfebecaa71e9",
+)
+
+
+def backbone_weights(backbone: str) -> HubFile | None:
+    """What TerraTorch 1.2.7 (terramind_register.py) fetches for a backbone such as `terramind_v1_base`, if known."""
+    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)(?:_tim)?", backbone)
+    return HubFile(f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}", f"TerraMind_v1_{size[1]}.pt") if size else None
+
+
+def in_cache(file: HubFile) -> Path | None:
+    """A file that was fetched before; None where it is not in huggingface_hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(file.repo, file.name, revision=file.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch_file(file: HubFile) -> Path:
+    """Fetch a file into huggingface_hub's cache, or find it there, and check its hash.
+
+    Raises:
+        DataError: It is neither in the cache nor can it be fetched.
+        CheckpointError: Its content is not the published one.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        path = Path(hf_hub_download(file.repo, file.name, revision=file.revision))
+    except (HfHubHTTPError, OSError) as error:  # no network and not in the cache is an OSError as well
+        fix = f"{' '.join(file.command)}; without a network, copy the cache (HF_HOME) of a machine that has it"
+        raise DataError(f"{file.name} cannot be fetched: {error}", where=file.repo, fix=fix) from error
+    if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
+        what = f"the file is not the published one: sha256 {found}, expected {file.sha256}"
+        raise CheckpointError(what, where=path.resolve(), fix="delete it, check HF_ENDPOINT, and fetch it again")
+    return path

@@ -1,0 +1,195 @@
+"""Intervals and tests over flood events and over seeds. `docs/statistics.md` explains the choice. numpy and scipy only.
+
+Pixels of a chip and chips of an event are alike, so a whole event is left out at a time, with all its counts (Cameron
+and Miller 2015, Journal of Human Resources). Two models are always compared on the same events.
+
+E = events, K = classes. Counts are int64 (E, K, K), rows = truth, one confusion matrix per event.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from floodrepro.evaluation.metrics import Counts, iou
+
+Floats = npt.NDArray[np.float64]
+Statistic = Callable[[Counts], Floats]
+"""Maps confusion counts (..., K, K) to a figure (...), NaN where it is undefined, such as `metrics.mean_iou`."""
+Verdict = Literal["equivalent", "different", "undecided"]
+
+MIN_FLOOD_PIXELS = 100
+"""Flood pixels in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one field
+decides its IoU."""
+_MOST = 1_000_000  # events or seeds; beyond it, no test set decides
+
+
+@dataclass(frozen=True)
+class Result:
+    """An estimate and what is known of its spread.
+
+    Args:
+        estimate: The figure, or the difference of two.
+        error: Its standard error.
+        freedom: Degrees of freedom of the t distribution.
+        n: Number of events or seeds behind it.
+    """
+
+    estimate: float
+    error: float
+    freedom: float
+    n: int
+
+    def interval(self, level: float = 0.90) -> tuple[float, float]:
+        """Two-sided interval: t quantile times standard error on both sides.
+
+        Where nothing varies, the spread is unknown and not zero. The half width is then the share of events that may
+        still differ after n alike ones, 1 - ((1 - level) / 2)^(1 / n) (Hanley and Lippman-Hand 1983, JAMA).
+        """
+        tail = (1 - level) / 2
+        half = float(stats.t.ppf(1 - tail, self.freedom)) * self.error if self.error > 0 else 1 - tail ** (1 / self.n)
+        return self.estimate - half, self.estimate + half
+
+    def verdict(self, margin: float, alpha: float = 0.05) -> Verdict:
+        """Two one-sided t tests (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics), in three words.
+
+        Args:
+            margin: The difference that matters, in the figure's unit.
+            alpha: Error of each one-sided test; the interval has level 1 - 2 alpha.
+
+        Returns:
+            `equivalent` if the interval lies within the margin, `different` if it lies outside on one side, otherwise
+            `undecided`.
+
+        Raises:
+            ValueError: The margin is not positive.
+        """
+        if not margin > 0:
+            raise ValueError(f"the margin is {margin}, it must be positive")
+        low, high = self.interval(1 - 2 * alpha)
+        if -margin < low and high < margin:
+            return "equivalent"
+        return "different" if low > margin or high < -margin else "undecided"
+
+    def needed(self, margin: float, alpha: float = 0.05) -> int | None:
+        """Events or seeds with which this estimate and this spread would be decided; None where no number would do."""
+
+        def decided(n: int) -> bool:
+            factor = n / self.n
+            return (
+                replace(self, error=self.error / factor**0.5, freedom=self.freedom * factor, n=n).verdict(margin, alpha)
+                != "undecided"
+            )
+
+        low, high = self.n, _MOST
+        if not decided(high):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if decided(middle) else (middle + 1, high)
+        return low
+
+
+def effective_events(counts: Counts, *, other: Counts | None = None, positive: int = -1) -> float:
+    """How many events of equal weight these are worth: (sum w)^2 / sum w^2, from 1 to E (Kish 1965, Survey Sampling).
+
+    An event weighs by its pixels of the positive class, in truth or prediction.
+    """
+    models = [counts] if other is None else [counts, other]
+    weight = sum(m[:, positive].sum(-1) + m[:, :, positive].sum(-1) - m[:, positive, positive] for m in models).astype(
+        np.float64
+    )
+    return float(weight.sum() ** 2 / (weight**2).sum()) if weight.any() else float(len(counts))
+
+
+def jackknife(counts: Counts, statistic: Statistic, *, other: Counts | None = None, positive: int = -1) -> Result:
+    """A pooled figure with its leave-one-event-out standard error (Tukey 1958; Efron and Tibshirani 1993, chapter 11).
+
+    t has the effective number of events less one as its degrees of freedom, at least one (Carter, Schnepel and
+    Steigerwald 2017, Review of Economics and Statistics).
+
+    Args:
+        counts: Counts (E, K, K).
+        statistic: The figure.
+        other: Counts (E, K, K) of a second model on the same events; the figure is then the difference to it.
+        positive: The class by which events weigh.
+
+    Raises:
+        ValueError: Fewer than two events, other events in `other`, or the figure is undefined, overall or without one
+            of the events.
+    """
+    events = len(counts)
+    if events < 2:
+        raise ValueError(f"{events} event: an interval over events needs at least two")
+    if other is not None and other.shape != counts.shape:
+        raise ValueError(f"counts {counts.shape} and {other.shape}: not the same events and classes")
+
+    def figure(pool: Callable[[Counts], Any]) -> Floats:
+        return statistic(pool(counts)) - (0.0 if other is None else statistic(pool(other)))
+
+    estimate = figure(lambda c: c.sum(axis=0))
+    without = figure(lambda c: c.sum(axis=0) - c)
+    if not np.isfinite(estimate):
+        raise ValueError("the figure is undefined over all events: no counted pixel has the class")
+    if not np.isfinite(without).all():
+        raise ValueError("the figure depends on one event: it is undefined without it")
+    error = np.sqrt((events - 1) / events * ((without - without.mean()) ** 2).sum())
+    freedom = max(effective_events(counts, other=other, positive=positive) - 1, 1.0)
+    return Result(float(estimate), float(error), freedom, events)
+
+
+def mean_over_events(counts: Counts, *, other: Counts | None = None, positive: int = -1) -> Result:
+    """The mean of the events' own IoU, or of their paired differences, with Student's t over events.
+
+    Each flood counts once, however large. Events with less than MIN_FLOOD_PIXELS of the class in the truth are left
+    out; `n` is the number of the others.
+
+    Raises:
+        ValueError: Fewer than two such events.
+    """
+    kept = counts[:, positive].sum(axis=-1) >= MIN_FLOOD_PIXELS
+    values = iou(counts[kept], positive)
+    return _student(values if other is None else values - iou(other[kept], positive), "events with flood")
+
+
+def over_seeds(figures: Sequence[float], reference: float) -> Result:
+    """The mean over training runs less the reference's figure, which is taken as it stands.
+
+    Raises:
+        ValueError: Fewer than two runs, or a figure that is not finite.
+    """
+    return _student(np.asarray(figures, np.float64) - reference, "seeds")
+
+
+def sign_flip(differences: npt.ArrayLike) -> float:
+    """Two-sided p of "the events' differences (E,) are symmetric about 0" (Fisher 1935), exact up to 13 events.
+
+    Beyond, 9,999 patterns of signs are drawn and the observed one is counted, so that p is never 0.
+
+    Raises:
+        ValueError: Fewer than two events, or a difference that is not finite.
+    """
+    values = np.asarray(differences, np.float64)
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise ValueError("signs can be flipped from two events on, and where all differences are finite")
+    moving = values[values != 0]  # a 0 has no sign
+    if len(moving) < 2:
+        return 1.0
+    found = stats.permutation_test(
+        (moving, np.zeros_like(moving)),
+        lambda x, y, axis: (x - y).mean(axis=axis),
+        permutation_type="samples",
+        rng=0,
+    )
+    return float(found.pvalue)
+
+
+def _student(values: Floats, what: str) -> Result:
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} {what}: an interval needs at least two")
+    if not np.isfinite(values).all():
+        raise ValueError(f"a figure that is not finite among the {what}")
+    return Result(float(values.mean()), float(stats.sem(values)), len(values) - 1.0, len(values))

@@ -1,0 +1,93 @@
+"""A trained network as a function of chip values: exactly the arithmetic of `predict`.
+
+B = tiles, T = timesteps, C = bands, K = classes, H, W = pixels.
+"""
+
+import numpy as np
+import torch
+
+from floodrepro.data.protocols import S1_BANDS, S2_BANDS
+from floodrepro.errors import CheckpointError, UsageError
+from floodrepro.mapping.reader import is_missing
+from floodrepro.mapping.scene import EVENT_STEP, STEPS
+from floodrepro.mapping.tiles import Array
+from floodrepro.training.checkpoint import Checkpoint, load_strictly
+from floodrepro.training.layout import without_files
+from floodrepro.training.terratorch_cli import RecipeCLI
+
+_PATCH = 32  # two of TerraMind's patches: what TerraTorch pads images to
+_LARGEST_BATCH = 64
+
+
+class Network:
+    """The recipe's model with the weights of a checkpoint, on the recipe's device and in its precision.
+
+    Args:
+        cli: The parsed recipe.
+        weights: What `read_checkpoint` returned.
+
+    Attributes:
+        bands: Names of the bands by modality, in the model's order.
+        steps: Timesteps in the model's order.
+        classes: K.
+
+    Raises:
+        UsageError: The recipe does not build, or has no use for the event.
+        CheckpointError: The weights are another model's.
+    """
+
+    def __init__(self, cli: RecipeCLI, weights: Checkpoint) -> None:
+        cli.build(lambda config: without_files(config, progress_bar=False))
+        load_strictly(weights, cli.model, cli.recipe)
+        self._data = cli.datamodule
+        self.device = cli.trainer.strategy.root_device
+        self._precision = cli.trainer.strategy.precision_plugin
+        self._task = self._precision.convert_module(cli.model).to(self.device).eval()
+        steps = list(self._data.timesteps)
+        self.steps = steps if len(steps) < len(STEPS) else list(range(len(STEPS)))  # impactmesh: all, in their order
+        names = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
+        chosen = getattr(self._data, "bands", {})
+        self.bands = {m: [names[m][i] for i in chosen.get(m, range(len(names[m])))] for m in self._data.modalities}
+        self.classes = int(cli.recipe["model"]["init_args"]["model_args"]["num_classes"])
+        if EVENT_STEP not in self.steps or not {"S1RTC", "S2L2A"} & self.bands.keys():
+            raise UsageError("the recipe does not look at the event", where="data.init_args.timesteps, modalities")
+
+    def probabilities(self, chips: dict[str, list[Array]]) -> Array:
+        """Probabilities (B, K, H, W) of tiles of one size, given by modality as (T, C, H, W) in chip values.
+
+        Raises:
+            CheckpointError: The model predicts NaN or infinities.
+        """
+        with torch.inference_mode(), self._precision.forward_context():
+            images = {modality: self._image(np.stack(tiles)) for modality, tiles in chips.items()}
+            height, width = (size for size in next(iter(chips.values()))[0].shape[-2:])
+            logits = self._task(self._data.aug({"image": images})["image"]).output
+            top, left = (-height % _PATCH) // 2, (-width % _PATCH) // 2
+            inside = logits[..., top : top + height, left : left + width]
+            if not bool(torch.isfinite(inside).all()):
+                raise CheckpointError("the model predicts values that are not finite", fix="--precision bf16 or fp32")
+            return np.asarray(inside.float().softmax(dim=1).cpu())
+
+    def _image(self, values: Array) -> torch.Tensor:
+        """Float32 (B, C, T, H, W), or (B, C, H, W) of one timestep, with missing values replaced as in training."""
+        missing = is_missing(np.moveaxis(values, 2, 0))[:, :, None]
+        filled = np.where(missing, np.float32(self._data.no_data_replace), values.astype(np.float32))
+        # TerraTorch pads both sides by reflection too, but torch refuses where an image is smaller than its padding.
+        sides = [(-size % _PATCH // 2, -size % _PATCH - -size % _PATCH // 2) for size in filled.shape[-2:]]
+        filled = np.pad(filled, [(0, 0), (0, 0), (0, 0), *sides], mode="reflect")
+        image = torch.from_numpy(filled).to(self.device).transpose(1, 2)
+        count = len(self.steps)
+        image = image.expand(-1, -1, count, -1, -1)
+        return image.contiguous() if count > 1 else image[:, :, 0]
+
+    def fitting_batch(self, crop: int) -> int:
+        """Tiles in a batch: one on a CPU; on a GPU what 70 % of its free memory holds, by a trial of one tile."""
+        if self.device.type != "cuda":
+            return 1
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        steps = {m: 1 if m == "DEM" else len(self.steps) for m in self.bands}
+        self.probabilities({m: [np.zeros((steps[m], len(b), crop, crop), np.int16)] for m, b in self.bands.items()})
+        each = torch.cuda.max_memory_allocated(self.device) - before
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(min(max(0.7 * free // max(each, 1), 1), _LARGEST_BATCH))

@@ -1,0 +1,239 @@
+"""How fast floodrepro is beside plain TerraTorch: the same chips and weights, each side in processes of its own.
+
+`train` runs ``terratorch fit`` and ``floodrepro fit``, `test` both tests with the same checkpoint, and `data` reads
+training batches with both data modules. `StepClock`, a callback that the recipe of both sides names, takes the time.
+"""
+
+import copy
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from floodrepro import console
+from floodrepro.callbacks.run_record import percentiles
+from floodrepro.errors import FloodreproError
+from floodrepro.publishing.export import with_stock_data
+from floodrepro.recipe import Recipe
+from floodrepro.system.environment import environment
+
+SIDES = ("terratorch", "floodrepro")
+WARM_UP = 4  # steps that do not count, beside the batches that loader processes have read ahead
+AGREEMENT = 1e-6  # of the metrics of both tests
+Run = dict[str, Any]
+
+
+class StepClock(Callback):
+    """Times a training or a test and writes what it found to a JSON file.
+
+    In a training the chips come in the order of the split, over and over, on both sides; dropout is drawn from the same
+    seed. float32 matrix products are exact on both sides: importing TerraTorch would leave bf16 products on some CPUs.
+
+    Args:
+        output: The JSON file.
+        steps: Steps that count.
+        warm_up: Steps before them.
+        read_only: Read the batches of the steps and train on none.
+    """
+
+    def __init__(self, output: str, steps: int, warm_up: int, read_only: bool = False) -> None:
+        self._output, self._steps, self._warm_up, self._read_only = Path(output), steps, warm_up, read_only
+        self._done, self._start, self._loss = 0, 0.0, torch.zeros(())
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Fix the order of the training chips. The data module has been set up by now."""
+        torch.set_float32_matmul_precision("highest")
+        module: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit":
+            loader = _in_order(module.train_dataloader(), self._warm_up + self._steps)
+            module.train_dataloader = lambda: loader
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed dropout, or read."""
+        torch.manual_seed(0)
+        if self._read_only:
+            for _ in trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
+                self._step(pl_module)
+            self._write(trainer, pl_module)
+            trainer.should_stop = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        """Count a training step."""
+        self._loss = outputs["loss"].detach()
+        self._step(pl_module)
+        if self._done == self._warm_up + self._steps:
+            self._write(trainer, pl_module, loss=float(self._loss))
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Count a batch of the test."""
+        self._step(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the time and the metrics of the test."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._write(trainer, pl_module, metrics=metrics)
+
+    def _step(self, module: LightningModule) -> None:
+        self._done += 1
+        if self._done == self._warm_up:
+            self._start = self._now(module)
+
+    def _now(self, module: LightningModule) -> float:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _write(self, trainer: Trainer, module: LightningModule, **found: Any) -> None:
+        seconds = self._now(module) - self._start
+        memory = {"process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux gives KiB
+        if module.device.type == "cuda":
+            memory["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        batches = self._done - self._warm_up
+        rate = batches * trainer.datamodule.batch_size / seconds  # type: ignore[attr-defined]
+        found |= {"chips_per_second": rate, "batches": batches, "memory": memory}
+        self._output.write_text(json.dumps(found | {"environment": environment(str(trainer.precision))}))
+
+
+def _in_order(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
+    """A loader like another one, with batches in the order of the data set, from the front again at its end."""
+    size, count = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
+    order = [[(step * size + i) % count for i in range(size)] for step in range(batches)]
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=order,
+        num_workers=loader.num_workers,
+        prefetch_factor=loader.prefetch_factor,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int) -> dict[str, Any]:
+    """Run both sides in turn, round by round.
+
+    Args:
+        action: train, test or data.
+        recipe: Resolved, for floodrepro's data module, with absolute paths of chips that are extracted.
+        folder: An empty folder for what the runs leave.
+        steps: Training steps, or batches read, that count. A test counts its whole split but for the warm-up.
+        rounds: Processes of each side.
+
+    Returns:
+        Chips per second, peak memory, loss or metrics of each side; ratios round by round; all runs.
+
+    Raises:
+        FloodreproError: A process failed, or the metrics of the two tests differ.
+    """
+    arguments = recipe["data"]["init_args"]
+    # Batches that lie ready before the first step say nothing about how fast they are read.
+    ahead = arguments.get("num_workers", 0) * (arguments.get("prefetch_factor") or 2)
+    warm_up = 2 if action == "test" else WARM_UP + ahead
+    checkpoint = _save_checkpoint(recipe, folder) if action == "test" else None
+    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            console.say(f"{action}, round {number + 1} of {rounds}: {side}")
+            output = folder / f"{side}-{number}.json"
+            clock = {"output": str(output), "steps": steps, "warm_up": warm_up, "read_only": action == "data"}
+            timed = _timed(recipe, side, clock, steps + warm_up)
+            _call(_command(side, timed, folder, f"{side}-{number}", checkpoint), folder)
+            if not output.is_file():
+                raise FloodreproError(f"{side} ended after fewer than {steps + warm_up} steps", fix="give more --steps")
+            runs[side].append(json.loads(output.read_text()))
+    return {
+        "what": f"{action}: {rounds} processes a side in turn, {runs[SIDES[0]][0]['batches']} batches each after "
+        f"{warm_up} of warm-up, with reading, without augmentation",
+        "precision": str(recipe["trainer"]["precision"]),
+        "batch_size": arguments["batch_size"],
+        **sum_up(runs),
+    }
+
+
+def sum_up(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Speed and memory of each side, ratios of ours to theirs by round, and how far losses or metrics differ.
+
+    Args:
+        runs: What `StepClock` wrote, by side, one for each round.
+
+    Raises:
+        FloodreproError: The metrics of the two tests differ.
+    """
+    theirs, ours = (runs[side] for side in SIDES)
+    ratios = [a["chips_per_second"] / b["chips_per_second"] for a, b in zip(ours, theirs, strict=True)]
+    peaks = {side: {kind: max(r["memory"][kind] for r in runs[side]) for kind in ours[0]["memory"]} for side in SIDES}
+    kind = "gpu_allocated_gib" if "gpu_allocated_gib" in ours[0]["memory"] else "process_gib"
+    found: dict[str, Any] = {
+        "chips_per_second": {side: percentiles([run["chips_per_second"] for run in runs[side]]) for side in SIDES},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "peak_memory": peaks,
+        "memory_ratio": peaks["floodrepro"][kind] / peaks["terratorch"][kind],
+        "load_average": os.getloadavg()[0],
+        "environment": ours[0].pop("environment"),
+    }
+    if "loss" in ours[0]:
+        found["loss"] = {side: [run["loss"] for run in runs[side]] for side in SIDES}
+        found["loss_difference"] = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    if "metrics" in ours[0]:
+        names = ours[0]["metrics"].keys() & theirs[0]["metrics"].keys()
+        differences = [abs(a["metrics"][n] - b["metrics"][n]) for a, b in zip(ours, theirs, strict=True) for n in names]
+        found["metrics"], found["metrics_difference"] = ours[0]["metrics"], max(differences)
+        if not found["metrics_difference"] <= AGREEMENT:
+            raise FloodreproError(f"the metrics of the two tests differ by {found['metrics_difference']:g}")
+    return found
+
+
+def _timed(recipe: Recipe, side: str, clock: Mapping[str, Any], steps: int) -> Recipe:
+    """The recipe of a side: random weights, no augmentation, and the clock as its last callback."""
+    timed = copy.deepcopy(recipe)
+    timed["data"]["init_args"]["augment"] = False
+    timed["model"]["init_args"]["model_args"]["backbone_pretrained"] = False
+    timed["trainer"] |= {"devices": 1, "max_epochs": 1, "max_steps": steps}
+    callbacks = [c for c in timed["trainer"].get("callbacks") or [] if not c["class_path"].endswith("ProgressBar")]
+    timed["trainer"]["callbacks"] = [
+        *callbacks,
+        {"class_path": "floodrepro.system.bench.StepClock", "init_args": clock},
+    ]
+    timed["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
+    return with_stock_data(timed) if side == "terratorch" else timed
+
+
+def _save_checkpoint(recipe: Recipe, folder: Path) -> Path:
+    """Weights that both tests load: plain TerraTorch's, after two steps."""
+    console.say("training two steps, for weights that both sides test")
+    clock = {"output": str(folder / "unused.json"), "steps": 1, "warm_up": 1}
+    _call(_command("terratorch", _timed(recipe, "terratorch", clock, 2), folder, "checkpoint", None), folder)
+    return max(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+
+
+def _command(side: str, recipe: Recipe, folder: Path, name: str, checkpoint: Path | None) -> list[str]:
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    start = [sys.executable, "-m", side, "test" if checkpoint else "fit", "--config", str(file)]
+    if side == "terratorch":
+        return [*start, "--ckpt_path", str(checkpoint)] if checkpoint else start
+    if checkpoint:
+        return [*start, "--ckpt", str(checkpoint), "--output", str(folder / name)]
+    return [*start, "--runs-root", str(folder / "runs"), "--name", name]
+
+
+def _call(command: Sequence[str], folder: Path) -> None:
+    variables = os.environ | {"LIGHTLY_DID_VERSION_CHECK": "True", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+        print(last, file=sys.stderr)
+        raise FloodreproError(f"a process of the bench ended with exit code {done.returncode}", where=" ".join(command))

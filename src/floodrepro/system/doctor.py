@@ -1,0 +1,398 @@
+"""Looks at a machine before a run does: packages, torch, GPU, memory, disk, data. Each fault comes with its repair.
+
+torch is asked in a process of its own: a broken build may end the process that imports it.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+
+import floodrepro
+from floodrepro.errors import FloodreproError, UsageError
+from floodrepro.recipe import Recipe, check_precision
+from floodrepro.system.environment import gpu_drivers, small_text
+from floodrepro.system.machine import free_disk, free_memory, usable_cores
+
+# With neck and UNetDecoder: bytes of the weights, and bytes that both passes of one chip of 256 px take beside them in
+# float32, measured on a CPU. AdamW and the gradients make four times the weights of it. A run leaves its best weights,
+# two full states of three times the weights, one more while it is written, and the export.
+MODELS = {"terramind_v1_base": (673_100_000, 3_000_000_000), "terramind_v1_tiny": (56_400_000, 600_000_000)}
+TRAINED, RUN_FOLDER = 4, 1 + 3 * 3 + 1  # times the weights
+CHIP_BYTES = (12 + 2 + 1) * 4 * 4  # of a pixel in float32: 15 bands, 4 timesteps
+PROCESS_BYTES = 1_200_000_000  # of a process that has imported TerraTorch 1.2.7
+STOLE_CREDENTIALS = ("2.6.2", "2.6.3")  # of lightning on PyPI: GHSA-w37p-236h-pfx3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Args:
+        name: What was looked at.
+        status: `fail` where a run cannot work, or would not be the run that the recipe describes.
+        detail: What was found.
+        fix: A command to paste or flags to add; empty where the status is `ok`.
+    """
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    fix: str = ""
+
+
+def examine(
+    recipe: Recipe | None, runs: Path = Path("runs"), *, quick: bool = False, root: Path = Path("/")
+) -> list[Finding]:
+    """Look at the machine.
+
+    Args:
+        recipe: Resolved, or folded by the command line; None leaves out what only a recipe can ask for.
+        runs: Folder of all runs.
+        quick: As before a fit: torch is asked only where a GPU's device file is, and chips are left to the fit.
+        root: Where ``/proc``, ``/sys``, ``/dev`` and ``/opt`` are looked for.
+    """
+    found, devices = check_packages(), 0
+    on_cpu = _of(recipe or {}, "trainer.accelerator", "auto") == "cpu"
+    if not quick or (_vendor(root) and not on_cpu):
+        answer = ask_torch()
+        devices = 0 if on_cpu else len(answer["devices"])
+        found += [check_torch(answer, _vendor(root)), *check_gpus(answer, recipe or {}, root)]
+    if recipe is None:
+        return found
+    found += [*check_machine(recipe, devices, runs, root), *check_backbone(recipe)]
+    return found if quick else [*found, check_chips(recipe)]
+
+
+def _of(recipe: Recipe, path: str, default: Any) -> Any:
+    """A value of a recipe by its path; the default where it is missing or of another type."""
+    value: Any = recipe
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value if isinstance(value, type(default)) else default
+
+
+def _pixels(recipe: Recipe) -> int:
+    """Pixels of a chip: 256 x 256, or the demo's 64 x 64."""
+    return 64 * 64 if _is_demo(recipe) else 256 * 256
+
+
+def _is_demo(recipe: Recipe) -> bool:
+    return bool(_of(recipe, "trainer.default_root_dir", "") == "runs/demo")
+
+
+def _training_bytes(recipe: Recipe, batch: int) -> int | None:
+    """Memory of model, optimizer and one batch, an estimate; None for a backbone that was not measured."""
+    model = MODELS.get(_of(recipe, "model.init_args.model_args.backbone", ""))
+    half = 2 if "16" in _of(recipe, "trainer.precision", "32-true") else 1
+    return TRAINED * model[0] + batch * model[1] * _pixels(recipe) // (256 * 256) // half if model else None
+
+
+# Packages and torch
+
+
+def _pip(*words: str) -> str:
+    """An installing command for this environment; one that uv made has no pip."""
+    python = shlex.quote(sys.executable)
+    has_pip = importlib.util.find_spec("pip") is not None
+    start = f"{python} -m pip install" if has_pip else f"uv pip install --python {python}"
+    return f"{start} {shlex.join('--reinstall' if w == '--force-reinstall' and not has_pip else w for w in words)}"
+
+
+def _torch_for(vendor: str) -> str:
+    """The command that installs a torch and a torchvision that belong together and fit a vendor's GPU."""
+    if vendor != "AMD":
+        return _pip("--force-reinstall", "-c", str(tested_versions()), "torch", "torchvision")
+    python = shlex.quote(sys.executable)  # PyPI has no ROCm build; uv looks at the GPU and knows where each build is
+    return f"pip install uv && uv pip install --python {python} --reinstall --torch-backend=auto torch torchvision"
+
+
+def tested_versions() -> Path:
+    """The constraints file that comes with floodrepro, in a wheel or in a checkout."""
+    packaged = Path(floodrepro.__file__).with_name("constraints.txt")
+    return packaged if packaged.is_file() else Path(floodrepro.__file__).parents[2] / "constraints.txt"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def check_packages() -> list[Finding]:
+    """Compare what is installed with floodrepro's bounds; the first line counts the tested versions."""
+    try:
+        wanted = [Requirement(line) for line in requires("floodrepro") or ()]
+    except PackageNotFoundError:
+        return [
+            Finding("packages", "warn", "floodrepro is not installed: its bounds are not known", _pip("floodrepro"))
+        ]
+    text = tested_versions().read_text(encoding="utf-8") if tested_versions().is_file() else ""
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)
+    pairs = [(name, pin, have) for name, pin in pins if (have := _version(name))]
+    # The local part of a version, such as +cpu, names another build of the same version.
+    other = [f"{name} {have} (tested: {pin})" for name, pin, have in pairs if have.partition("+")[0] != pin]
+    detail = f"{len(pairs) - len(other)} of {len(pairs)} have the tested version"
+    detail += f"; others: {', '.join(other[:4])}{', …' if len(other) > 4 else ''}" if other else ""
+    found = [Finding("packages", "ok", detail)]
+    for requirement in wanted:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        have = _version(requirement.name)
+        if requirement.name == "lightning" and have in STOLE_CREDENTIALS:
+            detail = (
+                f"{have} steals credentials when imported (GHSA-w37p-236h-pfx3): change every token of this machine"
+            )
+            found.append(Finding("lightning", "fail", detail, _pip("--force-reinstall", "lightning==2.6.1")))
+        elif have is None or not requirement.specifier.contains(have, prereleases=True):
+            detail = f"{have or 'not installed'}, needed is {requirement.specifier or 'any version'}"
+            found.append(Finding(requirement.name, "fail", detail, _pip(str(requirement))))
+    return found
+
+
+def ask_torch(timeout: float = 120) -> dict[str, Any]:
+    """What `torch_probe.probe` answers in a process of its own; ``error`` says how it ended where it did not answer."""
+    command = [sys.executable, str(Path(__file__).with_name("torch_probe.py"))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"devices": [], "error": f"torch gave no answer within {timeout:.0f} s"}
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    return {"devices": [], "error": f"the process that imports torch ended with exit code {done.returncode}: {said}"}
+
+
+def check_torch(answer: Mapping[str, Any], vendor: str) -> Finding:
+    """Whether torch and torchvision import and belong together, by torchvision's metadata and by its operator."""
+    if "torch" not in answer:
+        return Finding("torch", "fail", str(answer["error"]), _torch_for(vendor))
+    build = f"ROCm {answer['hip']}" if answer["hip"] else f"CUDA {answer['cuda']}" if answer["cuda"] else "CPU"
+    detail = f"{answer['torch']}, built for {build}; torchvision {_version('torchvision') or 'is not installed'}"
+    lines = (requires("torchvision") or ()) if _version("torchvision") else ()
+    needed = [r.specifier for r in map(Requirement, lines) if r.name == "torch"]
+    if not all(specifier.contains(answer["torch"], prereleases=True) for specifier in needed):
+        return Finding("torch", "fail", f"{detail}, which needs torch{needed[0]}", _torch_for(vendor))
+    if not answer.get("nms"):
+        why = answer.get("error", "operator torchvision::nms is missing")
+        return Finding("torch", "fail", f"{detail}: {why}", _torch_for(vendor))
+    return Finding("torch", "ok", detail)
+
+
+# GPUs
+
+
+def _vendor(root: Path) -> str:
+    """Whose GPU has a device file here; empty where there is none. /dev/dxg is the GPU of Windows under WSL."""
+    if any((root / "dev" / name).exists() for name in ("nvidiactl", "dxg")):
+        return "NVIDIA"
+    return "AMD" if (root / "dev/kfd").exists() else ""
+
+
+def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")) -> list[Finding]:
+    """Judge what torch sees, a line for each kind of GPU, or why it sees none.
+
+    Args:
+        answer: Of `ask_torch`.
+        recipe: As for `examine`; may be empty.
+        root: As for `examine`.
+    """
+    devices, found = answer["devices"], []
+    on_cpu = _of(recipe, "trainer.accelerator", "auto") == "cpu"
+    kind = {"16": "float16", "bf16": "bfloat16"}.get(_of(recipe, "trainer.precision", "").partition("-")[0])
+    if on_cpu or not devices:
+        found.append(_why_no_gpu(answer, root, on_cpu=on_cpu))
+        devices = []
+    for text, count in Counter(json.dumps(device | {"free": 0}) for device in devices).items():
+        device = json.loads(text)
+        detail = f"{count} x {device['name']}, {device['memory'] / 2**30:.1f} GiB"
+        if "error" in device:
+            found.append(Finding("gpu", "fail", f"{detail}: {device['error']}", "nvidia-smi || rocm-smi"))
+            continue
+        detail += "".join(f", {k} {'works' if device[k] else 'does not work'}" for k in ("float16", "bfloat16"))
+        if _is_partition(device["name"], root):
+            detail += "; a partition: power and energy are read for the whole GPU, which others may share"
+        works = kind is None or device[kind]
+        found.append(Finding("gpu", "ok", detail) if works else Finding("gpu", "fail", detail, "--precision fp32"))
+    found += _check_gpu_memory([device["free"] for device in devices if "free" in device], recipe)
+    try:
+        check_precision(recipe, gpu=bool(devices))
+    except UsageError as error:
+        found.append(Finding("precision", "fail", f"{error.what} ({error.where})", str(error.fix)))
+    package = root / "opt/rocm/share/amd_smi"
+    if devices and package.is_dir() and not importlib.util.find_spec("amdsmi"):
+        found.append(Finding("energy", "warn", "amdsmi is not installed: it reads the GPU's power", _pip(str(package))))
+    return found
+
+
+def _is_partition(name: str, root: Path) -> bool:
+    """Whether a device is a MIG slice of an NVIDIA GPU, or AMD GPUs are split (CPX, DPX, …; SPX is whole)."""
+    modes = [small_text(file) for file in root.glob("sys/class/drm/card*/device/current_compute_partition")]
+    return " MIG " in name or any(mode not in (None, "", "SPX") for mode in modes)
+
+
+def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Finding:
+    """Why torch uses no GPU, and what to do about it where there is one."""
+    vendor, build = _vendor(root), "AMD" if answer.get("hip") else "NVIDIA" if answer.get("cuda") else "the CPU"
+    variables = [f"{name}_VISIBLE_DEVICES" for name in ("CUDA", "HIP", "ROCR")]
+    hidden = next((name for name in variables if os.environ.get(name) in ("", "-1")), None)
+    in_container = any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
+    give = {"AMD": '--device=/dev/kfd --device=/dev/dri --group-add "$(stat -c %g /dev/kfd)"', "NVIDIA": "--gpus all"}
+    if on_cpu or hidden:
+        return Finding("gpu", "ok", "none is used: " + (f"{hidden} hides it" if hidden else "the recipe says cpu"))
+    if not vendor and in_container and build == "AMD":
+        return Finding("gpu", "warn", "this container was given none", f"docker run {give['AMD']} --ipc=host IMAGE")
+    if not vendor:
+        return Finding("gpu", "ok", "none is here: torch computes on the CPU")
+    names = ("dev/kfd", "dev/dri/renderD*") if vendor == "AMD" else ("dev/nvidiactl", "dev/nvidia0")
+    nodes = [node for name in names for node in root.glob(name)]
+    closed = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
+    if build != vendor:
+        why, fix = f"torch is built for {build}", _torch_for(vendor)
+    elif closed:
+        why = f"/{closed[0].relative_to(root)} is closed to this user"
+        fix = (
+            f"docker run {give[vendor]} IMAGE" if in_container else "sudo usermod -aG render,video $USER; newgrp render"
+        )
+    elif vendor == "AMD":
+        why, fix = f"it may not fit ROCm {answer['hip']}", "sudo dmesg | grep -i amdgpu"
+    else:  # NVIDIA's release notes of CUDA: 13 needs driver 580, 12 needs 525
+        why, fix = f"it may be too old for CUDA {answer['cuda']} (13 needs 580, 12 needs 525)", _torch_for("AMD")
+    drivers = ", ".join(f"{name} {number}" for name, number in gpu_drivers(root).items()) or "of unknown version"
+    # Class 0x12 is an accelerator such as an Instinct. A processor's own graphics may be of no use, and WSL always
+    # has /dev/dxg: there it is a warning.
+    classes = [small_text(file) or "" for file in root.glob("sys/class/drm/renderD*/device/class")]
+    certain = (root / "dev/nvidiactl").exists() or any(code.startswith("0x12") for code in classes)
+    detail = f"torch sees no GPU, but a driver for {vendor} is here ({drivers}): {why}"
+    return Finding("gpu", "fail" if certain else "warn", detail, f"{fix}  # or: --trainer.accelerator cpu")
+
+
+def _check_gpu_memory(free: Sequence[int], recipe: Recipe) -> list[Finding]:
+    """Compare the smallest device with what the recipe's batch needs; an estimate."""
+    batch = _of(recipe, "data.init_args.batch_size", 8)
+    need = _training_bytes(recipe, batch)
+    if need is None or not free:
+        return []
+    detail = f"{min(free) / 2**30:.1f} GiB free, about {need / 2**30:.1f} needed for batches of {batch} (estimate)"
+    sizes = [n for n in range(1, batch) if batch % n == 0 and (_training_bytes(recipe, n) or 0) <= min(free)]
+    fits = max(sizes, default=1)
+    fix = f"--data.init_args.batch_size {fits} --trainer.accumulate_grad_batches {batch // fits}"
+    return [_judge("gpu memory", need <= min(free), detail, fix)]
+
+
+# Machine and data
+
+
+def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: Literal["warn", "fail"] = "warn") -> Finding:
+    return Finding(name, "ok", detail) if passes else Finding(name, otherwise, detail, fix)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def devices_used(recipe: Recipe, available: int) -> int:
+    """How many devices a recipe's ``trainer.devices`` means: a number, a list, or a text such as "0,1" or "auto"."""
+    devices = (recipe.get("trainer") or {}).get("devices", "auto")
+    if isinstance(devices, str) and "," in devices:
+        devices = [word for word in devices.split(",") if word.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else max(1, available)
+
+
+def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root: Path = Path("/")) -> list[Finding]:
+    """Compare cores, memory, shared memory and disk with what a recipe needs. All needs are estimates.
+
+    Args:
+        recipe: As for `examine`.
+        devices: GPUs that torch sees.
+        runs: Folder of all runs.
+        root: As for `examine`.
+    """
+    batch, workers = _of(recipe, "data.init_args.batch_size", 8), _of(recipe, "data.init_args.num_workers", 0)
+    processes, chips = devices_used(recipe, devices), batch * CHIP_BYTES * _pixels(recipe)
+    ready = processes * workers * _of(recipe, "data.init_args.prefetch_factor", 2) * chips
+    cores, memory, shm, disk = usable_cores(root), free_memory(root), free_disk(root / "dev/shm"), free_disk(runs)
+    need = processes * (PROCESS_BYTES + 2 * chips) + ready + (0 if devices else _training_bytes(recipe, batch) or 0)
+    most, spare = max(0, cores // processes - 1), int((memory - need + ready) * workers // ready) if ready else 0
+    loaders = f"{processes * workers} loader processes"
+    found = [
+        _judge(
+            "cores", not workers or workers <= most, f"{cores}, for {loaders}", f"--data.init_args.num_workers {most}"
+        ),
+        _judge(
+            "memory",
+            need <= memory,
+            f"{_gb(memory)} free, about {_gb(need)} needed (estimate)",
+            f"--data.init_args.num_workers {spare}" if spare > 0 else "floodrepro reproduce --demo  # or use a GPU",
+        ),
+        _judge(
+            "/dev/shm",
+            ready <= shm,
+            f"{_gb(shm)} free, {_gb(ready)} for what {loaders} hold ready",
+            "sudo mount -o remount,size=16G /dev/shm  # of a container: docker run --ipc=host",
+            "fail" if ready > 2 * shm else "warn",
+        ),
+    ]
+    if model := MODELS.get(_of(recipe, "model.init_args.model_args.backbone", "")):
+        detail = f"{_gb(disk)} free, {_gb(RUN_FOLDER * model[0])} for a run and its export (estimate)"
+        status: Literal["warn", "fail"] = "warn" if disk >= TRAINED * model[0] else "fail"
+        found.append(_judge("disk", disk >= RUN_FOLDER * model[0], detail, "--runs-root /another/disk/runs", status))
+    return found
+
+
+def check_backbone(recipe: Recipe) -> list[Finding]:
+    """Whether the pretrained weights that TerraTorch will ask for are in the hub's cache."""
+    from huggingface_hub import constants
+
+    from floodrepro.data.weights import backbone_weights, in_cache
+
+    model = "model.init_args.model_args"
+    file = backbone_weights(_of(recipe, f"{model}.backbone", ""))
+    own = _of(recipe, f"{model}.backbone_ckpt_path", "") or _of(recipe, "model.init_args.ckpt_path", "")
+    if file is None or own or not _of(recipe, f"{model}.backbone_pretrained", False):
+        return []
+    offline = constants.HF_HUB_OFFLINE
+    detail = f"{file.name} is {'' if in_cache(file) else 'not '}in {constants.HF_HUB_CACHE}"
+    fix = shlex.join(file.command) + ("  # where there is a network; then copy the cache" if offline else "")
+    return [_judge("backbone", in_cache(file) is not None, detail, fix, "fail" if offline else "warn")]
+
+
+def check_chips(recipe: Recipe) -> Finding:
+    """Whether each chip of the recipe's splits has its files; names are read, no pixels. `data audit` looks inside."""
+    from floodrepro.data.protocols import protocol_of
+    from floodrepro.data.splits import check_data
+
+    root = Path(_of(recipe, "data.init_args.data_root", "."))
+    folder = root.parent if root.name == "data" else root
+    if folder.is_dir():
+        splits = [split for split in ("train", "val", "test") if _of(recipe, f"data.init_args.{split}_split", "")]
+        try:
+            chips = check_data(recipe, splits).chips
+        except FloodreproError as error:
+            return Finding("data", "fail", f"{error.what} ({error.where})", str(error.fix))
+        return Finding("data", "ok", ", ".join(f"{count} chips of {split}" for split, count in chips.items()))
+    where = f"--root {shlex.quote(str(folder))}"
+    if _is_demo(recipe):
+        fix = f"floodrepro data synth {where} --events 16 --chips 128 --size 64 --protocol v0 --seed 42"
+        return Finding("data", "warn", f"{folder} is not here; the demo's chips are generated", fix)
+    protocol = protocol_of(recipe)
+    if protocol.repo is None:
+        return Finding("data", "fail", f"{folder} is not here", "--data-root DIR")
+    detail = f"{folder} is not here; about {protocol.size_gb} GB to download, {_gb(free_disk(folder))} free"
+    revision = " --revision COMMIT" if protocol.name == "v0" else ""  # main holds version 1
+    return Finding("data", "warn", detail, f"floodrepro data fetch {where} --protocol {protocol.name}{revision}")

@@ -1,0 +1,282 @@
+"""A recipe, its layers and overrides merged by TerraTorch's own command-line class, and the objects it describes."""
+# ruff: noqa: E402
+
+import difflib
+import inspect
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from floodrepro import console
+from floodrepro import recipe as recipes
+from floodrepro.errors import UsageError
+from floodrepro.recipe import Recipe
+
+# lightly and albumentations read these at import, and would otherwise ask the network for newer versions.
+os.environ.update(LIGHTLY_DID_VERSION_CHECK="True", NO_ALBUMENTATIONS_UPDATE="1")
+
+import torch
+
+# terratorch 1.2.7 sets the float32 matmul precision and the root logger at import: both are put back below.
+_matmul_precision, _root_level = torch.get_float32_matmul_precision(), logging.getLogger().level
+_root_handlers = list(logging.getLogger().handlers)
+with warnings.catch_warnings(), console.stdout_to_stderr():
+    warnings.simplefilter("ignore")  # deprecations inside the libraries' own modules
+    from terratorch.cli_tools import BaseTask, CustomWriter, MyLightningCLI, MyTrainer, import_custom_modules
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torchmetrics import Metric, MetricCollection
+
+from floodrepro.data.datamodule import FloodDataModule
+
+torch.set_float32_matmul_precision(_matmul_precision)
+logging.getLogger().setLevel(_root_level)
+logging.getLogger().handlers[:] = _root_handlers
+# Warnings of every run that nobody can act on: the recipe's optimizer replaces the task's own, which is what a recipe
+# is for; deprecations between the libraries; metrics that torchmetrics has already summed over all processes, or
+# computes in the sanity check; and folders that a resumed run finds as it left them.
+for _message in (
+    r".*configure_optimizers` will be overridden by",
+    r"[\s\S]*(was deprecated in v4\.|JsonargparseDeprecationWarning)",
+    r".*isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"It is recommended to use `self\.log\(",
+    r".*method of metric .* was called before the ``update`` method",
+    r"(Experiment logs|Checkpoint) directory .* exists and is not empty",
+):
+    warnings.filterwarnings("ignore", message=_message)
+# Lightning 2.6 advertises its own logging service at every start.
+logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+
+__all__ = ["CustomWriter", "RecipeCLI"]  # TerraTorch's names come from here: what imports them first must be quiet
+
+_COUNT_OR_SHARE = (
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    *("overfit_batches", "val_check_interval"),
+)
+_BROKEN_METRIC = "Boundary_mIoU"  # depends on the batch size where pixels are ignored (terratorch 1.2.7)
+_SHOWN_LINES = 12
+
+
+class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no types
+    """TerraTorch's LightningCLI in two steps: the merged recipe first; the objects only when you ask for them.
+
+    ``terratorch test --ckpt_path`` replaces the whole ``model:`` section by what the checkpoint remembers (Lightning
+    2.6.1, ``_parse_ckpt_path``). With ``run=False`` this does not happen: the config decides.
+
+    Args:
+        configs: YAML files in layers; later ones win, key by key.
+        overrides: Command-line overrides in jsonargparse's syntax, ``--trainer.max_epochs 3``; they win over the files.
+
+    Attributes:
+        recipe: What files and overrides say, without any default of a library.
+
+    Raises:
+        UsageError: The parser refuses the recipe.
+        SystemExit: ``overrides`` ask for help, such as ``--print_config`` or ``--trainer.help``, which is then printed.
+    """
+
+    def __init__(self, configs: Sequence[Path], overrides: Sequence[str] = ()) -> None:
+        self._configs, self._overrides = list(configs), list(overrides)
+        self._building = False
+        # The arguments of terratorch.cli_tools.build_lightning_cli, which leaves no way to pass a subclass.
+        super().__init__(
+            model_class=BaseTask,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=None,
+            trainer_class=MyTrainer,
+            trainer_defaults={"callbacks": []},
+            parser_kwargs={"exit_on_error": False},
+            run=False,
+        )
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """Merge files and overrides into ``recipe``, then let the parser add its defaults in ``config``."""
+        contents = [recipes.read(path) for path in self._configs]
+        given = [key for content in contents for key in content] + [o[2:].split(".")[0] for o in self._overrides]
+        where = " ".join([*map(str, self._configs), *self._overrides])
+        modules = [c["custom_modules_path"] for c in contents if c.get("custom_modules_path")]
+        modules += [value for key, value in _pairs(self._overrides) if key == "custom_modules_path"]
+        if modules and not Path(modules[-1]).is_dir():
+            raise UsageError(
+                "custom_modules_path is no folder", where=modules[-1], fix="name the folder of your modules"
+            )
+        import_custom_modules(modules[-1] if modules else None)  # TerraTorch looks for the key below a subcommand only
+        if missing := [name for name in ("model", "data") if name not in given]:
+            raise UsageError(
+                f"the recipe has no section '{missing[0]}'", where=where, fix="floodrepro configs show demo"
+            )
+        arguments = [token for path in self._configs for token in ("--config", str(path))] + self._overrides
+        if "--trainer.help" in self._overrides:  # the parser has such help for classes that can be chosen only
+            trainer = ArgumentParser(prog="floodrepro fit")
+            trainer.add_class_arguments(MyTrainer, "trainer")
+            trainer.print_help()
+            raise SystemExit(0)
+        try:
+            merged = parser.parse_args(arguments, defaults=_asks_for_help(self._overrides))
+            _read_untyped_values(merged, self._overrides)
+            merged.pop("config", None)
+            self.recipe: Recipe = yaml.safe_load(parser.dump(merged, skip_unset=False, skip_validation=True))
+            self.config = parser.parse_object(merged)
+        except ArgumentError as error:
+            raise _refusal(str(error), parser, contents, where) from error
+        self._counts = _counts(contents, self._overrides)
+        for key, value in self._counts.items():
+            self.recipe["trainer"][key] = self.config.trainer[key] = value
+
+    def _set_seed(self) -> None:
+        if self._building:
+            super()._set_seed()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Pass limits on as they were given: the parser would turn them into shares again."""
+        return super().instantiate_trainer(**{key: self.config.trainer[key] for key in self._counts} | kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Do nothing until `build` asks for the objects."""
+        if self._building:
+            super().instantiate_classes()
+
+    def build(self, wire: Callable[[Namespace], None] | None = None, *, trim: bool = True) -> None:
+        """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
+
+        Args:
+            wire: Changes the parsed config first: where files go, which callbacks run. ``recipe`` stays as it is.
+            trim: Whether metrics are made cheaper; their values stay.
+
+        Raises:
+            UsageError: A constructor refuses a value.
+        """
+        if wire is not None:
+            wire(self.config)
+        self._building = True
+        refusals = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError)
+        try:
+            with console.stdout_to_stderr():
+                super()._set_seed()
+                self.instantiate_classes()
+                if trim:
+                    trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
+        except (*refusals, MisconfigurationException) as error:  # the last is what Lightning's own constructors raise
+            raise UsageError(
+                f"the recipe does not build: {type(error).__name__}: {_last_lines(str(error))}",
+                where=", ".join(map(str, self._configs)),
+                fix="check model_args: only TerraTorch's model factory knows which values it takes",
+            ) from error
+
+
+def trim_metrics(task: Any, *, labels_known: bool) -> None:
+    """Drop the metric that means nothing, and spare the others their search for values that cannot occur.
+
+    torchmetrics 1.9 sorts each batch's pixels on the device and waits for it, only to see that labels and predictions
+    are classes. Predictions are an argmax; labels are classes where the data module checks them.
+
+    Args:
+        task: TerraTorch task, changed in place.
+        labels_known: Whether each mask value is a class or the ignore index for sure.
+    """
+    for collection in [module for module in task.modules() if isinstance(module, MetricCollection)]:
+        if _BROKEN_METRIC in collection._modules:
+            del collection[_BROKEN_METRIC]
+            collection._init_compute_groups()
+        for metric in collection.modules():
+            if labels_known and isinstance(metric, Metric) and hasattr(metric, "validate_args"):
+                object.__setattr__(metric, "validate_args", False)
+
+
+def _asks_for_help(overrides: Sequence[str]) -> bool:
+    return any(re.match(r"--(print_config|[\w.]*help)\b", token) for token in overrides)
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and text of each override, written ``--key value`` or ``--key=value``."""
+    tokens = iter(overrides)
+    for token in tokens:
+        key, equals, value = token.removeprefix("--").partition("=")
+        yield key, value if equals else next(tokens, "")
+
+
+def _counts(contents: Sequence[Recipe], overrides: Sequence[str]) -> dict[str, int]:
+    """The trainer's limits that were given as whole numbers, the last word for each.
+
+    Typed int | float, they come out of jsonargparse 4.53 as either, by which of the two unions some library happened to
+    write first (typing keeps one for both): 1, one batch, would become 1.0, all of them.
+    """
+    given: dict[str, Any] = {}
+    for content in contents:
+        given |= {key: value for key, value in (content.get("trainer") or {}).items() if key in _COUNT_OR_SHARE}
+    for key, text in _pairs(overrides):
+        section, _, name = key.partition(".")
+        if section == "trainer" and name in _COUNT_OR_SHARE:
+            given[name] = _yaml_value(text)
+    return {key: value for key, value in given.items() if type(value) is int}
+
+
+def _read_untyped_values(merged: Namespace, overrides: Sequence[str]) -> None:
+    """Give overrides inside untyped dicts the type that YAML would give them.
+
+    jsonargparse 4.53 leaves ``--model.init_args.model_args.backbone_pretrained false`` as the string "false", which is
+    true, and makes ``null`` the string "None": TerraTorch types model_args as a bare dict.
+    """
+    for key, text in _pairs(overrides):
+        node: Any = merged
+        *parents, leaf = key.rstrip("+").split(".")
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict | Namespace) else None
+        if type(node) is dict and leaf in node and not isinstance(node[leaf], dict | list):
+            node[leaf] = _yaml_value(text)
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a string
+        except ValueError:
+            return value
+    return value if isinstance(value, bool | int | float | list | dict | None) else text  # a date stays text
+
+
+def _refusal(message: str, parser: Any, contents: Sequence[Recipe], where: str) -> UsageError:
+    """The parser's own last lines, and the nearest known key for each of the user's keys that they object to."""
+    known = {part for action in parser._actions for part in action.dest.split(".")}
+    known |= {*recipes.SECTIONS, "class_path", "init_args", "dict_kwargs"}
+    for content in contents:
+        known |= set(_arguments_of_classes(content))
+    given = {part for content in contents for key, _ in recipes.leaves(content) for part in key.split(".")}
+    given |= {part for token in where.split() if token.startswith("--") for part in token[2:].split("=")[0].split(".")}
+    shown = _last_lines(message)
+    unknown = sorted(word for word in given - known if re.search(rf"\b{re.escape(word)}\b", shown))
+    close = {word: difflib.get_close_matches(word, known, n=1) for word in unknown}
+    hints = [f"did you mean '{found[0]}' instead of '{word}'?" for word, found in close.items() if found]
+    fix = " ".join(hints) or "'floodrepro configs show demo' prints a recipe that works"
+    return UsageError(f"the recipe is refused: {shown}", where=where, fix=fix)
+
+
+def _arguments_of_classes(node: Any) -> Iterator[str]:
+    """Names of the arguments of every class that a recipe names."""
+    if isinstance(node, Mapping):
+        module, _, name = str(node.get("class_path", "")).rpartition(".")
+        found = getattr(sys.modules.get(module), name, None)
+        for base in inspect.getmro(found) if inspect.isclass(found) else ():
+            yield from inspect.signature(vars(base).get("__init__", object.__init__)).parameters
+    for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
+        yield from _arguments_of_classes(child)
+
+
+def _last_lines(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip() and "Given value:" not in line]
+    return " ".join(lines[-_SHOWN_LINES:])

@@ -1,0 +1,182 @@
+"""The pictures of a report: a few chips chosen by rule, what the satellites saw, what is true, what is predicted.
+
+Shape suffixes: P = chips shown, H, W = pixels.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from floodrepro.data import protocols
+from floodrepro.data.chips import Chips
+from floodrepro.errors import TableError
+from floodrepro.evaluation import chip_table
+from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.metrics import iou
+from floodrepro.evaluation.passes import prepare, watched
+from floodrepro.evaluation.test import ChipCounts
+from floodrepro.run_folder import sha256_of
+from floodrepro.training.terratorch_cli import RecipeCLI
+
+MIN_SHARE = 0.01
+"""Share of counted pixels of the class from which a chip's IoU says something: on fewer, one field decides it."""
+
+_NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is not -9999 in float16
+
+
+def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> dict[str, Any]:
+    """Run TerraTorch's test loop over a few chips of a table and write `panels.npz` (`docs/verification.md`).
+
+    `differing_pixels` are the fewest that must have been predicted otherwise in the pass that made the table.
+
+    Args:
+        cli: The parsed recipe of the checkpoint.
+        checkpoint: The weights.
+        table_file: Their chip table.
+        folder: Where `panels.npz` goes.
+
+    Raises:
+        TableError: The table is missing, damaged, another checkpoint's, or has no chip to show.
+        UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.prepare`.
+    """
+    table = chip_table.read(table_file)
+    if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
+        raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
+    positive = protocols.positive_class_of(cli.recipe)
+    rows = choose_chips_to_show(table, positive)
+    chosen = table.subset([str(table.chips[row]) for row in rows.values()])
+    maps = _predict_chips(cli, checkpoint, chosen.chips.tolist())
+    counts = maps.table({}).subset(chosen.chips.tolist()).counts
+    name = table.class_names[positive]
+    panels: list[dict[str, Any]] = []
+    for n, kind in enumerate(rows):
+        found, pixels = float(iou(chosen.counts[n], positive)), int(chosen.counts[n].sum())
+        moved = (int(np.abs(counts[n] - chosen.counts[n]).sum()) + 1) // 2  # a pixel leaves one count, enters another
+        alarms = 100 * chosen.counts[n, :, positive].sum() / pixels
+        says = f"{name} IoU {found:.3f}" if kind != "empty" else f"no {name} in truth, {alarms:.1f} % predicted"
+        panels.append(
+            {
+                "kind": kind,
+                "chip": str(chosen.chips[n]),
+                "title": f"{kind}: {chosen.chips[n]}, {says}",
+                "score": None if np.isnan(found) else found,
+                "pixels": pixels,
+                "differing_pixels": moved,
+                "differing_share": moved / pixels,
+            }
+        )
+    source = Chips(Path(protocols.data_arguments(cli.recipe)["data_root"]), protocols.protocol_of(cli.recipe))
+    pictures = [_pictures(source, panel["chip"]) for panel in panels]
+    with rasterio.open(source.path(panels[0]["chip"], protocols.LABEL_DIR)) as mask:
+        metres = float(abs(mask.transform.a))
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".panels.partial.npz"
+    np.savez_compressed(
+        partial,
+        allow_pickle=False,
+        titles=np.array([panel["title"] for panel in panels]),
+        **{key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]},
+        **maps.maps(),
+        metres_per_pixel=np.array(metres),
+        class_names=np.array(table.class_names),
+        positive=np.array(positive),
+    )
+    partial.replace(folder / "panels.npz")
+    return {
+        "available": list(rows),
+        "min_share": MIN_SHARE,
+        "made_on": f"{cli.trainer.strategy.root_device.type} in {cli.trainer.precision}",
+        "table_made_on": f"{table.metadata.get('device')} in {table.metadata.get('precision')}",
+        "panels": panels,
+    }
+
+
+def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
+    """Rows of the chips to show, by kind: best, median and worst IoU, and empty; ids break ties.
+
+    The first three are of the chips whose truth has a share of MIN_SHARE of the class, the empty one is of those
+    without any and has the most false alarms. A kind without a chip is left out.
+
+    Raises:
+        TableError: There is no chip to show.
+    """
+    pixels, truth = table.counts.sum(axis=(1, 2)), table.counts[:, positive].sum(axis=1)
+    called, figures = table.counts[:, :, positive].sum(axis=1), iou(table.counts, positive)
+    having = np.flatnonzero((truth > 0) & (truth >= MIN_SHARE * pixels)).tolist()
+    having.sort(key=lambda row: (-figures[row], str(table.chips[row])))
+    empty = np.flatnonzero((truth == 0) & (pixels > 0)).tolist()
+    empty.sort(key=lambda row: (-called[row], str(table.chips[row])))
+    chosen = {"best": having[0], "median": having[len(having) // 2], "worst": having[-1]} if having else {}
+    rows = {kind: row for n, (kind, row) in enumerate(chosen.items()) if row not in list(chosen.values())[:n]}
+    if empty:
+        rows["empty"] = empty[0]
+    if not rows:
+        raise TableError("all pixels of the chip table are ignored: there is no chip to show")
+    return rows
+
+
+class _Maps(ChipCounts):
+    """Keeps truth and prediction pixel by pixel, besides counting them."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin with nothing kept."""
+        super().on_test_start(trainer, pl_module)
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        """Keep the batch's maps."""
+        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
+        assert self._logits is not None
+        truth = pl_module.squeeze_ground_truth(batch["mask"])
+        self._kept.append((truth.to(torch.int8).cpu(), self._logits.argmax(dim=1).to(torch.int8).cpu()))
+
+    def maps(self) -> dict[str, npt.NDArray[np.int8]]:
+        """`truth` and `prediction` (P, H, W)."""
+        truth, prediction = (torch.cat(parts).numpy() for parts in zip(*self._kept, strict=True))
+        return {"truth": truth, "prediction": prediction}
+
+
+def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
+    with tempfile.TemporaryDirectory() as folder:
+        split = Path(folder) / "chips.txt"
+        split.write_text("".join(f"{chip}\n" for chip in chips), encoding="utf-8")
+
+        def these_chips(config: Namespace) -> None:
+            config.data.init_args.test_split = str(split)
+            if "test_dataloaders_names" in config.model.init_args:
+                config.model.init_args.test_dataloaders_names = None
+
+        prepare(cli, checkpoint, "test", wire=these_chips)
+        maps = _Maps(
+            checkpoint, (cli.recipe["model"].get("init_args") or {}).get("ignore_index", protocols.IGNORE_INDEX)
+        )
+        cli.trainer.callbacks.append(maps)
+        with watched(cli):
+            cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    return maps
+
+
+def _pictures(source: Chips, chip: str) -> dict[str, npt.NDArray[Any]]:
+    """True colour (H, W, 3) uint8 and VV (H, W) in dB before and at the event, as they are on disk."""
+    colours = [protocols.S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
+    times = [protocols.BEFORE, protocols.EVENT]
+    optical = source.bands(chip, "S2L2A")[times][:, colours].astype(np.float32)
+    seen, optical = (optical != protocols.NO_DATA).all(axis=1), np.moveaxis(optical, 1, -1)
+    # One stretch for both dates and all bands, so that a change of colour is one on the ground; from the darker date
+    # of each pixel, for a cloud on one date would leave the land black on both.
+    darker = np.where(seen[..., None], optical, np.inf).min(axis=0)
+    land = darker[np.isfinite(darker)]
+    low, high = np.percentile(land, (2, 98)) if land.size else (0.0, 1.0)
+    rgb = 255 * np.where(seen[..., None], np.clip((optical - low) / max(high - low, 1.0), 0, 1), 0)
+    radar = source.bands(chip, "S1RTC")[times][:, protocols.S1_BANDS.index("vv")].astype(np.float32)
+    vv = np.where(radar > _NO_BACKSCATTER, radar, np.float32(np.nan))
+    rgb = np.rint(rgb).astype(np.uint8)
+    return {"before_rgb": rgb[0], "event_rgb": rgb[1], "before_vv": vv[0], "event_vv": vv[1]}

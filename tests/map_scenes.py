@@ -1,0 +1,92 @@
+"""Scenes and a network for the tests of `floodrepro map` that need no TerraMind: they map a scene in a second."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import rasterio
+import yaml
+from rasterio import Affine
+
+from floodrepro.data.protocols import S1_BANDS, S2_BANDS
+from floodrepro.mapping.mapper import map_scene
+from floodrepro.mapping.scene import STEPS, read_scene
+
+LEFT, TOP, CRS = 350_000, 5_200_000, "EPSG:32633"
+DAYS = {"S1RTC": ("2026-07-11", "2026-08-16", "2026-08-28", "2026-09-09")}
+DAYS["S2L2A"] = ("2026-07-12", "2026-08-17", "2026-08-27", "2026-09-08")
+PLAN = {"names": ["rest", "flood"], "positive": 1, "permanent": None, "permanent_file": None, "threshold": None}
+PLAN |= {"crop": 64, "stride": 48, "batch": 2, "min_hectares": 0.0}
+
+
+def save(path, values, names=(), crs=CRS, transform=None, **profile):
+    """Write (C, H, W)."""
+    transform = transform or Affine(10, 0, LEFT, 0, -10, TOP)
+    size = {"count": len(values), "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype.name}
+    with rasterio.open(path, "w", driver="GTiff", crs=crs, transform=transform, **size | profile) as file:
+        file.write(values)
+        if names:
+            file.descriptions = tuple(names)
+    return path.name
+
+
+def make_scene(folder: Path, height: int, width: int, *, seed: int = 0, **changes) -> Path:
+    """A plausible scene: a lake of dark radar at the event, reflectances of vegetation, low hills.
+
+    Args:
+        folder: Where it is written.
+        height: In pixels.
+        width: In pixels.
+        seed: Of the noise.
+        changes: Keys of scene.yaml that are replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    lake = ((rows / height - 0.5) ** 2 + (columns / width - 0.4) ** 2 < 0.06) | (abs(columns - width * 0.8) < 3)
+    scene: dict = {"S1RTC": {"unit": "dB"}, "S2L2A": {}}
+    green = np.array([300, 400, 700, 450, 1000, 2600, 3200, 3400, 3500, 3600, 1800, 900])[:, None, None]
+    for number, step in enumerate(STEPS):
+        db = np.stack([np.full((height, width), -10.0), np.full((height, width), -16.0)])
+        db -= 9.0 * (lake & (number == 2))
+        db += rng.normal(0, 1, db.shape)
+        name = save(folder / f"s1_{step}.tif", db.astype(np.float32), S1_BANDS, nodata=np.nan)
+        scene["S1RTC"][step] = {"time": DAYS["S1RTC"][number], "orbit": 66, "files": [name]}
+        optical = green + rng.integers(-90, 90, (12, height, width))
+        name = save(folder / f"s2_{step}.tif", optical.astype(np.uint16), S2_BANDS, nodata=0)
+        scene["S2L2A"][step] = {"time": DAYS["S2L2A"][number], "files": [{"raster": name, "offset": 0}]}
+    dem = save(folder / "dem.tif", (100 + rows // 9)[None].astype(np.float32), nodata=-9999)
+    path = folder / "scene.yaml"
+    path.write_text(yaml.safe_dump(scene | {"DEM": {"files": dem}} | changes))
+    return path
+
+
+class RadarNetwork:
+    """Flood is where VV at the event is low; every probability depends on all inputs a little, as a network's does."""
+
+    bands: ClassVar = {"S2L2A": list(S2_BANDS), "S1RTC": list(S1_BANDS), "DEM": ["data"]}
+    steps: ClassVar = [0, 1, 2, 3]
+    classes = 2
+
+    def probabilities(self, chips):
+        out = []
+        for s2, s1, dem in zip(chips["S2L2A"], chips["S1RTC"], chips["DEM"], strict=True):
+            vv = np.nan_to_num(s1[2, 0].astype(np.float32))
+            rest = (s2.astype(np.float32).mean((0, 1)) + dem[0, 0]) * 1e-5 + 0.01 * np.cos(np.arange(vv.shape[1]))
+            flood = 1 / (1 + np.exp(vv + 14 + rest))
+            out.append(np.stack([1 - flood, flood]))
+        return np.stack(out).astype(np.float32)
+
+    def fitting_batch(self, crop):
+        return 1
+
+
+def run(scene: Path, output: Path, network=None, **options):
+    """Map a scene with the network above."""
+    return map_scene(network or RadarNetwork(), read_scene(scene), PLAN | options, output, {"weights": "none"})
+
+
+if __name__ == "__main__":  # a process of its own, to be killed
+    import sys
+
+    run(Path(sys.argv[1]), Path(sys.argv[2]))

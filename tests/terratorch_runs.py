@@ -1,0 +1,191 @@
+"""Plain ``terratorch fit`` in processes of their own, forked from one that has imported it: seconds, not minutes.
+
+Two recipes of a few steps: the demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a ResNet-18).
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+ROOT = Path(__file__).parents[1]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["terratorch.cli_tools", "floodrepro.callbacks", "floodrepro.data.datamodule"])
+
+
+def _fit(argv: list[str], log: str) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as it is in a process of its own
+    os.setpgrp()  # signals for the group are this process's and its loader workers' alone
+    sys.path.insert(0, str(ROOT / "tests"))
+    file = Path(log).open("ab", buffering=0)  # noqa: SIM115  # open until the process ends
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    import torch
+    from terratorch.cli_tools import build_lightning_cli
+
+    torch.set_num_threads(1)  # more of them wait for each other where cores are shared
+    try:
+        build_lightning_cli(argv)
+    except SystemExit:
+        raise
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        sys.exit(1)
+
+
+class Run:
+    """One ``terratorch fit``, under way or over; it writes below its folder."""
+
+    def __init__(self, recipe: dict[str, Any], folder: Path, *overrides: object) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self._log = folder, folder / "log.txt"
+        config = folder / "recipe.yaml"
+        config.write_text(yaml.safe_dump(recipe))
+        argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(folder), *map(str, overrides)]
+        self._process = _context.Process(target=_fit, args=(argv, str(self._log)))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def wait(self, timeout: float = 180) -> int:
+        """The exit code, negative for a signal."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self.kill(signal.SIGKILL, group=True)
+            raise AssertionError(f"still running after {timeout} s:\n{self.log[-3000:]}")
+        return self._process.exitcode
+
+    def kill(self, number: int, *, group: bool = False) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self.pid, number)
+
+
+def with_callbacks(recipe: dict[str, Any], *more: dict[str, Any], every: int = 2, **trainer: Any) -> dict[str, Any]:
+    """A copy of a recipe with the three callbacks of floodrepro and a ModelCheckpoint, no logger, no progress bar."""
+    callbacks = [
+        {"class_path": "floodrepro.callbacks.NaNGuard"},
+        {"class_path": "floodrepro.callbacks.ExactResume", "init_args": {"every_n_steps": every}},
+        {"class_path": "floodrepro.callbacks.RunRecord"},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"monitor": "val/loss", "filename": "best-{epoch}", "save_weights_only": True},
+        },
+        *more,
+    ]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks}
+    return recipe | {"trainer": {**recipe["trainer"], **quiet, **trainer}}
+
+
+def demo(chips: Path, **data: Any) -> dict[str, Any]:
+    """The demo's recipe, smaller: 12 training chips, six steps an epoch, two epochs; the plateau halves each epoch."""
+    recipe = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    split = chips / "split"
+    recipe["data"]["init_args"] |= {
+        "data_root": str(chips / "data"),
+        **{f"{name}_split": str(split / f"impactmesh_flood_{name}.txt") for name in ("train", "val", "test")},
+        **{"predict_split": None, "batch_size": 2, "timesteps": [1, 2], **data},
+    }
+    recipe["model"]["init_args"]["model_args"] |= {
+        **{"backbone_temporal_n_timestamps": 2, "backbone_temporal_pooling": "mean"},
+        "decoder_channels": [32, 16, 8, 8],
+    }
+    recipe["lr_scheduler"]["init_args"] |= {"patience": 0, "threshold": 1.0}
+    recipe["trainer"] |= {"max_epochs": 2, "devices": 1, "accelerator": "cpu"}
+    return recipe
+
+
+def generic(folder: Path, **data: Any) -> dict[str, Any]:
+    """A recipe without anything of floodrepro or TerraMind: 12 GeoTIFFs of three bands, flips, dropout, ResNet-18."""
+    images = folder / "tiffs"
+    if not images.exists():
+        _make_tiffs(images)
+    return {
+        "seed_everything": 7,
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0},
+        "data": {
+            "class_path": "GenericNonGeoSegmentationDataModule",
+            "init_args": {
+                **{"batch_size": 2, "num_workers": 0, "num_classes": 2, "means": [0.0] * 3, "stds": [1.0] * 3},
+                **{f"{split}_data_root": str(images) for split in ("train", "val", "test")},
+                **{f"{split}_label_data_root": str(images) for split in ("train", "val", "test")},
+                **{"img_grep": "*_image.tif", "label_grep": "*_mask.tif", **data},
+            },
+        },
+        "model": {
+            "class_path": "terratorch.tasks.SemanticSegmentationTask",
+            "init_args": {
+                "model_factory": "EncoderDecoderFactory",
+                "model_args": {
+                    **{"backbone": "timm_resnet18", "backbone_pretrained": False, "backbone_in_chans": 3},
+                    **{"decoder": "FCNDecoder", "decoder_channels": 8, "head_dropout": 0.2, "num_classes": 2},
+                },
+                **{"loss": "ce", "ignore_index": -1},
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
+        "lr_scheduler": {
+            "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+            "init_args": {"monitor": "val/loss", "patience": 0, "threshold": 1.0, "factor": 0.5},
+        },
+    }
+
+
+def _make_tiffs(folder: Path, count: int = 12) -> None:
+    import rasterio
+
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(3)
+    for number in range(count):
+        image = draw.normal(size=(3, 32, 32)).astype("float32")
+        mask = (image[:1] > 0).astype("uint8")
+        for kind, pixels in (("image", image), ("mask", mask)):
+            path = folder / f"chip{number}_{kind}.tif"
+            with rasterio.open(
+                path, "w", driver="GTiff", width=32, height=32, count=len(pixels), dtype=pixels.dtype
+            ) as f:
+                f.write(pixels)
+
+
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """All tensors and values of a checkpoint by their path; what counts time is left out."""
+    if path.endswith((".RunRecord", "['RunRecord']")):
+        return
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else None
+    if items is None:
+        yield path, node
+        return
+    for key, value in items:
+        yield from leaves(value, f"{path}.{key}")
+
+
+def different(one: Path, other: Path) -> tuple[list[str], int]:
+    """Paths of the leaves that differ between two checkpoints, and the number of leaves; the folders' names are one."""
+    import torch
+
+    states = []
+    for path in (one, other):
+        state = dict(leaves(torch.load(path, map_location="cpu", weights_only=True)))
+        folder = str(path.parents[1])
+        states.append(
+            {k.replace(folder, ""): v.replace(folder, "") if isinstance(v, str) else v for k, v in state.items()}
+        )
+    first, second = states
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor):
+            return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        return type(a) is type(b) and a == b
+
+    names = sorted(first.keys() | second.keys())
+    return [n for n in names if n not in first or n not in second or not same(first[n], second[n])], len(names)

@@ -1,0 +1,48 @@
+"""The bench at its smallest: both sides train, test and read, and the figures come from what they did."""
+
+import json
+
+import pytest
+
+from floodrepro.errors import FloodreproError
+from floodrepro.system.bench import SIDES, sum_up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["train", "test", "data"])
+def test_both_sides_are_measured_in_turn_and_agree(cli, tmp_path, action):
+    flags = ("--size", 32, "--steps", 2, "--rounds", 1, "--output", tmp_path, "--format", "json")
+    told = cli("bench", action, *flags)
+    assert told.code == 0, told.err
+    found = json.loads(told.out)["fp32"]
+    assert json.loads((tmp_path / f"{action}-fp32.json").read_text()) == found
+    assert set(found["chips_per_second"]) == set(SIDES)
+    assert found["ratio"]["median"] > 0
+    assert found["peak_memory"]["terratorch"]["process_gib"] > 0.1
+    assert found["environment"]["packages"]["torch"]
+    assert found.get("loss_difference", 0) == 0  # the same chips in the same order, from the same weights
+    assert found.get("metrics_difference", 0) == 0
+
+
+def run(rate: float, **more: object) -> dict:
+    return {"chips_per_second": rate, "batches": 4, "memory": {"process_gib": rate / 10}, "environment": {}, **more}
+
+
+def test_ratios_are_of_one_round_and_percentiles_stay_within_what_was_measured():
+    found = sum_up({"terratorch": [run(10), run(20)], "floodrepro": [run(20), run(30)]})
+    assert found["ratio"] == {"median": 1.75, "min": 1.5, "max": 2.0}
+    assert found["memory_ratio"] == 1.5
+    rates = found["chips_per_second"]["terratorch"]
+    assert 10 <= rates["p10"] <= rates["median"] == 15 <= rates["p90"] <= 20
+
+
+@pytest.mark.parametrize("wrong", [0.5001, float("nan")])
+def test_tests_that_differ_are_no_bench(wrong):
+    theirs, ours = ([run(10, metrics={"test/mIoU": value})] for value in (0.5, wrong))
+    with pytest.raises(FloodreproError, match="metrics of the two tests differ"):
+        sum_up({"terratorch": theirs, "floodrepro": ours})
+
+
+def test_losses_that_differ_are_told():
+    found = sum_up({"terratorch": [run(10, loss=0.5)], "floodrepro": [run(10, loss=0.75)]})
+    assert found["loss_difference"] == 0.25

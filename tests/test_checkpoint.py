@@ -1,0 +1,149 @@
+"""A checkpoint is loaded strictly and as tensors only, and a file that is none is named for what it is."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from floodrepro.errors import CheckpointError
+from floodrepro.training.checkpoint import load_weights, read_checkpoint
+
+
+class Payload:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.trace,)
+
+
+class Config:
+    """An object that a training script keeps beside the weights."""
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+
+def layouts() -> dict[str, object]:
+    """One set of weights in every layout that is read: Lightning's, IBM's, DDP's, compiled, timm's and plain."""
+    weights = model().state_dict()
+    return {
+        "lightning.ckpt": {
+            "state_dict": {f"model.{k}": v for k, v in weights.items()} | {"criterion.w": torch.ones(2)}
+        },
+        "ibm.pt": {f"model.{k}": v for k, v in weights.items()},
+        "ddp.pt": {"model_state_dict": {f"module.{k}": v for k, v in weights.items()}, "epoch": 3},
+        "compiled.pt": {"state_dict": {f"model._orig_mod.{k}": v for k, v in weights.items()}},
+        "timm.pth": {"model": dict(weights)},
+        "plain.pt": dict(weights),
+    }
+
+
+@pytest.mark.parametrize("name", [*layouts(), "export.safetensors"])
+def test_every_layout_loads_into_the_model(name, tmp_path: Path):
+    path, weights = tmp_path / name, model().state_dict()
+    save_file(weights, path) if path.suffix == ".safetensors" else torch.save(layouts()[name], path)
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert not load_weights(fresh, path)
+    assert all(torch.equal(fresh.state_dict()[k], v) for k, v in weights.items())
+
+
+def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path, capsys):
+    weights = model().state_dict()
+    weights["stray"] = weights.pop("0.bias")
+    weights["1.weight"] = torch.ones(7)
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"1 missing \(0.bias\), 1 unexpected \(stray\), 1 of another shape"):
+        load_weights(model(), tmp_path / "w.pt")
+    fresh = model()
+    nn.init.zeros_(fresh[0].weight)
+    task = nn.Module()
+    task.model = fresh
+    report = load_weights(task, tmp_path / "w.pt", strict=False)
+    assert "fits in part" in capsys.readouterr().err
+    assert (report.missing, report.unexpected, report.other_shape) == (["0.bias"], ["stray"], ["1.weight"])
+    assert torch.equal(fresh[0].weight, weights["0.weight"])
+    torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not this model's"):
+        load_weights(model(), tmp_path / "other.pt", strict=False)
+
+
+def safetensors_bytes(folder: Path) -> bytes:
+    save_file(model().state_dict(), folder / "whole.safetensors")
+    return (folder / "whole.safetensors").read_bytes()
+
+
+def torch_bytes(folder: Path) -> bytes:
+    torch.save(model().state_dict(), folder / "whole.pt")
+    return (folder / "whole.pt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says", "fix"),
+    [
+        (
+            "w.ckpt",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+            "Git LFS pointer",
+            "lfs pull",
+        ),
+        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer", "git lfs pull"),
+        ("w.pt", b"\n <!DOCTYPE html><html>Sign in</html>", "web page", "hf download"),
+        ("w.safetensors", torch_bytes, "torch file that is named .safetensors", "rename it to w.pt"),
+        ("w.pt", safetensors_bytes, "safetensors file that is named .pt", "rename it to w.safetensors"),
+        ("w.safetensors", lambda f: safetensors_bytes(f)[:-20], "cut short", "download it again"),
+        ("w.safetensors", lambda f: safetensors_bytes(f)[:100], "cut short", "download it again"),
+        ("w.pt", lambda f: torch_bytes(f)[:-200], "damaged or cut short", "download it again"),
+        ("w.pt", lambda f: torch_bytes(f)[: 2**10], "damaged or cut short", "download it again"),
+        ("w.pt", b"", "is empty", "download it again"),
+        ("notes.txt", b"no weights here", "no checkpoint", "download it again"),
+    ],
+)
+def test_file_that_is_no_checkpoint_is_named_for_what_it_is(name, content, says, fix, tmp_path: Path):
+    path = tmp_path / name
+    path.write_bytes(content(tmp_path) if callable(content) else content)
+    with pytest.raises(CheckpointError, match=says) as error:
+        read_checkpoint(path)
+    assert fix in error.value.fix
+    assert error.value.where == str(path)
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
+    path, trace = tmp_path / "evil.pt", tmp_path / "ran"
+    content = {"state_dict": {"w": torch.ones(1)}, "extra": Payload(trace)}
+    torch.save(content, path) if form == "zip" else path.write_bytes(pickle.dumps({"extra": Payload(trace)}))
+    with pytest.raises(CheckpointError, match="holds code, not only tensors"):
+        read_checkpoint(path)
+    assert not trace.exists()
+
+
+def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):
+    path = tmp_path / "trained.pt"
+    torch.save({"state_dict": {"model.w": torch.ones(1)}, "config": Config()}, path)
+    with pytest.raises(CheckpointError, match=r"class test_checkpoint\.Config") as error:
+        read_checkpoint(path)
+    advice = error.value.fix
+    command = advice[advice.index('"') + 1 : advice.rindex('"')]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, env=environment, check=True)
+    assert read_checkpoint(tmp_path / "weights.pt").weights["w"] == 1
+
+
+def test_file_without_weights_is_refused(tmp_path: Path):
+    for content in ({"epoch": 3}, [1, 2], {"state_dict": {}}):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=r"without a state dict|no weights"):
+            read_checkpoint(tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="not found"):
+        read_checkpoint(tmp_path / "none.pt")

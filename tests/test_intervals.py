@@ -1,0 +1,169 @@
+"""Intervals, the three words, seeds and sign flips: by hand, and beside scipy."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from floodrepro.evaluation.intervals import (
+    MIN_FLOOD_PIXELS,
+    Result,
+    effective_events,
+    jackknife,
+    mean_over_events,
+    over_seeds,
+    sign_flip,
+)
+from floodrepro.evaluation.metrics import iou
+
+
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Of events with equally many pixels this is a plain mean over events."""
+    return np.trace(counts, axis1=-2, axis2=-1) / counts.sum(axis=(-2, -1))
+
+
+def of_equal_size(right: np.ndarray | list[int]) -> np.ndarray:
+    """Events of 100 pixels, so many of them right."""
+    return np.array([[[0, 0], [100 - hits, hits]] for hits in right])
+
+
+def test_jackknife_error_by_hand():
+    counts = np.array([[[0, 1], [1, 2]], [[0, 0], [2, 6]], [[0, 3], [0, 1]]])  # flood IoU 2/4, 6/8, 1/4; pooled 9/16
+    found = jackknife(counts, iou)
+    without = np.array([7 / 12, 3 / 8, 8 / 12])
+    assert found.estimate == 9 / 16
+    assert found.error == pytest.approx(np.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum()))
+
+
+def test_interval_of_equal_events_is_students_of_their_mean():
+    right = [90, 80, 85, 60, 95, 70, 75]
+    found = jackknife(of_equal_size(right), accuracy)
+    expected = stats.ttest_1samp(np.array(right) / 100, 0).confidence_interval(0.9)
+    assert found.interval() == pytest.approx(tuple(expected))
+    assert (found.freedom, found.n) == (pytest.approx(6), 7)
+
+
+def test_paired_interval_takes_out_what_both_models_share():
+    rng = np.random.default_rng(3)
+    right = rng.integers(40, 90, 30)
+    model, reference = of_equal_size(right + rng.integers(3, 6, 30)), of_equal_size(right)
+    expected = stats.ttest_rel(model[:, 1, 1] / 100, reference[:, 1, 1] / 100).confidence_interval(0.9)
+    for paired in (jackknife(model, accuracy, other=reference), mean_over_events(model, other=reference)):
+        assert paired.interval() == pytest.approx(tuple(expected), abs=1e-3)
+    assert jackknife(model, accuracy, other=reference).error < jackknife(model, accuracy).error / 3
+
+
+def test_effective_events_are_all_of_them_when_alike_and_one_when_one_is_everything():
+    alike = np.tile([[700, 20], [30, 250]], (40, 1, 1))
+    assert effective_events(alike) == pytest.approx(40)
+    dry = np.tile([[10**9, 0], [0, 0]], (20, 1, 1))
+    assert effective_events(np.concatenate([alike, dry])) == pytest.approx(40)  # dry land weighs nothing
+    giant = alike.copy()
+    giant[0] *= 10_000_000
+    assert effective_events(giant, other=giant) == pytest.approx(1, abs=1e-3)
+    assert jackknife(giant, iou).freedom == 1  # t needs one degree of freedom at least
+    first = np.array([[[0, 0], [0, 300]], [[0, 0], [0, 100]]])
+    assert effective_events(first) == pytest.approx(16 / 10)
+
+
+def test_positive_class_need_not_be_the_last():
+    counts = np.array([[[300, 5], [2, 90]], [[100, 3], [4, 500]], [[90, 1], [9, 40]]])
+    other = counts[:, ::-1, ::-1]
+    assert jackknife(counts, lambda c: iou(c, 0), positive=0) == jackknife(other, iou)
+    assert mean_over_events(counts, positive=0).n == 2  # 305, 103 and 91 pixels: the last is too small
+
+
+def test_mean_over_events_counts_each_flood_once_and_leaves_small_ones_out():
+    small = np.array([[[9, 0], [MIN_FLOOD_PIXELS - 1, 0]]])
+    counts = np.concatenate([of_equal_size([50, 70]) * [[[1]], [[1000]]], small])
+    found = mean_over_events(counts)
+    assert (found.estimate, found.n) == (pytest.approx(0.6), 2)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "error", "word"),
+    [(0.0, 0.005, "equivalent"), (0.01, 0.01, "undecided"), (0.048, 0.02, "undecided"), (-0.05, 0.005, "different")],
+)
+def test_three_words_by_where_the_interval_lies(estimate, error, word):
+    found = Result(estimate, error, 20.0, 21)
+    low, high = found.interval()
+    assert found.verdict(0.02) == word
+    assert (word == "equivalent") == (low > -0.02 and high < 0.02)
+    assert (word == "different") == (high < -0.02 or low > 0.02)
+
+
+def test_equivalence_is_two_one_sided_t_tests():
+    rng = np.random.default_rng(8)
+    right = rng.integers(40, 90, 25)
+    model, reference = of_equal_size(right + rng.integers(0, 4, 25)), of_equal_size(right)
+    difference = (model - reference)[:, 1, 1] / 100
+    words = set()
+    for margin in (0.01, 0.0165, 0.02, 0.03):
+        below = stats.ttest_1samp(difference, margin, alternative="less").pvalue
+        above = stats.ttest_1samp(difference, -margin, alternative="greater").pvalue
+        word = mean_over_events(model, other=reference).verdict(margin)
+        assert (word == "equivalent") == (max(below, above) < 0.05)
+        words.add(word)
+    assert words == {"equivalent", "undecided", "different"}
+    for margin in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match="positive"):
+            Result(0, 1, 1, 2).verdict(margin)
+
+
+def test_needed_events_are_the_fewest_that_decide():
+    found = Result(0.004, 0.012, 19.0, 20)
+    assert found.verdict(0.02) == "undecided"
+    enough = found.needed(0.02)
+    for n, decided in ((enough, True), (enough - 1, False)):
+        scaled = Result(0.004, 0.012 * (20 / n) ** 0.5, 19.0 * n / 20, n)
+        assert (scaled.verdict(0.02) != "undecided") is decided
+    assert Result(0.02, 0.01, 19.0, 20).needed(0.02) is None  # on the margin itself
+    assert Result(0.0, 0.001, 19.0, 20).needed(0.02) == 20
+
+
+def test_no_difference_in_any_event_is_no_proof_with_few_events():
+    """The spread is unknown then, not zero: the false equivalences of models that differ in one event of ten."""
+    counts = np.tile([[700, 20], [30, 250]], (30, 1, 1))
+    few, many = (jackknife(np.tile(counts, (n, 1, 1)), iou, other=np.tile(counts, (n, 1, 1))) for n in (1, 5))
+    assert few.interval() == pytest.approx((0.05 ** (1 / 30) - 1, 1 - 0.05 ** (1 / 30)))
+    assert few.verdict(0.02) == "undecided"
+    assert few.needed(0.02) == 149
+    assert many.verdict(0.02) == "equivalent"
+
+
+def test_over_seeds_is_a_one_sample_t_test():
+    runs = [0.371, 0.384, 0.379, 0.376, 0.369]
+    found = over_seeds(runs, 0.3832)
+    expected = stats.ttest_1samp(np.array(runs) - 0.3832, 0).confidence_interval(0.9)
+    assert found.interval() == pytest.approx(tuple(expected))
+    assert (found.freedom, found.n, found.verdict(0.02)) == (4, 5, "equivalent")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: jackknife(of_equal_size([50]), iou), "at least two"),
+        (lambda: jackknife(of_equal_size([50, 60]), iou, other=of_equal_size([50])), "not the same events"),
+        (lambda: jackknife(np.zeros((5, 2, 2), np.int64), iou), "undefined over all events"),
+        (lambda: jackknife(np.array([[[9, 0], [1, 2]], [[5, 0], [0, 0]]]), iou), "depends on one event"),
+        (lambda: mean_over_events(of_equal_size([50])), "at least two"),
+        (lambda: over_seeds([0.4], 0.4), "at least two"),
+        (lambda: over_seeds([0.4, float("nan")], 0.4), "not finite"),
+        (lambda: sign_flip([0.1]), "two events"),
+        (lambda: sign_flip([0.1, np.nan]), "finite"),
+    ],
+)
+def test_what_has_no_interval_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_sign_flip_tries_every_pattern_and_a_zero_has_no_sign():
+    assert sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # only + + + and - - - reach 6
+    assert sign_flip([1.0, 2.0, 3.0, *[0.0] * 40]) == 2 / 8
+    assert sign_flip([1.0, 2.0, -3.0]) == sign_flip(np.zeros(5)) == 1
+    differences = np.random.default_rng(0).normal(0.3, 1, 10)
+    signs = np.array(list(product([1, -1], repeat=10)))
+    assert sign_flip(differences) == (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).mean()
+    assert 0 < sign_flip(np.ones(50)) < 0.001  # drawn: never 0

@@ -1,0 +1,245 @@
+"""A whole scene to a map: the same values wherever a tile lies, whatever the size, and whenever it was killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyogrio
+import pytest
+import rasterio
+import shapely
+from rasterio import Affine
+
+from floodrepro.errors import RunFolderError
+from floodrepro.mapping import write
+from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader
+from floodrepro.mapping.scene import read_scene
+from floodrepro.mapping.tiles import strips
+from map_scenes import CRS, LEFT, TOP, RadarNetwork, make_scene, run, save
+
+
+def read(folder: Path, name: str):
+    with rasterio.open(folder / f"{name}.tif") as file:
+        return file.read(1)
+
+
+def digests(folder: Path):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (300, 1), (31, 33), (64, 65), (200, 17), (130, 210)])
+def test_a_raster_of_any_size_is_mapped_whole(tmp_path, height, width):
+    record = run(make_scene(tmp_path / "s", height, width), tmp_path / "m")
+    assert read(tmp_path / "m", "class").shape == (height, width)
+    assert record["km2"]["seen"] == pytest.approx(height * width * 1e-4) and record["shares_of_area"]["seen"] == 1
+
+
+def test_a_strip_holds_the_weighted_mean_of_its_tiles():
+    rng = np.random.default_rng(0)
+    values = rng.random((2, 90, 70)).astype(np.float32)
+
+    def predict(tiles):
+        return np.stack([values[:, r : r + h, c : c + w] for r, c, h, w in tiles])
+
+    out = np.concatenate([p for _, p in strips(predict, 90, 70, crop=32, stride=20, batch=3)], axis=1)
+    assert np.allclose(out, values, atol=1e-6)
+    rest = [p for row, p in strips(predict, 90, 70, crop=32, stride=20, batch=3, first_row=40)]
+    assert np.array_equal(np.concatenate(rest, axis=1), out[:, 40:])
+
+
+def test_blocks_hold_the_values_of_the_files_bit_for_bit(tmp_path, monkeypatch):
+    scene = read_scene(make_scene(tmp_path, 150, 190))
+    monkeypatch.setattr("floodrepro.mapping.reader._COLUMNS", 64)
+    reader = Reader(scene, RadarNetwork.bands, RadarNetwork.steps, 64)
+    reader.block = 64  # seams of blocks everywhere
+    reader.hold(30, 100)
+    with rasterio.open(tmp_path / "s2_event.tif") as s2, rasterio.open(tmp_path / "s1_before.tif") as s1:
+        assert np.array_equal(reader.cut("S2L2A", (30, 5, 100, 150))[2], s2.read()[:, 30:130, 5:155])
+        assert np.array_equal(reader.cut("S1RTC", (30, 5, 100, 150))[1], s1.read()[:, 30:130, 5:155].astype(np.float16))
+
+
+def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):
+    plain, other = make_scene(tmp_path / "a", 40, 40), make_scene(tmp_path / "b", 40, 40)
+    text = other.read_text().replace("unit: dB", "unit: power\n  nodata: [0]").replace("offset: 0", "baseline: '05.11'")
+    other.write_text(text)
+    for file in (tmp_path / "b").glob("s[12]_*.tif"):
+        with rasterio.open(file, "r+") as raster:
+            values = raster.read()
+            raster.write(10 ** (values / 10) if file.name.startswith("s1") else values + 1000)
+    run(plain, tmp_path / "m1")
+    run(other, tmp_path / "m2")
+    assert np.array_equal(read(tmp_path / "m1", "class"), read(tmp_path / "m2", "class"))
+
+
+def test_the_first_source_with_a_pixel_wins_and_gaps_are_told_from_dry(tmp_path):
+    scene = make_scene(tmp_path / "s", 60, 60)
+    with rasterio.open(tmp_path / "s" / "s1_event.tif", "r+") as raster:
+        values = raster.read()
+        save(tmp_path / "s" / "rest.tif", values[:, :, 20:40], transform=Affine(10, 0, LEFT + 200, 0, -10, TOP))
+        values[:, :, 20:] = np.nan
+        raster.write(values)
+    with rasterio.open(tmp_path / "s" / "s2_event.tif", "r+") as raster:
+        values = raster.read()
+        values[:, 50:] = 0
+        raster.write(values)
+    scene.write_text(scene.read_text().replace("- s1_event.tif", "- s1_event.tif\n    - rest.tif"))
+    record = run(scene, tmp_path / "m")
+    classes, quality = read(tmp_path / "m", "class"), read(tmp_path / "m", "quality")
+    assert (quality[:, 40:] & NO_RADAR).all() and not (quality[:, :40] & NO_RADAR).any()
+    assert (quality[50:] & NO_OPTICAL).all() and not (quality[:50] & NO_OPTICAL).any()
+    assert (classes[50:, 40:] == 255).all() and (classes[:50] != 255).all() and (classes[:, :40] != 255).all()
+    assert record["shares_of_area"]["missing S1RTC.event"] == pytest.approx(1 / 3)
+    assert record["shares_of_area"]["seen"] == pytest.approx(1 - 200 / 3600)
+
+
+def test_clouds_hide_what_only_the_optical_sensor_saw(tmp_path):
+    scene = make_scene(tmp_path / "s", 40, 40)
+    classes = np.full((1, 40, 40), 4, np.uint8)
+    classes[:, :10], classes[:, 10:20], classes[:, 20:30] = 9, 3, 11
+    save(tmp_path / "s" / "scl.tif", classes)
+    with rasterio.open(tmp_path / "s" / "s2_event.tif") as raster:
+        bands = {
+            name: save(tmp_path / "s" / f"{name}.tif", raster.read([i]))
+            for i, name in enumerate(raster.descriptions, 1)
+        }
+    import yaml
+
+    content = yaml.safe_load(scene.read_text())
+    content["S2L2A"]["event"]["files"] = [bands | {"SCL": "scl.tif", "offset": 0}]
+    content["S1RTC"]["event"] = {"missing": True}
+    scene.write_text(yaml.safe_dump(content))
+    record = run(scene, tmp_path / "m")
+    assert (read(tmp_path / "m", "class")[:30] == 255).all() and (read(tmp_path / "m", "class")[30:] != 255).all()
+    shares = record["shares_of_area"]
+    assert [shares[n] for n in ("cloud", "cloud shadow", "snow", "no radar at the event")] == [0.25, 0.25, 0.25, 1]
+
+
+def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
+    squares = [shapely.box(LEFT + x, TOP - y - 300, LEFT + x + 300, TOP - y) for x, y in ((100, 100), (1000, 900))]
+    pyogrio.raw.write(
+        tmp_path / "area.gpkg", shapely.to_wkb(np.array(squares)), [], [], crs=CRS, geometry_type="Polygon"
+    )
+    scene = make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"}, crs=CRS)
+    record = run(scene, tmp_path / "m")
+    quality = read(tmp_path / "m", "quality")
+    assert quality.shape == (110, 120) and record["km2"]["area"] == pytest.approx(0.18, abs=0.001)
+    assert (read(tmp_path / "m", "class") == 255).sum() == (quality & OUTSIDE > 0).sum() == 110 * 120 - 1800
+
+
+def test_a_box_in_degrees_chooses_its_utm_zone(tmp_path):
+    scene = read_scene(make_scene(tmp_path, 20, 20, area={"box": [13.0, 46.9, 13.1, 47.0]}))
+    assert scene.grid.crs == CRS and scene.grid.transform.c % 10 == scene.grid.transform.f % 10 == 0
+    south = read_scene(make_scene(tmp_path, 20, 20, area={"box": [179.9, -17.0, 180.1, -16.9]}))
+    assert south.grid.crs.to_epsg() in (32760, 32701) and south.grid.width < 2500
+
+
+def test_polygons_are_whole_across_strips_and_chunks(tmp_path, monkeypatch):
+    scene = make_scene(tmp_path / "s", 200, 180)
+    record = run(scene, tmp_path / "m")
+    monkeypatch.setattr(write, "_CHUNK", 7)
+    run(scene, tmp_path / "m2")
+    (meta, _, one, fields), (_, _, two, others) = (pyogrio.raw.read(tmp_path / m / "water.gpkg") for m in ("m", "m2"))
+    order, other_order = (sorted(range(len(g)), key=lambda i: shapely.from_wkb(g)[i].bounds) for g in (one, two))
+    assert shapely.equals(shapely.from_wkb(one)[order], shapely.from_wkb(two)[other_order]).all()
+    assert np.allclose(fields[1][order], others[1][other_order]) and np.allclose(
+        fields[2][order], others[2][other_order]
+    )
+    assert fields[1].sum() == pytest.approx(record["km2"]["flood"]) and meta["crs"] == CRS
+    flood = read(tmp_path / "m", "class") == 1
+    mean = (read(tmp_path / "m", "probability")[flood] / 250).mean()
+    assert np.average(fields[2], weights=fields[1]) == pytest.approx(mean, abs=1e-4)
+    shapes = shapely.from_wkb(one)
+    assert np.allclose(shapely.area(shapes) / 1e6, fields[1]) and shapely.is_valid(shapes).all()
+
+
+def test_small_polygons_are_left_out_on_request(tmp_path):
+    scene = make_scene(tmp_path / "s", 120, 120)
+    run(scene, tmp_path / "m", min_hectares=5.0)
+    assert pyogrio.raw.read(tmp_path / "m" / "water.gpkg")[3][1].min() >= 0.05
+
+
+def test_permanent_water_is_kept_apart(tmp_path):
+    scene = make_scene(tmp_path / "s", 100, 100)
+    river = np.zeros((1, 100, 100), np.uint8)
+    river[:, :, 77:84] = 1
+    save(tmp_path / "river.tif", river)
+    options = {"names": ["rest", "flood", "permanent water"], "permanent": 2}
+    record = run(scene, tmp_path / "m", permanent_file=str(tmp_path / "river.tif"), **options)
+    assert (read(tmp_path / "m", "class")[:, 77:84] == 2).all() and record["km2"]["permanent water"] == pytest.approx(
+        0.07
+    )
+    assert set(pyogrio.raw.read(tmp_path / "m" / "water.gpkg")[3][0]) == {"flood", "permanent water"}
+
+
+def test_a_threshold_moves_the_class_and_not_the_probability(tmp_path):
+    scene = make_scene(tmp_path / "s", 80, 80)
+    run(scene, tmp_path / "m")
+    run(scene, tmp_path / "m9", threshold=0.9)
+    probability = read(tmp_path / "m", "probability")
+    assert np.array_equal(probability, read(tmp_path / "m9", "probability"))
+    assert np.array_equal(read(tmp_path / "m", "class") == 1, probability > 125)
+    assert np.array_equal(
+        read(tmp_path / "m9", "class")[probability != 225] == 1, probability[probability != 225] > 225
+    )
+
+
+def test_rasters_are_cloud_optimised_with_overviews(tmp_path):
+    run(make_scene(tmp_path / "s", 20, 1200), tmp_path / "m")
+    for name, no_data in (("class", 255), ("probability", 255), ("quality", None)):
+        with rasterio.open(tmp_path / "m" / f"{name}.tif") as file:
+            assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and file.overviews(1)
+            assert (file.nodata, file.crs, file.transform) == (no_data, CRS, Affine(10, 0, LEFT, 0, -10, TOP))
+
+
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path):
+    scene = make_scene(tmp_path / "s", 400, 260)
+    run(scene, tmp_path / "whole")
+    command = [sys.executable, Path(__file__).parent / "map_scenes.py", scene, tmp_path / "killed"]
+    kills = 0
+    for attempt in range(20):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        for _ in range(1 + attempt % 3):  # after this many strips of this attempt
+            process.stderr.readline()
+        time.sleep(0.004 * (attempt % 5))
+        os.kill(process.pid, signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        if (tmp_path / "killed" / "map.json").exists():
+            break
+    subprocess.run(command, check=True, capture_output=True)
+    assert kills >= 3 and digests(tmp_path / "whole") == digests(tmp_path / "killed")
+
+
+def test_a_finished_map_is_left_as_it_is_and_another_one_is_refused(tmp_path):
+    scene = make_scene(tmp_path / "s", 50, 50)
+    run(scene, tmp_path / "m")
+    before = digests(tmp_path / "m")
+    run(scene, tmp_path / "m")
+    assert digests(tmp_path / "m") == before
+    with pytest.raises(RunFolderError, match="other files, weights or options"):
+        run(scene, tmp_path / "m", threshold=0.7)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="not empty"):
+        run(scene, tmp_path / "mine")
+
+
+def test_the_quicklook_is_a_picture_of_the_event(tmp_path):
+    from matplotlib.image import imread
+
+    run(make_scene(tmp_path / "s", 90, 60), tmp_path / "m")
+    picture = imread(tmp_path / "m" / "quicklook.png")
+    assert picture.shape[1] > 1000 and len(np.unique(picture[..., 0])) > 50
+
+
+def test_map_json_says_what_the_map_was_made_of(tmp_path):
+    run(make_scene(tmp_path / "s", 30, 30), tmp_path / "m")
+    record = json.loads((tmp_path / "m" / "map.json").read_text())
+    assert {"weights", "scene", "grid", "resampling", "threshold", "crop", "km2", "shares_of_area"} <= record.keys()

@@ -1,0 +1,171 @@
+"""`floodrepro map` from the command line, with TerraMind's own network and random weights."""
+
+import json
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+
+from floodrepro.data.scenes import write_scene
+from floodrepro.evaluation import chip_table
+from map_scenes import make_scene
+
+
+@pytest.fixture(scope="session")
+def random_weights(cli, chips, tmp_path_factory):
+    """The demo's network as it is before training, as a checkpoint beside its recipe."""
+    from floodrepro import recipe as recipes
+    from floodrepro.training.layout import without_files
+    from floodrepro.training.terratorch_cli import RecipeCLI
+
+    folder = tmp_path_factory.mktemp("weights")
+    recipe = RecipeCLI([recipes.find("demo")], recipes.data_overrides(chips, recipes.read(recipes.find("demo"))))
+    recipe.build(lambda config: without_files(config, progress_bar=False))
+    (folder / "net.yaml").write_text(recipes.to_yaml(recipe.recipe))
+    state = recipe.model.state_dict()
+    state["model.head.head.2.bias"] = state["model.head.head.2.bias"] + torch.tensor([0.0, 0.05])
+    torch.save({"state_dict": state}, folder / "net.ckpt")
+    return folder / "net.ckpt"
+
+
+def event_chips(chips, event=0):
+    ids = sorted(p.name.removesuffix("_DEM.tif") for p in (chips / "data" / "DEM").glob("*.tif"))
+    events = sorted({chip.split("_")[0] for chip in ids})
+    return [chip for chip in ids if chip.split("_")[0] == events[event]]
+
+
+def class_of(folder):
+    with rasterio.open(folder / "class.tif") as file:
+        return file.read(1)
+
+
+@pytest.fixture(scope="session")
+def mapped(cli, chips, random_weights, tmp_path_factory):
+    """A generated event of three chips, mapped; the scene lies in ../scene."""
+    root = tmp_path_factory.mktemp("mapped")
+    scene = write_scene(chips, event_chips(chips, 1), root / "scene")
+    flags = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
+    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", root / "map", *flags)
+    assert outcome.code == 0, outcome.err
+    return root / "map"
+
+
+def test_a_scene_of_one_chip_gives_the_classes_of_predict(cli, chips, random_weights, tmp_path):
+    chip = event_chips(chips)[0]
+    (tmp_path / "one.txt").write_text(chip)
+    flags = ("--data.init_args.predict_split", tmp_path / "one.txt")
+    outcome = cli("predict", "--ckpt", random_weights, "--output", tmp_path / "masks", *flags)
+    assert outcome.code == 0, outcome.err
+    scene = write_scene(chips, [chip], tmp_path / "scene")
+    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "map", "--min-seen", 0)
+    assert outcome.code == 0, outcome.err
+    with rasterio.open(next((tmp_path / "masks").glob("*.tif"))) as file:
+        predicted, place = file.read(1), (file.crs, file.transform)
+    with rasterio.open(tmp_path / "map" / "class.tif") as file:
+        classes = file.read(1)
+        assert place == (file.crs, file.transform)
+    seen = classes != 255
+    assert seen.mean() > 0.5 and np.array_equal(classes[seen], predicted[seen]) and len(np.unique(classes[seen])) == 2
+
+
+def test_the_chips_of_a_scene_lie_where_they_were(chips, mapped):
+    with rasterio.open(mapped / "class.tif") as whole:
+        for chip in event_chips(chips, 1):
+            with rasterio.open(chips / "data" / "DEM" / f"{chip}_DEM.tif") as file:
+                part = whole.read(1, window=whole.window(*file.bounds))
+            assert part.shape == (32, 32) and (part != 255).any()
+    record = json.loads((mapped / "map.json").read_text())
+    assert record["names"] == ["rest", "flood"] and record["filled"] == record["problems"] == []
+    assert 0.7 < record["shares_of_area"]["seen"] <= 0.75  # three chips in a square of four
+
+
+def test_an_export_maps_as_its_checkpoint(cli, random_weights, mapped, tmp_path):
+    export = ("export", "--ckpt", random_weights, "--output", tmp_path / "pair", "--no-card")
+    assert cli(*export).code == 0
+    flags = ("--crop", 32, "--min-seen", 0, "--max-gap", 9, "--format", "json")
+    scene = mapped.parent / "scene" / "scene.yaml"
+    outcome = cli("map", "--export", tmp_path / "pair", "--scene", scene, "--output", tmp_path / "map", *flags)
+    assert outcome.code == 0, outcome.err
+    assert np.array_equal(class_of(tmp_path / "map"), class_of(mapped))
+    assert json.loads(outcome.out)["names"] == ["rest", "flood"]
+
+
+def test_optical_bands_of_20_m_in_degrees_map_nearly_the_same(cli, chips, random_weights, mapped, tmp_path):
+    scene = write_scene(chips, event_chips(chips, 1), tmp_path / "scene", mixed=True)
+    flags = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
+    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "map", *flags)
+    assert outcome.code == 0, outcome.err
+    one, other = class_of(mapped), class_of(tmp_path / "map")
+    both = (one != 255) & (other != 255)
+    assert both.mean() > 0.7 and (one == other)[both].mean() > 0.8
+
+
+def test_a_scene_that_lacks_a_date_is_refused_or_filled_on_request(cli, random_weights, tmp_path):
+    scene = make_scene(tmp_path / "s", 40, 40)
+    scene.write_text(scene.read_text().replace("    files:\n    - s1_after.tif\n", "    missing: true\n"))
+    command = ("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "m", "--crop", 32)
+    outcome = cli(*command)
+    assert outcome.code == 1 and "the scene lacks S1RTC.after" in outcome.err and "--missing zero" in outcome.err
+    assert cli(*command, "--missing", "zero").code == 0
+    assert json.loads((tmp_path / "m" / "map.json").read_text())["filled"] == ["S1RTC.after"]
+
+
+def test_problems_stop_a_map_and_are_recorded_with_anyway(cli, random_weights, tmp_path):
+    scene = make_scene(tmp_path / "s", 40, 40)
+    scene.write_text(scene.read_text().replace("unit: dB", "unit: power"))
+    command = ("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "m", "--crop", 32)
+    outcome = cli(*command)
+    assert outcome.code == 1 and "the scene has 4 problems" in outcome.err and not (tmp_path / "m").exists()
+    outcome = cli(*command, "--anyway")  # negative power is no power: nothing of the radar is left
+    assert outcome.code == 0, outcome.err
+    assert len(json.loads((tmp_path / "m" / "map.json").read_text())["problems"]) == 4
+
+
+def test_too_little_seen_is_exit_code_1_with_the_share(cli, chips, random_weights, mapped):
+    scene = mapped.parent / "scene" / "scene.yaml"
+    flags = ("--crop", 32, "--min-seen", 0.8, "--max-gap", 9)
+    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", mapped, *flags)
+    assert outcome.code == 1 and "% of the area was seen (--min-seen 0.8)" in outcome.err
+
+
+def test_a_map_is_compared_with_a_truth_as_a_chip_table(cli, mapped, tmp_path):
+    truth = mapped.parent / "scene" / "truth.tif"
+    flags = ("--truth-value", 1, "--output", tmp_path / "check.parquet", "--format", "json")
+    outcome = cli("map", "check", "--map", mapped, "--truth", truth, *flags)
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    with rasterio.open(truth) as file:
+        water = file.read(1)
+    classes = class_of(mapped)
+    counted = (water >= 0) & (classes != 255)
+    hits = ((water == 1) & (classes == 1) & counted).sum()
+    assert result["iou"] == pytest.approx(hits / (((water == 1) | (classes == 1)) & counted).sum())
+    assert result["recall"] == pytest.approx(hits / ((water == 1) & counted).sum())
+    assert result["seen_share"] == pytest.approx(counted.sum() / (water >= 0).sum())
+    table = chip_table.read(tmp_path / "check.parquet")
+    assert table.counts.sum() == counted.sum() and table.histogram.sum() == counted.sum() and table.brier < 1
+
+
+def test_polygons_serve_as_truth(cli, mapped, tmp_path):
+    outcome = cli("map", "check", "--map", mapped, "--truth", mapped / "water.gpkg", "--format", "json")
+    result = json.loads(outcome.out)
+    assert outcome.code == 0 and result["iou"] > 0.99 and result["tiles"] == 1
+
+
+def test_a_network_that_predicts_nan_maps_nothing(cli, random_weights, tmp_path):
+    content = torch.load(random_weights, weights_only=True)
+    content["state_dict"]["model.head.head.2.bias"][1] = float("nan")
+    torch.save(content, tmp_path / "nan.ckpt")
+    scene = make_scene(tmp_path / "s", 40, 40)
+    flags = ("--config", random_weights.with_suffix(".yaml"), "--output", tmp_path / "m", "--crop", 32)
+    outcome = cli("map", "--ckpt", tmp_path / "nan.ckpt", "--scene", scene, *flags)
+    assert outcome.code == 1 and "not finite" in outcome.err and not (tmp_path / "m" / "class.tif").exists()
+
+
+def test_flags_that_cannot_be_carried_out_are_bad_usage(cli, random_weights, mapped):
+    scene = mapped.parent / "scene" / "scene.yaml"
+    assert cli("map", "--ckpt", random_weights).code == 2
+    assert cli("map", "--scene", scene, "--output", "x").code == 1
+    flags = ("--scene", scene, "--output", "x", "--crop", 33, "--max-gap", 9)
+    assert cli("map", "--ckpt", random_weights, *flags).code == 2

@@ -1,0 +1,215 @@
+"""Masks made by anyone else, in any CRS, become chip tables that are compared like a model's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import array_bounds, from_bounds
+from rasterio.warp import Resampling, reproject, transform_bounds
+
+from conftest import CHIPS
+from floodrepro.data.protocols import LABEL_DIR, PROTOCOLS, suffix_of
+from floodrepro.data.splits import read_events
+from floodrepro.errors import DataError, UsageError
+from floodrepro.evaluation import chip_table
+from floodrepro.evaluation.chip_table import BINS, on_common_chips, refuse_to_compare
+from floodrepro.evaluation.intervals import jackknife
+from floodrepro.evaluation.masks import parse_values, tabulate_masks
+from floodrepro.evaluation.metrics import iou
+
+SIZE = CHIPS["size"]
+
+
+@pytest.fixture
+def recipe(chips: Path) -> dict:
+    splits = {f"{s}_split": str(chips / "split" / f"impactmesh_flood_{s}.txt") for s in ("train", "val", "test")}
+    arguments = {"protocol": "v0", "data_root": str(chips / "data"), **splits}
+    return {"data": {"class_path": "floodrepro.data.datamodule.FloodDataModule", "init_args": arguments}}
+
+
+@pytest.fixture
+def events(chips: Path) -> dict[str, str]:
+    return read_events(chips / "split" / "impactmesh_flood_test.txt")
+
+
+def truth_file(chips: Path, chip: str) -> Path:
+    return chips / "data" / LABEL_DIR / f"{chip}{suffix_of(PROTOCOLS['v0'], LABEL_DIR)}"
+
+
+def write(path: Path, values: np.ndarray, like: dict, **changes: object) -> Path:
+    profile = {k: like[k] for k in ("crs", "transform")} | {"driver": "GTiff", "count": 1, "dtype": values.dtype}
+    profile |= {"height": values.shape[0], "width": values.shape[1]} | changes
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(path, "w", **profile) as target:
+        target.write(values, 1)
+    return path
+
+
+def rolled(chips: Path, chip: str) -> tuple[np.ndarray, dict]:
+    """A mapper's mask: the truth moved by two pixels, unlabelled as rest."""
+    with rasterio.open(truth_file(chips, chip)) as source:
+        return np.roll(np.maximum(source.read(1), 0), 2, axis=1).astype(np.uint8), source.profile
+
+
+def expected(chips: Path, events: dict[str, str], wrong: dict[str, np.ndarray]) -> np.ndarray:
+    counts = np.zeros((len(events), 2, 2), np.int64)
+    for row, chip in enumerate(events):
+        with rasterio.open(truth_file(chips, chip)) as source:
+            truth = source.read(1)
+        for i in (0, 1):
+            for j in (0, 1):
+                counts[row, i, j] = ((truth == i) & (wrong[chip] == j)).sum()
+    return counts
+
+
+@pytest.fixture
+def folder(chips: Path, events: dict[str, str], tmp_path: Path) -> Path:
+    for chip in events:
+        values, like = rolled(chips, chip)
+        write(tmp_path / "masks" / f"{chip}_pred.tif", values, like)
+    return tmp_path / "masks"
+
+
+def test_masks_named_after_chips_are_counted_pixel_by_pixel(recipe, chips, events, folder):
+    table = tabulate_masks(recipe, [folder], events, name="GFM")
+    wrong = {chip: rolled(chips, chip)[0] for chip in events}
+    assert np.array_equal(table.counts, expected(chips, events, wrong))
+    assert table.chips.tolist() == list(events)
+    assert (table.name, table.histogram, table.unseen.sum()) == ("GFM", None, 0)
+    assert (table.counts.sum(axis=(1, 2)) + table.ignored == SIZE**2).all()
+
+
+def test_one_large_raster_in_another_crs_gives_the_same_table(recipe, chips, events, folder, tmp_path):
+    """All chips of an event in one raster of longitude and latitude, fine enough that nearest finds each pixel."""
+    rasters = []
+    for event in sorted(set(events.values())):
+        parts = [rolled(chips, chip) for chip in events if events[chip] == event]
+        with rasterio.open(truth_file(chips, next(c for c in events if events[c] == event))) as source:
+            crs = source.crs
+        boxes = np.array([array_bounds(SIZE, SIZE, like["transform"]) for _, like in parts])
+        box = transform_bounds(crs, "EPSG:4326", *boxes.min(axis=0)[:2], *boxes.max(axis=0)[2:])
+        width, height = (int((box[k + 2] - box[k]) / 1e-5) for k in (0, 1))
+        transform = from_bounds(*box, width, height)
+        large = np.full((height, width), 255, np.uint8)
+        for values, like in parts:
+            reproject(
+                values,
+                large,
+                src_transform=like["transform"],
+                src_crs=crs,
+                dst_transform=transform,
+                dst_crs="EPSG:4326",
+                resampling=Resampling.nearest,
+                src_nodata=None,
+                init_dest_nodata=False,
+                dst_nodata=255,
+            )
+        place = {"crs": "EPSG:4326", "transform": transform}
+        rasters.append(write(tmp_path / "large" / f"{event}.tif", large, place, nodata=255, compress="deflate"))
+    near = tabulate_masks(recipe, rasters, events, name="large")
+    exact = tabulate_masks(recipe, [folder], events, name="folder")
+    assert near.unseen.sum() == 0
+    assert np.abs(near.counts - exact.counts).sum() <= 0.002 * exact.counts.sum()
+
+
+def test_no_data_is_not_counted_and_its_share_is_told(recipe, chips, events, folder, capsys):
+    chip = next(iter(events))
+    values, like = rolled(chips, chip)
+    values[:, : SIZE // 2] = 255
+    write(folder / f"{chip}_pred.tif", values, like, nodata=255)
+    table = tabulate_masks(recipe, [folder], events, name="GFM")
+    assert 0 < table.unseen[0] <= SIZE**2 // 2
+    assert table.unseen[1:].sum() == 0
+    assert "1 of 3 chips are not whole" in capsys.readouterr().err
+    whole = tabulate_masks(recipe, [folder], events, name="GFM", values={0: 0, 1: 1, 255: 0})  # named: a class
+    assert whole.unseen.sum() == 0
+    assert "other chips" not in (refuse_to_compare(whole, table) or "")
+    one, other, left_out = on_common_chips(whole, table)
+    assert (len(one), len(other), left_out) == (2, 2, 1)
+    assert refuse_to_compare(one, other) is None
+
+
+def test_zero_as_no_data_is_explained(recipe, chips, events, folder, capsys):
+    for chip in events:
+        values, like = rolled(chips, chip)
+        write(folder / f"{chip}_pred.tif", values, like, nodata=0)
+    tabulate_masks(recipe, [folder], events, name="GFM")
+    assert "--values 0=rest,1=flood counts zeros as rest" in capsys.readouterr().err
+
+
+def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, events, folder):
+    for chip in events:
+        values, like = rolled(chips, chip)
+        write(folder / f"{chip}_pred.tif", np.where(values == 1, 5, 7).astype(np.uint8), like)
+    with pytest.raises(DataError, match=r"holds 5|holds 7"):
+        tabulate_masks(recipe, [folder], events, name="GFM")
+    values = parse_values("5=flood, 7=rest", ["rest", "flood"])
+    wrong = {chip: rolled(chips, chip)[0] for chip in events}
+    table = tabulate_masks(recipe, [folder], events, name="GFM", values=values)
+    assert np.array_equal(table.counts, expected(chips, events, wrong))
+    assert parse_values("1=1,0=none", ["rest", "flood"]) == {1: 1, 0: None}
+    for text in ("1=water", "flood", "a=flood"):
+        with pytest.raises(UsageError, match="--values"):
+            parse_values(text, ["rest", "flood"])
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1.0, np.float32), (100.0, np.uint8)])
+def test_probabilities_keep_their_histogram(recipe, chips, events, tmp_path, scale, kind):
+    for chip in events:
+        values, like = rolled(chips, chip)
+        write(tmp_path / "p" / f"{chip}_prob.tif", (scale * np.where(values == 1, 0.75, 0.25)).astype(kind), like)
+    table = tabulate_masks(recipe, [tmp_path / "p"], events, name="U-Net", scale=scale)
+    filled = np.flatnonzero(table.histogram.sum(axis=(0, 1)))
+    assert filled.tolist() == [int(0.25 * BINS), int(0.75 * BINS)]
+    assert np.array_equal(table.histogram[:, :, filled[1]], table.counts[:, :, 1])
+    assert table.brier == pytest.approx(
+        (0.25**2 * np.trace(table.counts.sum(0)) + 0.75**2 * (table.counts.sum() - np.trace(table.counts.sum(0))))
+        / table.counts.sum()
+    )
+    if scale != 1:
+        with pytest.raises(DataError, match="expected 0 to 1"):
+            tabulate_masks(recipe, [tmp_path / "p"], events, name="U-Net", scale=1.0)
+
+
+def test_masks_that_cannot_be_used_are_named(recipe, chips, events, folder, tmp_path):
+    chip = next(iter(events))
+    values, like = rolled(chips, chip)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="there are no masks here"):
+        tabulate_masks(recipe, [tmp_path / "empty"], events, name="x")
+    far = like | {"transform": rasterio.Affine(10, 0, 200000, 0, -10, 1000000)}
+    with pytest.raises(DataError, match="no mask covers any of the 3 chips"):
+        tabulate_masks(recipe, [write(tmp_path / "far.tif", values, far)], events, name="x")
+    write(folder / f"{chip}_other.tif", values, like)
+    write(folder / f"{chip}_third.tif", values, like)
+    (folder / f"{chip}_pred.tif").unlink()
+    with pytest.raises(DataError, match=f"two masks are named after {chip}"):
+        tabulate_masks(recipe, [folder], events, name="x")
+    (tmp_path / "damaged.tif").write_bytes(b"II*\0 no raster")
+    with pytest.raises(DataError, match="a mask cannot be read"):
+        tabulate_masks(recipe, [tmp_path / "damaged.tif"], events, name="x")
+
+
+def test_a_models_predictions_as_masks_score_what_its_test_scores(cli, trained, tmp_path):
+    """predict, then test --masks: the same counts as test --ckpt, so both ways are compared like with like."""
+    assert cli("predict", "--ckpt", trained.best, "--output", tmp_path / "p", "--probabilities").code == 0
+    arguments = ("--config", trained.recipe, "--output", tmp_path / "e", "--format", "json")
+    outcome = cli("test", "--masks", tmp_path / "p", "--name", "again", *arguments)
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    masks = chip_table.read(Path(result["tables"]["test"]))
+    outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path / "e", "--format", "json")
+    model = chip_table.read(Path(json.loads(outcome.out)["tables"]["test"]))
+    assert refuse_to_compare(masks, model) is None
+    assert np.abs(masks.counts - model.counts).sum() <= 4
+    assert [entry["of"] for entry in result["which_iou"]] == ["chips", "chips", "events"]
+    outcome = cli("test", "--masks", tmp_path / "p", "--name", "prob", "--probability", *arguments)
+    probable = chip_table.read(Path(json.loads(outcome.out)["tables"]["test"]))
+    assert np.abs(probable.histogram - model.histogram).sum() <= 20
+    assert jackknife(model.counts, iou, other=probable.counts).estimate == pytest.approx(0, abs=1e-3)
+
+
+def test_test_wants_a_checkpoint_or_masks(cli):
+    assert "either --ckpt or --masks" in cli("test", "--config", "demo").err

@@ -1,0 +1,94 @@
+"""What is distributed: the wheel, the sdist, and the layers of the package inside."""
+
+import ast
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+LAYERS = [  # nothing imports what stands further down; "system" is its environment and machine, its top is below
+    ("errors", "console", "__init__", "system.environment", "system.machine", "system.torch_probe"),
+    ("recipe", "run_folder", "callbacks"),
+    ("data",),
+    ("training",),
+    ("evaluation",),
+    ("mapping", "verification", "publishing"),
+    ("system",),
+    ("cli", "__main__"),
+]
+RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def rank_of(module: str) -> int:
+    package, _, rest = module.removeprefix("floodrepro").lstrip(".").partition(".")
+    return RANKS.get(f"{package}.{rest.split('.')[0]}", RANKS.get(package, 0))
+
+
+def test_no_module_imports_a_layer_above_its_own():
+    upward = []
+    for path in (ROOT / "src/floodrepro").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("floodrepro"):
+                wanted = [f"{node.module}.{alias.name}" for alias in node.names]
+                upward += [f"{module} -> {name}" for name in wanted if rank_of(name) > rank_of(module)]
+    assert upward == []
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel and an sdist, made without the network."""
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="comes with floodrepro[dev]")
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, check=True, capture_output=True
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    """The wheel, unpacked as `pip install --no-deps` would."""
+    [file] = built.glob("*.whl")
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(built / "site")
+    return built / "site"
+
+
+def test_wheel_has_recipes_constraints_types_and_licence(wheel):
+    names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*")}
+    assert {"floodrepro/py.typed", "floodrepro/constraints.txt", "floodrepro/configs/demo.yaml"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    metadata = message_from_string(next(wheel.glob("*.dist-info/METADATA")).read_text(encoding="utf-8"))
+    assert "Operating System :: POSIX :: Linux" in metadata.get_all("Classifier")
+    assert metadata["Keywords"]
+    assert metadata["Author"] == "floodrepro contributors"
+    assert "](docs/" not in metadata.get_payload()  # a link that leads nowhere on an index
+    assert "](https://" in metadata.get_payload()
+
+
+@pytest.mark.parametrize("command", ["doctor", "configs ls", "fit --config demo"])
+def test_wheel_without_dependencies_says_which_are_missing(wheel, command):
+    variables = {k: v for k, v in os.environ.items() if k != "FLOODREPRO_DEBUG"} | {"PYTHONPATH": str(wheel)}
+    command = [sys.executable, "-S", "-m", "floodrepro", *command.split()]  # -S: no site-packages
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=wheel)
+    assert done.returncode == 1
+    assert "dependencies are not all installed" in done.stderr
+    assert "torch" in done.stderr
+    assert "pip install floodrepro" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_sdist_is_whole(built):
+    [file] = built.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert {name for name in tracked if (ROOT / name).is_file()} - names <= {".gitignore"}

@@ -1,0 +1,134 @@
+"""A training of a second with Lightning's own trainer: dropout, running statistics, a sampler that starts mid-epoch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
+
+
+class Task(LightningModule):
+    """Two layers; its plateau scheduler halves the rate after each validation, or its step scheduler each step."""
+
+    def __init__(self, schedule: str | None = "plateau") -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.schedule = schedule
+
+    def loss(self, batch: Any, name: str) -> torch.Tensor:
+        image = batch["image"] if isinstance(batch, dict) else batch
+        loss = self.model(image).square().mean()
+        self.log(name, loss, batch_size=len(image))
+        return loss
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        return self.loss(batch, "train/loss")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch, "val/loss")
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        if self.schedule is None:
+            return optimizer
+        if self.schedule == "plateau":
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0, factor=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Chips(Dataset[Any]):
+    """Samples of four values: dictionaries with a file name, or plain tensors."""
+
+    def __init__(self, *, count: int = 12, named: bool = True) -> None:
+        self.values, self.named = torch.randn(count, 4, generator=torch.Generator().manual_seed(1)), named
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Any:
+        return {"image": self.values[index], "filename": f"chip{index}.tif"} if self.named else self.values[index]
+
+
+class Shuffled(DistributedSampler[int]):
+    """An order by epoch, from a batch on; processes take turns."""
+
+    starts_mid_epoch = True
+
+    def __init__(self, count: int, trainer: Trainer) -> None:
+        super().__init__(range(count), num_replicas=trainer.world_size, rank=trainer.global_rank)
+        loop = trainer.fit_loop
+        self.done = 2 * loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
+        self.resumed = self.epoch = loop.epoch_progress.current.processed
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        yield from order[self.rank :: self.num_replicas][self.done if self.epoch == self.resumed else 0 :]
+
+
+class Data(LightningDataModule):
+    """Batches of two; *resumable* as floodrepro's own data module is, else shuffled by torch."""
+
+    def __init__(self, *, resumable: bool = True, named: bool = True, workers: int = 0) -> None:
+        super().__init__()
+        self.resumable, self.chips, self.workers = resumable, Chips(named=named), workers
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        if not self.resumable:
+            return DataLoader(self.chips, 2, shuffle=True, num_workers=self.workers)
+        sampler = Shuffled(len(self.chips), self.trainer)
+        return DataLoader(self.chips, 2, sampler=sampler, num_workers=self.workers, generator=torch.Generator())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.chips, 4)
+
+
+class Killed(BaseException):
+    """What the process is said to have died of."""
+
+
+class Kill(Callback):
+    """Ends the process, as far as files go, when a number of its hooks were called."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def _strike(self, *args: Any) -> None:
+        self.count -= 1
+        if self.count == 0:
+            raise Killed
+
+    on_train_epoch_start = on_train_batch_start = on_before_backward = on_train_batch_end = _strike
+    on_validation_batch_start = on_validation_end = on_train_epoch_end = on_train_end = _strike
+
+
+def train(
+    folder: Path,
+    *more: Callback,
+    schedule: str | None = "plateau",
+    data: Any = None,
+    resume: Any = None,
+    **trainer: Any,
+) -> Trainer:
+    """Train two epochs of six steps, with states below *folder* every two steps."""
+    seed_everything(3, verbose=False)
+    best = ModelCheckpoint(
+        folder / "checkpoints", "best-{epoch}", monitor="val/loss" if trainer.pop("best", True) else None
+    )
+    ours = [NaNGuard(), ExactResume(str(folder / "checkpoints"), trainer.pop("every", 2)), RunRecord()]
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    fitting = Trainer(
+        default_root_dir=folder,
+        callbacks=[*more, *ours, best],
+        num_sanity_val_steps=0,
+        **quiet | {"max_epochs": 2, "devices": 1} | trainer,
+    )
+    fitting.fit(Task(schedule), datamodule=data or Data(), ckpt_path=resume)
+    return fitting
