@@ -153,7 +153,7 @@ def demo_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]
 def _last_stages(run: RunFolder, name: str, beside: list[str], more: list[str]) -> list[Stage]:
     export = ["export", "--run", str(run.path), "--name", name]
     return [
-        Stage("export", export, [run.export / f"{name}.safetensors"]),
+        Stage("export", [*export, "--no-card"], [run.export / f"{name}.safetensors"]),
         Stage("verify", ["verify", "--run", str(run.path), *beside, *more], [run.results]),
         Stage("card", [*export, "--card-only"], [run.export / "README.md"]),
     ]
