@@ -179,6 +179,18 @@ def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(cli, own_chips
     assert outcome.report[0] in run.log.read_text()
 
 
+def test_skipped_chips_are_recorded_and_one_too_many_ends_the_fit(cli, own_chips, tmp_path: Path):
+    train = (own_chips / "split" / "impactmesh_flood_train.txt").read_text().split()
+    for chip in train[:2]:
+        (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
+    where = ("--data-root", own_chips, "--runs-root", tmp_path, "--trainer.max_epochs", 1)
+    batch = ("--data.init_args.batch_size", 6)
+    outcome = cli("fit", "--config", "demo", *where, *batch, "--name", "two", "--skip-damaged", 2)
+    assert outcome.code == 0, outcome.err
+    assert sorted(RunFolder(tmp_path / "two").read_record()["failed_chips"]) == sorted(train[:2])
+    assert cli("fit", "--config", "demo", *where, *batch, "--name", "one", "--skip-damaged", 1).code == 1
+
+
 CALLBACK = """
 from lightning.pytorch.callbacks import Callback
 class Faulty(Callback):

@@ -42,7 +42,8 @@ examples:
   floodrepro test --ckpt runs/first/checkpoints/best.ckpt
   floodrepro export --run runs/first
 
-exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit, 130 and 143 stopped by a signal
+exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit,
+4 map plan: no pass yet, 130 and 143 stopped by a signal
 """
 
 

@@ -281,6 +281,9 @@ def _finish(trainer: Trainer, run: RunFolder) -> dict[str, Any]:
         values = {k: float(v) for row in rows for k, v in row.items() if k.startswith("val/") and v}
         found |= {"best_epoch": best["epoch"], "best_val_loss": values.get("val/loss"), "best_metrics": values}
         found["checkpoint_sha256"] = sha256_of(run.best)
+    for name in ("failed_chips", "odd_chips"):  # left out by --skip-damaged; with odd radar values
+        if chips := getattr(trainer.datamodule, name, None):  # type: ignore[attr-defined]
+            found[name] = dict(chips)
     run.update_record(status="finished", ended=timestamp(), **found)
     return run.read_record()
 
