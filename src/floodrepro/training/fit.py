@@ -25,7 +25,7 @@ from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
 from floodrepro.data.splits import DataState, check_data
 from floodrepro.errors import FloodreproError, Incident, Interrupted, RunFolderError, UsageError
 from floodrepro.recipe import check_precision
-from floodrepro.run_folder import RunFolder, sha256_of, timestamp, write_atomically
+from floodrepro.run_folder import PARTIAL, RunFolder, sha256_of, timestamp, write_atomically
 from floodrepro.system.environment import code_version, environment
 from floodrepro.training.checkpoint import load_weights
 from floodrepro.training.layout import change_precision, forget_pretrained_weights, into_run_folder, warn_of_wrong_mode
@@ -175,6 +175,8 @@ def _session(
                 RunFolder.create(run.path)
                 held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
                 held.enter_context(console.log_to(run.log))
+                for orphan in run.path.glob(f".*{PARTIAL}"):  # a killed process left it half written
+                    orphan.unlink()
                 _begin(trainer, cli, run, data, state, changes)
             except Timeout:
                 fix = "wait until it is done, or give another --name"
