@@ -90,9 +90,9 @@ def test_spoilt_tensor_fails_and_is_named(trained: RunFolder, tmp_path: Path, pl
         state[f"model.{FILTERS}"] = torch.ones(3)
     else:
         states = torch.load(trained.checkpoints / "last.ckpt", weights_only=True)
-        number = [key.removeprefix("model.") for key in state if "running" not in key and "num_b" not in key].index(
-            name
-        )
+        cli = RecipeCLI([trained.recipe])
+        cli.build()
+        number = [key for key, _ in cli.model.model.named_parameters()].index(name)
         states["optimizer_states"][0]["state"][number]["exp_avg_sq"].zero_()
         torch.save(states, full)
     torch.save(content, tmp_path / "spoilt.ckpt")
