@@ -181,13 +181,14 @@ import os, runpy, sys
 sys.modules["floodrepro"] = None
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+import terratorch.cli_tools, torch
+torch.set_float32_matmul_precision("highest")  # TerraTorch's import lowers it: bf16 where the CPU has it
 exec(open("example.py").read())
 sys.argv = ["run_inference", "--config", "trained.yaml", "--ckpt", "trained.safetensors", "--output_dir", "stock"]
 runpy.run_module("impactmesh.run_inference", run_name="__main__")
 """
 
 
-@pytest.mark.xfail(reason="not equal yet: of 65,536 pixels 200 differ in the example, 32,281 in impactmesh's inference")
 def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(
     cli, trained: RunFolder, tmp_path: Path
 ):
@@ -199,24 +200,31 @@ def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(
     command = [sys.executable, "-I", "-W", "ignore", "-c", IN_ANOTHER_INTERPRETER]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    masks = tmp_path / "masks"
-    predicted = cli(
-        *("predict", "--ckpt", trained.best, "--data-root", tmp_path / "ImpactMesh-Flood", "--output", masks),
-        *("--data.init_args.predict_split", tmp_path / "ImpactMesh-Flood" / "split" / "impactmesh_flood_test.txt"),
-        *("--data.init_args.batch_size", 1),  # as the other two: in another company sums are split otherwise
-    )
-    assert predicted.code == 0, predicted.err
-    files = sorted(masks.glob("*_pred.tif"))
+    place = ("--ckpt", trained.best, "--data-root", tmp_path / "ImpactMesh-Flood")
+    split = tmp_path / "ImpactMesh-Flood" / "split" / "impactmesh_flood_test.txt"
+    # One chip at a time, as the other two: in another batch sums are split otherwise. impactmesh tiles; the demo's
+    # recipe does not, the published ones do as impactmesh.
+    one = ("--data.init_args.predict_split", split, "--data.init_args.batch_size", 1)
+    tiles = "{h_crop: 256, w_crop: 256, h_stride: 208, w_stride: 208, batch_size: 64, delta: 8}"
+    for folder, more in (("example", ()), ("stock", ("--model.init_args.tiled_inference_parameters", tiles))):
+        predicted = cli("predict", *place, *one, *more, "--output", tmp_path / f"masks-{folder}")
+        assert predicted.code == 0, predicted.err
+    files = sorted((tmp_path / "masks-example").glob("*_pred.tif"))
     assert files
     for file in files:
         chip = file.name.removesuffix("_pred.tif")
-        ours, example, stock = (
+        whole, tiled, example, stock = (
             rasterio.open(path).read(1)
-            for path in (file, tmp_path / f"{chip}_DEM_mask.tif", tmp_path / "stock" / f"{chip}_prediction.tif")
+            for path in (
+                file,
+                tmp_path / "masks-stock" / file.name,
+                tmp_path / f"{chip}_DEM_mask.tif",
+                tmp_path / "stock" / f"{chip}_prediction.tif",
+            )
         )
-        seen = ours >= 0
+        seen = whole >= 0
         assert seen.any()
-        assert ((ours != example)[seen].sum(), (ours != stock)[seen].sum()) == (0, 0), seen.sum()
+        assert ((whole != example)[seen].sum(), (tiled != stock)[seen].sum()) == (0, 0), seen.sum()
 
 
 # Pictures
