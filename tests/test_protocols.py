@@ -122,6 +122,8 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
     ):
         outcome = cli(*command)
         assert outcome.code == 0, outcome.err
+    exported = yaml.safe_load(next((run / "export").glob("*.yaml")).read_text())
+    assert exported["data"]["dict_kwargs"] == {"disaster_type": "fire"}
     for path in (run / "verification" / "report.md", next((run / "export").glob("*.md"))):
         text = path.read_text()
         assert "burned" in text

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from floodrepro import __version__
 from floodrepro import recipe as recipes
+from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import sha256_of, write_atomically
@@ -133,7 +134,7 @@ def with_stock_data(recipe: Recipe) -> Recipe:
     """The recipe with impactmesh's own data module, which reads extracted chips, and masks as they are."""
     stock = copy.deepcopy(recipe)
     if stock["data"]["class_path"].endswith("FloodDataModule"):
-        stock["data"] = _stock_data(stock["data"]["init_args"])
+        stock["data"] = _stock_data(stock["data"]["init_args"], protocol_of(recipe).hazard)
     return stock
 
 
@@ -158,7 +159,7 @@ def portable(recipe: Recipe) -> Recipe:
     return stock
 
 
-def _stock_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _stock_data(arguments: Mapping[str, Any], hazard: str) -> dict[str, Any]:
     """The data module of impactmesh with the same statistics and transforms; it knows no label map and no bands."""
     kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
     kept["predict_data_root"] = arguments.get("predict_data_root") or arguments["data_root"]
@@ -176,7 +177,8 @@ def _stock_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
         "init_args": kept,
-        "dict_kwargs": {"disaster_type": "flood"},  # else impactmesh guesses it from the path, "fire" first
+        # Else impactmesh guesses it from the path, "fire" first. It knows these two.
+        "dict_kwargs": {"disaster_type": "fire" if hazard == "fire" else "flood"},
     }
 
 
