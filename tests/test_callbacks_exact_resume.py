@@ -87,7 +87,9 @@ def test_a_checkpoint_plugin_of_the_recipe_does_not_touch_the_states(tmp_path: P
         train(tmp_path, Kill(35), plugins=[AsyncCheckpointIO()])
     train(tmp_path, plugins=[AsyncCheckpointIO()], resume=tmp_path / LAST)
     train(tmp_path / "straight")
-    assert different(tmp_path / "straight" / LAST, tmp_path / LAST)[0] == []
+    names, _ = different(tmp_path / "straight" / LAST, tmp_path / LAST)
+    # Which best checkpoints are on the disk by then is up to the plugin's thread.
+    assert [name for name in names if not name.startswith(".floodrepro.files.")] == []
 
 
 def test_a_trial_run_leaves_no_file(tmp_path: Path):
