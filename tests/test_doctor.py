@@ -57,7 +57,7 @@ def assert_can_be_pasted(fix: str) -> None:
 # This machine
 
 
-def test_healthy_machine_passes_and_both_formats_say_the_same(cli, chips):
+def test_healthy_machine_passes_and_both_formats_say_the_same(cli, chips, asked_once):
     told = cli("doctor", "--config", "demo", "--data-root", chips, "--format", "json")
     found = json.loads(told.out)
     assert (told.code, found["ok"]) == (0, True), told.out

@@ -79,11 +79,7 @@ def examine(
 
 
 def check_before_fit(recipe: Recipe, runs: Path) -> None:
-    """Warn of what may hurt a fit. Of several processes of one run, the first one looks.
-
-    Args:
-        recipe: As for `examine`.
-        runs: Folder of all runs.
+    """Warn of what may hurt a fit; of several processes of one run, the first one does. Arguments as for `examine`.
 
     Raises:
         FloodreproError: Something will stop the fit, or make it another run than the recipe describes.
@@ -224,13 +220,7 @@ def _vendor(root: Path) -> str:
 
 
 def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")) -> list[Finding]:
-    """Judge what torch sees, a line for each kind of GPU, or why it sees none.
-
-    Args:
-        answer: Of `ask_torch`.
-        recipe: As for `examine`; may be empty.
-        root: As for `examine`.
-    """
+    """Judge what torch sees (the answer of `ask_torch`), a line for each kind of GPU, or why it sees none."""
     on_cpu, found = _of(recipe, "trainer.accelerator", "auto") == "cpu", []
     devices = [] if on_cpu else answer["devices"]
     kind = {"16": "float16", "bf16": "bfloat16"}.get(_of(recipe, "trainer.precision", "").partition("-")[0])
@@ -326,14 +316,7 @@ def _devices_used(recipe: Recipe, available: int) -> int:
 
 
 def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root: Path = Path("/")) -> list[Finding]:
-    """Compare cores, memory, shared memory and disk with what a recipe needs. All needs are estimates.
-
-    Args:
-        recipe: As for `examine`.
-        devices: GPUs that torch sees.
-        runs: Folder of all runs.
-        root: As for `examine`.
-    """
+    """Compare cores, memory, shared memory and disk with what a recipe needs on so many GPUs: estimates."""
     batch, workers = _of(recipe, "data.init_args.batch_size", 8), _of(recipe, "data.init_args.num_workers", 0)
     processes, chips = _devices_used(recipe, devices), batch * CHIP_BYTES * _pixels(recipe)
     ready = processes * workers * _of(recipe, "data.init_args.prefetch_factor", 2) * chips
