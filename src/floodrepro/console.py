@@ -46,12 +46,12 @@ def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that shows on stderr how far a loop has come, its rate and the time left.
 
-    On a terminal one line is redrawn; in a log a line is written every half minute.
+    On a terminal one line is redrawn; in a log a line is written every half minute. A short loop shows nothing.
     """
     from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 
-    seconds = 0.2 if sys.stderr.isatty() else 30.0
-    with tqdm(desc=f"floodrepro: {label}", file=sys.stderr, mininterval=seconds, disable=_is_follower()) as bar:
+    every, desc = 0.2 if sys.stderr.isatty() else 30.0, f"floodrepro: {label}"
+    with tqdm(desc=desc, file=sys.stderr, mininterval=every, delay=every, disable=_is_follower()) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

@@ -53,8 +53,9 @@ for _message in (
     r"(Experiment logs|Checkpoint) directory .* exists and is not empty",
 ):
     warnings.filterwarnings("ignore", message=_message)
-# Lightning 2.6 advertises its own logging service at every start.
-logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+# Lightning says which accelerators there are, the seed, and an advertisement. RunRecord says what matters.
+for _name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 __all__ = ["CustomWriter", "RecipeCLI"]  # TerraTorch's names come from here: what imports them first must be quiet
 
