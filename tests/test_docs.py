@@ -23,7 +23,9 @@ FOREIGN = {  # flags that prose names and that belong to other programs
 def flags_of(name: str) -> set[str]:
     parser = Parser(name)
     getattr(importlib.import_module(COMMANDS[name][0]), f"add_{name}_arguments")(parser)
-    return {*parser.flags()}
+    actions = [action.choices for action in parser._actions if action.dest == "action" and action.choices]
+    children = [child for choices in actions if isinstance(choices, dict) for child in choices.values()]
+    return {flag for one in (parser, *children) for flag in one._option_string_actions}
 
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)

@@ -41,7 +41,7 @@ def test_every_command_of_the_list_is_one_that_its_parser_takes(cli):
     for argv in ((), ("--demo",), ("--seeds", "1,2", "--protocol", "v0", "--revision", "abc")):
         for command in commands(cli, *argv).values():
             unknown = cli(*command, "--no-such-flag")
-            assert "unknown flag '--no-such-flag'" in unknown.err, command
+            assert "unknown argument '--no-such-flag'" in unknown.err, command
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from floodrepro import __version__, console
@@ -54,14 +54,6 @@ class Parser(argparse.ArgumentParser):
         """Raise instead of printing the usage block."""
         raise UsageError(message, fix=f"{self.prog} --help")
 
-    def flags(self) -> Iterator[str]:
-        """All flags, those of actions such as ``data fetch`` included."""
-        for action in self._actions:
-            yield from action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                for child in action.choices.values():
-                    yield from child.flags()
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -97,11 +89,8 @@ def _dispatch(arguments: list[str]) -> int:
         run = getattr(command, f"run_{name}")
         parser = Parser(f"floodrepro {name}", description=run.__doc__)
         getattr(command, f"add_{name}_arguments")(parser)
-        _refuse_unknown_flags(rest, parser, overrides=name in _TAKES_OVERRIDES)
         args, overrides = parser.parse_known_args(rest)
-        if overrides and name not in _TAKES_OVERRIDES:
-            raise UsageError(f"unexpected argument '{overrides[0]}'", fix=f"{parser.prog} --help")
-        args.overrides = overrides
+        args.overrides = _check_overrides(overrides, parser, name in _TAKES_OVERRIDES)
         return int(run(args))
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
@@ -110,15 +99,17 @@ def _dispatch(arguments: list[str]) -> int:
         raise
 
 
-def _refuse_unknown_flags(arguments: Iterable[str], parser: Parser, *, overrides: bool) -> None:
-    """Refuse a flag that is neither the command's nor an override: TerraTorch's parser needs 10 to 20 s to say so."""
+def _check_overrides(words: list[str], parser: Parser, allowed: bool) -> list[str]:
+    """Refuse at once what is neither a flag nor an override: TerraTorch's parser needs 10 to 20 s to say so."""
     from floodrepro.recipe import SECTIONS  # needs PyYAML, which may be missing
 
-    known = {*parser.flags(), *(f"--{section}" for section in (*SECTIONS, "print_config") if overrides)}
-    for flag in (token.split("=")[0] for token in arguments if token.startswith("--")):
-        section = flag.split(".")[0]
-        if flag not in known and section.rstrip("+") not in known:
-            raise UsageError(f"unknown flag '{flag}'{_closest(section, known)}", fix=f"{parser.prog} --help")
+    sections = [f"--{section}" for section in (*SECTIONS, "print_config") if allowed]
+    for word in words:
+        section = word.split("=")[0].split(".")[0].rstrip("+")
+        if section not in sections and (word.startswith("--") or not allowed):
+            close = _closest(section, [*parser._option_string_actions, *sections])
+            raise UsageError(f"unknown argument '{word}'{close}", fix=f"{parser.prog} --help")
+    return words
 
 
 def _closest(word: str, known: Iterable[str]) -> str:

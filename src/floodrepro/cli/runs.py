@@ -8,9 +8,7 @@ from typing import Any
 from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.cli.shared import add_format
-from floodrepro.data.protocols import protocol_of
-from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.publishing.export import with_stock_data
+from floodrepro.errors import FloodreproError
 from floodrepro.run_folder import RunFolder
 
 
@@ -20,32 +18,17 @@ def add_configs_arguments(parser: argparse.ArgumentParser) -> None:
     add_format(actions.add_parser("ls", prog=f"{parser.prog} ls", help="names, and the first line of each"))
     show = actions.add_parser("show", prog=f"{parser.prog} show", help="print one; > mine.yaml keeps it")
     show.add_argument("name")
-    plain = "for TerraTorch without floodrepro: impactmesh's own data module, extracted chips"
-    show.add_argument("--plain", action="store_true", help=plain)
 
 
 def run_configs(args: argparse.Namespace) -> int:
     """List the shipped recipes, or print one: configs ls, configs show NAME > mine.yaml."""
     if args.action == "show":
-        source = recipes.find(args.name)
-        print(_plain(source) if args.plain else source.read_text(encoding="utf-8"), end="")
+        print(recipes.find(args.name).read_text(encoding="utf-8"), end="")
         return 0
     titles = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in recipes.shipped().items()}
     rows = [[name, title.removeprefix("# ")] for name, title in titles.items()]
     console.emit(dict(rows), console.columns(rows, right_from=2), args.format)
     return 0
-
-
-def _plain(source: Path) -> str:
-    recipe = recipes.read(source)
-    if not (recipe.get("data") or {}).get("class_path"):
-        raise UsageError("the section 'data' has no class_path", where=source)
-    labels = list(protocol_of(recipe).label_map)
-    if labels != list(range(len(labels))):
-        what = f"the recipe maps mask values to the classes {labels}, which impactmesh's data module cannot"
-        raise UsageError(what, where=source, fix="terratorch fit --config RECIPE, with floodrepro installed")
-    head = f"# {source.stem} for plain TerraTorch; augmentation differs from run to run there, whatever the seed.\n"
-    return head + recipes.to_yaml(with_stock_data(recipe))
 
 
 def add_runs_arguments(parser: argparse.ArgumentParser) -> None:

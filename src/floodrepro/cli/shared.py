@@ -30,7 +30,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, *, config_required: bool) 
     """Add --config, --data-root, --precision, which chips to use, --format, and a note on overrides."""
     config = "a path, or a name from 'floodrepro configs ls'; later files are layers over earlier ones"
     config += "" if config_required else " (default: the one beside the checkpoint)"
-    parser.add_argument("--config", action="append", required=config_required, metavar="YAML", help=config)
+    parser.add_argument("--config", action="append", metavar="YAML", help=config)
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder that holds data/ and split/")
     parser.add_argument("--limit", type=int, metavar="N", help="use N chips of each split, at most; whole events first")
     parser.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split to use")
