@@ -19,40 +19,23 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 class RunFolder:
-    """Paths inside one run's folder. Nothing is created by asking for a path.
-
-    Args:
-        path: The folder.
-
-    Attributes:
-        recipe: The resolved recipe, saved before the first step.
-        record: The run's own record, ``run.json``.
-        log: What the fit wrote to stderr.
-        metrics: What Lightning's CSV logger wrote: a row a logging step, a row a validation.
-        checkpoints: Folder of the checkpoints.
-        best: Weights of the best epoch by the recipe's own monitor.
-        evaluation: Folder of the chip tables: ``<split>/<checkpoint>.parquet``.
-        verification: Folder of results.json, the report, and what was measured for it.
-        results: What the battery of checks found.
-        export: Folder of the exported pair and its card.
-        lock: Held by the process that trains in this folder.
-    """
+    """Paths inside one run's folder. Nothing is created by asking for a path."""
 
     evaluation_name = "evaluation"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe = path / "recipe.yaml"
-        self.record = path / "run.json"
-        self.log = path / "log.txt"
-        self.metrics = path / "metrics.csv"
+        self.recipe = path / "recipe.yaml"  # resolved, saved before the first step
+        self.record = path / "run.json"  # what the run records of itself
+        self.log = path / "log.txt"  # what the fit wrote to stderr
+        self.metrics = path / "metrics.csv"  # of Lightning's CSV logger: a row a logging step, a row a validation
         self.checkpoints = path / "checkpoints"
-        self.best = self.checkpoints / "best.ckpt"
-        self.evaluation = path / self.evaluation_name
-        self.verification = path / "verification"
+        self.best = self.checkpoints / "best.ckpt"  # weights of the best epoch by the recipe's own monitor
+        self.evaluation = path / self.evaluation_name  # chip tables, <split>/<checkpoint>.parquet
+        self.verification = path / "verification"  # results.json, the report, and what was measured for it
         self.results = self.verification / "results.json"
-        self.export = path / "export"
-        self.lock = path / ".lock"
+        self.export = path / "export"  # the exported pair and its card
+        self.lock = path / ".lock"  # held by the process that trains in this folder
 
     def is_resumable(self) -> bool:
         """Whether a fit may begin here: the folder holds a run, or nothing but what a start that failed left."""

@@ -43,19 +43,12 @@ _GIVE_TO_CONTAINER = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Args:
-        name: What was looked at.
-        status: `fail` where a run cannot work, or would not be the run that the recipe describes.
-        detail: What was found.
-        fix: A command to paste or flags to add; empty where the status is `ok`.
-    """
+    """One line of the report: what was looked at, how it is, what was found, and what to do."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "warn", "fail"]  # fail: a run cannot work, or would not be the one that the recipe describes
     detail: str
-    fix: str = ""
+    fix: str = ""  # a command to paste or flags to add; empty where the status is ok
 
 
 def examine(
