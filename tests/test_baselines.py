@@ -73,12 +73,12 @@ def test_baselines_are_tables_beside_the_models_on_the_same_truth(planted, tmp_p
     assert list(paths) == ["everything", "nothing", "vv-drop", "vv-vh-change"]
     for name, path in paths.items():
         assert path == tmp_path / "evaluation" / "baselines" / "test" / f"{name}.parquet"
-        one = chip_table.read(path)
+        one = chip_table.read_table(path)
         assert chip_table.refuse_to_compare(one, table) is None
         assert one.name == name
         assert one.histogram is None
-    assert class_scores(chip_table.read(paths["everything"]).counts[0])["recall"] == 1
-    assert class_scores(chip_table.read(paths["nothing"]).counts[0])["iou"] == 0
+    assert class_scores(chip_table.read_table(paths["everything"]).counts[0])["recall"] == 1
+    assert class_scores(chip_table.read_table(paths["nothing"]).counts[0])["iou"] == 0
 
 
 def test_baselines_of_the_same_chips_are_kept_and_of_another_truth_made_again(planted, tmp_path: Path):
@@ -89,7 +89,7 @@ def test_baselines_of_the_same_chips_are_kept_and_of_another_truth_made_again(pl
     assert path.stat().st_mtime_ns == before
     write_chip(tmp_path, TEST, [(5, 7), (1, 0)], [1, 0])
     write_baselines(recipe, model_on(TEST, [1, 0]), tmp_path)
-    assert chip_table.read(path).counts.sum() == 2
+    assert chip_table.read_table(path).counts.sum() == 2
 
 
 def test_without_radar_the_two_that_need_none_are_left(planted, tmp_path: Path, capsys):

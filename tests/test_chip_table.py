@@ -66,8 +66,8 @@ def test_table_survives_the_disk(probable, tmp_path: Path):
     table = replace(make(), events=np.array([f"E{n % 2}" for n in range(12)]))
     if not probable:
         table = replace(table, histogram=None, confidence=None, squared_error=None)
-    chip_table.write(table, tmp_path / "deep" / "t.parquet")
-    back = chip_table.read(tmp_path / "deep" / "t.parquet")
+    chip_table.write_table(table, tmp_path / "deep" / "t.parquet")
+    back = chip_table.read_table(tmp_path / "deep" / "t.parquet")
     for name in ("chips", "events", "counts", "ignored", "unseen", "histogram", "squared_error"):
         assert np.array_equal(getattr(back, name), getattr(table, name)), name
     assert back.confidence is None or np.allclose(back.confidence, table.confidence, rtol=1e-7)
@@ -76,7 +76,7 @@ def test_table_survives_the_disk(probable, tmp_path: Path):
 
 
 def test_any_parquet_reader_finds_documented_columns(tmp_path: Path):
-    chip_table.write(make(), tmp_path / "t.parquet")
+    chip_table.write_table(make(), tmp_path / "t.parquet")
     columns = pq.read_table(tmp_path / "t.parquet").to_pydict()
     assert len(columns["chip"]) == 12
     assert columns["event"][:4] == ["EMSR0", "EMSR0", "EMSR0", "EMSR1"]
@@ -97,23 +97,23 @@ def test_subset_takes_the_rows_of_its_chips():
 @pytest.mark.parametrize("keep", [0, 7, 0.5, 0.99])
 def test_truncated_table_is_refused(keep, tmp_path: Path):
     path = tmp_path / "t.parquet"
-    chip_table.write(make(), path)
+    chip_table.write_table(make(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(TableError, match="no chip table, or it is damaged"):
-        chip_table.read(path)
+        chip_table.read_table(path)
 
 
 def test_flipped_bit_is_an_error_never_a_count(tmp_path: Path):
     """In any place of the file: a page's checksum, or the structure around it."""
     path, table = tmp_path / "t.parquet", make(60)
-    chip_table.write(table, path)
+    chip_table.write_table(table, path)
     content, refused = path.read_bytes(), 0
     places = range(8, len(content) - 8, 97)
     for place in places:
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         try:
-            back = chip_table.read(path)
+            back = chip_table.read_table(path)
         except TableError:
             refused += 1
         else:  # where it does not matter
@@ -124,14 +124,14 @@ def test_flipped_bit_is_an_error_never_a_count(tmp_path: Path):
 
 def test_empty_table_and_another_schema_are_refused(tmp_path: Path):
     path = tmp_path / "t.parquet"
-    chip_table.write(make().subset([]), path)
+    chip_table.write_table(make().subset([]), path)
     with pytest.raises(TableError, match="no rows"):
-        chip_table.read(path)
-    chip_table.write(replace(make(), metadata={"schema": 1}), path)
+        chip_table.read_table(path)
+    chip_table.write_table(replace(make(), metadata={"schema": 1}), path)
     with pytest.raises(TableError, match="schema 1"):
-        chip_table.read(path)
+        chip_table.read_table(path)
     with pytest.raises(TableError, match="not found"):
-        chip_table.read(tmp_path / "none.parquet")
+        chip_table.read_table(tmp_path / "none.parquet")
 
 
 def test_tables_of_other_chips_protocols_or_truths_are_not_compared():
@@ -158,7 +158,7 @@ def test_test_leaves_a_table_that_gives_terratorchs_metrics_again(cli, trained, 
     outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, "--format", "json")
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
-    table = chip_table.read(Path(result["tables"]["test"]))
+    table = chip_table.read_table(Path(result["tables"]["test"]))
     assert table.chips.tolist() == (chips / "split" / "impactmesh_flood_test.txt").read_text().split()
     assert result["disagreement"] <= 1e-6
     for name, value in scores(table.counts.sum(axis=0)).items():
@@ -177,7 +177,7 @@ def test_batches_and_tiles_do_not_change_what_is_counted_of_a_chip(cli, trained,
     for size in (1, 3):
         arguments = ("--ckpt", trained.best, "--output", tmp_path / str(size), "--data.init_args.batch_size", size)
         outcome = cli("test", *arguments, "--format", "json")
-        tables.append(chip_table.read(Path(json.loads(outcome.out)["tables"]["test"])))
+        tables.append(chip_table.read_table(Path(json.loads(outcome.out)["tables"]["test"])))
     assert np.abs(tables[0].counts - tables[1].counts).sum() <= 4  # sums of other lengths may round a pixel over
 
 
@@ -211,5 +211,5 @@ def test_published_test_split_makes_a_file_of_a_few_mb(tmp_path: Path):
     columns["confidence"] = columns["confidence"] * generator.uniform(15, 17, (14_556, 1))
     chips = np.array([f"EMSR{i % 200}_1_35TMF_x{413905 + i}_y{4537585 + i}" for i in range(14_556)])
     table = ChipTable(chips=chips, unseen=np.zeros(14_556, np.int64), **columns, metadata={})
-    chip_table.write(table, tmp_path / "t.parquet")
+    chip_table.write_table(table, tmp_path / "t.parquet")
     assert (tmp_path / "t.parquet").stat().st_size < 4e6

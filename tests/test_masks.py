@@ -199,14 +199,14 @@ def test_a_models_predictions_as_masks_score_what_its_test_scores(cli, trained, 
     outcome = cli("test", "--masks", tmp_path / "p", "--name", "again", *arguments)
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
-    masks = chip_table.read(Path(result["tables"]["test"]))
+    masks = chip_table.read_table(Path(result["tables"]["test"]))
     outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path / "e", "--format", "json")
-    model = chip_table.read(Path(json.loads(outcome.out)["tables"]["test"]))
+    model = chip_table.read_table(Path(json.loads(outcome.out)["tables"]["test"]))
     assert refuse_to_compare(masks, model) is None
     assert np.abs(masks.counts - model.counts).sum() <= 4
     assert [entry["of"] for entry in result["which_iou"]] == ["chips", "chips", "events"]
     outcome = cli("test", "--masks", tmp_path / "p", "--name", "prob", "--probability", *arguments)
-    probable = chip_table.read(Path(json.loads(outcome.out)["tables"]["test"]))
+    probable = chip_table.read_table(Path(json.loads(outcome.out)["tables"]["test"]))
     assert np.abs(probable.histogram - model.histogram).sum() <= 20
     assert jackknife(model.counts, iou, other=probable.counts).estimate == pytest.approx(0, abs=1e-3)
 

@@ -182,7 +182,7 @@ def test_missing_chips_are_found_before_the_work_starts(cli, trained, own_chips)
 
 def test_a_split_can_be_chosen_and_an_unknown_one_is_named(cli, trained, tmp_path: Path):
     outcome = cli("test", "--ckpt", trained.best, "--split", "val", "--output", tmp_path, "--format", "json")
-    assert chip_table.read(Path(json.loads(outcome.out)["tables"]["val"])).metadata["split"] == "val"
+    assert chip_table.read_table(Path(json.loads(outcome.out)["tables"]["val"])).metadata["split"] == "val"
     wrong = cli("test", "--ckpt", trained.best, "--split", "holdout")
     assert wrong.code == 2
     assert "no split 'holdout'" in wrong.err
@@ -196,7 +196,7 @@ def test_several_test_splits_are_tested_in_one_pass(cli, trained, chips, tmp_pat
     outcome = cli("test", *arguments, "--format", "json")
     assert outcome.code == 0, outcome.err
     result = json.loads(outcome.out)
-    whole, holdout = (chip_table.read(Path(result["tables"][name])) for name in ("test", "holdout"))
+    whole, holdout = (chip_table.read_table(Path(result["tables"][name])) for name in ("test", "holdout"))
     assert (holdout.chips.tolist(), holdout.metadata["subset_of"]) == (all_chips[1:], "test")
     assert np.array_equal(holdout.counts, whole.counts[1:])
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])

@@ -84,14 +84,14 @@ def run_test(args: argparse.Namespace) -> int:
         return _test_masks(args)
     cli = parse_recipe_for_checkpoint(args)
     from floodrepro.evaluation import chip_table
-    from floodrepro.evaluation.test import run_test as test
+    from floodrepro.evaluation.test import tabulate_checkpoint
 
-    result = test(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
+    result = tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
     for split, path in result.tables.items():
         console.say(f"chip table of {split}, {result.chips[split]} chips: {path}")
     if result.disagreement is not None:
         console.say(f"computed again from the table, the metrics differ by at most {result.disagreement:.1e}")
-    ious = _which_iou(chip_table.read(next(iter(result.tables.values())))) if result.tables else []
+    ious = _which_iou(chip_table.read_table(next(iter(result.tables.values())))) if result.tables else []
     text = f"{result.table()}\n\n{_iou_text(ious)}" if ious else result.table()
     console.emit(result.as_dict() | {"which_iou": ious}, text, args.format)
     return 0

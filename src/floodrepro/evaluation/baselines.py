@@ -76,7 +76,7 @@ def write_baselines(recipe: Recipe, table: ChipTable, folder: Path) -> dict[str,
     place = folder / "baselines" / str(table.metadata.get("split", "test"))
     names = ["everything", "nothing", *(rule.name for rule in _RULES)]
     paths = {name: place / f"{name}.parquet" for name in names}
-    if all(path.is_file() and _is_of_same_data(chip_table.read(path), table) for path in paths.values()):
+    if all(path.is_file() and _is_of_same_data(chip_table.read_table(path), table) for path in paths.values()):
         return paths
     k = table.positive
     found = {
@@ -88,7 +88,7 @@ def write_baselines(recipe: Recipe, table: ChipTable, folder: Path) -> dict[str,
     except (DataError, UsageError) as error:
         console.warn(f"the radar baselines are left out: {error.what}")
     for name, one in found.items():
-        chip_table.write(one, paths[name])
+        chip_table.write_table(one, paths[name])
     return {name: paths[name] for name in found}
 
 

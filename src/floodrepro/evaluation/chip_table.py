@@ -159,7 +159,7 @@ class TableBuilder:
         return ChipTable(**columns, metadata=metadata)
 
 
-def write(table: ChipTable, path: Path) -> None:
+def write_table(table: ChipTable, path: Path) -> None:
     """Write a table as Parquet; a pass that is killed leaves nothing under this name.
 
     Raises:
@@ -184,7 +184,7 @@ def write(table: ChipTable, path: Path) -> None:
     partial.replace(path)
 
 
-def read(path: Path) -> ChipTable:
+def read_table(path: Path) -> ChipTable:
     """Read a table.
 
     Raises:

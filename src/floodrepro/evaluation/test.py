@@ -186,7 +186,7 @@ class ChosenSplit:
     several: bool = False
 
 
-def run_test(
+def tabulate_checkpoint(
     cli: RecipeCLI, checkpoint: Path, *, split: str = "test", folder: Path | None = None, baselines: bool | None = None
 ) -> PassResult:
     """Run TerraTorch's own test loop over a split and write the chip table.
@@ -337,7 +337,7 @@ def keep(table: ChipTable, path: Path) -> Path:
         path.replace(aside)
         console.say(f"a chip table of another checkpoint, recipe, data or device was set aside as {aside}")
     try:
-        chip_table.write(table, path)
+        chip_table.write_table(table, path)
     except OSError as error:
         raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
     return path
@@ -372,7 +372,7 @@ def _disagreement(table: ChipTable, metrics: Mapping[str, float], prefix: str) -
 
 def _same(path: Path, table: ChipTable) -> bool:
     try:
-        old = chip_table.read(path).metadata
+        old = chip_table.read_table(path).metadata
     except TableError:
         return False
     return all(old.get(key) == table.metadata.get(key) for key in _SAME)
