@@ -70,7 +70,8 @@ def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | Non
             config = config_beside(checkpoint)
         except UsageError:
             config = run.recipe
-        tabulate_checkpoint(_parse(config, data_root), checkpoint, split=split, folder=folder)
+        cli = _parse(config, data_root)
+        tabulate_checkpoint(cli, checkpoint, split=split, folder=folder, baselines=folder is None)
     return path
 
 
