@@ -260,9 +260,9 @@ def test_pictures_of_another_input_than_the_tables_are_found(trained: RunFolder,
 
 
 def test_table_of_another_checkpoint_has_no_pictures(trained: RunFolder, table: Path, tmp_path: Path):
-    made = chip_table.read(table)
+    made = chip_table.read_table(table)
     other = replace(made, metadata=made.metadata | {"checkpoint": {"name": "x", "sha256": "0" * 64}})
-    chip_table.write(other, tmp_path / "other.parquet")
+    chip_table.write_table(other, tmp_path / "other.parquet")
     with pytest.raises(TableError, match="another checkpoint"):
         pictures.measure_panels(RecipeCLI([trained.recipe]), trained.best, tmp_path / "other.parquet", tmp_path)
 

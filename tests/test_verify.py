@@ -135,8 +135,8 @@ def test_table_and_evidence_of_other_weights_are_not_judged(cli, own_run: RunFol
 
 
 def test_reference_over_other_chips_fails_parity_by_name(cli, own_run: RunFolder, tmp_path: Path):
-    table = chip_table.read(reference_of(own_run))
-    chip_table.write(table.subset(table.chips[1:]), tmp_path / "fewer.parquet")
+    table = chip_table.read_table(reference_of(own_run))
+    chip_table.write_table(table.subset(table.chips[1:]), tmp_path / "fewer.parquet")
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--reference", tmp_path / "fewer.parquet")
     assert outcome.code == 1
     assert "wrong reference: other chips: 1" in outcome.out

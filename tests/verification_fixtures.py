@@ -198,7 +198,7 @@ def make_run(
     digest = hashlib.sha256(run.best.read_bytes()).hexdigest()
     table = table or make_table(6, 3)
     own = {"checkpoint": {"name": "best.ckpt", "sha256": digest}, "recipe_sha256": recipes.fingerprint(recipe)}
-    chip_table.write(replace(table, metadata=table.metadata | own), run.evaluation / "test" / "best.parquet")
+    chip_table.write_table(replace(table, metadata=table.metadata | own), run.evaluation / "test" / "best.parquet")
     return run
 
 

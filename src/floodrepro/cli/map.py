@@ -199,7 +199,7 @@ def _check(args: argparse.Namespace) -> int:
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
     result |= {"seen_share": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
     if args.output:
-        chip_table.write(table, args.output)
+        chip_table.write_table(table, args.output)
     rows = [[name, "-" if value is None else f"{value:.4f}"] for name, value in result.items() if name != "tiles"]
     console.emit(result, console.columns(rows), args.format)
     return 0

@@ -93,7 +93,7 @@ def gather(
     recipe = recipes.read(run_folder.recipe)
     weights = sha256_of(run_folder.best) if run_folder.best.is_file() else None
     table = _own_table(run_folder, split, weights, missing, damaged)
-    other = chip_table.read(reference) if reference else None
+    other = chip_table.read_table(reference) if reference else None
     home = _run_of(reference) if reference else None
     if reference is None:
         missing["reference"] = "no reference was given"
@@ -147,7 +147,7 @@ def _tables(paths: list[Path], damaged: dict[str, str]) -> dict[str, ChipTable]:
     found = {}
     for path in paths:
         try:
-            found[path.stem] = chip_table.read(path)
+            found[path.stem] = chip_table.read_table(path)
         except TableError as error:
             damaged[f"table {path.parent.name}/{path.stem}"] = error.what
     return found

@@ -21,7 +21,7 @@ from floodrepro import recipe as recipes
 from floodrepro.data.protocols import data_arguments
 from floodrepro.errors import CheckpointError, DataError, FloodreproError, RunFolderError, TableError, UsageError
 from floodrepro.evaluation import chip_table
-from floodrepro.evaluation.test import run_test, table_path
+from floodrepro.evaluation.test import table_path, tabulate_checkpoint
 from floodrepro.publishing.export import ExportedWeights, export, read_exported
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_atomically
@@ -70,7 +70,8 @@ def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | Non
             config = config_beside(checkpoint)
         except UsageError:
             config = run.recipe
-        run_test(_parse(config, data_root), checkpoint, split=split, folder=folder)
+        cli = _parse(config, data_root)
+        tabulate_checkpoint(cli, checkpoint, split=split, folder=folder, baselines=folder is None)
     return path
 
 
@@ -342,6 +343,6 @@ def _build_on_cpu(recipe: Path) -> RecipeCLI:
 def _made_from(table: Path) -> str | None:
     """The sha256 of the checkpoint that a table was made from; None where there is no table, or a damaged one."""
     try:
-        return (chip_table.read(table).metadata.get("checkpoint") or {}).get("sha256")
+        return (chip_table.read_table(table).metadata.get("checkpoint") or {}).get("sha256")
     except TableError:
         return None

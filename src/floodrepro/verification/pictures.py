@@ -47,7 +47,7 @@ def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: P
         TableError: The table is missing, damaged, another checkpoint's, or has no chip to show.
         UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.prepare`.
     """
-    table = chip_table.read(table_file)
+    table = chip_table.read_table(table_file)
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
         raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
     positive = protocols.positive_class_of(cli.recipe)
