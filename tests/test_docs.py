@@ -13,7 +13,6 @@ import yaml
 import floodrepro
 from doc_commands import DOCUMENTS, ROOT, Command, blocks, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
-from floodrepro.cli import main as program
 from floodrepro.cli.main import COMMANDS, Parser, main
 
 ALL = [command for document, text in DOCUMENTS.items() for command in commands_of(document, text)]
@@ -26,7 +25,7 @@ FOREIGN = {  # flags that prose names and that belong to other programs
 def flags_of(name: str) -> set[str]:
     parser = Parser(name)
     getattr(importlib.import_module(COMMANDS[name][0]), f"add_{name}_arguments")(parser)
-    return set(program._flags(parser)) | {"--help"}
+    return {*parser.flags()}
 
 
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)
