@@ -52,7 +52,7 @@ def test_sound_run_passes_and_its_answer_is_json(evidence: Evidence, check):
 def test_run_without_a_record_is_skipped_and_with_a_damaged_one_fails(evidence: Evidence, check):
     bare = replace(evidence, record={})
     assert check(bare).status == "skip"
-    assert check(replace(bare, damaged={"record": "run.json cannot be read"})).status == "fail"
+    assert check(replace(bare, absent={"record": ("fail", "run.json cannot be read")})).status == "fail"
 
 
 # Training log
@@ -135,7 +135,7 @@ def test_error_of_the_audit_other_chips_in_it_and_a_damaged_manifest_fail(eviden
     answer = checks.data(replace(evidence, audit=audit | {"findings": [finding]}))
     assert (answer.status, answer.tables[0].rows[0][2]) == ("fail", "2 pixels of class 7")
     assert checks.data(replace(evidence, audit=audit | {"digests": {"train": "0" * 64}})).status == "fail"
-    assert checks.data(replace(evidence, damaged={"audit": "cannot be read"})).status == "fail"
+    assert checks.data(replace(evidence, absent={"audit": ("fail", "cannot be read")})).status == "fail"
 
 
 def test_table_of_a_part_of_the_split_fails(evidence: Evidence):

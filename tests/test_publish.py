@@ -17,9 +17,8 @@ from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
 from floodrepro.publishing import upload
 from floodrepro.publishing.card import write_card
-from floodrepro.verification import results as results_file
 from hub_server import HubServer, Model
-from verification_fixtures import gather, make_run, summarise, write_pair
+from verification_fixtures import gather, keep, make_run, summarise, write_pair
 
 REPO = "me/flood"
 
@@ -29,7 +28,7 @@ def export_of(path: Path, **summary: object) -> Path:
     run = make_run(path)
     results = summarise(gather(run))
     results["summary"] |= {"not_met": [], "left_out": [], "ok": True} | summary
-    results_file.save(results, run.results)
+    keep(results, run)
     write_pair(run, run.export)
     write_card(run.export, "mine", run.best, recipes.read(run.recipe), run, licence="apache-2.0")
     return run.export
@@ -188,8 +187,8 @@ def test_hub_that_is_not_there_is_told(exported: Path, publish, monkeypatch):
 @pytest.mark.parametrize(
     ("summary", "says"),
     [
-        ({"not_met": ["weights"], "ok": False}, "required checks are not met: weights"),
-        ({"left_out": ["parity", "data"]}, "shortened by parity, data"),
+        ({"not_met": ["weights"], "ok": False}, "Required and not met: weights"),
+        ({"left_out": ["parity", "data"]}, "shortened: parity, data"),
     ],
 )
 def test_required_check_that_is_not_met_or_not_asked_for_has_to_be_forced(
