@@ -98,6 +98,7 @@ def _card_text(
 ) -> str:
     """The card's text, metadata included; see `write_card`."""
     protocol, names, positive = protocol_of(recipe), class_names_of(recipe), positive_class_of(recipe)
+    arguments = data_arguments(recipe)
     events = [check for check in results["checks"] if check["id"] == "events"] if results else []
     columns = results["scores"]["columns"] if results else []
     rows = [[row["label"], *map(score, row["values"])] for row in (results["scores"]["rows"] if results else [])]
@@ -127,7 +128,8 @@ def _card_text(
         config=weights.config.name,
         hazard=protocol.hazard,
         data_root="ImpactMesh-Flood/data" if protocol.repo else "chips/data",
-        inputs=_inputs(recipe),
+        bands={name: len(means) for name, means in (arguments.get("means") or {}).items()},
+        times=[TIMESTEPS[step] for step in arguments.get("timesteps") or ()],
         meaning=_MEANING.get(protocol.name, "What the classes mean is up to the masks that the model was trained on."),
         repo=protocol.repo,
         published=protocol.repo and record and not other_chips,
@@ -258,15 +260,3 @@ def _hyperparameters(recipe: Recipe) -> list[tuple[str, str]]:
         "precision of the recipe": trainer.get("precision"),
     }
     return [(label, str(value)) for label, value in rows.items() if value]
-
-
-def _inputs(recipe: Recipe) -> list[str]:
-    """What goes into the network and what comes out."""
-    arguments, yaml = data_arguments(recipe), "as in the YAML"
-    times = ", ".join(TIMESTEPS[step] for step in arguments.get("timesteps") or ()) or yaml
-    bands = ", ".join(f"{name} {len(means)}" for name, means in (arguments.get("means") or {}).items()) or yaml
-    return [
-        f"Input: float tensors (batch, band, time, height, width) by modality; bands: {bands}. Times: {times}.",
-        "The data module replaces missing values by 0 and normalises with the means and stds of the YAML.",
-        "Output: logits (batch, class, height, width).",
-    ]

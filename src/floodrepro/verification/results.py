@@ -48,7 +48,12 @@ def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, 
         "made": made,
         "floodrepro": floodrepro.__version__,
         "run": _run(evidence),
-        "reference": _reference(evidence),
+        "reference": {
+            "name": evidence.reference_name,
+            **{key: evidence.reference.metadata.get(key) for key in ("checkpoint", "recipe_sha256")},
+        }
+        if evidence.reference
+        else None,
         "verdict": _verdict(evidence, by_id, not_met),
         "summary": {
             **counted,
@@ -176,13 +181,6 @@ def without_folders(entry: Any) -> Any:
     if isinstance(entry, list):
         return [without_folders(value) for value in entry]
     return _PATH.sub(r"\1", entry) if isinstance(entry, str) else entry
-
-
-def _reference(evidence: Evidence) -> dict[str, Any] | None:
-    if evidence.reference is None:
-        return None
-    metadata = evidence.reference.metadata
-    return {"name": evidence.reference_name} | {key: metadata.get(key) for key in ("checkpoint", "recipe_sha256")}
 
 
 def _score_table(evidence: Evidence) -> dict[str, Any]:

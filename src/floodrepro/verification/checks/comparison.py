@@ -159,15 +159,6 @@ def reference(evidence: Evidence) -> Check:
     return judge(values, found, notes=[f"Published: {entry['source']}."])
 
 
-def same_model(table: ChipTable, other: ChipTable) -> bool:
-    """Whether two tables are of the same weights, by their hash or because they predict every chip alike."""
-    if _sha256(table) and _sha256(table) == _sha256(other):
-        return True
-    one, another = table.histogram, other.histogram
-    alike = one is another if one is None or another is None else np.array_equal(one, another)
-    return alike and np.array_equal(table.counts, other.counts)
-
-
 class _Pair(NamedTuple):
     events: list[str]
     ours: Counts  # by event
@@ -188,7 +179,7 @@ def _pair(evidence: Evidence) -> _Pair:
     ours, theirs, left_out = on_common_chips(table, other)
     if reason := refuse_to_compare(ours, theirs):
         raise Unanswered("fail", f"wrong reference: {reason}")
-    if same_model(table, other):
+    if _same_model(table, other):
         raise Unanswered("skip", "the reference is this very model: a comparison with itself shows nothing")
     notes = [f"{left_out} chips that one of the two did not see in full are left out."] if left_out else []
     events, counts = pool_by_event(ours.counts, ours.events)
@@ -231,7 +222,7 @@ def _not_independent(evidence: Evidence) -> str:
     for (one, table), (other, another) in itertools.combinations(tables, 2):
         if reason := refuse_to_compare(table, another):
             return f"{one} and {other} do not compare: {reason}"
-        if same_model(table, another):
+        if _same_model(table, another):
             return f"{other} is a copy of {one}"
     wrong = []
     for run, (_, table) in zip(evidence.seeds, tables, strict=False):
@@ -240,6 +231,15 @@ def _not_independent(evidence: Evidence) -> str:
         if not changed and table.metadata.get("recipe_sha256", expected) != expected:
             wrong.append(run.run)
     return f"not this recipe with the declared seed: {', '.join(wrong)}" if wrong else ""
+
+
+def _same_model(table: ChipTable, other: ChipTable) -> bool:
+    """Whether two tables are of the same weights, by their hash or because they predict every chip alike."""
+    if _sha256(table) and _sha256(table) == _sha256(other):
+        return True
+    one, another = table.histogram, other.histogram
+    alike = one is another if one is None or another is None else np.array_equal(one, another)
+    return alike and np.array_equal(table.counts, other.counts)
 
 
 def _sha256(table: ChipTable) -> Any:
