@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,9 +211,14 @@ def gather(run: RunFolder, reference: Path | None = None, **changes: Any) -> Evi
 
 def summarise(evidence: Evidence, required: str | None = None) -> dict[str, Any]:
     """The content of results.json."""
-    checks, standard = battery.run_checks(evidence), battery.required_checks(None)
-    asked = battery.required_checks(required)
-    return results.summarise(evidence, checks, asked, MADE, standard=standard, by_name=required is not None)
+    return results.summarise(evidence, battery.run_checks(evidence), required, MADE)
+
+
+def keep(found: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """Write results.json of a run, and return it."""
+    run.verification.mkdir(exist_ok=True)
+    run.results.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def write_pair(run: RunFolder, folder: Path, name: str = "mine") -> Path:
