@@ -17,16 +17,18 @@ from floodrepro.mapping.scene import BANDS, SCL, STEPS
 DAY = timedelta(days=1)
 CYCLE = {"S1RTC": 12 * DAY, "S2L2A": 10 * DAY}  # one satellite's exact repeat; a second one flies half-way between
 ALIKE = 0.05  # a share of the area too small to be worth another orbit or day
-Item = dict[str, Any]
 PLANETARY_COMPUTER = "https://planetarycomputer.microsoft.com/api/stac/v1"
 WORDS = {"S1RTC": "radar", "S2L2A": "optical"}
+Item = dict[str, Any]
+Steps = dict[str, "Pass | None"]
 _COLLECTIONS = {"S1RTC": "sentinel-1-rtc", "S2L2A": "sentinel-2-l2a", "DEM": "cop-dem-glo-30"}
-_PIXELS: dict[str, dict[str, Any]] = {
-    "S1RTC": {"unit": "power", "nodata": [-32768, 0]},  # borders hold 0: microsoft/PlanetaryComputer#307, #493
-    "S2L2A": {"nodata": [0]},
-    "DEM": {"unit": "m"},
-}
 _LOOK_BACK, _LOOK_AHEAD = 90 * DAY, 45 * DAY  # what is searched: a month before `before`, and an `after`
+
+
+class NoPassYet(FloodreproError):
+    """No pass over the area since the event is in the catalogue: exit code 4."""
+
+    exit_code = 4
 
 
 @dataclass(frozen=True)
@@ -50,63 +52,48 @@ class Pass:
     clear: float
 
 
-Steps = dict[str, Pass | None]
-
-
-def _order(item: Item) -> tuple[float, float, str]:
-    """Least cloud first; of two processings of one scene the newer one."""
-    return cloud(item), -float(item["properties"].get("s2:processing_baseline", 0)), item["id"]
-
-
-def sensed(item: Mapping[str, Any]) -> datetime:
+def sensed(item: Item) -> datetime:
     """When an item was sensed (UTC)."""
     return datetime.fromisoformat(item["properties"]["datetime"]).astimezone(UTC)
 
 
-def cloud(item: Mapping[str, Any]) -> float:
-    """The share of an item's tile under cloud; 0 for radar."""
-    return float(item["properties"].get("eo:cloud_cover", 0)) / 100
+def make_pass(items: Iterable[Item], area: Area) -> Pass | None:
+    """The pass that items are of; None if they see nothing of the area (a search asks with a simpler shape)."""
 
+    def order(item: Item) -> tuple[float, float, str]:
+        """Least cloud first; of two processings of one scene the newer one."""
+        p = item["properties"]
+        return p.get("eo:cloud_cover", 0), -float(p.get("s2:processing_baseline", 0)), item["id"]
 
-def shares(items: Iterable[Mapping[str, Any]], area: Area) -> tuple[float, float]:
-    """The share of the area that lies inside the items' footprints, and the clear share."""
-    seen, clear = shapely.Polygon(), 0.0
-    for item in items:
-        footprint = area.project(shape(item["geometry"]))
-        new = footprint.difference(seen).intersection(area.whole)
-        clear += (1 - cloud(item)) * new.area / area.whole.area
-        seen = seen.union(footprint)
-    return min(seen.intersection(area.whole).area / area.whole.area, 1.0), clear
-
-
-def over_area(items: Iterable[Item], area: Area) -> list[Item]:
-    """The items that see some of the area; a search returns others too, because it asks with a simpler shape."""
-    return [item for item in items if area.project(shape(item["geometry"])).intersection(area.whole).area > 0]
+    kept, seen, clear = [], shapely.Polygon(), 0.0
+    for item in sorted(items, key=order):
+        part = area.project(shape(item["geometry"])).intersection(area.whole)
+        if part.area > 0:
+            kept.append(item)
+            clear += (1 - order(item)[0] / 100) * part.difference(seen).area / area.whole.area
+            seen = seen.union(part)
+    if not kept:
+        return None
+    facts = min(kept, key=sensed)["properties"]
+    orbit, satellite = facts.get("sat:relative_orbit", 0), facts["platform"].upper()
+    coverage = min(seen.area / area.whole.area, 1.0)
+    return Pass(tuple(kept), min(map(sensed, kept)), orbit, satellite, coverage, clear)
 
 
 def list_passes(items: Iterable[Item], area: Area, sensor: str) -> list[Pass]:
     """The passes over the area, oldest first: radar slices of one relative orbit, optical tiles of one morning."""
     # An hour holds the slices of a pass, six hours a morning's optical orbits; a UTC day would end within a pass
     # near 180 degrees.
-    track, gap = sensor == "S1RTC", timedelta(hours=1 if sensor == "S1RTC" else 6)
-    groups: list[list[Item]] = []
-    for item in sorted(items, key=lambda i: (track * i["properties"]["sat:relative_orbit"], sensed(i))):
-        last = groups[-1][-1] if groups else item
-        same = not track or last["properties"]["sat:relative_orbit"] == item["properties"]["sat:relative_orbit"]
-        if groups and same and sensed(item) - sensed(last) < gap:
-            groups[-1].append(item)
+    gap = timedelta(hours=1 if sensor == "S1RTC" else 6)
+    groups: dict[int, list[list[Item]]] = {}
+    for item in sorted(items, key=sensed):
+        of_orbit = groups.setdefault(item["properties"]["sat:relative_orbit"] if sensor == "S1RTC" else 0, [])
+        if of_orbit and sensed(item) - sensed(of_orbit[-1][-1]) < gap:
+            of_orbit[-1].append(item)
         else:
-            groups.append([item])
-    found = []
-    for group in groups:
-        over = sorted(over_area(group, area), key=_order)
-        if over:
-            first = min(over, key=sensed)
-            p = first["properties"]
-            found.append(
-                Pass(tuple(over), sensed(first), p["sat:relative_orbit"], p["platform"].upper(), *shares(over, area))
-            )
-    return sorted(found, key=lambda p: p.time)
+            of_orbit.append([item])
+    found = [make_pass(group, area) for of_orbit in groups.values() for group in of_orbit]
+    return sorted((p for p in found if p), key=lambda p: p.time)
 
 
 def choose_radar(found: Sequence[Pass], event: datetime, days: float) -> Steps | None:
@@ -131,9 +118,8 @@ def choose_radar(found: Sequence[Pass], event: datetime, days: float) -> Steps |
             reach = min(p.coverage for key, p in steps.items() if p and key != "after")
             plans.append((steps["month_before"] is not None, reach, since[0].time, steps))
     plans = [plan for plan in plans if plan[0]] or plans  # an orbit without history only where no other has one
-    best = max((reach for _, reach, _, _ in plans), default=0)
-    near = [(time, steps) for _, reach, time, steps in plans if reach >= best - ALIKE]
-    return min(near, key=lambda plan: plan[0])[1] if near else None
+    near = [plan for plan in plans if plan[1] >= max(reach for _, reach, _, _ in plans) - ALIKE]
+    return min(near, key=lambda plan: plan[2])[3] if near else None
 
 
 def choose_optical(
@@ -152,17 +138,16 @@ def choose_optical(
         return min((p for p in there if p.clear >= best - ALIKE), key=lambda p: abs(p.time - aim), default=None)
 
     window, near, aim = days * DAY, gap * DAY, radar or event
-    steps: Steps = dict.fromkeys(STEPS)
     close = clearest(max(event, aim - near), min(event + window, aim + near), aim)
-    steps["event"] = this = close or clearest(event, event + window, aim)
+    this = close or clearest(event, event + window, aim)
     if this is None:
         return None
-    steps["before"] = before = clearest(event - window, event, event)
+    before, month_before = clearest(event - window, event, event), None
     if before:
         month = before.time - 30 * DAY
-        steps["month_before"] = clearest(month - window, min(month + window, before.time), month)
-    steps["after"] = clearest(this.time + DAY / 4, this.time + window, this.time)
-    return steps
+        month_before = clearest(month - window, min(month + window, before.time), month)
+    after = clearest(this.time + DAY / 4, this.time + window, this.time)
+    return {"month_before": month_before, "before": before, "event": this, "after": after}
 
 
 def expected(found: Sequence[Pass], sensor: str, since: datetime, today: datetime) -> list[tuple[datetime, int, str]]:
@@ -177,12 +162,6 @@ def expected(found: Sequence[Pass], sensor: str, since: datetime, today: datetim
             first = max(1, math.ceil((since - last) / cycle))
             due += [(last + n * cycle, orbit, satellite) for n in range(first, (end - last) // cycle + 1)]
     return sorted(due)
-
-
-class NoPassYet(FloodreproError):
-    """No pass over the area since the event is in the catalogue: exit code 4."""
-
-    exit_code = 4
 
 
 def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backoff: float = 1) -> dict[str, list[Item]]:
@@ -221,7 +200,7 @@ def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backof
 def make_scene(
     items: Mapping[str, Sequence[Item]], area: Area, event: datetime, today: datetime, limits: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What scene.yaml says of event, sensors and terrain, and notes on the choice.
+    """What scene.yaml says of event, sensors and terrain.
 
     Args:
         items: By sensor, and of the terrain model.
@@ -236,78 +215,61 @@ def make_scene(
         FloodreproError: It passed too late, sees too little, has no history, or the two lie too far apart.
     """
     scene: dict[str, Any] = {"event": f"{event:%Y-%m-%dT%H:%MZ}"}
-    notes: list[str] = []
     events: dict[str, datetime] = {}
     for sensor in [s for s in WORDS if s in items]:
-        chosen = _choose(sensor, items[sensor], area, event, today, events.get("S1RTC"), limits)
-        events[sensor] = chosen["event"].time
-        scene[sensor] = {"collection": _COLLECTIONS[sensor]} | _PIXELS[sensor]
-        scene[sensor] |= {s: _entry(sensor, chosen[s]) if s in chosen else {"missing": True} for s in STEPS}
-        notes.append(f"{WORDS[sensor]}: event pass {(events[sensor] - event) / DAY:.1f} days after the event")
-    if len(events) == 2:
-        gap = abs(events["S1RTC"] - events["S2L2A"]) / DAY
-        scene["radar_optical_gap_days"] = round(gap, 2)
-        if gap > limits["max_gap"]:
+        found = _usable(sensor, items[sensor], area, limits["min_coverage"])
+        if sensor == "S1RTC":
+            chosen = choose_radar(found, event, limits["radar_days"])
+        else:
+            chosen = choose_optical(found, event, events.get("S1RTC"), limits["optical_days"], limits["max_gap"])
+        if not chosen:
+            raise _too_late(sensor, found, event, today, limits[f"{WORDS[sensor]}_days"])
+        if missing := [step for step in STEPS[:3] if not chosen[step]]:
             raise FloodreproError(
-                f"the event passes of radar and optical are {gap:.1f} days apart (limit {limits['max_gap']:g})",
-                fix=f"--max-gap {gap + 1:.0f} if the water stood as long, or --sensors S1RTC",
+                f"no {WORDS[sensor]} pass for {', '.join(missing)}", fix="--sensors leaves a sensor out"
             )
-    tiles = sorted(over_area(items["DEM"], area), key=lambda i: i["id"])
-    if tiles:
-        scene["DEM"] = {"collection": _COLLECTIONS["DEM"]} | _PIXELS["DEM"]
-        scene["DEM"]["files"] = [_links("DEM", tile) for tile in tiles]
-    if shares(tiles, area)[0] < 0.99:
-        notes.append("DEM: no tile for a part of the area: open sea, or a country that is withheld")
-    return scene | {"notes": notes}
-
-
-def _choose(
-    sensor: str,
-    items: Sequence[Item],
-    area: Area,
-    event: datetime,
-    today: datetime,
-    radar: datetime | None,
-    limits: Mapping[str, float],
-) -> dict[str, Pass]:
-    """The passes of one sensor by step (`after` may be missing); *radar* is the time of its event pass."""
-    word, days = WORDS[sensor], limits["radar_days" if sensor == "S1RTC" else "optical_days"]
-    dual = [i for i in items if sensor != "S1RTC" or {"vv", "vh"} <= set(i["assets"])]
-    seen = list_passes(dual, area, sensor)
-    found = [p for p in seen if p.coverage >= limits["min_coverage"]]
-    if not found:
-        best = max((p.coverage for p in seen), default=0)
+        # The borders of Planetary Computer's radar hold 0: microsoft/PlanetaryComputer#307, #493.
+        scene[sensor] = {"unit": "power", "nodata": [-32768, 0]} if sensor == "S1RTC" else {"nodata": [0]}
+        scene[sensor] |= {s: _entry(sensor, p) if (p := chosen[s]) else {"missing": True} for s in STEPS}
+        events[sensor] = datetime.fromisoformat(scene[sensor]["event"]["time"])
+    gap = (max(events.values()) - min(events.values())) / DAY
+    if gap > limits["max_gap"]:
         raise FloodreproError(
-            f"no {word} pass covers {limits['min_coverage']:.0%} of the area (best {best:.0%}, {len(items)} items)",
+            f"the event passes of radar and optical are {gap:.1f} days apart (limit {limits['max_gap']:g})",
+            fix=f"--max-gap {gap + 1:.0f} if the water stood as long, or --sensors S1RTC",
+        )
+    if terrain := make_pass(items["DEM"], area):
+        scene["DEM"] = {"unit": "m", "files": [_links("DEM", tile) for tile in terrain.items]}
+    return scene
+
+
+def _usable(sensor: str, items: Sequence[Item], area: Area, min_coverage: float) -> list[Pass]:
+    """The passes that see enough of the area, in all bands."""
+    whole = [i for i in items if sensor != "S1RTC" or {"vv", "vh"} <= set(i["assets"])]
+    passes = list_passes(whole, area, sensor)
+    found = [p for p in passes if p.coverage >= min_coverage]
+    if not found:
+        best = max((p.coverage for p in passes), default=0)
+        raise FloodreproError(
+            f"no {WORDS[sensor]} pass covers {min_coverage:.0%} of the area (best {best:.0%}, {len(items)} items)",
             fix=f"cut the area, lower --min-coverage, or see that the server has {_COLLECTIONS[sensor]}",
         )
-    if sensor == "S1RTC":
-        steps = choose_radar(found, event, days)
-    else:
-        steps = choose_optical(found, event, radar, days, limits["max_gap"])
-    if not steps and found[-1].time < event and today < event + _LOOK_AHEAD:
-        raise _no_pass_yet(seen, found, sensor, event, today)
-    if not steps:
+    return found
+
+
+def _too_late(sensor: str, found: Sequence[Pass], event: datetime, today: datetime, days: float) -> FloodreproError:
+    """The error that says when the next pass is expected, or how late the first one came."""
+    word = WORDS[sensor]
+    if found[-1].time >= event or today >= event + _LOOK_AHEAD:
         waits = [f"{(p.time - event) / DAY:.1f}" for p in found if p.time >= event] or ["more than 45"]
-        raise FloodreproError(
+        return FloodreproError(
             f"the first {word} pass came {waits[0]} days after the event (limit {days:g})",
             fix=f"allow more with --{word}-days, if the water stood as long",
         )
-    if missing := [step for step in STEPS[:3] if not steps[step]]:
-        raise FloodreproError(f"no {word} pass for {', '.join(missing)}", fix="--sensors leaves a sensor out")
-    return {step: p for step, p in steps.items() if p}
-
-
-def _no_pass_yet(
-    seen: Sequence[Pass], found: Sequence[Pass], sensor: str, event: datetime, today: datetime
-) -> NoPassYet:
-    """The error that says when the next pass is expected; *seen* has passes with too little of the area as well."""
     due = expected(found, sensor, event, today)
     time, orbit, satellite = next(d for d in due if d[0] >= today)
-    told = f"no {WORDS[sensor]} pass since {event:%Y-%m-%d} yet; next expected on {time:%Y-%m-%d}"
+    told = f"no {word} pass since {event:%Y-%m-%d} yet; next expected on {time:%Y-%m-%d}"
     told += f" (relative orbit {orbit}, {satellite})"
-    if part := [f"{p.time:%Y-%m-%d} ({p.coverage:.0%})" for p in seen if p.time >= event]:
-        told += f"; with a part of the area: {', '.join(part)}, see --min-coverage"
     if late := [f"{time:%Y-%m-%d}" for time, _, _ in due if time < today]:
         told += f"; expected by now and not in the catalogue: {', '.join(late)}"
     told += f"; newest over the area: {found[-1].time:%Y-%m-%d}"
@@ -323,14 +285,15 @@ def _entry(sensor: str, p: Pass) -> dict[str, Any]:
     return facts | {"files": [_links(sensor, item) for item in p.items]}
 
 
-def _links(sensor: str, item: Mapping[str, Any]) -> dict[str, Any]:
+def _links(sensor: str, item: Item) -> dict[str, Any]:
     """One entry under `files`: the item, what its pixels need, and an unsigned link for each band."""
-    p, facts = item["properties"], {"item": item["id"]}
+    facts: dict[str, Any] = {"item": item["id"]}
     names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else BANDS[sensor]
     if absent := [name for name in names if name not in item["assets"]]:
         raise FloodreproError(
             f"{item['id']} has no asset {', '.join(absent)}", fix="use a STAC API with Planetary Computer's names"
         )
     if sensor == "S2L2A":
-        facts |= {"tile": p["s2:mgrs_tile"], "baseline": p["s2:processing_baseline"], "cloud": 100 * cloud(item)}
+        p = item["properties"]
+        facts |= {"tile": p["s2:mgrs_tile"], "baseline": p["s2:processing_baseline"], "cloud": p["eo:cloud_cover"]}
     return facts | {name: item["assets"][name]["href"] for name in names}
