@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from floodrepro import __version__
 from floodrepro import recipe as recipes
-from floodrepro.data.protocols import protocol_of
+from floodrepro.data.protocols import class_names_of, positive_class_of, protocol_of
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import sha256_of, write_atomically
@@ -88,9 +88,11 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
     if there := next((file for file in (weights, config) if file.exists()), None):
         raise UsageError("the file exists already and is not overwritten", where=there, fix="--output DIR")
     metadata = {
+        "class_names": json.dumps(class_names_of(recipe)),
         "floodrepro": __version__,
         "format": "pt",
         "hyper_parameters": json.dumps(given, sort_keys=True),
+        "positive_class": str(positive_class_of(recipe)),
         "recipe_sha256": recipes.fingerprint(recipe),
         "source_sha256": sha256_of(checkpoint_path),
     }
