@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -9,7 +10,8 @@ from rasterio.windows import Window
 
 from floodrepro.data.protocols import IGNORE_INDEX
 from floodrepro.errors import DataError
-from floodrepro.evaluation.chip_table import ChipTable, TableBuilder
+from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.counting import count
 from floodrepro.mapping.mapper import RECORD
 from floodrepro.mapping.reader import WaterMask
 from floodrepro.mapping.scene import Grid
@@ -32,7 +34,8 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     if not (folder / RECORD).is_file():
         raise DataError("no map lies here", where=folder, fix="floodrepro map writes one")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    builder = TableBuilder(2, 1)
+    events: dict[str, str] = {}
+    counted: list[dict[str, Any]] = []
     with rasterio.open(folder / "class.tif") as classes, rasterio.open(folder / "probability.tif") as probability:
         mask = WaterMask(truth, Grid(classes.crs, classes.transform, classes.height, classes.width), value)
         for row in range(0, classes.height, _TILE):
@@ -42,8 +45,9 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
             found, share = classes.read(1, window=window), probability.read(1, window=window) / PROBABILITY_STEPS
             for column in range(0, classes.width, _TILE):
                 name, part = f"row{row:06d}_column{column:06d}", np.s_[:, column : column + _TILE]
-                hit, seen = found[part] == record["positive"], found[part] != NOT_SEEN
-                builder.add(name, name.split("_")[0], wet[part], hit, seen, share[part])
+                called = np.where(found[part] == NOT_SEEN, -1, (found[part] == record["positive"]).astype(int))
+                events[name] = name.split("_")[0]
+                counted.append(count(wet[part][None], called[None], share[part][None], classes=2))
     metadata = {"split": "map", "class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata |= {"protocol": "custom", "checkpoint": {"name": record["weights"]["file"]} | record["weights"]}
-    return builder.table(metadata)
+    return ChipTable.of_batches(events, counted, metadata)
