@@ -65,7 +65,7 @@ class RadarNetwork:
     """Flood is where VV at the event is low; every probability depends on all inputs a little, as a network's does."""
 
     bands: ClassVar = {"S2L2A": list(S2_BANDS), "S1RTC": list(S1_BANDS), "DEM": ["data"]}
-    steps: ClassVar = [0, 1, 2, 3]
+    steps: ClassVar = {"S2L2A": [0, 1, 2, 3], "S1RTC": [0, 1, 2, 3], "DEM": [0]}
     classes = 2
 
     def probabilities(self, chips):

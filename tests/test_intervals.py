@@ -1,6 +1,4 @@
-"""Intervals, the three words, seeds and sign flips: by hand, and beside scipy."""
-
-from itertools import product
+"""Intervals, the three words and seeds: by hand, and beside scipy."""
 
 import numpy as np
 import pytest
@@ -13,7 +11,6 @@ from floodrepro.evaluation.intervals import (
     jackknife,
     mean_over_events,
     over_seeds,
-    sign_flip,
 )
 from floodrepro.evaluation.metrics import iou
 
@@ -150,20 +147,8 @@ def test_over_seeds_is_a_one_sample_t_test():
         (lambda: mean_over_events(of_equal_size([50])), "at least two"),
         (lambda: over_seeds([0.4], 0.4), "at least two"),
         (lambda: over_seeds([0.4, float("nan")], 0.4), "not finite"),
-        (lambda: sign_flip([0.1]), "two events"),
-        (lambda: sign_flip([0.1, np.nan]), "finite"),
     ],
 )
 def test_what_has_no_interval_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_sign_flip_tries_every_pattern_and_a_zero_has_no_sign():
-    assert sign_flip([1.0, 2.0, 3.0]) == 2 / 8  # only + + + and - - - reach 6
-    assert sign_flip([1.0, 2.0, 3.0, *[0.0] * 40]) == 2 / 8
-    assert sign_flip([1.0, 2.0, -3.0]) == sign_flip(np.zeros(5)) == 1
-    differences = np.random.default_rng(0).normal(0.3, 1, 10)
-    signs = np.array(list(product([1, -1], repeat=10)))
-    assert sign_flip(differences) == (np.abs(signs @ differences) >= abs(differences.sum()) - 1e-9).mean()
-    assert 0 < sign_flip(np.ones(50)) < 0.001  # drawn: never 0

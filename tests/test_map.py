@@ -47,9 +47,9 @@ def test_a_strip_holds_the_weighted_mean_of_its_tiles():
     def predict(tiles):
         return np.stack([values[:, r : r + h, c : c + w] for r, c, h, w in tiles])
 
-    out = np.concatenate([p for _, p in strips(predict, 90, 70, crop=32, stride=20, batch=3)], axis=1)
+    out = np.concatenate([p for _, p in strips(predict, (2, 90, 70), crop=32, stride=20, batch=3)], axis=1)
     assert np.allclose(out, values, atol=1e-6)
-    rest = [p for row, p in strips(predict, 90, 70, crop=32, stride=20, batch=3, first_row=40)]
+    rest = [p for row, p in strips(predict, (2, 90, 70), crop=32, stride=20, batch=3, first_row=40)]
     assert np.array_equal(np.concatenate(rest, axis=1), out[:, 40:])
 
 
@@ -205,9 +205,8 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path
     for attempt in range(20):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None
-        for _ in range(1 + attempt % 3):  # after this many strips of this attempt
-            process.stderr.readline()
-        time.sleep(0.004 * (attempt % 5))
+        process.stderr.readline()  # it begins
+        time.sleep(0.03 * (1 + attempt))
         os.kill(process.pid, signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()

@@ -143,7 +143,7 @@ def test_a_map_is_compared_with_a_truth_as_a_chip_table(cli, mapped, tmp_path):
     assert result["iou"] == pytest.approx(hits / (((water == 1) | (classes == 1)) & counted).sum())
     assert result["recall"] == pytest.approx(hits / ((water == 1) & counted).sum())
     assert result["seen_share"] == pytest.approx(counted.sum() / (water >= 0).sum())
-    table = chip_table.read(tmp_path / "check.parquet")
+    table = chip_table.read_table(tmp_path / "check.parquet")
     assert table.counts.sum() == counted.sum() and table.histogram.sum() == counted.sum() and table.brier < 1
 
 

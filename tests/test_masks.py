@@ -1,6 +1,5 @@
 """Masks made by anyone else, in any CRS, become chip tables that are compared like a model's."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,8 @@ from conftest import CHIPS
 from floodrepro.data.protocols import LABEL_DIR, PROTOCOLS, suffix_of
 from floodrepro.data.splits import read_events
 from floodrepro.errors import DataError, UsageError
-from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import BINS, on_common_chips, refuse_to_compare
-from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.masks import parse_values, tabulate_masks
-from floodrepro.evaluation.metrics import iou
 
 SIZE = CHIPS["size"]
 
@@ -190,26 +186,3 @@ def test_masks_that_cannot_be_used_are_named(recipe, chips, events, folder, tmp_
     (tmp_path / "damaged.tif").write_bytes(b"II*\0 no raster")
     with pytest.raises(DataError, match="a mask cannot be read"):
         tabulate_masks(recipe, [tmp_path / "damaged.tif"], events, name="x")
-
-
-def test_a_models_predictions_as_masks_score_what_its_test_scores(cli, trained, tmp_path):
-    """predict, then test --masks: the same counts as test --ckpt, so both ways are compared like with like."""
-    assert cli("predict", "--ckpt", trained.best, "--output", tmp_path / "p", "--probabilities").code == 0
-    arguments = ("--config", trained.recipe, "--output", tmp_path / "e", "--format", "json")
-    outcome = cli("test", "--masks", tmp_path / "p", "--name", "again", *arguments)
-    assert outcome.code == 0, outcome.err
-    result = json.loads(outcome.out)
-    masks = chip_table.read(Path(result["tables"]["test"]))
-    outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path / "e", "--format", "json")
-    model = chip_table.read(Path(json.loads(outcome.out)["tables"]["test"]))
-    assert refuse_to_compare(masks, model) is None
-    assert np.abs(masks.counts - model.counts).sum() <= 4
-    assert [entry["of"] for entry in result["which_iou"]] == ["chips", "chips", "events"]
-    outcome = cli("test", "--masks", tmp_path / "p", "--name", "prob", "--probability", *arguments)
-    probable = chip_table.read(Path(json.loads(outcome.out)["tables"]["test"]))
-    assert np.abs(probable.histogram - model.histogram).sum() <= 20
-    assert jackknife(model.counts, iou, other=probable.counts).estimate == pytest.approx(0, abs=1e-3)
-
-
-def test_test_wants_a_checkpoint_or_masks(cli):
-    assert "either --ckpt or --masks" in cli("test", "--config", "demo").err

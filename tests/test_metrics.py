@@ -12,7 +12,8 @@ from torchmetrics.classification import (
     MulticlassJaccardIndex,
 )
 
-from floodrepro.evaluation.chip_table import BINS, ChipTable, TableBuilder
+from floodrepro.evaluation.chip_table import BINS, ChipTable
+from floodrepro.evaluation.counting import count
 from floodrepro.evaluation.metrics import (
     class_scores,
     confusion,
@@ -47,8 +48,8 @@ def test_counts_have_truth_in_rows_and_drop_ignored_pixels():
     ("truth", "prediction", "message"),
     [
         ([0, 1], [0, 1, 1], "differ in shape"),
-        ([0, 2], [0, 1], r"truth holds \[2\]"),
-        ([0, 1], [-1, 1], r"prediction holds \[-1\]"),
+        ([0, 2], [0, 1], "classes from 0 to 2, expected 0 to 1"),
+        ([0, 1], [-1, 1], "classes from -1 to 1"),
     ],
 )
 def test_pixels_that_are_no_class_are_an_error_not_a_count(truth, prediction, message):
@@ -128,10 +129,8 @@ def test_three_ious_have_three_names_and_three_n():
 
 def table_of(truth: np.ndarray, probability: np.ndarray) -> ChipTable:
     """The chip table of truth (N, P) and probabilities of flood (N, P)."""
-    builder = TableBuilder(2, 1)
-    for n, (true, p) in enumerate(zip(truth, probability, strict=True)):
-        builder.add(f"EMSR{n}_1", f"EMSR{n}", true, p > 0.5, None, p)
-    return builder.table({})
+    layers = (layer[:, None] for layer in (truth, (probability > 0.5).astype(int), probability))
+    return ChipTable.of_batches({f"EMSR{n}_1": f"EMSR{n}" for n in range(len(truth))}, [count(*layers, classes=2)], {})
 
 
 @pytest.fixture(scope="module")

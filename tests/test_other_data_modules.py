@@ -89,7 +89,7 @@ def test_any_data_module_is_validated_tested_and_predicted(cli, run, tmp_path: P
     assert tested.code == 0, tested.err
     assert tested.err.count("each file counts as an event of its own") == 1
     result = json.loads(tested.out)
-    table = chip_table.read(Path(result["tables"]["test"]))
+    table = chip_table.read_table(Path(result["tables"]["test"]))
     assert table.chips.tolist() == table.events.tolist() == NAMES
     assert result["disagreement"] <= 1e-6
     assert (table.counts.sum(axis=(1, 2)) + table.ignored == SIZE**2).all()

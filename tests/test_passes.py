@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,85 +11,112 @@ import rasterio
 import torch
 import zarr
 
+from conftest import CHIPS
 from floodrepro.data.protocols import EVENT, NO_DATA
-from floodrepro.evaluation import chip_table
-from floodrepro.evaluation.metrics import confusion, scores
+from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
+from floodrepro.evaluation.intervals import jackknife
+from floodrepro.evaluation.metrics import confusion, iou, scores
 
-PLAIN_TERRATORCH = """
-import json, sys, torch
-from terratorch.cli_tools import build_lightning_cli
-torch.set_float32_matmul_precision("highest")  # the import leaves "medium": bf16 on CPUs that have it, 3e-4 in mIoU
-cli = build_lightning_cli(["test", "--config", sys.argv[1], "--ckpt_path", sys.argv[2]])
-print(json.dumps({name: float(value) for name, value in cli.trainer.callback_metrics.items()}))
-"""
+ONE_CHIP = ("--data.init_args.batch_size", "1")
 
 
 def split_of(chips: Path, name: str) -> list[str]:
     return (chips / "split" / f"impactmesh_flood_{name}.txt").read_text().split()
 
 
-def test_metrics_equal_plain_terratorch_to_six_digits(cli, trained, tmp_path: Path):
-    ours = json.loads(cli("test", "--ckpt", trained.best, "--format", "json").out)["metrics"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PLAIN_TERRATORCH, str(trained.recipe), str(trained.best)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    theirs = json.loads(done.stdout.splitlines()[-1])
+def table_of(outcome) -> ChipTable:
+    """The first chip table that a test in JSON names."""
+    assert outcome.code == 0, outcome.err
+    return read_table(Path(next(iter(json.loads(outcome.out)["tables"].values()))))
+
+
+@pytest.fixture(scope="module")
+def tested(cli, trained):
+    """A test of the trained run."""
+    shutil.rmtree(trained.evaluation, ignore_errors=True)
+    return cli("test", "--ckpt", trained.best, "--format", "json")
+
+
+@pytest.fixture(scope="module")
+def metrics(tested) -> dict:
+    return json.loads(tested.out)["metrics"]
+
+
+@pytest.fixture(scope="module")
+def predicted(cli, trained, tmp_path_factory):
+    """Predictions of the test split with probabilities, and their folder."""
+    folder = tmp_path_factory.mktemp("predicted") / "masks"
+    arguments = ("--output", folder, "--format", "json", "--probabilities")
+    return cli("predict", "--ckpt", trained.best, *arguments), folder
+
+
+def test_metrics_equal_plain_terratorch_to_six_digits(metrics, trained, tmp_path: Path, monkeypatch):
+    from terratorch.cli_tools import build_lightning_cli  # floodrepro's import of it undoes what it sets globally
+
+    monkeypatch.chdir(tmp_path)
+    plain = build_lightning_cli(["test", "--config", str(trained.recipe), "--ckpt_path", str(trained.best)])
+    theirs = {name: float(value) for name, value in plain.trainer.callback_metrics.items()}
     for name in ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy", "Class_Accuracy_1", "loss"):
-        assert ours[f"test/{name}"] == pytest.approx(theirs[f"test/{name}"], abs=5e-7), name
+        assert metrics[f"test/{name}"] == pytest.approx(theirs[f"test/{name}"], abs=5e-7), name
 
 
-def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by(cli, trained):
+def test_table_gives_terratorchs_metrics_again_and_says_what_the_model_saw(tested, metrics, trained, chips):
+    table = table_of(tested)
+    assert table.chips.tolist() == split_of(chips, "test")
+    assert json.loads(tested.out)["disagreement"] <= 1e-6
+    for name, value in scores(table.counts.sum(axis=0)).items():
+        assert metrics[f"test/{name}"] == pytest.approx(value, abs=1e-6)
+    assert (table.counts.sum(axis=(1, 2)) + table.ignored == CHIPS["size"] ** 2).all()
+    metadata = table.metadata
+    assert metadata["recipe_sha256"] == trained.read_record()["recipe_sha256"]
+    assert (metadata["class_names"], metadata["positive_class"], table.name) == (["rest", "flood"], 1, "best.ckpt")
+    assert list(metadata["data"]["digests"]) == ["test"]
+    assert {"modalities", "means", "stds", "timesteps"} <= metadata["inputs"].keys()
+    assert not any("/" in str(value) for value in metadata["inputs"].values())
+
+
+def test_a_test_leaves_its_table_and_the_baselines(tested, trained):
+    baselines = {f"baselines/test/{name}.parquet" for name in ("everything", "nothing", "vv-drop", "vv-vh-change")}
+    files = {str(path.relative_to(trained.evaluation)) for path in trained.evaluation.rglob("*") if path.is_file()}
+    assert files == {"test/best.parquet"} | baselines
+
+
+def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by_and_writes_nothing(
+    cli, trained, tmp_path: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    before = set(trained.path.rglob("*"))
     outcome = cli("validate", "--ckpt", trained.best, "--format", "json")
     assert outcome.code == 0, outcome.err
-    metrics = json.loads(outcome.out)["metrics"]
-    assert metrics["val/loss"] == pytest.approx(trained.read_record()["best_val_loss"], abs=1e-6)
+    found = json.loads(outcome.out)["metrics"]["val/loss"]
+    assert found == pytest.approx(trained.read_record()["best_val_loss"], abs=1e-6)
+    assert re.search(r"floodrepro: batches: 100%.* 1/1 ", outcome.err), outcome.err
+    assert set(trained.path.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_text_output_is_the_main_metrics_and_which_iou_is_which(cli, trained):
-    text = cli("test", "--ckpt", trained.best).out
-    metrics, ious = text.split("\n\n")
+def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, trained, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(trained.path.rglob("*"))
+    outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, "--no-baselines", *ONE_CHIP)
+    assert re.search(r"floodrepro: batches: 100%.* 3/3 ", outcome.err), outcome.err
+    metrics, ious = outcome.out.split("\n\n")
     assert [line.split()[0] for line in metrics.splitlines()] == [
         f"test/{name}" for name in ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
     ]
     rows = [line.split() for line in ious.splitlines()[1:]]
     assert [row[0] for row in rows] == ["pooled", "mean", "mean"]
     assert [row[-1] for row in rows] == ["chips", "chips", "events"]
-
-
-def test_a_pass_shows_how_far_it_has_come_in_a_log(cli, trained, tmp_path: Path):
-    small = ("--data.init_args.batch_size", "1")
-    for command in (["test"], ["validate"], ["predict", "--output", tmp_path / "masks"]):
-        outcome = cli(*command, "--ckpt", trained.best, *small)
-        assert outcome.code == 0, outcome.err
-        assert re.search(r"floodrepro: batches: 100%.* 3/3 ", outcome.err), outcome.err
-
-
-def test_a_validation_writes_nothing_and_a_test_its_tables_only(cli, trained, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.rmtree(trained.evaluation, ignore_errors=True)
-    before = set(trained.path.rglob("*"))
-    assert cli("validate", "--ckpt", trained.best).code == 0
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "test" / "best.parquet"]
     assert set(trained.path.rglob("*")) == before
-    assert cli("test", "--ckpt", trained.best).code == 0
-    written = {path for path in set(trained.path.rglob("*")) - before if path.is_file()}
-    baselines = {f"baselines/test/{name}.parquet" for name in ("everything", "nothing", "vv-drop", "vv-vh-change")}
-    assert {str(path.relative_to(trained.evaluation)) for path in written} == {"test/best.parquet"} | baselines
-    assert list(tmp_path.iterdir()) == []
+    alone = read_table(tmp_path / "test" / "best.parquet")
+    assert np.abs(alone.counts - table_of(tested).counts).sum() <= 4  # sums of other lengths may round a pixel over
 
 
-def test_baselines_can_be_left_out(cli, trained, tmp_path: Path):
-    assert cli("test", "--ckpt", trained.best, "--output", tmp_path, "--no-baselines").code == 0
-    assert [path.name for path in tmp_path.rglob("*.parquet")] == ["best.parquet"]
-
-
-def test_predicted_masks_are_named_after_chips_and_score_what_test_scores(cli, trained, chips, tmp_path: Path):
-    masks = tmp_path / "masks"
-    outcome = cli("predict", "--ckpt", trained.best, "--output", masks, "--format", "json", "--probabilities")
+def test_predicted_masks_are_named_after_chips_and_score_what_test_scores(predicted, metrics, chips):
+    outcome, masks = predicted
     assert outcome.code == 0, outcome.err
+    assert re.search(r"floodrepro: batches: 100%.* 1/1 ", outcome.err), outcome.err
     counts = np.zeros((2, 2), np.int64)
     for chip in split_of(chips, "test"):
         with (
@@ -105,24 +130,58 @@ def test_predicted_masks_are_named_after_chips_and_score_what_test_scores(cli, t
             assert len(np.unique(probable.read(1))) > 100  # no zeros in a type that cannot hold them
             counts += confusion(truth.read(1), mine.read(1), 2)
     assert len(json.loads(outcome.out)["files"]) == len(list(masks.iterdir())) == 2 * len(split_of(chips, "test"))
-    tested = json.loads(cli("test", "--ckpt", trained.best, "--format", "json").out)["metrics"]
     for name, value in scores(counts).items():
-        assert tested[f"test/{name}"] == pytest.approx(value, abs=1e-6)
+        assert metrics[f"test/{name}"] == pytest.approx(value, abs=1e-6)
 
 
-def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_chips, tmp_path: Path):
-    chip, seen = split_of(own_chips, "test")[0], {"S2L2A": np.s_[:4, :6], "S1RTC": np.s_[2:9, :5]}
-    for modality, place in seen.items():
-        path = own_chips / "data" / modality / f"{chip}_{modality}.zarr.zip"
-        with zarr.ZipStore(str(path), mode="r") as store:
-            bands = zarr.open_consolidated(store, mode="r")["bands"][:]
-        bands[(EVENT, slice(None), *place)] = NO_DATA  # in float16 that is -10000
-        path.unlink()
-        with zarr.ZipStore(str(path), mode="w") as store:
-            zarr.group(store).array("bands", bands)
-            zarr.consolidate_metadata(store)
-    arguments = ("--ckpt", trained.best, "--data-root", own_chips, "--probabilities", "--output", tmp_path / "p")
-    outcome = cli("predict", *arguments)
+def test_a_models_predictions_as_masks_make_the_table_of_its_test(cli, trained, tested, predicted, tmp_path):
+    """predict, then test --masks: the same counts as test --ckpt, so both ways are compared like with like."""
+    model, arguments = table_of(tested), ("--config", trained.recipe, "--output", tmp_path, "--format", "json")
+    outcome = cli("test", "--masks", predicted[1], "--name", "again", *arguments)
+    masks = table_of(outcome)
+    assert refuse_to_compare(masks, model) is None
+    assert np.abs(masks.counts - model.counts).sum() <= 4
+    assert [entry["of"] for entry in json.loads(outcome.out)["which_iou"]] == ["chips", "chips", "events"]
+    probable = table_of(cli("test", "--masks", predicted[1], "--name", "prob", "--probability", *arguments))
+    assert np.abs(probable.histogram - model.histogram).sum() <= 20
+    assert jackknife(model.counts, iou, other=probable.counts).estimate == pytest.approx(0, abs=1e-3)
+
+
+def test_events_of_a_csv_reach_the_table_of_a_model_and_of_masks(cli, trained, predicted, chips, tmp_path: Path):
+    """Chips of one's own, of which the ids say nothing: the split file's second column names the event."""
+    listed = split_of(chips, "test")
+    rivers = [f"river {'Aa' if n else 'Ill'}" for n in range(len(listed))]
+    csv = "".join(f"{chip},{river}\n" for chip, river in zip(listed, rivers, strict=True))
+    (tmp_path / "test.csv").write_text(f"chip,event\n{csv}")
+    own = ("protocol=custom", 'class_names=["dry", "wet"]', f"test_split={tmp_path / 'test.csv'}")
+    arguments = [f"--data.init_args.{override}" for override in own] + ["--output", tmp_path, "--format", "json"]
+    outcome = cli("test", "--ckpt", trained.best, "--no-baselines", *arguments)
+    masks = cli("test", "--masks", predicted[1], "--name", "m", "--config", trained.recipe, *arguments)
+    for one in (outcome, masks):
+        assert table_of(one).events.tolist() == rivers
+        assert table_of(one).class_names == ["dry", "wet"]
+        pooled, _, over_events = json.loads(one.out)["which_iou"]
+        assert (pooled["n"], over_events["name"], over_events["n"]) == (3, "mean over events with wet", 2)
+
+
+def mark_unseen(chips: Path, chip: str, modality: str, place: tuple) -> None:
+    path = chips / "data" / modality / f"{chip}_{modality}.zarr.zip"
+    with zarr.ZipStore(str(path), mode="r") as store:
+        bands = zarr.open_consolidated(store, mode="r")["bands"][:]
+    bands[(EVENT, slice(None), *place)] = NO_DATA  # in float16 that is -10000
+    path.unlink()
+    with zarr.ZipStore(str(path), mode="w") as store:
+        zarr.group(store).array("bands", bands)
+        zarr.consolidate_metadata(store)
+
+
+def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_chips, predicted, tmp_path: Path):
+    """And probabilities in eight bits are the same to half a step."""
+    chip = split_of(own_chips, "test")[0]
+    mark_unseen(own_chips, chip, "S2L2A", np.s_[:4, :6])
+    mark_unseen(own_chips, chip, "S1RTC", np.s_[2:9, :5])
+    arguments = ("--ckpt", trained.best, "--data-root", own_chips, "--probabilities", "uint8")
+    outcome = cli("predict", *arguments, "--output", tmp_path / "p")
     assert outcome.code == 0, outcome.err
     both = np.zeros((32, 32), bool)
     both[2:4, :5] = True
@@ -130,9 +189,12 @@ def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_
         rasterio.open(tmp_path / "p" / f"{chip}_pred.tif") as mask,
         rasterio.open(tmp_path / "p" / f"{chip}_prob.tif") as probable,
     ):
-        assert mask.nodata == -1
+        assert (mask.nodata, probable.nodata, probable.dtypes) == (-1, 255, ("uint8",))
         assert np.array_equal(mask.read(1) == -1, both)
-        assert np.array_equal(np.isnan(probable.read(1)), both)
+        assert np.array_equal(probable.read(1) == 255, both)
+    other = split_of(own_chips, "test")[1]
+    exact, scaled = (rasterio.open(folder / f"{other}_prob.tif").read(1) for folder in (predicted[1], tmp_path / "p"))
+    assert np.abs(scaled / 250 - exact).max() <= 0.5 / 250 + 1e-6
 
 
 def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
@@ -143,23 +205,19 @@ def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_config_wins_over_the_checkpoint_and_the_difference_is_named(cli, trained):
-    plain = cli("test", "--ckpt", trained.best, "--format", "json")
-    other = cli("test", "--ckpt", trained.best, "--format", "json", "--model.init_args.loss", "ce")
-    assert "the checkpoint says" not in plain.err
+def test_config_wins_over_the_checkpoint_and_the_difference_is_named(cli, trained, tested, metrics, tmp_path: Path):
+    loss = ("--model.init_args.loss", "ce")
+    other = cli("test", "--ckpt", trained.best, "--format", "json", "--output", tmp_path, "--no-baselines", *loss)
+    assert "the checkpoint says" not in tested.err
     assert "warning: loss: the checkpoint says 'dice', the config says 'ce'; the config counts" in other.err
-    of_plain, of_other = (json.loads(outcome.out)["metrics"] for outcome in (plain, other))
-    assert of_other.pop("test/loss") != of_plain.pop("test/loss")  # obeyed, and nothing else has changed
-    assert of_other == of_plain
+    changed = {name for name, value in json.loads(other.out)["metrics"].items() if value != metrics[name]}
+    assert changed == {"test/loss"}  # obeyed, and nothing else has changed
 
 
-def test_checkpoint_of_another_shape_is_refused_with_both_names(cli, trained, chips):
-    outcome = cli(
-        *("test", "--ckpt", trained.best, "--config", "terramind_v1_base_impactmesh_flood_amd"),
-        *("--data-root", chips, "--precision", "fp32"),
-    )
+def test_checkpoint_of_another_shape_is_refused_with_both_names(cli, trained):
+    outcome = cli("test", "--ckpt", trained.best, "--model.init_args.model_args.backbone", "terramind_v1_small")
     assert outcome.code == 1
-    assert "the checkpoint says 'terramind_v1_tiny', the config says 'terramind_v1_base'" in outcome.err
+    assert "the checkpoint says 'terramind_v1_tiny', the config says 'terramind_v1_small'" in outcome.err
     assert len(outcome.report) <= 3
 
 
@@ -169,6 +227,10 @@ def test_config_beside_the_checkpoint_has_to_be_one(cli, trained, tmp_path: Path
     for name in ("recipe.yaml", "other.yaml"):
         shutil.copy(trained.recipe, tmp_path / name)
     assert "2 configs lie beside" in cli("test", "--ckpt", path).err
+
+
+def test_test_wants_a_checkpoint_or_masks(cli):
+    assert "either --ckpt or --masks" in cli("test", "--config", "demo").err
 
 
 def test_missing_chips_are_found_before_the_work_starts(cli, trained, own_chips):
@@ -182,35 +244,56 @@ def test_missing_chips_are_found_before_the_work_starts(cli, trained, own_chips)
 
 def test_a_split_can_be_chosen_and_an_unknown_one_is_named(cli, trained, tmp_path: Path):
     outcome = cli("test", "--ckpt", trained.best, "--split", "val", "--output", tmp_path, "--format", "json")
-    assert chip_table.read(Path(json.loads(outcome.out)["tables"]["val"])).metadata["split"] == "val"
+    assert table_of(outcome).metadata["split"] == "val"
     wrong = cli("test", "--ckpt", trained.best, "--split", "holdout")
     assert wrong.code == 2
     assert "no split 'holdout'" in wrong.err
 
 
-def test_several_test_splits_are_tested_in_one_pass(cli, trained, chips, tmp_path: Path):
+def test_several_test_splits_are_tested_in_one_pass(cli, trained, tested, chips, tmp_path: Path):
     all_chips, part = split_of(chips, "test"), tmp_path / "holdout.txt"
     part.write_text("".join(f"{chip}\n" for chip in all_chips[1:]))
     several = json.dumps({"test": str(chips / "split" / "impactmesh_flood_test.txt"), "holdout": str(part)})
     arguments = ("--ckpt", trained.best, "--output", tmp_path, "--data.init_args.test_split", several)
-    outcome = cli("test", *arguments, "--format", "json")
-    assert outcome.code == 0, outcome.err
-    result = json.loads(outcome.out)
-    whole, holdout = (chip_table.read(Path(result["tables"][name])) for name in ("test", "holdout"))
+    outcome = cli("test", *arguments, "--no-baselines", "--format", "json")
+    result, whole = json.loads(outcome.out), table_of(outcome)
+    holdout = read_table(Path(result["tables"]["holdout"]))
+    assert np.array_equal(whole.counts, table_of(tested).counts)
     assert (holdout.chips.tolist(), holdout.metadata["subset_of"]) == (all_chips[1:], "test")
     assert np.array_equal(holdout.counts, whole.counts[1:])
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
 
 
-def test_weights_that_predict_nan_leave_no_table(cli, trained, tmp_path: Path):
+def changed_weights(trained, path: Path, ending: str, value: float) -> Path:
     content = torch.load(trained.best, weights_only=True)
-    name = next(key for key in content["state_dict"] if key.endswith("running_var"))
-    content["state_dict"][name][0] = float("nan")
-    torch.save(content, tmp_path / "best.ckpt")
-    outcome = cli("test", "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe)
+    name = next(key for key in reversed(content["state_dict"]) if key.endswith(ending))
+    content["state_dict"][name][0] = value
+    torch.save(content, path)
+    return path
+
+
+def test_weights_that_predict_nan_leave_no_table(cli, trained, tmp_path: Path):
+    path = changed_weights(trained, tmp_path / "best.ckpt", "running_var", float("nan"))
+    outcome = cli("test", "--ckpt", path, "--config", trained.recipe)
     assert outcome.code == 1
     assert "not finite for 3 chips, the first is EMSR" in outcome.err
     assert not list((tmp_path / "evaluation").rglob("*.parquet"))
+
+
+def test_table_of_another_checkpoint_is_set_aside_and_of_the_same_one_replaced(cli, trained, tested, tmp_path: Path):
+    path = tmp_path / "test" / "best.parquet"
+    path.parent.mkdir()
+    shutil.copy(trained.evaluation / "test" / "best.parquet", path)
+    first, arguments = path.read_bytes(), ("--output", tmp_path, "--no-baselines")
+    assert cli("test", "--ckpt", trained.best, *arguments).code == 0
+    assert [file.name for file in path.parent.iterdir()] == ["best.parquet"]
+    assert path.read_bytes() != first  # made at another time
+    first = path.read_bytes()
+    other = changed_weights(trained, tmp_path / "best.ckpt", "bias", 1.0)
+    outcome = cli("test", "--ckpt", other, "--config", trained.recipe, *arguments)
+    assert "set aside" in outcome.err
+    assert (path.parent / "best-2.parquet").read_bytes() == first
+    assert path.read_bytes() != first
 
 
 def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):
@@ -222,7 +305,7 @@ def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_p
 
 
 def test_test_of_some_batches_leaves_no_table_that_looks_whole(cli, trained, tmp_path: Path):
-    some = ("--data.init_args.batch_size", "1", "--trainer.limit_test_batches", "2")
+    some = (*ONE_CHIP, "--trainer.limit_test_batches", "2")
     outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, *some)
     assert outcome.code == 0
     assert "2 of 3 chips were tested" in outcome.err

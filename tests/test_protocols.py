@@ -9,7 +9,7 @@ import yaml
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import PROTOCOLS, Protocol
 from floodrepro.data.synth import generate
-from floodrepro.evaluation.chip_table import read
+from floodrepro.evaluation.chip_table import read_table
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
 TINY = (
@@ -51,7 +51,7 @@ def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_pat
     assert tested.code == 0, tested.err
     metrics = json.loads(tested.out)["metrics"]
     if protocol == "v1":
-        tables = {split: read(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
+        tables = {split: read_table(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
         assert {f"test/test/IoU_{k}" for k in range(3)} <= set(metrics)
         if some:
             return

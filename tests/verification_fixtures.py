@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def make_run(
     digest = hashlib.sha256(run.best.read_bytes()).hexdigest()
     table = table or make_table(6, 3)
     own = {"checkpoint": {"name": "best.ckpt", "sha256": digest}, "recipe_sha256": recipes.fingerprint(recipe)}
-    chip_table.write(replace(table, metadata=table.metadata | own), run.evaluation / "test" / "best.parquet")
+    chip_table.write_table(replace(table, metadata=table.metadata | own), run.evaluation / "test" / "best.parquet")
     return run
 
 
@@ -210,9 +211,14 @@ def gather(run: RunFolder, reference: Path | None = None, **changes: Any) -> Evi
 
 def summarise(evidence: Evidence, required: str | None = None) -> dict[str, Any]:
     """The content of results.json."""
-    checks, standard = battery.run_checks(evidence), battery.required_checks(None)
-    asked = battery.required_checks(required)
-    return results.summarise(evidence, checks, asked, MADE, standard=standard, by_name=required is not None)
+    return results.summarise(evidence, battery.run_checks(evidence), required, MADE)
+
+
+def keep(found: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """Write results.json of a run, and return it."""
+    run.verification.mkdir(exist_ok=True)
+    run.results.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def write_pair(run: RunFolder, folder: Path, name: str = "mine") -> Path:

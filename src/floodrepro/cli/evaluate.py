@@ -1,9 +1,9 @@
 """``floodrepro validate``, ``test`` and ``predict``: one pass over a split with a checkpoint."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from floodrepro import console
 from floodrepro.cli.shared import (
@@ -14,9 +14,7 @@ from floodrepro.cli.shared import (
 )
 from floodrepro.errors import UsageError
 
-if TYPE_CHECKING:
-    from floodrepro.evaluation.chip_table import ChipTable
-
+_MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
 _MASKS = """\
 Masks: GeoTIFFs named after chips (CHIP.tif, CHIP_pred.tif), or a few rasters in any CRS that cover the chips. A pixel
 of a chip takes the value of the mask's pixel in which its centre lies; where there is none it is not counted.
@@ -25,23 +23,11 @@ of a chip takes the value of the mask's pixel in which its centre lies; where th
 _FILES = """\
 CHIP_pred.tif has the class of each pixel as int16 on the chip's grid, and -1, its no-data value, where neither
 Sentinel-1 nor Sentinel-2 has data at the event. --probabilities adds CHIP_prob.tif: the probability of the positive
-class as float32, NaN where nothing was seen. Which chips are mapped: --data.init_args.predict_split FILE, an id a line
-(default: the recipe's, its test split)."""
+class as float32, NaN where nothing was seen; --probabilities uint8: 250 means 1, and 255 that nothing was seen. Which
+chips are mapped: --data.init_args.predict_split FILE, an id a line (default: the recipe's, its test split)."""
 
 
-def add_validate_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    add_checkpoint_flags(parser)
-
-
-def run_validate(args: argparse.Namespace) -> int:
-    """Measure a checkpoint on the validation split."""
-    cli = parse_recipe_for_checkpoint(args)
-    from floodrepro.evaluation.passes import validate
-
-    result = validate(cli, args.ckpt)
-    console.emit(result.as_dict(), result.table(), args.format)
-    return 0
+add_validate_arguments = add_checkpoint_flags
 
 
 def add_test_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,51 +40,84 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="test (default; several test splits in one pass), val, train, or one of the recipe's test splits",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of the chip tables (default: evaluation/ of the run folder; of masks, here)",
-    )
+    where = "folder of the chip tables (default: evaluation/ of the run folder; of masks, here)"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=where)
     parser.add_argument("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
     masks = parser.add_argument_group("masks made by anyone else, in place of --ckpt; --config says which chips")
     masks.add_argument("--masks", type=Path, nargs="+", metavar="PATH", help="a folder of GeoTIFFs, or files")
     masks.add_argument("--name", help="what reports call them (default: the name of the first path)")
     masks.add_argument("--values", metavar="1=flood,0=rest", help="class of each value; 255=none leaves one out")
-    masks.add_argument(
-        "--probability",
-        type=float,
-        nargs="?",
-        const=1.0,
-        metavar="SCALE",
-        help="masks hold probabilities of the positive class; SCALE is the value that means 1 (default: 1)",
-    )
+    scale = "masks hold probabilities of the positive class; SCALE is the value that means 1 (default: 1)"
+    masks.add_argument("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help=scale)
     parser.epilog = f"{parser.epilog}\n{_MASKS}"
+
+
+def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    add_checkpoint_flags(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
+    parser.add_argument(
+        "--probabilities",
+        nargs="?",
+        const="float32",
+        choices=("float32", "uint8"),
+        help="write the positive class's probability too",
+    )
+    parser.epilog = f"{parser.epilog}\n{_FILES}"
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """Measure a checkpoint on the validation split."""
+    cli = parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation.passes import validate
+
+    result = validate(cli, args.ckpt)
+    console.emit(result, _main_metrics(result["metrics"]), args.format)
+    return 0
 
 
 def run_test(args: argparse.Namespace) -> int:
     """Measure a checkpoint, or masks made by anyone else, on the test split and leave a chip table."""
     if bool(args.ckpt) == bool(args.masks):
         raise UsageError("test needs either --ckpt or --masks", fix="--ckpt runs/NAME/checkpoints/best.ckpt")
-    if args.masks:
-        return _test_masks(args)
-    cli = parse_recipe_for_checkpoint(args)
-    from floodrepro.evaluation import chip_table
-    from floodrepro.evaluation.test import run_test as test
+    result = _test_masks(args) if args.masks else _test_checkpoint(args)
+    from floodrepro.evaluation.chip_table import read_table
+    from floodrepro.evaluation.metrics import which_iou
 
-    result = test(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
-    for split, path in result.tables.items():
-        console.say(f"chip table of {split}, {result.chips[split]} chips: {path}")
-    if result.disagreement is not None:
-        console.say(f"computed again from the table, the metrics differ by at most {result.disagreement:.1e}")
-    ious = _which_iou(chip_table.read(next(iter(result.tables.values())))) if result.tables else []
-    text = f"{result.table()}\n\n{_iou_text(ious)}" if ious else result.table()
-    console.emit(result.as_dict() | {"which_iou": ious}, text, args.format)
+    text = [_main_metrics(result["metrics"])]
+    for split, path in result["tables"].items():
+        console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
+    if result["tables"]:
+        table = read_table(Path(next(iter(result["tables"].values()))))
+        label = table.class_names[table.positive]
+        result["which_iou"] = which_iou(table.counts, table.events, table.positive, label)
+        rows = [[one["name"], _shown(one["iou"]), str(one["n"]), one["of"]] for one in result["which_iou"]]
+        text.append(console.columns([["which IoU is this?", "IoU", "n", ""], *rows]))
+    console.emit(result, "\n\n".join(text), args.format)
     return 0
 
 
-def _test_masks(args: argparse.Namespace) -> int:
-    """Make a chip table of masks."""
+def run_predict(args: argparse.Namespace) -> int:
+    """Write a flood mask (GeoTIFF) for every chip of the predict split."""
+    cli = parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation.passes import predict
+
+    files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
+    console.emit({"files": [str(file) for file in files]}, f"{len(files)} files  {args.output}", args.format)
+    return 0
+
+
+def _test_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
+    cli = parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation.test import tabulate_checkpoint
+
+    result = tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
+    if result["tables"]:
+        console.say(f"computed again from the table, the metrics differ by at most {result['disagreement']:.1e}")
+    return result
+
+
+def _test_masks(args: argparse.Namespace) -> dict[str, Any]:
     cli = parse_recipe(args)
     from floodrepro.data.protocols import class_names_of
     from floodrepro.evaluation.masks import parse_values, tabulate_masks
@@ -112,54 +131,23 @@ def _test_masks(args: argparse.Namespace) -> int:
         cli.recipe, args.masks, chosen.events, name=name, split=chosen.name, scale=args.probability, values=values
     )
     path = keep(table, (args.output or Path("evaluation")) / chosen.name / f"{name}.parquet")
-    console.say(f"chip table of {name}, {len(table)} chips: {path}")
-    pooled = table.counts.sum(axis=0)
-    label = table.class_names[table.positive]
-    found = scores(pooled) | {f"{label} {k}": v for k, v in class_scores(pooled, table.positive).items() if k != "iou"}
-    ious, rows = _which_iou(table), [[key, _shown(value)] for key, value in found.items()]
-    unseen = int(table.unseen.sum())
-    result = {
+    pooled, label = table.counts.sum(axis=0), table.class_names[table.positive]
+    of_class = {f"{label} {key}": value for key, value in class_scores(pooled, table.positive).items() if key != "iou"}
+    return {
         "name": name,
+        "chips": {chosen.name: len(table)},
+        "metrics": scores(pooled) | of_class,
         "tables": {chosen.name: str(path)},
-        "scores": found,
-        "which_iou": ious,
-        "pixels": {"counted": int(pooled.sum()), "unseen": unseen},
+        "pixels": {"counted": int(pooled.sum()), "unseen": int(table.unseen.sum())},
     }
-    console.emit(result, f"{console.columns(rows)}\n\n{_iou_text(ious)}", args.format)
-    return 0
 
 
-def _which_iou(table: "ChipTable") -> list[dict[str, Any]]:
-    from floodrepro.evaluation.metrics import which_iou
-
-    label = table.class_names[table.positive]
-    entries = which_iou(table.counts, table.events, table.positive)
-    return [entry | {"name": entry["name"].replace("the class", label)} for entry in entries]
-
-
-def _iou_text(entries: Sequence[Mapping[str, Any]]) -> str:
-    rows = [["which IoU is this?", "IoU", "n", ""]]
-    rows += [[entry["name"], _shown(entry["iou"]), str(entry["n"]), entry["of"]] for entry in entries]
-    return console.columns(rows)
+def _main_metrics(metrics: Mapping[str, float | None]) -> str:
+    """TerraTorch's main metrics, or those of masks, in two columns."""
+    mains = [name for main in _MAIN_METRICS for name in metrics if name.rsplit("/", 1)[-1] == main]
+    mains += [name for name in metrics if " " in name]
+    return console.columns([[name, _shown(metrics[name])] for name in mains])
 
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.6f}"
-
-
-def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    add_checkpoint_flags(parser)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
-    parser.add_argument("--probabilities", action="store_true", help="write the positive class's probability too")
-    parser.epilog = f"{parser.epilog}\n{_FILES}"
-
-
-def run_predict(args: argparse.Namespace) -> int:
-    """Write a flood mask (GeoTIFF) for every chip of the predict split."""
-    cli = parse_recipe_for_checkpoint(args)
-    from floodrepro.evaluation.passes import predict
-
-    files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
-    console.emit({"files": [str(file) for file in files]}, f"{len(files)} files  {args.output}", args.format)
-    return 0

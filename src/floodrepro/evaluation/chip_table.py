@@ -4,25 +4,33 @@ N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from floodrepro.data.protocols import IGNORE_INDEX, event_of
+from floodrepro.data.protocols import event_of
 from floodrepro.errors import TableError
-from floodrepro.evaluation.metrics import Counts, confusion
+from floodrepro.evaluation.metrics import Counts
 
 SCHEMA = 2
 BINS = 50
 """Bins of probability, equally wide from 0 to 1, each with its lower edge: a sweep of thresholds in steps of 0.02."""
 
-_KEY = b"floodrepro"
+_KEY = "floodrepro"
+_COLUMNS = {  # as they are stored; the last three are missing from a table of classes without probabilities
+    "counts": np.int64,
+    "ignored": np.int64,
+    "unseen": np.int64,
+    "histogram": np.int32,
+    "confidence": np.float32,
+    "squared_error": np.float64,
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,22 @@ class ChipTable:
         """Take the events from the chip ids where none are given."""
         if len(self.events) != len(self.chips):
             object.__setattr__(self, "events", np.array([event_of(str(chip)) for chip in self.chips], dtype=np.str_))
+
+    @classmethod
+    def of_batches(
+        cls, events: Mapping[str, str], batches: Sequence[Mapping[str, npt.NDArray[Any]]], metadata: dict[str, Any]
+    ) -> Self:
+        """The table of batches as `floodrepro.evaluation.counting.count` counts them.
+
+        Args:
+            events: The event of each chip, in the order of the batches.
+            batches: Columns by name.
+            metadata: Of the table.
+        """
+        columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
+        columns |= {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        chips, names = (np.array(list(part), dtype=np.str_) for part in (events, events.values()))
+        return cls(chips, **columns, metadata=metadata, events=names)
 
     def __len__(self) -> int:
         """Number of chips."""
@@ -104,87 +128,30 @@ class ChipTable:
         return replace(self, **changed, metadata=self.metadata | metadata)
 
 
-class TableBuilder:
-    """Counts chips one by one, on a CPU, from classes and, where there are any, probabilities.
-
-    Args:
-        classes: K.
-        positive: The class that probabilities are of.
-    """
-
-    def __init__(self, classes: int, positive: int) -> None:
-        self._classes, self._positive = classes, positive
-        self._rows: list[dict[str, Any]] = []
-
-    def add(
-        self,
-        chip: str,
-        event: str,
-        truth: npt.NDArray[Any],
-        prediction: npt.NDArray[Any],
-        seen: npt.NDArray[np.bool_] | None = None,
-        probability: npt.NDArray[Any] | None = None,
-    ) -> None:
-        """Count one chip.
-
-        Args:
-            chip: Its id.
-            event: Its event.
-            truth: Classes (H, W), IGNORE_INDEX where unknown.
-            prediction: Classes (H, W).
-            seen: Where (H, W) there is a prediction; everywhere if None.
-            probability: Of the positive class (H, W), 0 to 1; for all chips or for none.
-        """
-        known = truth != IGNORE_INDEX
-        counted = known if seen is None else known & seen
-        row = {
-            "chips": chip,
-            "events": event,
-            "counts": confusion(truth[counted], prediction[counted], self._classes),
-            "ignored": int((~known).sum()),
-            "unseen": int((known & ~counted).sum()),
-        }
-        if probability is not None:
-            p, is_positive = probability[counted].astype(np.float64), truth[counted] == self._positive
-            place = np.minimum((p * BINS).astype(np.int64), BINS - 1)
-            row["histogram"] = np.bincount(is_positive * BINS + place, minlength=2 * BINS).reshape(2, BINS)
-            row["confidence"] = np.bincount(place, p, BINS)
-            row["squared_error"] = float(((p - is_positive) ** 2).sum())
-        self._rows.append(row)
-
-    def table(self, metadata: dict[str, Any]) -> ChipTable:
-        """All chips so far."""
-        columns: dict[str, Any] = dict.fromkeys(("histogram", "confidence", "squared_error"))
-        columns |= {name: np.array([row[name] for row in self._rows]) for name in self._rows[0]}
-        return ChipTable(**columns, metadata=metadata)
-
-
-def write(table: ChipTable, path: Path) -> None:
+def write_table(table: ChipTable, path: Path) -> None:
     """Write a table as Parquet; a pass that is killed leaves nothing under this name.
 
     Raises:
         OSError: The folder cannot be written.
     """
     columns = {
-        "chip": pa.array(table.chips.tolist(), pa.string()),
-        "event": pa.array(table.events.tolist(), pa.string()),
-        "counts": _lists(table.counts, pa.int64()),
-        "ignored": pa.array(table.ignored, pa.int64()),
-        "unseen": pa.array(table.unseen, pa.int64()),
+        name: pa.array(ids.tolist(), pa.string()) for name, ids in (("chip", table.chips), ("event", table.events))
     }
-    if table.histogram is not None and table.confidence is not None:
-        columns["histogram"] = _lists(table.histogram, pa.int32())
-        columns["confidence"] = _lists(table.confidence.astype(np.float32), pa.float32())
-        columns["squared_error"] = pa.array(table.squared_error, pa.float64())
+    for name, kind in _COLUMNS.items():
+        values = getattr(table, name)
+        if values is not None:
+            flat = pa.array(values.ravel().astype(kind))
+            width = int(np.prod(values.shape[1:]))
+            columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
     shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": BINS}
-    content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata).encode()})
+    content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
     partial.replace(path)
 
 
-def read(path: Path) -> ChipTable:
+def read_table(path: Path) -> ChipTable:
     """Read a table.
 
     Raises:
@@ -194,26 +161,21 @@ def read(path: Path) -> ChipTable:
         raise TableError("chip table not found", where=path, fix="floodrepro test --ckpt FILE writes it")
     try:
         content = pq.read_table(path, page_checksum_verification=True)
-        metadata = json.loads((content.schema.metadata or {})[_KEY])
+        metadata = json.loads((content.schema.metadata or {})[_KEY.encode()])
         if metadata.get("schema") != SCHEMA:
-            raise TableError(
-                f"the chip table has schema {metadata.get('schema')}, this version of floodrepro reads {SCHEMA}",
-                where=path,
-                fix="run the test again with this version",
-            )
+            what = f"the chip table has schema {metadata.get('schema')}, this version of floodrepro reads {SCHEMA}"
+            raise TableError(what, where=path, fix="run the test again with this version")
         classes, bins = metadata.pop("classes"), metadata.pop("bins")
-        probable = "histogram" in content.column_names
-        table = ChipTable(
-            np.array(content["chip"].to_pylist(), dtype=np.str_),
-            _array(content, "counts", np.int64, classes, classes),
-            _array(content, "ignored", np.int64),
-            _array(content, "unseen", np.int64),
-            _array(content, "histogram", np.int64, 2, bins) if probable else None,
-            _array(content, "confidence", np.float64, bins) if probable else None,
-            _array(content, "squared_error", np.float64) if probable else None,
-            metadata,
-            np.array(content["event"].to_pylist(), dtype=np.str_),
-        )
+        shapes = {"counts": (classes, classes), "histogram": (2, bins), "confidence": (bins,)}
+        columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
+        for name, kind in _COLUMNS.items():
+            if name in content.column_names:
+                column = content[name].combine_chunks()
+                flat = (column.flatten() if name in shapes else column).to_numpy(zero_copy_only=False)
+                wide = flat.astype(np.result_type(kind, np.int64))
+                columns[name] = wide.reshape(len(content), *shapes.get(name, ()))
+        chips, events = (np.array(content[name].to_pylist(), dtype=np.str_) for name in ("chip", "event"))
+        table = ChipTable(chips, **columns, metadata=metadata, events=events)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
     if not len(table):
@@ -258,14 +220,3 @@ def on_common_chips(one: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTa
         raise TableError(f"{one.name} and {other.name} have no chip of which both have seen every pixel")
     chips = one.chips[whole]
     return one.subset(chips), other.subset(chips), int((~whole).sum())
-
-
-def _lists(values: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
-    """A column of lists of one length: each row's values in C order."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind), int(np.prod(values.shape[1:])))
-
-
-def _array(content: pa.Table, name: str, dtype: Any, *shape: int) -> npt.NDArray[Any]:
-    values = content[name].combine_chunks()
-    flat = values.flatten() if shape else values
-    return np.asarray(flat.to_numpy(zero_copy_only=False), dtype).reshape(content.num_rows, *shape)

@@ -6,24 +6,21 @@ and Miller 2015, Journal of Human Resources). Two models are always compared on 
 E = events, K = classes. Counts are int64 (E, K, K), rows = truth, one confusion matrix per event.
 """
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy import stats
 
-from floodrepro.evaluation.metrics import Counts, iou
+from floodrepro.evaluation.metrics import MIN_FLOOD_PIXELS as MIN_FLOOD_PIXELS
+from floodrepro.evaluation.metrics import Counts, Floats, iou
 
-Floats = npt.NDArray[np.float64]
 Statistic = Callable[[Counts], Floats]
 """Maps confusion counts (..., K, K) to a figure (...), NaN where it is undefined, such as `metrics.mean_iou`."""
 Verdict = Literal["equivalent", "different", "undecided"]
 
-MIN_FLOOD_PIXELS = 100
-"""Flood pixels in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one field
-decides its IoU."""
 _MOST = 1_000_000  # events or seeds; beyond it, no test set decides
 
 
@@ -78,19 +75,13 @@ class Result:
         """Events or seeds with which this estimate and this spread would be decided; None where no number would do."""
 
         def decided(n: int) -> bool:
-            factor = n / self.n
-            return (
-                replace(self, error=self.error / factor**0.5, freedom=self.freedom * factor, n=n).verdict(margin, alpha)
-                != "undecided"
-            )
+            more = n / self.n
+            scaled = replace(self, error=self.error / more**0.5, freedom=self.freedom * more, n=n)
+            return scaled.verdict(margin, alpha) != "undecided"
 
-        low, high = self.n, _MOST
-        if not decided(high):
-            return None
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if decided(middle) else (middle + 1, high)
-        return low
+        numbers = range(self.n, _MOST)
+        place = bisect.bisect_left(numbers, True, key=decided)
+        return numbers[place] if place < len(numbers) else None
 
 
 def effective_events(counts: Counts, *, other: Counts | None = None, positive: int = -1) -> float:
@@ -162,29 +153,6 @@ def over_seeds(figures: Sequence[float], reference: float) -> Result:
         ValueError: Fewer than two runs, or a figure that is not finite.
     """
     return _student(np.asarray(figures, np.float64) - reference, "seeds")
-
-
-def sign_flip(differences: npt.ArrayLike) -> float:
-    """Two-sided p of "the events' differences (E,) are symmetric about 0" (Fisher 1935), exact up to 13 events.
-
-    Beyond, 9,999 patterns of signs are drawn and the observed one is counted, so that p is never 0.
-
-    Raises:
-        ValueError: Fewer than two events, or a difference that is not finite.
-    """
-    values = np.asarray(differences, np.float64)
-    if len(values) < 2 or not np.isfinite(values).all():
-        raise ValueError("signs can be flipped from two events on, and where all differences are finite")
-    moving = values[values != 0]  # a 0 has no sign
-    if len(moving) < 2:
-        return 1.0
-    found = stats.permutation_test(
-        (moving, np.zeros_like(moving)),
-        lambda x, y, axis: (x - y).mean(axis=axis),
-        permutation_type="samples",
-        rng=0,
-    )
-    return float(found.pvalue)
 
 
 def _student(values: Floats, what: str) -> Result:

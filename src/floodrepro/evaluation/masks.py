@@ -4,19 +4,17 @@ H, W = rows and columns of a chip.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import rasterio
 from rasterio import DatasetReader
 from rasterio.coords import disjoint_bounds
-from rasterio.transform import rowcol, xy
-from rasterio.warp import transform as project
+from rasterio.crs import CRS
+from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
-from rasterio.windows import Window
 
 from floodrepro import console
 from floodrepro.data.chips import Chips
@@ -30,13 +28,15 @@ from floodrepro.data.protocols import (
 )
 from floodrepro.data.splits import check_data
 from floodrepro.errors import DataError, UsageError
-from floodrepro.evaluation.chip_table import ChipTable, TableBuilder
+from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.counting import count
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import timestamp
 
 LEFT_OUT = "none"  # in --values: a value that means no data
 _SUFFIXES = (".tif", ".tiff", ".vrt")
 _ADVICE = "give GeoTIFFs named after chips (CHIP.tif, CHIP_pred.tif), or rasters that cover them"
+_ANY_CRS = CRS.from_epsg(3857)  # where neither side needs one
 
 
 def tabulate_masks(
@@ -77,36 +77,35 @@ def tabulate_masks(
     source, files = Chips(Path(arguments["data_root"]), protocol), _raster_files(masks)
     by_chip = _named_after_chips(files, chips, "prob" if scale is not None else "pred")
     known = dict(values) if values else {k: k for k in range(classes)}
-    builder = TableBuilder(classes, positive)
+    batches = []
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
-        for done, (chip, event) in enumerate(chips.items(), 1):
-            truth = read_truth(source, chip)
+        for done, chip in enumerate(chips, 1):
             with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR)) as grid:
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
-                found, there = _on_chip(rasters, grid, values)
+                found = _on_chip(rasters, grid, () if values is None else values)
             if scale is None:
-                prediction, there = _classes_of(found, there, known, chip)
-                builder.add(chip, event, truth, prediction, there)
+                prediction, probability = _classes_of(found, known, chip), None
             else:
                 probability = _probability(found, scale, chip)
                 prediction = np.where(probability > 0.5, positive, 1 - positive)
-                builder.add(chip, event, truth, prediction, there, probability)
+                prediction[np.isnan(found)] = -1
+            layers = (None if one is None else one[None] for one in (read_truth(source, chip), prediction, probability))
+            batches.append(count(*layers, classes=classes, positive=positive))
             show(done, len(chips))
-    table = builder.table(
-        {
-            "split": split,
-            "class_names": list(protocol.class_names),
-            "positive_class": positive,
-            "protocol": protocol.name,
-            "predictor": {"kind": "masks", "name": name},
-            "detail": f"{'classes' if scale is None else 'probabilities'} from {len(files)} rasters, nearest pixel",
-            "checkpoint": None,
-            "data": data.as_dict(),
-            "metrics": {},
-            "made": timestamp(),
-        }
-    )
+    metadata = {
+        "split": split,
+        "class_names": list(protocol.class_names),
+        "positive_class": positive,
+        "protocol": protocol.name,
+        "predictor": {"kind": "masks", "name": name},
+        "detail": f"{'classes' if scale is None else 'probabilities'} from {len(files)} rasters, nearest pixel",
+        "checkpoint": None,
+        "data": data.as_dict(),
+        "metrics": {},
+        "made": timestamp(),
+    }
+    table = ChipTable.of_batches(chips, batches, metadata)
     with _open(files[0]) as first:
         _tell_unseen(table, masks[0], zero=values is None and first.nodata == 0)
     return table
@@ -118,22 +117,15 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int | None]
     Raises:
         UsageError: It does not parse, or names a class that the recipe does not have.
     """
-    found: dict[int, int | None] = {}
-    for part in text.split(","):
-        value, equals, label = (piece.strip() for piece in part.partition("="))
-        if label in class_names:
-            place: int | None = list(class_names).index(label)
-        elif label == LEFT_OUT:
-            place = None
-        elif label.isdigit() and int(label) < len(class_names):
-            place = int(label)
-        else:
-            known = ", ".join([*class_names, LEFT_OUT])
-            raise UsageError(f"--values names {label!r}, the classes are {known}", fix="--values 1=flood,0=rest")
-        if not equals or not value.lstrip("-").isdigit():
-            raise UsageError(f"--values has {part!r}, expected VALUE=CLASS", fix="--values 1=flood,0=rest")
-        found[int(value)] = place
-    return found
+    classes: dict[str, int | None] = {str(k): k for k in range(len(class_names))}
+    classes |= {name: k for k, name in enumerate(class_names)} | {LEFT_OUT: None}
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {int(value): classes[label.strip()] for value, label in pairs}
+    except (ValueError, KeyError) as error:
+        known = ", ".join([*class_names, LEFT_OUT])
+        what = f"--values has {text!r}, expected VALUE=CLASS with commas; the classes are {known}"
+        raise UsageError(what, fix="--values 1=flood,0=rest") from error
 
 
 def read_truth(source: Chips, chip: str) -> npt.NDArray[np.int64]:
@@ -145,11 +137,8 @@ def read_truth(source: Chips, chip: str) -> npt.NDArray[np.int64]:
     mask, labels = source.raster(chip, LABEL_DIR), source.protocol.label_map
     unknown = sorted(set(np.unique(mask).tolist()) - {IGNORE_INDEX, *range(len(labels))})
     if unknown:
-        raise DataError(
-            f"the mask of {chip} holds {unknown}, expected {IGNORE_INDEX} to {len(labels) - 1}",
-            where=source.root,
-            fix="take the recipe of this data's protocol",
-        )
+        what = f"the mask of {chip} holds {unknown}, expected {IGNORE_INDEX} to {len(labels) - 1}"
+        raise DataError(what, where=source.root, fix="take the recipe of this data's protocol")
     return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, np.array(labels)[np.maximum(mask, 0)])
 
 
@@ -177,12 +166,8 @@ def _open(file: Path) -> DatasetReader:
 
 
 def _raster_files(masks: Sequence[Path]) -> list[Path]:
-    files = [
-        file
-        for place in masks
-        for file in (sorted(place.rglob("*")) if place.is_dir() else [place])
-        if file.suffix.lower() in _SUFFIXES
-    ]
+    places = [file for place in masks for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
+    files = [file for file in places if file.suffix.lower() in _SUFFIXES]
     if not files or not all(file.is_file() for file in files):
         raise DataError("there are no masks here", where=masks[0], fix=_ADVICE)
     return files
@@ -202,55 +187,37 @@ def _named_after_chips(files: Sequence[Path], chips: Mapping[str, str], preferre
     return found
 
 
-def _on_chip(
-    rasters: Sequence[DatasetReader], grid: DatasetReader, values: Mapping[int, int | None] | None
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
-    """Values (H, W) of the rasters on a chip's grid and where there are any; the first raster with data counts."""
-    found, there = np.zeros(grid.shape), np.zeros(grid.shape, np.bool_)
+def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Container[float]) -> npt.NDArray[np.float64]:
+    """Values (H, W) on a chip's grid, NaN where no raster has data; the first raster that has some counts.
+
+    Args:
+        rasters: Masks.
+        grid: The chip.
+        named: Values that are no no-data, whatever a raster says.
+    """
+    found = np.full(grid.shape, np.nan)
     for raster in rasters:
-        if (
-            raster.crs
-            and grid.crs
-            and disjoint_bounds(raster.bounds, transform_bounds(grid.crs, raster.crs, *grid.bounds))
-        ):
+        source, crs = {}, grid.crs
+        if raster.crs is None or crs is None:
+            if raster.shape != grid.shape:
+                what = "the mask has no CRS and another size than the chip"
+                raise DataError(what, where=raster.name, fix="gdal_edit -a_srs")
+            source, crs = {"src_crs": _ANY_CRS, "src_transform": grid.transform}, _ANY_CRS
+        elif disjoint_bounds(raster.bounds, transform_bounds(crs, raster.crs, *grid.bounds)):
             continue
-        rows, columns = _pixels_of(raster, grid)
-        inside = (rows >= 0) & (rows < raster.height) & (columns >= 0) & (columns < raster.width) & ~there
-        if not inside.any():
-            continue
-        top, left = int(rows[inside].min()), int(columns[inside].min())
-        window = Window(left, top, int(columns[inside].max()) - left + 1, int(rows[inside].max()) - top + 1)
-        part = raster.read(1, window=window)
-        picked = part[rows[inside] - top, columns[inside] - left].astype(np.float64)
-        valid = np.isfinite(picked)
-        if raster.nodata is not None and not (values and raster.nodata in values):  # a value that is named is a class
-            valid &= picked != raster.nodata
-        found[inside] = np.where(valid, picked, 0)
-        there[inside] = valid
-    return found, there
+        if raster.nodata in named:
+            source["src_nodata"] = np.nan
+        place = {"crs": crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
+        # Nearest, to the pixel: GDAL's usual tolerance moves one pixel in a hundred to its neighbour.
+        with WarpedVRT(raster, **source, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
+            found = np.where(np.isnan(found), warped.read(1), found)
+    return found
 
 
-def _pixels_of(raster: DatasetReader, grid: DatasetReader) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Row and column (H, W) of the raster's pixel in which each pixel centre of the grid lies."""
-    rows, columns = np.mgrid[: grid.height, : grid.width]
-    same_grid = raster.transform.almost_equals(grid.transform) and raster.shape == grid.shape
-    if (raster.crs == grid.crs and same_grid) or (raster.crs is None and raster.shape == grid.shape):
-        return rows, columns
-    if raster.crs is None or grid.crs is None:
-        raise DataError("the mask has no CRS and another size than the chip", where=raster.name, fix="gdal_edit -a_srs")
-    x, y = xy(grid.transform, rows.ravel(), columns.ravel())
-    if raster.crs != grid.crs:
-        x, y = project(grid.crs, raster.crs, x, y)
-    found = rowcol(raster.transform, x, y)
-    return np.reshape(found[0], grid.shape), np.reshape(found[1], grid.shape)
-
-
-def _classes_of(
-    found: npt.NDArray[Any], there: npt.NDArray[np.bool_], known: Mapping[int, int | None], chip: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Classes (H, W), and where there are any after the values that mean no data are left out."""
-    prediction, seen = np.zeros(found.shape, np.int64), there.copy()
-    for value in np.unique(found[there]).tolist():
+def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int | None], chip: str) -> npt.NDArray[np.int64]:
+    """Classes (H, W) of values; -1 where there is none, or one that means no data."""
+    prediction = np.full(found.shape, -1)
+    for value in np.unique(found[~np.isnan(found)]).tolist():
         if value not in known:
             raise DataError(
                 f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}",
@@ -258,18 +225,17 @@ def _classes_of(
                 "and --probability is for probabilities",
             )
         place = known[value]
-        if place is None:
-            seen[found == value] = False
-        else:
-            prediction[found == value] = place
-    return prediction, seen
+        prediction[found == value] = -1 if place is None else place
+    return prediction
 
 
-def _probability(found: npt.NDArray[Any], scale: float, chip: str) -> npt.NDArray[np.float64]:
+def _probability(found: npt.NDArray[np.float64], scale: float, chip: str) -> npt.NDArray[np.float64]:
+    """Probabilities (H, W) of values, NaN where there is none."""
     probability: npt.NDArray[np.float64] = found / scale
-    if not 0 <= probability.min() <= probability.max() <= 1:
+    wrong = probability[(probability < 0) | (probability > 1)]
+    if wrong.size:
         raise DataError(
-            f"the mask over {chip} holds probabilities up to {probability.max():g}, expected 0 to 1",
+            f"the mask over {chip} holds probabilities such as {wrong[0]:g}, expected 0 to 1",
             fix="--probability 100 or --probability 255 says which value means 1",
         )
     return probability

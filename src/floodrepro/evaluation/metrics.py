@@ -6,14 +6,16 @@ array: a chip without flood, predicted without flood, has no flood IoU.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+MIN_FLOOD_PIXELS = 100
+"""Pixels of the class in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one
+field decides its IoU."""
 
 
 def confusion(
@@ -32,15 +34,10 @@ def confusion(
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
-    counted = truth != ignore_index
-    true_class = truth[counted].astype(np.int64)
-    predicted_class = prediction[counted].astype(np.int64)
-    for name, classes in (("truth", true_class), ("prediction", predicted_class)):
-        outside = (classes < 0) | (classes >= num_classes)
-        if outside.any():
-            raise ValueError(f"{name} holds {np.unique(classes[outside]).tolist()}, expected 0 to {num_classes - 1}")
-    pairs = np.bincount(true_class * num_classes + predicted_class, minlength=num_classes**2)
-    return pairs.astype(np.int64).reshape(num_classes, num_classes)
+    pairs = np.stack([truth, prediction])[:, truth != ignore_index].astype(np.int64)
+    if pairs.size and not 0 <= pairs.min() <= pairs.max() < num_classes:
+        raise ValueError(f"classes from {pairs.min()} to {pairs.max()}, expected 0 to {num_classes - 1}")
+    return np.bincount(num_classes * pairs[0] + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def scores(counts: Counts) -> dict[str, float | None]:
@@ -102,46 +99,32 @@ def pool_by_event(counts: Counts, events: Sequence[str] | npt.NDArray[np.str_]) 
 
 
 def which_iou(
-    counts: Counts, events: Sequence[str] | npt.NDArray[np.str_], k: int = -1, min_pixels: int = 100
+    counts: Counts, events: Sequence[str] | npt.NDArray[np.str_], k: int = -1, label: str = "the class"
 ) -> list[dict[str, Any]]:
     """Three figures that papers call "the IoU of flood", from counts (N, K, K) and events (N,) of chips.
 
-    Args:
-        counts: Of each chip.
-        events: Of each chip.
-        k: The class.
-        min_pixels: Pixels of the class in the truth from which an event has an IoU of its own.
-
     Returns:
-        Three entries with `name`, `iou` (None where undefined), `n` and `of` (what n counts): pooled over all pixels,
-        mean over chips whose truth has the class, mean over events whose truth has `min_pixels` of it.
+        Three entries with `name`, `iou` of class k (None where undefined), `n` and `of` (what n counts): pooled over
+        all pixels, mean over chips whose truth has the class, mean over events whose truth has MIN_FLOOD_PIXELS of it.
     """
     _, pooled = pool_by_event(counts, events)
     chips = iou(counts[counts[:, k].sum(axis=-1) > 0], k)
-    floods = iou(pooled[pooled[:, k].sum(axis=-1) >= min_pixels], k)
+    floods = iou(pooled[pooled[:, k].sum(axis=-1) >= MIN_FLOOD_PIXELS], k)
     entries = (
         ("pooled over all pixels", iou(counts.sum(axis=0), k), len(counts), "chips"),
-        ("mean over chips with the class", chips.mean() if len(chips) else np.nan, len(chips), "chips"),
-        ("mean over events with the class", floods.mean() if len(floods) else np.nan, len(floods), "events"),
+        (f"mean over chips with {label}", chips.mean() if len(chips) else np.nan, len(chips), "chips"),
+        (f"mean over events with {label}", floods.mean() if len(floods) else np.nan, len(floods), "events"),
     )
     return [{"name": name, "iou": _or_none(value), "n": n, "of": of} for name, value, n, of in entries]
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """A reliability diagram of the positive class (Murphy and Winkler 1977).
+class Reliability(NamedTuple):
+    """A reliability diagram of the positive class (Murphy and Winkler 1977): M bins of probability."""
 
-    Args:
-        edges: Of the bins of probability (M + 1,), from 0 to 1.
-        pixels: Pixels (M,) whose probability of the class lies in the bin.
-        confidence: Their mean probability (M,); NaN in an empty bin.
-        frequency: Share (M,) of them that are of the class; NaN in an empty bin.
-    """
-
-    edges: Floats
-    pixels: npt.NDArray[np.int64]
-    confidence: Floats
-    frequency: Floats
+    edges: Floats  # (M + 1,), from 0 to 1
+    pixels: npt.NDArray[np.int64]  # (M,), whose probability of the class lies in the bin
+    confidence: Floats  # (M,), their mean probability; NaN in an empty bin
+    frequency: Floats  # (M,), share of them that are of the class; NaN in an empty bin
 
 
 def reliability(histogram: npt.NDArray[np.int64], confidence: Floats, bins: int = 10) -> Reliability:
@@ -170,21 +153,16 @@ def expected_calibration_error(diagram: Reliability) -> float | None:
     Naeini, Cooper and Hauskrecht 2015 (AAAI), of the positive class whether it wins or not: where 95 % of the pixels
     are background, the winning class says little about flood.
     """
-    filled = diagram.pixels > 0
-    if not filled.any():
-        return None
-    gaps = np.abs(diagram.confidence[filled] - diagram.frequency[filled])
-    return float(np.average(gaps, weights=diagram.pixels[filled]))
+    gaps = np.nan_to_num(np.abs(diagram.confidence - diagram.frequency))
+    return float(np.average(gaps, weights=diagram.pixels)) if diagram.pixels.any() else None
 
 
 def threshold_sweep(histogram: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
     """What calling the positive class wherever its probability is at least a threshold would have given.
 
-    Args:
-        histogram: `ChipTable.histogram` (N, 2, B).
-
     Returns:
-        Thresholds (B,), the lower edges of the bins, where counts are exact; and confusion counts (B, 2, 2).
+        From `ChipTable.histogram` (N, 2, B): thresholds (B,), the lower edges of the bins, where counts are exact, and
+        confusion counts (B, 2, 2).
     """
     pooled = histogram.sum(axis=0)
     called = pooled[:, ::-1].cumsum(axis=1)[:, ::-1]
@@ -202,9 +180,8 @@ def _margins(counts: Counts) -> tuple[Floats, Floats, Floats]:
 
 def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
     """One over the other, NaN where the whole is 0."""
-    whole = np.asarray(whole)
-    shares = np.full(whole.shape, np.nan)
-    np.divide(part, whole, out=shares, where=whole > 0)
+    shares = np.full(np.shape(whole), np.nan)
+    np.divide(part, whole, out=shares, where=np.asarray(whole) > 0)
     return shares
 
 

@@ -1,9 +1,9 @@
 """One pass over a split with a checkpoint: validate and predict. The config counts, not what the checkpoint recalls."""
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,10 @@ import rasterio
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback
 from torch import Tensor
 
 from floodrepro import console
-from floodrepro import recipe as recipes
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import (
     EVENT,
@@ -39,66 +37,12 @@ from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.layout import without_files
 from floodrepro.training.terratorch_cli import RecipeCLI
 
-MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
 UNSEEN = -1
 """Class of a predicted pixel where neither Sentinel-1 nor Sentinel-2 has data at the event; no-data in the file."""
+PROBABILITY_TYPES = {"float32": (1, np.nan), "uint8": (250, 255)}
+"""How probabilities may be written: the value that means 1, and the one that means that nothing was seen."""
 _SATELLITES = ("S2L2A", "S1RTC")
 _SUFFIXES = [suffix_of(p, part) for p in PROTOCOLS.values() for part in (*MODALITIES, LABEL_DIR)]
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """What one pass over one split, or over several at once, measured.
-
-    Args:
-        stage: validate or test.
-        checkpoint: The file that was measured.
-        recipe_sha256: Fingerprint of the recipe that was used.
-        chips: Number of chips by split.
-        metrics: TerraTorch's metrics by name (``test/mIoU`` …).
-        tables: Chip tables by split; none if the trainer was told to leave batches out.
-        disagreement: Largest difference between TerraTorch's metrics and those computed from the table.
-    """
-
-    stage: str
-    checkpoint: Path
-    recipe_sha256: str
-    chips: dict[str, int]
-    metrics: dict[str, float]
-    tables: dict[str, Path] = field(default_factory=dict)
-    disagreement: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result as JSON types."""
-        paths = {split: str(path) for split, path in self.tables.items()}
-        return vars(self) | {"checkpoint": str(self.checkpoint), "tables": paths}
-
-    def table(self) -> str:
-        """The main metrics in two columns."""
-        names = [name for main in MAIN_METRICS for name in self.metrics if name.rsplit("/", 1)[-1] == main]
-        return console.columns([[name, f"{self.metrics[name]:.6f}"] for name in names])
-
-
-class BatchLines(Callback):
-    """Shows how far a pass has come, where no progress bar does.
-
-    Args:
-        show: Called with batches done and batches in all.
-    """
-
-    def __init__(self, show: Callable[[int, int], None]) -> None:
-        self._show, self._done = show, 0
-
-    def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
-        """Count one batch; the same for all three stages."""
-        stage = {TrainerFn.VALIDATING: "val", TrainerFn.TESTING: "test", TrainerFn.PREDICTING: "predict"}
-        total = sum(getattr(trainer, f"num_{stage[trainer.state.fn]}_batches"))
-        self._done += 1
-        if total != float("inf"):
-            self._show(self._done, int(total))
-
-    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
-    on_predict_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
 
 class ChipWriter(BasePredictionWriter):
@@ -106,15 +50,15 @@ class ChipWriter(BasePredictionWriter):
 
     Args:
         folder: Where ``CHIP_pred.tif`` goes: int16, the class of each pixel, UNSEEN where the satellites saw nothing.
-        positive: The class of ``CHIP_prob.tif``: float32, its probability, NaN where the satellites saw nothing. None
-            writes no probabilities.
+        positive: The class whose probability goes to ``CHIP_prob.tif``.
+        probabilities: The type of that file, of PROBABILITY_TYPES; None writes none.
         source: The chips on disk; None for a data module of other files, in which a pixel is unseen where its file has
             no data in any band.
     """
 
-    def __init__(self, folder: Path, positive: int | None, source: Chips | None) -> None:
+    def __init__(self, folder: Path, positive: int, probabilities: str | None, source: Chips | None) -> None:
         super().__init__("batch")
-        self._folder, self._positive, self._source = folder, positive, source
+        self._folder, self._positive, self._source, self._type = folder, positive, source, probabilities
         self._written = 0
 
     def write_on_batch_end(
@@ -122,9 +66,8 @@ class ChipWriter(BasePredictionWriter):
     ) -> None:
         """Write a batch. TerraTorch's own writer names files after the DEM and marks where the DEM has no data."""
         (logits, _), _ = prediction
-        for file, chip_logits in zip(
-            chip_files(batch, trainer.predict_dataloaders, self._written), logits, strict=True
-        ):
+        files = chip_files(batch, trainer.predict_dataloaders, self._written)
+        for file, chip_logits in zip(files, logits, strict=True):
             self._write(file, chip_logits.detach().float().cpu())
         self._written += len(logits)
 
@@ -140,25 +83,24 @@ class ChipWriter(BasePredictionWriter):
                 where=file,
                 fix="leave transforms that crop or resize out of the recipe's predict_transform",
             )
-        classes = logits.argmax(dim=0).numpy().astype(np.int16)
-        classes[unseen] = UNSEEN
-        chip = self._folder / chip_of(file)
-        with rasterio.open(f"{chip}_pred.tif", "w", **profile, dtype="int16", nodata=UNSEEN) as target:
-            target.write(classes, 1)
-        if self._positive is not None:
-            probability = logits.softmax(dim=0)[self._positive].numpy()
-            probability[unseen] = np.nan
-            with rasterio.open(f"{chip}_prob.tif", "w", **profile, dtype="float32", nodata=np.nan) as target:
-                target.write(probability, 1)
+        layers: dict[str, tuple[Any, str, float]] = {"pred": (logits.argmax(dim=0).numpy(), "int16", UNSEEN)}
+        if self._type:
+            scale, no_data = PROBABILITY_TYPES[self._type]
+            probability = scale * logits.softmax(dim=0)[self._positive].numpy()
+            layers["prob"] = (probability.round() if scale > 1 else probability, self._type, no_data)
+        for name, (values, kind, no_data) in layers.items():
+            path = self._folder / f"{chip_of(file)}_{name}.tif"
+            with rasterio.open(path, "w", **profile, dtype=kind, nodata=no_data) as target:
+                target.write(np.where(unseen, no_data, values).astype(kind), 1)
 
     def _unseen(self, file: str, grid: Any) -> npt.NDArray[np.bool_]:
         """Pixels (H, W) that no satellite saw at the event."""
         if self._source is None:
             return np.asarray(grid.dataset_mask() == 0)
-        seen = np.zeros(grid.shape, np.bool_)
+        seen, chip = np.zeros(grid.shape, np.bool_), chip_of(file)
         for modality in _SATELLITES:
-            if chip_of(file) in self._source.having(modality):
-                bands = self._source.bands(chip_of(file), modality)
+            if self._source.has(chip, modality):
+                bands = self._source.bands(chip, modality)
                 event = bands[min(EVENT, len(bands) - 1)].astype(np.float32)
                 # float16 has no -9999: ImpactMesh stores it as -10000
                 seen |= ((event > NO_DATA) & np.isfinite(event)).any(axis=0)
@@ -168,13 +110,20 @@ class ChipWriter(BasePredictionWriter):
 @contextlib.contextmanager
 def watched(cli: RecipeCLI) -> Iterator[None]:
     """Keep libraries off stdout, and show progress in a log, where their bar was left out."""
+    batches = itertools.count(1)
     with console.progress("batches") as show, console.stdout_to_stderr():
+
+        def one_more(trainer: Any, *args: Any) -> None:
+            totals = trainer.num_val_batches + trainer.num_test_batches + trainer.num_predict_batches
+            show(next(batches), sum(totals))  # two of the three stages have none
+
         if not sys.stderr.isatty():
-            cli.trainer.callbacks.append(BatchLines(show))
+            hooks = dict.fromkeys([f"on_{stage}_batch_end" for stage in ("validation", "test", "predict")], one_more)
+            cli.trainer.callbacks.append(LambdaCallback(**hooks))
         yield
 
 
-def validate(cli: RecipeCLI, checkpoint: Path) -> PassResult:
+def validate(cli: RecipeCLI, checkpoint: Path) -> dict[str, Any]:
     """Run TerraTorch's own validation loop once.
 
     Args:
@@ -182,8 +131,7 @@ def validate(cli: RecipeCLI, checkpoint: Path) -> PassResult:
         checkpoint: Weights to measure.
 
     Returns:
-        TerraTorch's metrics without Boundary_mIoU, which depends on the batch size where pixels are ignored
-        (terratorch 1.2.7).
+        JSON types: `stage`, `checkpoint`, `chips` by split, and `metrics` of TerraTorch by its names.
 
     Raises:
         UsageError: The recipe does not build or run here.
@@ -193,18 +141,18 @@ def validate(cli: RecipeCLI, checkpoint: Path) -> PassResult:
     data = prepare(cli, checkpoint, "val")
     with watched(cli):
         results = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = {k: float(v) for result in results for k, v in result.items() if not k.endswith("Boundary_mIoU")}
-    return PassResult("validate", checkpoint, recipes.fingerprint(cli.recipe), data.chips, metrics)
+    metrics = {name: float(value) for result in results for name, value in result.items()}
+    return {"stage": "validate", "checkpoint": str(checkpoint), "chips": data.chips, "metrics": metrics}
 
 
-def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: bool = False) -> list[Path]:
+def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: str | None = None) -> list[Path]:
     """Write one GeoTIFF for each chip of the predict split, in the chip's own CRS: see `ChipWriter`.
 
     Args:
         cli: The parsed recipe, with any TerraTorch data module.
         checkpoint: Weights to predict with.
         output: Folder for the masks; made if it is not there, refused if it holds anything.
-        probabilities: Whether the probability of the positive class is written too.
+        probabilities: The type in which the probability of the positive class is written too, if it is.
 
     Returns:
         The files.
@@ -226,8 +174,7 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: bo
     if uses_flood_data_module(cli.recipe):
         root = arguments.get("predict_data_root") or arguments["data_root"]
         source = Chips(Path(root), protocol_of(cli.recipe))
-    positive = positive_class_of(cli.recipe) if probabilities else None
-    cli.trainer.callbacks.append(ChipWriter(output, positive, source))
+    cli.trainer.callbacks.append(ChipWriter(output, positive_class_of(cli.recipe), probabilities, source))
     with watched(cli):
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     return sorted(output.glob("*.tif"))

@@ -5,12 +5,9 @@ B = chips of a batch, K = classes, H, W = pixels.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -30,11 +27,11 @@ from floodrepro.data.protocols import (
 )
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import CheckpointError, FloodreproError, RunFolderError, TableError, UsageError
-from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.baselines import write_baselines
-from floodrepro.evaluation.chip_table import BINS, ChipTable
+from floodrepro.evaluation.chip_table import ChipTable, read_table, write_table
+from floodrepro.evaluation.counting import count, largest_class
 from floodrepro.evaluation.metrics import scores
-from floodrepro.evaluation.passes import PassResult, chip_files, chip_of, prepare, watched
+from floodrepro.evaluation.passes import chip_files, chip_of, prepare, watched
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, free_name, sha256_of, timestamp
 from floodrepro.system.environment import environment
@@ -54,14 +51,14 @@ class ChipCounts(Callback):
     Args:
         checkpoint: Whose predictions they are, for messages.
         ignore_index: Truth of the pixels that do not count.
-        positive: The class whose probabilities are kept; the last one where None.
+        positive: The class whose probabilities are kept; the last one by default.
     """
 
-    def __init__(self, checkpoint: Path, ignore_index: int, positive: int | None = None) -> None:
+    def __init__(self, checkpoint: Path, ignore_index: int, positive: int = -1) -> None:
         self._checkpoint, self._ignore_index, self._positive = checkpoint, ignore_index, positive
         self._logits: Tensor | None = None
         self._chips: list[str] = []
-        self._parts: list[dict[str, np.ndarray[Any, Any]]] = []
+        self._batches: list[dict[str, Any]] = []
         self._seconds: list[float] = []
         self._rates: list[float] = []
         self._memory: dict[str, float] = {}
@@ -80,25 +77,32 @@ class ChipCounts(Callback):
         pl_module.handle_full_or_tiled_inference = listen
         self._end = time.perf_counter()
 
-    def on_test_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+    def on_test_batch_start(self, *args: Any) -> None:
         """Begin the batch's clock."""
         self._start = time.perf_counter()
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Count the batch; fetching the counts waits for the device, so that the clock has seen all of its work."""
-        assert self._logits is not None
-        files = chip_files(batch, trainer.test_dataloaders, len(self._chips))
-        chips = [chip_of(file) for file in files]
-        truth = pl_module.squeeze_ground_truth(batch["mask"])
-        if not bool(torch.isfinite(self._logits).all()):
-            bad = (~torch.isfinite(self._logits.flatten(1)).all(dim=1)).nonzero().flatten().tolist()
+        logits = self._logits
+        assert logits is not None
+        chips = [chip_of(file) for file in chip_files(batch, trainer.test_dataloaders, len(self._chips))]
+        finite = logits.flatten(1).isfinite().all(dim=1)
+        if not bool(finite.all()):
+            bad = [chip for chip, fine in zip(chips, finite.tolist(), strict=True) if not fine]
             raise CheckpointError(
-                f"the model predicts values that are not finite for {len(bad)} chips, the first is {chips[bad[0]]}",
+                f"the model predicts values that are not finite for {len(bad)} chips, the first is {bad[0]}",
                 where=self._checkpoint,
                 fix="floodrepro verify names weights and buffers that are not finite; no chip table was written",
             )
-        counted = count(self._logits, truth, self._ignore_index, self._positive)
-        self._parts.append({name: value.cpu().numpy() for name, value in counted.items()})
+        counted = count(
+            pl_module.squeeze_ground_truth(batch["mask"]),
+            largest_class(logits),
+            logits.float().softmax(dim=1)[:, self._positive],
+            classes=logits.shape[1],
+            positive=self._positive,
+            ignore_index=self._ignore_index,
+        )
+        self._batches.append(counted)
         self._chips += chips
         now = time.perf_counter()
         self._seconds.append(now - self._start)
@@ -120,75 +124,21 @@ class ChipCounts(Callback):
 
     def table(self, metadata: dict[str, Any], events: Mapping[str, str] | None = None) -> ChipTable:
         """All chips seen so far; a chip that `events` does not name is its own event."""
-        fields = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
-        return ChipTable(
-            chips=np.array(self._chips, dtype=np.str_),
-            events=np.array([(events or {}).get(chip, chip) for chip in self._chips], dtype=np.str_),
-            unseen=np.zeros(len(self._chips), np.int64),
-            **fields,
-            metadata=metadata,
-        )
+        return ChipTable.of_batches({c: (events or {}).get(c, c) for c in self._chips}, self._batches, metadata)
 
 
-def count(logits: Tensor, truth: Tensor, ignore_index: int, positive: int | None = None) -> dict[str, Tensor]:
-    """The chip table's columns for a batch, counted on the device.
+class ChosenSplit(NamedTuple):
+    """What one pass reads."""
 
-    Args:
-        logits: (B, K, H, W).
-        truth: (B, H, W), integers.
-        ignore_index: Truth of the pixels that do not count.
-        positive: The class whose probabilities are kept; the last one where None.
-
-    Returns:
-        counts (B, K, K), ignored (B,), histogram (B, 2, BINS), confidence (B, BINS), squared_error (B,), as
-        `floodrepro.evaluation.chip_table.ChipTable` has them; probabilities are the softmax in float32.
-    """
-    if logits.is_cuda and torch.are_deterministic_algorithms_enabled():  # a weighted bincount has no such form there
-        logits, truth = logits.cpu(), truth.cpu()
-    chips, classes = logits.shape[:2]
-    k = classes - 1 if positive is None else positive
-    counted = truth != ignore_index
-    # Ignored pixels go to a last row, which is dropped: to leave them out by a mask takes seven times as long on a CPU,
-    # and on a GPU waits for their number.
-    chip = torch.arange(chips, dtype=torch.int32, device=logits.device)[:, None, None]
-    chip = torch.where(counted, chip, chips)
-    row = torch.where(counted, chip * classes + truth.int(), chips * classes)
-    counts = _bincount(row * classes + _argmax(logits), (chips * classes + 1, classes))[:-1]
-    p, is_k = logits.float().softmax(dim=1)[:, k].double(), truth == k
-    place = (p * BINS).int().clamp_(max=BINS - 1)
-    return {
-        "counts": counts.reshape(chips, classes, classes),
-        "ignored": (~counted).sum(dim=(1, 2)),
-        "histogram": _bincount((2 * chip + is_k.int()) * BINS + place, (2 * chips + 2, BINS))[:-2].reshape(
-            chips, 2, BINS
-        ),
-        "confidence": _bincount(chip * BINS + place, (chips + 1, BINS), p)[:-1],
-        "squared_error": _bincount(chip, (chips + 1,), (p - is_k.double()).square_())[:-1],
-    }
+    name: str  # test, val, train, or one of several test splits
+    file: str | None = None  # chip ids; None for a data module that knows its own files
+    events: Mapping[str, str] = {}  # the event of each chip; empty for such a data module
+    subsets: Mapping[str, list[str]] = {}  # chips of further test splits: their tables come from the same pass
 
 
-@dataclass(frozen=True)
-class ChosenSplit:
-    """What one pass reads.
-
-    Args:
-        name: `test`, `val`, `train`, or one of several test splits.
-        file: Its chip ids, one a line; None for a data module that knows its own files.
-        events: The event of each chip; empty for such a data module.
-        subsets: Chip ids of further test splits, all of them in this one: their tables come from the same pass.
-        several: Whether the recipe names several test splits.
-    """
-
-    name: str
-    file: str | None
-    events: Mapping[str, str] = field(default_factory=dict)
-    subsets: Mapping[str, list[str]] = field(default_factory=dict)
-    several: bool = False
-
-
-def run_test(
-    cli: RecipeCLI, checkpoint: Path, *, split: str = "test", folder: Path | None = None, baselines: bool | None = None
-) -> PassResult:
+def tabulate_checkpoint(
+    cli: RecipeCLI, checkpoint: Path, *, split: str = "test", folder: Path | None = None, baselines: bool = True
+) -> dict[str, Any]:
     """Run TerraTorch's own test loop over a split and write the chip table.
 
     A table that is there already is replaced if it was made from the same checkpoint, recipe, data and device;
@@ -200,11 +150,12 @@ def run_test(
         split: `test`, `val`, `train`, or one of the recipe's test splits by name.
         folder: Where `<split>/<checkpoint>.parquet` goes. Default: `evaluation` of the checkpoint's run folder, or
             beside the checkpoint.
-        baselines: Whether ``baselines/<split>/NAME.parquet`` are written too, where they are not there yet. Default:
-            where no other folder is given.
+        baselines: Whether ``baselines/<split>/NAME.parquet`` are written too, where they are not there yet.
 
     Returns:
-        TerraTorch's metrics; those of subsets are computed from the table.
+        JSON types: `stage`, `checkpoint`, `chips` by split, `metrics` of TerraTorch by its names (those of subsets are
+        computed from the table), `tables` by split, and `disagreement`, the largest difference between TerraTorch's
+        metrics and the table's. No tables where the trainer was told to leave batches out.
 
     Raises:
         UsageError: The recipe does not build or run here, or has no such split.
@@ -224,21 +175,21 @@ def run_test(
     def one_split(config: Namespace) -> None:
         if chosen.file is not None:
             config.data.init_args.test_split = chosen.file
-        if chosen.file is not None and "test_dataloaders_names" in config.model.init_args:
-            config.model.init_args.test_dataloaders_names = [chosen.name] if chosen.several else None
+            if "test_dataloaders_names" in config.model.init_args:
+                several = chosen.subsets or chosen.name not in SPLITS
+                config.model.init_args.test_dataloaders_names = [chosen.name] if several else None
 
     data = prepare(cli, checkpoint, split if split in ("train", "val") else "test", wire=one_split)
-    task = cli.recipe["model"].get("init_args") or {}
     arguments, positive = data_arguments(cli.recipe), positive_class_of(cli.recipe)
-    counter = ChipCounts(checkpoint, task.get("ignore_index", IGNORE_INDEX), positive)
+    ignored = cli.model.hparams["ignore_index"]
+    counter = ChipCounts(checkpoint, IGNORE_INDEX if ignored is None else ignored, positive)
     cli.trainer.callbacks.append(counter)
     with watched(cli):
         results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = {k: float(v) for result in results for k, v in result.items() if not k.endswith("Boundary_mIoU")}
+    metrics = {name: float(value) for result in results for name, value in result.items()}
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
     surroundings = environment(str(cli.trainer.precision))
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
-    digest = recipes.fingerprint(cli.recipe)
     table = counter.table(
         {
             "split": chosen.name,
@@ -247,7 +198,7 @@ def run_test(
             "protocol": protocol_of(cli.recipe).name,
             "predictor": {"kind": "model", "name": checkpoint.name},
             "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
-            "recipe_sha256": digest,
+            "recipe_sha256": recipes.fingerprint(cli.recipe),
             "recipe_changes": _changes(cli.recipe, checkpoint),
             "inputs": {key: arguments[key] for key in _SEEN if key in arguments},
             "data": data.as_dict(),
@@ -261,38 +212,38 @@ def run_test(
         },
         chosen.events,
     )
-    counts = {chosen.name: len(table)}
+    chips: dict[str, int] = {chosen.name: len(table)}
+    tables: dict[str, str] = {}
+    found = {"stage": "test", "checkpoint": str(checkpoint), "chips": chips, "metrics": metrics, "tables": tables}
     wanted = len(cli.trainer.test_dataloaders.dataset) - len(failed)
     if len(table) != wanted:
         console.warn(
             f"{len(table)} of {wanted} chips were tested (trainer.limit_test_batches): no chip table is written"
         )
-        return PassResult("test", checkpoint, digest, counts, metrics)
+        return found
     if not uses_flood_data_module(cli.recipe):
         console.warn("this data module names no flood events: each file counts as an event of its own")
-    prefix = f"test/{chosen.name}/" if chosen.several else "test/"
-    disagreement = _disagreement(table, metrics, prefix)
+    disagreement = _disagreement(table, metrics)
     if not disagreement <= AGREEMENT:
         raise FloodreproError(
             f"TerraTorch's metrics and those from the chips' counts differ by {disagreement:g}; no table was written",
             where=checkpoint,
             fix="this is an error in floodrepro, or in a library of another version: please report it",
         )
-    tables = {chosen.name: keep(table, path)}
-    for name, chips in chosen.subsets.items():
-        read = [chip for chip in chips if chip not in failed]
-        part = table.subset(read, split=name, subset_of=chosen.name, metrics={})
-        found = scores(part.counts.sum(axis=0))
-        metrics |= {f"test/{name}/{metric}": value for metric, value in found.items() if value is not None}
-        tables[name] = keep(part, table_path(checkpoint, name, folder))
-        counts[name] = len(part)
-    if baselines or (baselines is None and folder is None):
+    tables[chosen.name] = str(keep(table, path))
+    for name, listed in chosen.subsets.items():
+        part = table.subset([c for c in listed if c not in failed], split=name, subset_of=chosen.name, metrics={})
+        by_name = scores(part.counts.sum(axis=0))
+        metrics |= {f"test/{name}/{metric}": value for metric, value in by_name.items() if value is not None}
+        tables[name] = str(keep(part, table_path(checkpoint, name, folder)))
+        chips[name] = len(part)
+    if baselines:
         write_baselines(cli.recipe, table, path.parent.parent)
-    return PassResult("test", checkpoint, digest, counts, metrics, tables, disagreement)
+    return found | {"disagreement": disagreement}
 
 
 def choose_split(recipe: Recipe, split: str) -> ChosenSplit:
-    """The file of a split, and which other test splits lie within it.
+    """What a pass over a split reads, and which other test splits lie within it.
 
     Raises:
         UsageError: The recipe names no such split, or none of its test splits holds all the others.
@@ -301,7 +252,7 @@ def choose_split(recipe: Recipe, split: str) -> ChosenSplit:
     if not uses_flood_data_module(recipe):
         if split != "test":
             raise UsageError(f"this data module has no split {split!r} for a test", fix="leave --split out")
-        return ChosenSplit(split, None)
+        return ChosenSplit(split)
     several = isinstance(arguments.get("test_split"), dict)
     if split in ("train", "val") or not several:
         if split not in SPLITS:
@@ -309,13 +260,13 @@ def choose_split(recipe: Recipe, split: str) -> ChosenSplit:
         return ChosenSplit(split, arguments.get(f"{split}_split"), read_splits(arguments, split)[split])
     files, chips = arguments["test_split"], read_splits(arguments, "test")
     if split in chips and split != "test":
-        return ChosenSplit(split, files[split], chips[split], several=True)
+        return ChosenSplit(split, files[split], chips[split])
     whole = next((name for name in chips if all(set(other) <= set(chips[name]) for other in chips.values())), None)
     if whole is None or split != "test":
         problem = f"names no split {split!r}" if whole else "has no test split that holds all the others"
         raise UsageError(f"the recipe {problem}", where="data.init_args.test_split", fix=f"--split {', '.join(chips)}")
     subsets = {name: list(others) for name, others in chips.items() if name != whole}
-    return ChosenSplit(whole, files[whole], chips[whole], subsets, several=True)
+    return ChosenSplit(whole, files[whole], chips[whole], subsets)
 
 
 def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path:
@@ -332,29 +283,20 @@ def keep(table: ChipTable, path: Path) -> Path:
     Raises:
         RunFolderError: The table cannot be written.
     """
-    if path.exists() and not _same(path, table):
-        aside = path.with_name(f"{free_name(path.with_suffix(''))}.parquet")
-        path.replace(aside)
-        console.say(f"a chip table of another checkpoint, recipe, data or device was set aside as {aside}")
     try:
-        chip_table.write(table, path)
+        old = read_table(path).metadata
+        replaces = all(old.get(key) == table.metadata.get(key) for key in _SAME)
+    except TableError:  # there is none, or it is damaged
+        replaces = not path.exists()
+    try:
+        if not replaces:
+            aside = path.with_name(f"{free_name(path.with_suffix(''))}.parquet")
+            path.replace(aside)
+            console.say(f"a chip table of another checkpoint, recipe, data or device was set aside as {aside}")
+        write_table(table, path)
     except OSError as error:
         raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
     return path
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    """The first of the largest, (B, H, W), as `argmax(dim=1)` has it; torch 2.14's takes 7 ms a chip on a CPU."""
-    largest, index = logits[:, 0], torch.zeros_like(logits[:, 0], dtype=torch.int32)
-    for k in range(1, logits.shape[1]):
-        index = torch.where(logits[:, k] > largest, k, index)
-        largest = torch.maximum(largest, logits[:, k])
-    return index
-
-
-def _bincount(index: Tensor, shape: tuple[int, ...], weights: Tensor | None = None) -> Tensor:
-    size = int(np.prod(shape))
-    return torch.bincount(index.flatten(), None if weights is None else weights.flatten(), size).reshape(shape)
 
 
 def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:
@@ -363,16 +305,8 @@ def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:
     return list(recipes.differences(recipes.read(run.recipe), recipe)) if run else None
 
 
-def _disagreement(table: ChipTable, metrics: Mapping[str, float], prefix: str) -> float:
+def _disagreement(table: ChipTable, metrics: Mapping[str, float]) -> float:
     """Largest difference between the table's scores and TerraTorch's; a class that is absent is 0 there."""
+    theirs = {name.rsplit("/", 1)[-1]: value for name, value in metrics.items()}
     ours = scores(table.counts.sum(axis=0))
-    common = [name for name, value in ours.items() if value is not None and f"{prefix}{name}" in metrics]
-    return max(abs((ours[name] or 0.0) - metrics[f"{prefix}{name}"]) for name in common)
-
-
-def _same(path: Path, table: ChipTable) -> bool:
-    try:
-        old = chip_table.read(path).metadata
-    except TableError:
-        return False
-    return all(old.get(key) == table.metadata.get(key) for key in _SAME)
+    return max(abs((ours[name] or 0.0) - theirs[name]) for name in ours if name in theirs)

@@ -1,0 +1,79 @@
+"""The counts of a chip table, made where the pixels are: on the GPU, or on the CPU.
+
+B = chips of a batch, K = classes, H, W = pixels.
+"""
+
+import math
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from floodrepro.data.protocols import IGNORE_INDEX
+from floodrepro.evaluation.chip_table import BINS
+
+
+def count(
+    truth: Any,
+    prediction: Any,
+    probability: Any = None,
+    *,
+    classes: int,
+    positive: int = -1,
+    ignore_index: int = IGNORE_INDEX,
+) -> dict[str, npt.NDArray[Any]]:
+    """The columns of `floodrepro.evaluation.chip_table.ChipTable` for a batch.
+
+    Args:
+        truth: (B, H, W), integers, a tensor or an array.
+        prediction: (B, H, W), integers from 0 to K - 1; -1 where there is none.
+        probability: (B, H, W), of the positive class, 0 to 1.
+        classes: K.
+        positive: The class that the probabilities are of; -1 is the last.
+        ignore_index: Truth of the pixels that do not count.
+
+    Returns:
+        counts (B, K, K), ignored (B,), unseen (B,) and, with probabilities, histogram (B, 2, BINS), confidence
+        (B, BINS), squared_error (B,).
+    """
+    truth, prediction = _tensor(truth), _tensor(prediction)
+    known, chips = truth != ignore_index, len(truth)
+    counted = known & (prediction >= 0)
+    # Other pixels go to one more chip, which is dropped: to leave them out by a mask takes seven times as long on a
+    # CPU, and on a GPU waits for their number.
+    chip = torch.arange(chips, dtype=torch.int32, device=truth.device)[:, None, None]
+    chip = torch.where(counted, chip, chips)
+    label, called = (torch.where(counted, part, 0).int() for part in (truth, prediction))
+
+    def bincount(index: Tensor, *shape: int, weights: Tensor | None = None) -> Tensor:
+        flat = None if weights is None else weights.flatten()
+        return torch.bincount(index.flatten(), flat, (chips + 1) * math.prod(shape)).reshape(-1, *shape)[:-1]
+
+    found = {
+        "counts": bincount((chip * classes + label) * classes + called, classes, classes),
+        "ignored": (~known).sum(dim=(1, 2)),
+        "unseen": (known & ~counted).sum(dim=(1, 2)),
+    }
+    if probability is not None:
+        p, is_positive = torch.where(counted, _tensor(probability), 0).double(), label == positive % classes
+        place = (p * BINS).int().clamp_(max=BINS - 1)
+        found["histogram"] = bincount((2 * chip + is_positive.int()) * BINS + place, 2, BINS)
+        found["confidence"] = bincount(chip * BINS + place, BINS, weights=p)
+        found["squared_error"] = bincount(chip, weights=(p - is_positive.double()).square_())
+    return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+def _tensor(values: Any) -> Tensor:
+    """On the device where it is, unless that has no deterministic form of a weighted bincount."""
+    tensor = torch.as_tensor(values)
+    return tensor.cpu() if torch.are_deterministic_algorithms_enabled() else tensor
+
+
+def largest_class(logits: Tensor) -> Tensor:
+    """The first of the largest, (B, H, W), as `argmax(dim=1)` has it; torch 2.14's takes 7 ms a chip on a CPU."""
+    largest, index = logits[:, 0], torch.zeros_like(logits[:, 0], dtype=torch.int32)
+    for k in range(1, logits.shape[1]):
+        index = torch.where(logits[:, k] > largest, k, index)
+        largest = torch.maximum(largest, logits[:, k])
+    return index
