@@ -31,7 +31,7 @@ def verified(run: RunFolder) -> dict:
 def card_of(run: RunFolder, **options) -> str:
     shutil.rmtree(run.export, ignore_errors=True)
     write_pair(run, run.export)
-    return write_card(run.export, "mine", run.best, recipes.read(run.recipe), run, **options).read_text()
+    return write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run, **options).read_text()
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_card_of_another_class_says_nothing_of_floods(tmp_path: Path):
 
 def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_path: Path):
     weights = write_pair(run, tmp_path / "out")
-    card = write_card(weights.parent, "mine", run.best, recipes.read(run.recipe), None).read_text()
+    card = write_card(weights.parent, "mine", run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert "What the training started from is not known" in card
     assert "Not verified" in card
 
@@ -142,7 +142,7 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_p
 def test_edited_card_is_set_aside_and_never_lost(run: RunFolder):
     card_of(run)
     (run.export / "README.md").write_text("my own words")
-    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+    write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
     assert (run.export / "README-2.md").read_text() == "my own words"
     assert (run.export / "README.md").read_text().startswith("---")
 
@@ -170,10 +170,10 @@ def test_pair_of_another_checkpoint_or_damaged_is_refused(run: RunFolder):
     weights = write_pair(run, run.export)
     run.best.write_bytes(b"other weights")
     with pytest.raises(CheckpointError, match="not exported from"):
-        write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+        write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="damaged"):
-        write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+        write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
 
 
 def test_damaged_results_are_refused(run: RunFolder):

@@ -56,7 +56,7 @@ def needs(command: Command) -> str:
     config = words[words.index("--config") + 1] if words[0] == "fit" else ""
     if config not in recipes.shipped() or {"--precision", "--print_config"} & set(words):
         return ""
-    return "a GPU" if recipes.read(recipes.find(config))["trainer"]["precision"] == "16-mixed" else ""
+    return "a GPU" if recipes.read_yaml(recipes.find(config))["trainer"]["precision"] == "16-mixed" else ""
 
 
 def test_command_that_needs_a_gpu_or_the_network_says_so():

@@ -28,7 +28,7 @@ from floodrepro.system.machine import free_memory, usable_cores
 
 GIB = 2**30
 NAMES = {"v0": "terramind_v1_base_impactmesh_flood_amd", "v1-binary": "terramind_v1_base_impactmesh_flood_v1_binary"}
-BASE, DEMO = recipes.read(recipes.find(NAMES["v0"])), recipes.read(recipes.find("demo"))
+BASE, DEMO = recipes.read_yaml(recipes.find(NAMES["v0"])), recipes.read_yaml(recipes.find("demo"))
 MI300X = {"name": "AMD Instinct MI300X", "memory": 192 * GIB, "free": 190 * GIB, "float16": True, "bfloat16": True}
 T4 = {"name": "Tesla T4", "memory": 15 * GIB, "free": 14 * GIB, "float16": True, "bfloat16": False}
 MIG = T4 | {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "memory": 5 * GIB, "free": 5 * GIB, "bfloat16": True}
@@ -295,7 +295,7 @@ def test_missing_data_gets_the_command_that_fits_the_recipe(tmp_path, chips):
 
     assert "floodrepro data synth --root" in without_data(DEMO).fix
     assert without_data(BASE).fix.endswith("--protocol v0 --revision COMMIT")
-    binary = without_data(recipes.read(recipes.find(NAMES["v1-binary"])))
+    binary = without_data(recipes.read_yaml(recipes.find(NAMES["v1-binary"])))
     assert binary.fix.endswith("--protocol v1-binary")
     assert "about 72 GB" in binary.detail
     assert_can_be_pasted(binary.fix)

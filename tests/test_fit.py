@@ -27,7 +27,7 @@ def fit(cli, chips: Path, tmp_path: Path):
 
 
 def test_run_folder_holds_what_was_run(trained, chips):
-    recipe, record = recipes.read(trained.recipe), trained.read_record()
+    recipe, record = recipes.read_yaml(trained.recipe), trained.read_record()
     assert recipe["trainer"]["max_epochs"] == 2
     assert recipe["data"]["init_args"]["data_root"] == str(chips / "data")
     assert record["recipe_sha256"] == recipes.fingerprint(recipe)
@@ -118,7 +118,7 @@ def test_a_layer_may_hold_a_few_keys_only(cli, tmp_path: Path):
     assert outcome.code == 0, outcome.err
     recipe = yaml.safe_load(outcome.out)
     assert (recipe["data"]["init_args"]["batch_size"], recipe["trainer"]["max_epochs"]) == (4, 7)
-    assert recipe["data"]["class_path"] == recipes.read(recipes.find("demo"))["data"]["class_path"]
+    assert recipe["data"]["class_path"] == recipes.read_yaml(recipes.find("demo"))["data"]["class_path"]
 
 
 def test_print_config_shows_defaults_and_makes_nothing(fit, tmp_path: Path):
@@ -211,7 +211,7 @@ def test_unexpected_error_shows_its_traceback_and_keeps_it(fit, tmp_path: Path, 
 
 
 def test_best_checkpoint_follows_the_recipe_s_own_monitor(cli, chips, tmp_path: Path):
-    recipe = recipes.read(recipes.find("demo"))
+    recipe = recipes.read_yaml(recipes.find("demo"))
     for callback in recipe["trainer"]["callbacks"]:
         if callback["class_path"].endswith("ModelCheckpoint"):
             callback["init_args"] |= {"monitor": "val/mIoU", "mode": "min"}

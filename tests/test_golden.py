@@ -56,7 +56,7 @@ class Losses(Callback):
 def train(root: Path, *overrides: str, steps: int = 20) -> tuple[list[float], Any]:
     """Losses of the steps, and the training chips as they were read."""
     path = recipes.find(RECIPE)
-    place = recipes.data_overrides(root, recipes.read(path))
+    place = recipes.data_overrides(root, recipes.read_yaml(path))
     cli = RecipeCLI([path], [*OVERRIDES, f"--trainer.max_steps={steps}", *place, *overrides])
     losses, threads = Losses(), torch.get_num_threads()
     torch.set_num_threads(2)  # sums are split between threads: another number of them, other roundings

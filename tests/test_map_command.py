@@ -20,7 +20,7 @@ def random_weights(cli, chips, tmp_path_factory):
     from floodrepro.training.terratorch_cli import RecipeCLI
 
     folder = tmp_path_factory.mktemp("weights")
-    recipe = RecipeCLI([recipes.find("demo")], recipes.data_overrides(chips, recipes.read(recipes.find("demo"))))
+    recipe = RecipeCLI([recipes.find("demo")], recipes.data_overrides(chips, recipes.read_yaml(recipes.find("demo"))))
     recipe.build(lambda config: without_files(config, progress_bar=False))
     (folder / "net.yaml").write_text(recipes.to_yaml(recipe.recipe))
     state = recipe.model.state_dict()

@@ -42,7 +42,7 @@ def judged(run: RunFolder, **measured) -> Check:
 
 @pytest.fixture(scope="module")
 def pair(trained: RunFolder, tmp_path_factory: pytest.TempPathFactory):
-    return export(trained.best, recipes.read(trained.recipe), tmp_path_factory.mktemp("export"), "pair")
+    return export(trained.best, recipes.read_yaml(trained.recipe), tmp_path_factory.mktemp("export"), "pair")
 
 
 @pytest.fixture(scope="module")
@@ -116,18 +116,18 @@ def test_exported_pair_is_the_checkpoint_and_of_no_machine(trained: RunFolder, p
     written = load_file(pair.path)
     assert written.keys() == source.keys()
     assert all(torch.equal(written[key], source[key]) for key in source)
-    recipe = recipes.read(pair.config)
+    recipe = recipes.read_yaml(pair.config)
     assert recipe["trainer"]["logger"] is False
     assert "callbacks" not in recipe["trainer"]
     text = pair.config.read_text()
     assert str(trained.path) not in text
     assert not re.search(r": /", text)
     with pytest.raises(UsageError, match="not overwritten"):
-        export(trained.best, recipes.read(trained.recipe), pair.path.parent, "pair")
+        export(trained.best, recipes.read_yaml(trained.recipe), pair.path.parent, "pair")
 
 
 def test_export_of_the_same_weights_has_the_same_sha256(trained: RunFolder, pair, tmp_path: Path):
-    again = export(trained.best, recipes.read(trained.recipe), tmp_path, "pair")
+    again = export(trained.best, recipes.read_yaml(trained.recipe), tmp_path, "pair")
     assert again.sha256 == pair.sha256
 
 
@@ -153,7 +153,7 @@ def test_pair_with_other_statistics_predicts_otherwise_also_through_a_twin(
     """The pair itself is loaded, and predicts the same, in tests/test_verify.py."""
     monkeypatch.setattr(measure, "_READS_SAFETENSORS", (99, 0))  # as on torch 2.9
     config = tmp_path / "pair.yaml"
-    recipe = recipes.read(pair.config)
+    recipe = recipes.read_yaml(pair.config)
     recipe["data"]["init_args"]["means"]["S1RTC"] = [-9.871, -15.993]  # impactmesh 0.2.0's
     config.write_text(yaml.safe_dump(recipe))
     found = measure.measure_load_back(trained.recipe, trained.best, replace(pair, config=config), "changed")
@@ -163,7 +163,7 @@ def test_pair_with_other_statistics_predicts_otherwise_also_through_a_twin(
 
 
 def test_pair_of_another_decoder_does_not_load(trained: RunFolder, pair, tmp_path: Path):
-    recipe = recipes.read(pair.config)
+    recipe = recipes.read_yaml(pair.config)
     recipe["model"]["init_args"]["model_args"]["decoder_channels"] = [128, 64, 32, 16]
     (tmp_path / "pair.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(CheckpointError, match="does not load"):
@@ -251,7 +251,7 @@ def test_pictures_show_what_is_on_the_disk(chips: Path):
 
 
 def test_pictures_of_another_input_than_the_tables_are_found(trained: RunFolder, table: Path, tmp_path: Path):
-    recipe = recipes.read(trained.recipe)
+    recipe = recipes.read_yaml(trained.recipe)
     recipe["data"]["init_args"]["stds"]["S1RTC"] = [1.0, 1.0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     found = pictures.measure_panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)

@@ -30,7 +30,7 @@ def export_of(path: Path, **summary: object) -> Path:
     results["summary"] |= {"not_met": [], "left_out": [], "ok": True} | summary
     keep(results, run)
     write_pair(run, run.export)
-    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run, licence="apache-2.0")
+    write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run, licence="apache-2.0")
     return run.export
 
 
@@ -194,7 +194,7 @@ def test_undecided_comparison_is_published_with_its_word(cli, exported: Path):
 def test_run_that_was_not_verified_has_to_be_forced(cli, tmp_path: Path):
     run = make_run(tmp_path / "bare")
     write_pair(run, run.export)
-    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+    write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
     assert "not verified" in dry(cli, run.export)["objection"]
     told(cli("publish", "--export", run.export, "--repo", REPO, "--yes"), "not verified")
 

@@ -134,7 +134,7 @@ def missed(table: ChipTable, share: float, events: list[str] | None = None) -> C
 
 def demo_recipe(**overrides: Any) -> recipes.Recipe:
     """The demo's recipe on protocol v0, with top-level keys replaced."""
-    recipe = recipes.read(recipes.find("demo")) | overrides
+    recipe = recipes.read_yaml(recipes.find("demo")) | overrides
     recipe["data"]["init_args"]["protocol"] = "v0"
     return recipe
 
@@ -224,7 +224,7 @@ def keep(found: dict[str, Any], run: RunFolder) -> dict[str, Any]:
 def write_pair(run: RunFolder, folder: Path, name: str = "mine") -> Path:
     """An exported pair of a run's checkpoint, of a few numbers, and its YAML; returns the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest, recipe = hashlib.sha256(run.best.read_bytes()).hexdigest(), recipes.read(run.recipe)
+    digest, recipe = hashlib.sha256(run.best.read_bytes()).hexdigest(), recipes.read_yaml(run.recipe)
     metadata = {"source_sha256": digest, "recipe_sha256": recipes.fingerprint(recipe)}
     save_file({"model.a": np.arange(6.0)}, folder / f"{name}.safetensors", metadata)
     (folder / f"{name}.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")

@@ -50,7 +50,7 @@ def find(name_or_path: str) -> Path:
     raise UsageError(what, where=name_or_path, fix=fix)
 
 
-def read(path: Path) -> Recipe:
+def read_yaml(path: Path) -> Recipe:
     """Read a YAML and check that it parses.
 
     Raises:
@@ -144,7 +144,7 @@ _PLACE = re.compile(
 def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
     """The shipped recipe nearest to a resolved one, and the keys in which they differ; place and seed do not count."""
     found = {
-        name: [key for key in differences(read(path), recipe) if not _PLACE.fullmatch(key)]
+        name: [key for key in differences(read_yaml(path), recipe) if not _PLACE.fullmatch(key)]
         for name, path in shipped().items()
     }
     nearest = min(found, key=lambda name: len(found[name]))

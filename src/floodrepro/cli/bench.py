@@ -42,7 +42,7 @@ def run_bench(args: argparse.Namespace) -> int:
     chosen = {name: getattr(args, name) or value for name, value in (_ON_GPU if gpu else _ON_CPU).items()}
     if args.action == "data":  # the model is built and not used
         chosen |= {"config": args.config or _TINY, "precision": chosen["precision"][:1]}
-    recipe = recipes.read(recipes.find(chosen["config"]))
+    recipe = recipes.read_yaml(recipes.find(chosen["config"]))
     changes = [f"--data.init_args.batch_size={chosen['batch']}"]
     if not gpu or args.workers is not None:
         changes.append(f"--data.init_args.num_workers={args.workers or 0}")

@@ -95,7 +95,7 @@ def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]
     home = (args.run_dir or Path("demo" if args.demo else f"runs/{source.stem}-reproduction")).resolve()
     run_dir = home / "runs" if args.demo else home
     root = args.data_root or (home / "ImpactMesh-Flood" if args.demo else Path("ImpactMesh-Flood"))
-    seeds = _seeds(args.seeds or str(recipes.read(source).get("seed_everything") or 0))
+    seeds = _seeds(args.seeds or str(recipes.read_yaml(source).get("seed_everything") or 0))
     runs = {seed: RunFolder(run_dir / f"seed-{seed}") for seed in seeds}
     changes = [*(["--precision", args.precision] if args.precision else []), *args.overrides]
     fit = ["fit", "--config", config, "--data-root", root, "--runs-root", run_dir, *changes]

@@ -41,7 +41,7 @@ def add_runs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_runs(args: argparse.Namespace) -> int:
     """List runs with recipe, status, best score and age, the newest first: runs ls."""
-    shipped = {recipes.fingerprint(recipes.read(file)): name for name, file in recipes.shipped().items()}
+    shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
     found = [_summary(RunFolder(record.parent), shipped) for record in args.runs_root.rglob("run.json")]
     found.sort(key=lambda run: run["started"] or "", reverse=True)
     rows = [["name", "recipe", "status", "best", "age"]]

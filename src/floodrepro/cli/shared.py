@@ -64,7 +64,7 @@ def read_recipe(args: argparse.Namespace, found: Path | None = None) -> tuple[li
     files = [recipes.find(name) for name in args.config or []] or ([found] if found else [])
     if not files:
         raise UsageError("no config", fix="--config YAML")
-    layers = [recipes.read(path) for path in files]
+    layers = [recipes.read_yaml(path) for path in files]
     overrides = recipes.data_overrides(args.data_root, *layers) if args.data_root else []
     for key in ("limit", "fraction", "strict", "skip_damaged"):
         if value := getattr(args, key, None):

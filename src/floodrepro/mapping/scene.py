@@ -108,7 +108,7 @@ def read_scene(path: Path) -> Scene:
         UsageError: It does not say what it has to, or says what nobody understands.
         DataError: A file of it cannot be opened.
     """
-    content = recipes.read(path)
+    content = recipes.read_yaml(path)
     _refuse_unknown(content, {*BANDS, "area", "crs", "stac", "event"}, path)
     found: dict[tuple[str, int], Acquisition] = {}
     for sensor in [sensor for sensor in BANDS if content.get(sensor)]:

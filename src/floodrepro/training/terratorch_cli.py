@@ -103,7 +103,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Merge files and overrides into ``recipe``, then let the parser add its defaults in ``config``."""
-        contents = [recipes.read(path) for path in self._configs]
+        contents = [recipes.read_yaml(path) for path in self._configs]
         given = [key for content in contents for key in content] + [o[2:].split(".")[0] for o in self._overrides]
         where = " ".join([*map(str, self._configs), *self._overrides])
         modules = [c["custom_modules_path"] for c in contents if c.get("custom_modules_path")]

@@ -61,12 +61,12 @@ def required_checks(asked: str | None) -> list[str]:
 
 def load_thresholds() -> dict[str, Any]:
     """The criteria by check id, and `required`: verification/thresholds.yaml of the package."""
-    return recipes.read(Path(__file__).parent / "thresholds.yaml")
+    return recipes.read_yaml(Path(__file__).parent / "thresholds.yaml")
 
 
 def load_published() -> dict[str, dict[str, Any]]:
     """Published figures with their sources, by stem: verification/reference/*.yaml of the package."""
-    return {path.stem: recipes.read(path) for path in sorted((Path(__file__).parent / "reference").glob("*.yaml"))}
+    return {path.stem: recipes.read_yaml(path) for path in sorted((Path(__file__).parent / "reference").glob("*.yaml"))}
 
 
 def gather(
@@ -93,7 +93,7 @@ def gather(
         TableError: The reference's table is missing or damaged.
     """
     absent: _Absent = {}
-    recipe, other, there = recipes.read(home.recipe), None, None
+    recipe, other, there = recipes.read_yaml(home.recipe), None, None
     if reference is None:
         absent["reference"] = ("skip", "no reference was given")
     else:

@@ -288,18 +288,18 @@ def _pair(run: RunFolder, digest: str, scratch: Path) -> tuple[ExportedWeights, 
         if (pair := read_exported(file)).metadata.get("source_sha256") == digest:
             return pair, "as it lies in export/"
     made = scratch / "pair.safetensors"
-    pair = read_exported(made) if made.is_file() else export(run.best, recipes.read(run.recipe), scratch, "pair")
+    pair = read_exported(made) if made.is_file() else export(run.best, recipes.read_yaml(run.recipe), scratch, "pair")
     return pair, "made for this check, since export/ holds none of this checkpoint"
 
 
 def _parse(config: Path, data_root: Path | None, *more: str) -> RecipeCLI:
-    overrides = recipes.data_overrides(data_root, recipes.read(config)) if data_root else []
+    overrides = recipes.data_overrides(data_root, recipes.read_yaml(config)) if data_root else []
     return RecipeCLI([config], [*overrides, *more])
 
 
 def _readable_here(config: Path, data_root: Path | None) -> RecipeCLI:
     """A recipe, parsed; in fp32 where it asks for fp16 and there is no GPU."""
-    fp16 = str((recipes.read(config).get("trainer") or {}).get("precision")).startswith("16")
+    fp16 = str((recipes.read_yaml(config).get("trainer") or {}).get("precision")).startswith("16")
     more = ["--trainer.precision=32-true"] if fp16 and not torch.cuda.is_available() else []
     return _parse(config, data_root, *more)
 
