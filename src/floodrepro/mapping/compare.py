@@ -46,4 +46,5 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
                 builder.add(name, name.split("_")[0], wet[part], hit, seen, share[part])
     metadata = {"split": "map", "class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata |= {"protocol": "custom", "checkpoint": {"name": record["weights"]["file"]} | record["weights"]}
+    metadata["recipe_sha256"] = record["recipe_sha256"]
     return builder.table(metadata)
