@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from floodrepro.data.protocols import event_of
-from floodrepro.errors import TableError
+from floodrepro.errors import RunFolderError, TableError
 from floodrepro.evaluation.metrics import Counts
 
 SCHEMA = 2
@@ -71,13 +71,7 @@ class ChipTable:
     def of_batches(
         cls, events: Mapping[str, str], batches: Sequence[Mapping[str, npt.NDArray[Any]]], metadata: dict[str, Any]
     ) -> Self:
-        """The table of batches as `floodrepro.evaluation.counting.count` counts them.
-
-        Args:
-            events: The event of each chip, in the order of the batches.
-            batches: Columns by name.
-            metadata: Of the table.
-        """
+        """The table of batches that `floodrepro.evaluation.counting.count` counted, and the event of each chip."""
         columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
         columns |= {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         chips, names = (np.array(list(part), dtype=np.str_) for part in (events, events.values()))
@@ -132,7 +126,7 @@ def write_table(table: ChipTable, path: Path) -> None:
     """Write a table as Parquet; a pass that is killed leaves nothing under this name.
 
     Raises:
-        OSError: The folder cannot be written.
+        RunFolderError: The folder cannot be written.
     """
     columns = {
         name: pa.array(ids.tolist(), pa.string()) for name, ids in (("chip", table.chips), ("event", table.events))
@@ -145,10 +139,13 @@ def write_table(table: ChipTable, path: Path) -> None:
             columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
     shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": BINS}
     content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata)})
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
+        partial.replace(path)
+    except OSError as error:
+        raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
 
 
 def read_table(path: Path) -> ChipTable:
@@ -189,10 +186,9 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     They need the same classes, the same chips in the same order, and the same truth: counted pixels of each class in
     each chip. `on_common_chips` makes this so where one of them has not seen all pixels.
     """
-    if one.num_classes != other.num_classes:
-        return f"{one.num_classes} classes against {other.num_classes}: another protocol"
-    if one.metadata.get("protocol") != other.metadata.get("protocol"):
-        return f"protocol {one.metadata.get('protocol')} against {other.metadata.get('protocol')}"
+    kinds = [f"protocol {table.metadata.get('protocol')} with {table.num_classes} classes" for table in (one, other)]
+    if kinds[0] != kinds[1]:
+        return " against ".join(kinds)
     if not np.array_equal(one.chips, other.chips):
         only = len(set(one.chips.tolist()) ^ set(other.chips.tolist()))
         return f"other chips: {only} are in one table alone" if only else "the same chips in another order"

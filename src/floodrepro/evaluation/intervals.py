@@ -26,19 +26,12 @@ _MOST = 1_000_000  # events or seeds; beyond it, no test set decides
 
 @dataclass(frozen=True)
 class Result:
-    """An estimate and what is known of its spread.
+    """An estimate and what is known of its spread."""
 
-    Args:
-        estimate: The figure, or the difference of two.
-        error: Its standard error.
-        freedom: Degrees of freedom of the t distribution.
-        n: Number of events or seeds behind it.
-    """
-
-    estimate: float
-    error: float
-    freedom: float
-    n: int
+    estimate: float  # the figure, or the difference of two
+    error: float  # its standard error
+    freedom: float  # degrees of freedom of the t distribution
+    n: int  # number of events or seeds behind it
 
     def interval(self, level: float = 0.90) -> tuple[float, float]:
         """Two-sided interval: t quantile times standard error on both sides.
@@ -51,15 +44,11 @@ class Result:
         return self.estimate - half, self.estimate + half
 
     def verdict(self, margin: float, alpha: float = 0.05) -> Verdict:
-        """Two one-sided t tests (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics), in three words.
-
-        Args:
-            margin: The difference that matters, in the figure's unit.
-            alpha: Error of each one-sided test; the interval has level 1 - 2 alpha.
+        """Two one-sided t tests (Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics), each at `alpha`.
 
         Returns:
-            `equivalent` if the interval lies within the margin, `different` if it lies outside on one side, otherwise
-            `undecided`.
+            `equivalent` if the 1 - 2 alpha interval lies within the margin, which has the figure's unit, `different` if
+            it lies outside on one side, otherwise `undecided`.
 
         Raises:
             ValueError: The margin is not positive.

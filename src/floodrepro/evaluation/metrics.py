@@ -18,28 +18,6 @@ MIN_FLOOD_PIXELS = 100
 field decides its IoU."""
 
 
-def confusion(
-    truth: npt.NDArray[Any], prediction: npt.NDArray[Any], num_classes: int, ignore_index: int = -1
-) -> Counts:
-    """Confusion counts (K, K) of one or more chips, rows = truth, columns = prediction.
-
-    Args:
-        truth: Class of each pixel, integers of any shape.
-        prediction: Predicted class of each pixel, same shape; integers or booleans.
-        num_classes: K. Classes are 0 to K - 1.
-        ignore_index: Truth of the pixels that are not counted.
-
-    Raises:
-        ValueError: The shapes differ, or a counted pixel's truth or prediction is not a class.
-    """
-    if truth.shape != prediction.shape:
-        raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
-    pairs = np.stack([truth, prediction])[:, truth != ignore_index].astype(np.int64)
-    if pairs.size and not 0 <= pairs.min() <= pairs.max() < num_classes:
-        raise ValueError(f"classes from {pairs.min()} to {pairs.max()}, expected 0 to {num_classes - 1}")
-    return np.bincount(num_classes * pairs[0] + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def scores(counts: Counts) -> dict[str, float | None]:
     """The scores that TerraTorch reports, under its names, from counts (K, K) summed over a split.
 
