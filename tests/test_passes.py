@@ -1,9 +1,11 @@
 """validate, test and predict: plain TerraTorch's figures, the config before the checkpoint's memory, chips by name."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,7 +57,8 @@ def test_metrics_equal_plain_terratorch_to_six_digits(metrics, trained, tmp_path
     from terratorch.cli_tools import build_lightning_cli  # floodrepro's import of it undoes what it sets globally
 
     monkeypatch.chdir(tmp_path)
-    plain = build_lightning_cli(["test", "--config", str(trained.recipe), "--ckpt_path", str(trained.best)])
+    with mock.patch.dict(os.environ):  # it sets GDAL's variables, with which GDAL makes no ENVI files
+        plain = build_lightning_cli(["test", "--config", str(trained.recipe), "--ckpt_path", str(trained.best)])
     theirs = {name: float(value) for name, value in plain.trainer.callback_metrics.items()}
     for name in ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy", "Class_Accuracy_1", "loss"):
         assert metrics[f"test/{name}"] == pytest.approx(theirs[f"test/{name}"], abs=5e-7), name

@@ -6,12 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli.shared import (
-    add_checkpoint_flags,
-    add_recipe_flags,
-    parse_recipe,
-    parse_recipe_for_checkpoint,
-)
+from floodrepro.cli.shared import add_checkpoint_flags, add_recipe_flags, parse_recipe, parse_recipe_for_checkpoint
 from floodrepro.errors import UsageError
 
 _MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
@@ -34,12 +29,8 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--ckpt", "--ckpt_path", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
     add_recipe_flags(parser, config_required=False)
-    parser.add_argument(
-        "--split",
-        default="test",
-        metavar="NAME",
-        help="test (default; several test splits in one pass), val, train, or one of the recipe's test splits",
-    )
+    splits = "test (default; several test splits in one pass), val, train, or one of the recipe's test splits"
+    parser.add_argument("--split", default="test", metavar="NAME", help=splits)
     where = "folder of the chip tables (default: evaluation/ of the run folder; of masks, here)"
     parser.add_argument("--output", type=Path, metavar="DIR", help=where)
     parser.add_argument("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
@@ -56,13 +47,8 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add_checkpoint_flags(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
-    parser.add_argument(
-        "--probabilities",
-        nargs="?",
-        const="float32",
-        choices=("float32", "uint8"),
-        help="write the positive class's probability too",
-    )
+    kinds = {"nargs": "?", "const": "float32", "choices": ("float32", "uint8")}
+    parser.add_argument("--probabilities", **kinds, help="write the positive class's probability too")
     parser.epilog = f"{parser.epilog}\n{_FILES}"
 
 

@@ -49,12 +49,7 @@ class Result:
         Returns:
             `equivalent` if the 1 - 2 alpha interval lies within the margin, which has the figure's unit, `different` if
             it lies outside on one side, otherwise `undecided`.
-
-        Raises:
-            ValueError: The margin is not positive.
         """
-        if not margin > 0:
-            raise ValueError(f"the margin is {margin}, it must be positive")
         low, high = self.interval(1 - 2 * alpha)
         if -margin < low and high < margin:
             return "equivalent"
@@ -98,14 +93,11 @@ def jackknife(counts: Counts, statistic: Statistic, *, other: Counts | None = No
         positive: The class by which events weigh.
 
     Raises:
-        ValueError: Fewer than two events, other events in `other`, or the figure is undefined, overall or without one
-            of the events.
+        ValueError: Fewer than two events, or the figure is undefined, overall or without one of the events.
     """
     events = len(counts)
     if events < 2:
         raise ValueError(f"{events} event: an interval over events needs at least two")
-    if other is not None and other.shape != counts.shape:
-        raise ValueError(f"counts {counts.shape} and {other.shape}: not the same events and classes")
 
     def figure(pool: Callable[[Counts], Any]) -> Floats:
         return statistic(pool(counts)) - (0.0 if other is None else statistic(pool(other)))

@@ -54,7 +54,7 @@ def tabulate_masks(
         name: What the table is called in reports.
         split: Its name.
         scale: For masks of probabilities of the positive class: the value that means 1. None for masks of classes.
-        values: The class of each value of the masks, as `parse_values` reads it. By default a value is a class.
+        values: The class of each value, as `parse_values` reads it. By default a value is a class.
 
     Raises:
         UsageError: The recipe has another data module, probabilities are given for more than two classes, or `values`
@@ -122,8 +122,9 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int | None]
     Raises:
         UsageError: It does not parse, or names a class that the recipe does not have.
     """
-    classes: dict[str, int | None] = {str(k): k for k in range(len(class_names))}
-    classes |= {name: k for k, name in enumerate(class_names)} | {LEFT_OUT: None}
+    classes: dict[str, int | None] = {LEFT_OUT: None}
+    for k, name in enumerate(class_names):
+        classes |= {str(k): k, name: k}
     try:
         pairs = [part.split("=") for part in text.split(",")]
         return {int(value): classes[label.strip()] for value, label in pairs}
@@ -180,9 +181,9 @@ def _named_after_chips(files: Sequence[Path], chips: Mapping[str, str], preferre
 
 
 def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Container[float]) -> npt.NDArray[np.float64]:
-    """Values (H, W) on a chip's grid, NaN where no raster has data; the first raster that has some counts.
+    """Values (H, W) on a chip's grid, NaN without data; of several rasters the first that has some counts.
 
-    Values that are `named` are no no-data, whatever a raster says.
+    A value that is `named` is data, whatever a raster says.
     """
     found = np.full(grid.shape, np.nan)
     for raster in rasters:
@@ -208,11 +209,9 @@ def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int | None],
     prediction = np.full(found.shape, -1)
     for value in np.unique(found[~np.isnan(found)]).tolist():
         if value not in known:
-            raise DataError(
-                f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}",
-                fix=f"--values VALUE=CLASS,... names the values of your masks; {value:g}={LEFT_OUT} leaves one out, "
-                "and --probability is for probabilities",
-            )
+            what = f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}"
+            fix = f"--values VALUE=CLASS,... names them, {value:g}={LEFT_OUT} leaves one out; or --probability"
+            raise DataError(what, fix=fix)
         place = known[value]
         prediction[found == value] = -1 if place is None else place
     return prediction

@@ -106,19 +106,11 @@ class Reliability(NamedTuple):
 
 
 def reliability(histogram: npt.NDArray[np.int64], confidence: Floats, bins: int = 10) -> Reliability:
-    """The reliability diagram over all pixels of a chip table.
-
-    Args:
-        histogram: `ChipTable.histogram` (N, 2, B).
-        confidence: `ChipTable.confidence` (N, B).
-        bins: M, equally wide; each is made of whole bins of the table.
+    """The reliability diagram over all pixels of a chip table, from its histogram (N, 2, B) and confidence (N, B).
 
     Raises:
         ValueError: `bins` does not divide the table's bins.
     """
-    fine = histogram.shape[-1]
-    if bins < 1 or fine % bins:
-        raise ValueError(f"{bins} bins cannot be made of the table's {fine}: choose a divisor")
     rest, positive = histogram.sum(axis=0).reshape(2, bins, -1).sum(axis=2)
     summed = confidence.sum(axis=0).reshape(bins, -1).sum(axis=1)
     pixels = rest + positive
@@ -150,8 +142,6 @@ def threshold_sweep(histogram: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
 
 def _margins(counts: Counts) -> tuple[Floats, Floats, Floats]:
     """Pixels (..., K) that are right, that are of the class, and that are predicted as it."""
-    if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
-        raise ValueError(f"confusion counts end in two axes of K classes, these are {counts.shape}")
     values = counts.astype(np.float64)
     return np.diagonal(values, axis1=-2, axis2=-1), values.sum(axis=-1), values.sum(axis=-2)
 

@@ -67,11 +67,9 @@ class ChipWriter(BasePredictionWriter):
             profile |= {"transform": grid.transform, "height": grid.height, "width": grid.width}
             unseen = self._unseen(file, grid)
         if unseen.shape != logits.shape[1:]:
-            raise DataError(
-                f"the prediction has {tuple(logits.shape[1:])} pixels, the chip {unseen.shape}",
-                where=file,
-                fix="leave transforms that crop or resize out of the recipe's predict_transform",
-            )
+            what = f"the prediction has {tuple(logits.shape[1:])} pixels, the chip {unseen.shape}"
+            fix = "leave transforms that crop or resize out of the recipe's predict_transform"
+            raise DataError(what, where=file, fix=fix)
         layers: dict[str, tuple[Any, str, float]] = {"pred": (logits.argmax(dim=0).numpy(), "int16", UNSEEN)}
         if self._type:
             scale, no_data = PROBABILITY_TYPES[self._type]
