@@ -111,7 +111,9 @@ def test_three_ious_have_three_names_and_three_n():
 def table_of(truth: np.ndarray, probability: np.ndarray) -> ChipTable:
     """The chip table of truth (N, P) and probabilities of flood (N, P)."""
     layers = (layer[:, None] for layer in (truth, (probability > 0.5).astype(int), probability))
-    return ChipTable.of_batches({f"EMSR{n}_1": f"EMSR{n}" for n in range(len(truth))}, [count(*layers, classes=2)], {})
+    return ChipTable.of_batches(
+        [(f"EMSR{n}_1", f"EMSR{n}") for n in range(len(truth))], [count(*layers, classes=2)], {}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -69,13 +69,16 @@ class ChipTable:
 
     @classmethod
     def of_batches(
-        cls, events: Mapping[str, str], batches: Sequence[Mapping[str, npt.NDArray[Any]]], metadata: dict[str, Any]
+        cls,
+        rows: Iterable[tuple[str, str]],
+        batches: Sequence[Mapping[str, npt.NDArray[Any]]],
+        metadata: dict[str, Any],
     ) -> Self:
-        """The table of batches that `floodrepro.evaluation.counting.count` counted, and the event of each chip."""
+        """The table of batches that `floodrepro.evaluation.counting.count` counted; each row's chip and its event."""
         columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
         columns |= {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        chips, names = (np.array(list(part), dtype=np.str_) for part in (events, events.values()))
-        return cls(chips, **columns, metadata=metadata, events=names)
+        chips, events = np.array(list(rows), dtype=np.str_).T
+        return cls(chips, **columns, metadata=metadata, events=events)
 
     def __len__(self) -> int:
         """Number of chips."""

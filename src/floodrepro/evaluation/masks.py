@@ -100,7 +100,7 @@ def tabulate_masks(
         "metrics": {},
         "made": timestamp(),
     }
-    table = ChipTable.of_batches(chips, batches, metadata)
+    table = ChipTable.of_batches(chips.items(), batches, metadata)
     unseen, counted = int(table.unseen.sum()), int(table.counts.sum())
     if not counted:
         raise DataError(f"no mask covers any of the {len(table)} chips", where=masks[0], fix=_ADVICE)

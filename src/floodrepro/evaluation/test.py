@@ -96,7 +96,8 @@ class ChipCounts(Callback):
 
     def table(self, metadata: dict[str, Any], events: Mapping[str, str] | None = None) -> ChipTable:
         """All chips seen so far; a chip that `events` does not name is its own event."""
-        return ChipTable.of_batches({c: (events or {}).get(c, c) for c in self._chips}, self._batches, metadata)
+        rows = [(chip, (events or {}).get(chip, chip)) for chip in self._chips]
+        return ChipTable.of_batches(rows, self._batches, metadata)
 
 
 class ChosenSplit(NamedTuple):

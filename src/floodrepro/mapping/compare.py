@@ -33,7 +33,7 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     if not (folder / RECORD).is_file():
         raise DataError("no map lies here", where=folder, fix="floodrepro map writes one")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    events, batches = {}, []
+    rows, batches = [], []
     with rasterio.open(folder / "class.tif") as classes, rasterio.open(folder / "probability.tif") as probability:
         mask = WaterMask(truth, Grid(classes.crs, classes.transform, classes.height, classes.width), value)
         for row in range(0, classes.height, _TILE):
@@ -45,7 +45,7 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
                 name, part = f"row{row:06d}_column{column:06d}", np.s_[:, column : column + _TILE]
                 called = np.where(found[part] == NOT_SEEN, -1, found[part] == record["positive"])
                 batches.append(count(wet[part][None], called[None], share[part][None], classes=2))
-                events[name] = name.split("_")[0]
+                rows.append((name, name.split("_")[0]))
     metadata = {"split": "map", "class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata |= {"protocol": "custom", "checkpoint": {"name": record["weights"]["file"]} | record["weights"]}
-    return ChipTable.of_batches(events, batches, metadata)
+    return ChipTable.of_batches(rows, batches, metadata)
