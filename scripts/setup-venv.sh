@@ -14,15 +14,16 @@ find_python() {
 }
 
 setup_venv() {
-  local python extra=${1:-} stamp=.venv/floodrepro-installed wanted
+  local python extra=${1:-} stamp=.venv/floodrepro-installed sum
   if [ ! -e .venv ]; then
     python=$(find_python) || exit 2
     say "making .venv with $("$python" --version)"
     "$python" -m venv .venv || fail ".venv could not be made" "on Debian: apt install python3-venv"
   fi
   fits .venv/bin/python || fail "the .venv that is here has no Python 3.11 to 3.13" "move .venv away, run this again"
-  wanted="$extra $(cat pyproject.toml constraints.txt | cksum)"
-  if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then say "using .venv as it is"; return; fi
+  sum=$(cat pyproject.toml constraints.txt | cksum)
+  # shellcheck disable=SC2254  # a pattern: an environment with an extra has all that one without needs
+  case $(cat "$stamp" 2>/dev/null) in ${extra:-*}" $sum") say "using .venv as it is"; return ;; esac
   local -a install=(--quiet --constraint constraints.txt --editable ".${extra:+[$extra]}")
   if ! command -v uv >/dev/null; then
     say "installing: several GB, with torch for CUDA (with uv on PATH, a small torch for CPUs where no GPU is)"
@@ -35,5 +36,5 @@ setup_venv() {
     set -- uv pip install --python .venv/bin/python --torch-backend cpu
   fi
   "$@" "${install[@]}" || fail "the installation failed" "see the message above, then run this again: $* ${install[*]}"
-  echo "$wanted" >"$stamp"
+  echo "$extra $sum" >"$stamp"
 }

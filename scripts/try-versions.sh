@@ -18,4 +18,5 @@ else set -- "$venv/bin/python" -m pip install --disable-pip-version-check "$@"; 
 "$@" --quiet --editable ".[test]"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 "$venv/bin/floodrepro" doctor --config demo
-"$venv/bin/python" -m pytest tests/test_demo.py tests/test_fit.py tests/test_passes.py tests/test_measured.py
+"$venv/bin/floodrepro" reproduce --demo --run-dir "$venv/demo"
+"$venv/bin/python" -m pytest tests/test_fit.py tests/test_passes.py tests/test_measured.py

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from floodrepro.cli.main import main
 from floodrepro.data.synth import generate
 from floodrepro.run_folder import RunFolder
+from floodrepro.system import doctor
 
 ROOT = Path(__file__).parents[1]
 CHIPS = {"events": 6, "chips": 18, "size": 32, "protocol": "v0", "seed": 1}
@@ -38,7 +40,7 @@ class Outcome:
 
 
 # Handed out first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_demo", "test_resume", "test_reproduce", "test_ddp", "test_guard", "test_protocols", "test_bench_train")
+LONGEST = ("test_demo", "test_resume", "test_reproduce", "test_ddp")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +59,18 @@ def call(*argv: object) -> Outcome:
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Outcome]:
     return call
+
+
+@pytest.fixture(scope="session")
+def torch_answer() -> dict[str, Any]:
+    """What torch says of this machine; asking takes seconds."""
+    return doctor.ask_torch()
+
+
+@pytest.fixture
+def asked_once(torch_answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the doctor have that answer at once."""
+    monkeypatch.setattr(doctor, "ask_torch", lambda: torch_answer)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,12 @@ import json
 import pytest
 
 from floodrepro.errors import FloodreproError
-from floodrepro.system.bench import SIDES, sum_up
+from floodrepro.system.bench import SIDES, StepClock, sum_up
+from tiny_training import Data, train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["train", "test", "data"])
+@pytest.mark.parametrize("action", ["train", "test"])
 def test_both_sides_are_measured_in_turn_and_agree(cli, tmp_path, action):
     flags = ("--size", 32, "--steps", 2, "--rounds", 1, "--output", tmp_path, "--format", "json")
     told = cli("bench", action, *flags)
@@ -22,6 +23,14 @@ def test_both_sides_are_measured_in_turn_and_agree(cli, tmp_path, action):
     assert found["environment"]["packages"]["torch"]
     assert found.get("loss_difference", 0) == 0  # the same chips in the same order, from the same weights
     assert found.get("metrics_difference", 0) == 0
+
+
+def test_reading_alone_trains_nothing(tmp_path):
+    data, out = Data(), tmp_path / "clock.json"
+    data.batch_size = 2
+    trainer = train(tmp_path, StepClock(str(out), steps=9, warm_up=2, read_only=True), data=data)
+    assert trainer.global_step == 0
+    assert json.loads(out.read_text())["batches"] == 9  # more than an epoch has: from the front again
 
 
 def run(rate: float, **more: object) -> dict:

@@ -1,6 +1,5 @@
 """The model card: from one run's records, for a reader who knows nothing, and its author's once it is written."""
 
-import argparse
 import json
 import re
 import shutil
@@ -15,9 +14,8 @@ from floodrepro.errors import CheckpointError, RunFolderError, TableError, Usage
 from floodrepro.publishing.carbon import Factors, emissions_kg, energy_lines, factors_of
 from floodrepro.publishing.card import write_card
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification import results as results_file
 from floodrepro.verification.report import write_report
-from verification_fixtures import demo_recipe, gather, make_run, make_table, summarise, write_pair
+from verification_fixtures import demo_recipe, gather, keep, make_run, make_table, summarise, write_pair
 
 V0 = {"train": 57_067, "val": 9_028}
 FACTORS = Factors(1.5, "the data centre's page", 0.40, "the grid operator, 2025")
@@ -27,14 +25,13 @@ def verified(run: RunFolder) -> dict:
     """The run's results.json, written."""
     other = make_table(6, 3, seed=1, checkpoint={"name": "ibm.pt", "sha256": "4e" * 32})
     results = summarise(replace(gather(run), reference=other, reference_name="IBM's model"))
-    results_file.save(results, run.results)
-    return results
+    return keep(results, run)
 
 
 def card_of(run: RunFolder, **options) -> str:
     shutil.rmtree(run.export, ignore_errors=True)
     write_pair(run, run.export)
-    return write_card(run.export, "mine", run.best, recipes.read(run.recipe), run, **options).read_text()
+    return write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run, **options).read_text()
 
 
 @pytest.fixture
@@ -124,7 +121,7 @@ def test_card_of_another_class_says_nothing_of_floods(tmp_path: Path):
     names = {"class_names": ["rest", "burned"], "protocol": "custom"}
     table = make_table(6, 3)
     run = make_run(tmp_path / "fires", recipe=recipe, table=replace(table, metadata=table.metadata | names))
-    results_file.save(summarise(gather(run)), run.results)
+    keep(summarise(gather(run)), run)
     card = card_of(run)
     assert "mapping burned from Sentinel-1" in card
     assert "burned IoU" in card
@@ -134,7 +131,7 @@ def test_card_of_another_class_says_nothing_of_floods(tmp_path: Path):
 
 def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_path: Path):
     weights = write_pair(run, tmp_path / "out")
-    card = write_card(weights.parent, "mine", run.best, recipes.read(run.recipe), None).read_text()
+    card = write_card(weights.parent, "mine", run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert "What the training started from is not known" in card
     assert "Not verified" in card
 
@@ -145,7 +142,7 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_p
 def test_edited_card_is_set_aside_and_never_lost(run: RunFolder):
     card_of(run)
     (run.export / "README.md").write_text("my own words")
-    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+    write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
     assert (run.export / "README-2.md").read_text() == "my own words"
     assert (run.export / "README.md").read_text().startswith("---")
 
@@ -162,7 +159,7 @@ def test_run_that_is_not_finished_gets_no_card(tmp_path: Path, status: str):
 def test_records_of_another_recipe_or_checkpoint_are_refused(run: RunFolder, tmp_path: Path):
     results = verified(run)
     results["run"]["checkpoint"]["sha256"] = "a" * 64
-    results_file.save(results, run.results)
+    keep(results, run)
     with pytest.raises(RunFolderError, match=r"results\.json is of another checkpoint"):
         card_of(run)
     with pytest.raises(RunFolderError, match="of another recipe"):
@@ -173,10 +170,10 @@ def test_pair_of_another_checkpoint_or_damaged_is_refused(run: RunFolder):
     weights = write_pair(run, run.export)
     run.best.write_bytes(b"other weights")
     with pytest.raises(CheckpointError, match="not exported from"):
-        write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+        write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="damaged"):
-        write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+        write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
 
 
 def test_damaged_results_are_refused(run: RunFolder):
@@ -224,19 +221,19 @@ def test_no_carbon_figure_without_its_sources(run: RunFolder):
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("pue", "grid", "says"),
     [
-        ((1.5, None, 0.4, "a grid"), "--pue-source is missing"),
-        ((1.5, "a page", 0.4, "  "), "--grid-source is missing"),
-        ((None, "a page", 0.4, "a grid"), "--pue is missing"),
-        ((0.7, "a page", 0.4, "a grid"), "--pue is 0.7"),
-        ((float("nan"), "a page", 0.4, "a grid"), "--pue is nan"),
-        ((1.5, "a page", 400.0, "a grid"), "--grid-intensity is 400"),
+        (["1.5", "a page"], None, "--grid is missing"),
+        (None, ["0.4", "a grid"], "--pue is missing"),
+        (["1.5", "a page"], ["0.4", "  "], "where it comes from"),
+        (["0.7", "a page"], ["0.4", "a grid"], "--pue 0.7"),
+        (["nan", "a page"], ["0.4", "a grid"], "--pue nan"),
+        (["much", "a page"], ["0.4", "a grid"], "--pue: could not convert"),
+        (["1.5", "a page"], ["400", "a grid"], "--grid 400"),
     ],
 )
-def test_factor_without_its_source_is_a_usage_error(given, says):
-    names = ("pue", "pue_source", "grid_intensity", "grid_source")
+def test_factor_without_its_source_is_a_usage_error(pue, grid, says):
     with pytest.raises(UsageError) as error:
-        factors_of(argparse.Namespace(**dict(zip(names, given, strict=True))))
+        factors_of(pue, grid)
     assert says in error.value.what
-    assert factors_of(argparse.Namespace(**dict.fromkeys(names))) is None
+    assert factors_of(None, None) is None

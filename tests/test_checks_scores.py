@@ -200,8 +200,8 @@ def test_one_event_with_flood_is_a_skip(evidence: Evidence, kept: list[str]):
 
 
 def test_what_is_missing_is_a_skip_and_what_is_damaged_a_failure(evidence: Evidence):
-    bare = replace(evidence, table=None, missing={"table": "no test was made"})
-    damaged = replace(bare, damaged={"table": "this is no chip table"})
+    bare = replace(evidence, table=None, absent={"table": ("skip", "no test was made")})
+    damaged = replace(bare, absent={"table": ("fail", "this is no chip table")})
     for check in (comparison.parity, comparison.head_to_head, scores.events, scores.calibration, scores.identities):
         assert (check(bare).status, check(bare).finding) == ("skip", "no test was made")
         assert (check(damaged).status, check(damaged).finding) == ("fail", "this is no chip table")

@@ -25,7 +25,7 @@ from floodrepro.data.splits import read_split
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError, UsageError
 
-DATA = recipes.read(recipes.find("demo"))["data"]["init_args"]
+DATA = recipes.read_yaml(recipes.find("demo"))["data"]["init_args"]
 
 
 class StageOnly:

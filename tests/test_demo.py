@@ -1,8 +1,10 @@
 """The README's first command, whole: generate, train, test, export, verify, card, and what it prints."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,20 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict, str]:
+    """The demo, stopped by SIGTERM in its first fit and run again."""
     folder = tmp_path_factory.mktemp("demo")
     command = [ROOT / "scripts" / "reproduce.sh", "--demo", "--run-dir", folder, "--format", "json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    run = RunFolder(folder / "runs" / "seed-42")
+    while not run.log.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     last = done.stdout[done.stdout.index('{\n  "verdict"') :]
-    return RunFolder(folder / "runs" / "seed-42"), json.loads(last), done.stderr
+    return run, json.loads(last), done.stderr
 
 
 def scores(run: RunFolder) -> dict[str, dict[str, float]]:
@@ -46,6 +56,7 @@ def test_demo_leaves_what_it_names_and_says_what_it_does(demo):
     _, report, said = demo
     assert all(Path(path).exists() for path in report["where"].values())
     assert [f"[{n}/7]" in said for n in range(1, 8)] == [True] * 7
+    assert said.count("done already") == 1  # the chips were whole when the first fit was stopped
     for noise in ("Total FLOPs", "is not the published data", "litlogger"):
         assert noise not in said, noise
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from floodrepro import recipe as recipes
-from floodrepro.cli.doctor import fold_recipe
+from floodrepro.recipe import fold
 from floodrepro.system import doctor
 from floodrepro.system.doctor import (
     Finding,
+    _devices_used,
     ask_torch,
     check_backbone,
     check_chips,
@@ -21,14 +22,13 @@ from floodrepro.system.doctor import (
     check_machine,
     check_packages,
     check_torch,
-    devices_used,
     examine,
 )
 from floodrepro.system.machine import free_memory, usable_cores
 
 GIB = 2**30
 NAMES = {"v0": "terramind_v1_base_impactmesh_flood_amd", "v1-binary": "terramind_v1_base_impactmesh_flood_v1_binary"}
-BASE, DEMO = recipes.read(recipes.find(NAMES["v0"])), recipes.read(recipes.find("demo"))
+BASE, DEMO = recipes.read_yaml(recipes.find(NAMES["v0"])), recipes.read_yaml(recipes.find("demo"))
 MI300X = {"name": "AMD Instinct MI300X", "memory": 192 * GIB, "free": 190 * GIB, "float16": True, "bfloat16": True}
 T4 = {"name": "Tesla T4", "memory": 15 * GIB, "free": 14 * GIB, "float16": True, "bfloat16": False}
 MIG = T4 | {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "memory": 5 * GIB, "free": 5 * GIB, "bfloat16": True}
@@ -57,7 +57,7 @@ def assert_can_be_pasted(fix: str) -> None:
 # This machine
 
 
-def test_healthy_machine_passes_and_both_formats_say_the_same(cli, chips):
+def test_healthy_machine_passes_and_both_formats_say_the_same(cli, chips, asked_once):
     told = cli("doctor", "--config", "demo", "--data-root", chips, "--format", "json")
     found = json.loads(told.out)
     assert (told.code, found["ok"]) == (0, True), told.out
@@ -149,7 +149,7 @@ def test_memory_of_the_gpu_is_compared_with_the_batch(tmp_path):
 
 
 def test_precision_that_the_gpu_or_the_cpu_has_not_fails(tmp_path):
-    asks_bf16 = fold_recipe([BASE], ["--trainer.precision", "bf16-mixed"])
+    asks_bf16 = fold([BASE], ["--trainer.precision", "bf16-mixed"])
     assert one(check_gpus(CUDA | {"devices": [T4]}, asks_bf16, tmp_path), "gpu").fix == "--precision fp32"
     assert "fp16 does not run on a CPU" in one(check_gpus(CPU, BASE, tmp_path), "precision").detail
 
@@ -199,7 +199,7 @@ def test_closed_device_file_gets_the_repair_of_the_place(tmp_path, monkeypatch, 
 
 def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch):
     plant(tmp_path, INSTINCT)
-    asks_cpu = fold_recipe([DEMO], ["--trainer.accelerator=cpu"])
+    asks_cpu = fold([DEMO], ["--trainer.accelerator=cpu"])
     assert check_gpus(ROCM | {"devices": [MI300X]}, asks_cpu, tmp_path)[0].status == "ok"
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
     assert "HIP_VISIBLE_DEVICES hides it" in check_gpus(ROCM, DEMO, tmp_path)[0].detail
@@ -213,7 +213,7 @@ def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch)
     [("auto", 8), (-1, 8), (2, 2), ("1", 1), ([3], 1), ([0, 1, 5], 3), ("0,", 1), ("0,3", 2), (None, 8)],
 )
 def test_devices_are_counted_as_lightning_does(given, count):
-    assert devices_used({"trainer": {"devices": given}}, 8) == count
+    assert _devices_used({"trainer": {"devices": given}}, 8) == count
 
 
 CGROUPS = {
@@ -265,7 +265,7 @@ def test_machine_that_is_short_of_something_gets_a_flag_to_paste(tmp_path, monke
     assert {f.status for f in check_machine(BASE, 1)} == {"ok"}
     monkeypatch.setattr(doctor, "usable_cores", lambda _: 8)
     assert one(check_machine(BASE, 1), "cores").fix == "--data.init_args.num_workers 7"
-    two = fold_recipe([BASE], ["--trainer.devices=2"])
+    two = fold([BASE], ["--trainer.devices=2"])
     assert one(check_machine(two, 2), "cores").fix == "--data.init_args.num_workers 3"
     monkeypatch.setattr(doctor, "free_memory", lambda _: 4 * GIB)
     memory = one(check_machine(BASE, 1), "memory")
@@ -291,28 +291,28 @@ def test_backbone_weights_are_looked_for_in_the_cache(monkeypatch):
 
 def test_missing_data_gets_the_command_that_fits_the_recipe(tmp_path, chips):
     def without_data(recipe: recipes.Recipe) -> Finding:
-        return check_chips(fold_recipe([recipe], recipes.data_overrides(tmp_path / "my data", recipe)))
+        return check_chips(fold([recipe], recipes.data_overrides(tmp_path / "my data", recipe)))
 
     assert "floodrepro data synth --root" in without_data(DEMO).fix
     assert without_data(BASE).fix.endswith("--protocol v0 --revision COMMIT")
-    binary = without_data(recipes.read(recipes.find(NAMES["v1-binary"])))
+    binary = without_data(recipes.read_yaml(recipes.find(NAMES["v1-binary"])))
     assert binary.fix.endswith("--protocol v1-binary")
     assert "about 72 GB" in binary.detail
     assert_can_be_pasted(binary.fix)
-    found = check_chips(fold_recipe([DEMO], recipes.data_overrides(chips, DEMO)))
+    found = check_chips(fold([DEMO], recipes.data_overrides(chips, DEMO)))
     assert (found.status, "chips of train" in found.detail) == ("ok", True)
 
 
 def test_missing_chip_fails_with_its_name(own_chips):
     gone = next((own_chips / "data/DEM").iterdir())
     gone.unlink()
-    found = check_chips(fold_recipe([DEMO], recipes.data_overrides(own_chips, DEMO)))
+    found = check_chips(fold([DEMO], recipes.data_overrides(own_chips, DEMO)))
     assert (found.status, gone.stem.removesuffix("_DEM") in found.detail) == ("fail", True)
 
 
 def test_overrides_are_folded_like_layers():
     words = ["--trainer.max_epochs", "3", "--data.init_args.num_workers=2", '--trainer={"precision": "bf16-mixed"}']
-    folded = fold_recipe([BASE, {"data": {"init_args": {"batch_size": 4}}}], [*words, "--trainer.devices", "[1"])
+    folded = fold([BASE, {"data": {"init_args": {"batch_size": 4}}}], [*words, "--trainer.devices", "[1"])
     arguments = folded["data"]["init_args"]
     assert (arguments["batch_size"], arguments["num_workers"], folded["trainer"]["max_epochs"]) == (4, 2, 3)
     assert folded["trainer"]["precision"] == "bf16-mixed"

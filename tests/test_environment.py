@@ -5,14 +5,14 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import floodrepro
-from floodrepro.system.environment import checkout, code_version, environment, relevant_variables, source_digest
+from floodrepro.recipe import leaves
+from floodrepro.system.environment import code_version, environment, relevant_variables
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -59,27 +59,20 @@ def test_this_machine_is_recorded_in_json_types():
 
 
 def test_record_names_neither_host_nor_user():
-    texts: list[str] = []
-
-    def walk(value: object) -> None:
-        if isinstance(value, dict):
-            for part in value.values():
-                walk(part)
-        elif isinstance(value, str):
-            texts.append(value)
-
-    walk(environment())
+    texts = [str(value) for _, value in leaves(environment())]
     words = {word for text in texts for word in text.replace("/", " ").split()}
     assert not words & {platform.node(), getpass.getuser()}
     assert str(Path.home()) not in " ".join(texts)
 
 
-def test_amd_box_gives_the_installed_rocm_and_the_driver(amd_box):
+def test_amd_box_gives_the_installed_rocm_and_the_driver_and_a_bare_one_nothing(amd_box):
     found = environment(root=amd_box)
     assert found["torch"]["rocm"] == "7.2.4-93"
     assert found["accelerator"]["drivers"] == {"amdgpu": "6.14.14"}
     assert found["cpu"]["model"] == "AMD EPYC 9575F 64-Core Processor"
     assert found["host"]["os"] == "Ubuntu 24.04.3 LTS"
+    bare = environment(root=amd_box / "nothing")
+    assert (bare["torch"]["rocm"], bare["accelerator"]["drivers"]) == (None, {})
 
 
 @pytest.mark.parametrize(
@@ -96,19 +89,10 @@ def test_nvidia_driver_is_found_in_either_banner(tmp_path, banner):
     assert environment(root=tmp_path)["accelerator"]["drivers"] == {"nvidia": "570.86.15"}
 
 
-def test_bare_machine_gives_nothing_instead_of_failing(tmp_path):
-    found = environment(root=tmp_path)
-    assert found["torch"]["rocm"] is None
-    assert found["accelerator"]["drivers"] == {}
-
-
-def test_variables_that_change_numerics_or_speed_are_recorded_and_no_others():
+def test_variables_that_change_numerics_or_speed_are_recorded_and_no_secret():
     kept = {"MIOPEN_FIND_MODE": "3", "PYTORCH_TUNABLEOP_ENABLED": "1", "HSA_XNACK": "1", "OMP_NUM_THREADS": "8"}
-    assert relevant_variables({**kept, "HF_TOKEN": "hf_x", "LANG": "C", "OMP_STACKSIZE": "1"}) == kept
-
-
-def test_secret_behind_a_recorded_prefix_stays_out():
-    assert relevant_variables({"TORCH_HUB_TOKEN": "x", "PYTORCH_API_KEY": "x", "NCCL_Password": "x"}) == {}
+    secrets = {"HF_TOKEN": "hf_x", "TORCH_HUB_TOKEN": "x", "PYTORCH_API_KEY": "x", "NCCL_Password": "x"}
+    assert relevant_variables({**kept, **secrets, "LANG": "C", "OMP_STACKSIZE": "1"}) == kept
 
 
 def test_user_and_host_are_masked_in_what_is_recorded(monkeypatch):
@@ -131,62 +115,35 @@ def test_user_and_host_are_masked_in_what_is_recorded(monkeypatch):
     }
 
 
+def found_of(package: Path) -> tuple[object, ...]:
+    found = code_version(package)
+    return found["commit"], found["dirty"], found["note"]
+
+
 def test_checkout_gives_its_commit_and_whether_it_was_changed(repository):
     package = repository / "src/package"
     commit = git(package, "rev-parse", "HEAD")
-    assert checkout(package) == {"commit": commit, "dirty": False, "note": None}
     (package / "untracked.txt").write_text("a note\n")
-    assert checkout(package)["dirty"] is False
+    before = code_version(package)
+    assert found_of(package) == (commit, False, None)
     (package / "__init__.py").write_text("a = 2\n")
-    assert checkout(package) == {"commit": commit, "dirty": True, "note": None}
+    assert found_of(package) == (commit, True, None)
+    changed = code_version(package)
+    (package / "new.py").write_text("")
+    assert len({code["source_sha256"] for code in (before, changed, code_version(package))}) == 3
 
 
-def test_package_inside_another_repository_or_outside_any_has_no_commit(repository, tmp_path):
-    wheel, bare = repository / ".venv/lib/site-packages/floodrepro", tmp_path / "bare"
-    for package in (wheel, bare):
-        package.mkdir(parents=True)
-        (package / "__init__.py").write_text("")
-        found = checkout(package)
-        assert (found["commit"], found["dirty"], "does not track" in found["note"]) == (None, None, True)
-
-
-def test_container_image_records_the_commit_that_it_was_built_from(repository, tmp_path, monkeypatch):
+def test_package_inside_another_repository_has_no_commit_but_its_images(repository, monkeypatch):
+    wheel = repository / ".venv/lib/site-packages/floodrepro"
+    wheel.mkdir(parents=True)
+    (wheel / "__init__.py").write_text("")
+    commit, dirty, note = found_of(wheel)
+    assert (commit, dirty, "does not track" in str(note)) == (None, None, True)
     monkeypatch.setenv("FLOODREPRO_COMMIT", "c0ffee")
-    package = tmp_path / "site-packages/floodrepro"
-    package.mkdir(parents=True)
-    assert checkout(package)["commit"] == "c0ffee"
-    assert checkout(repository / "src/package")["commit"] == git(repository, "rev-parse", "HEAD")
+    assert found_of(wheel)[0] == "c0ffee"
+    assert found_of(repository / "src/package")[0] == git(repository, "rev-parse", "HEAD")
 
 
 def test_machine_without_git_gives_no_commit_but_a_reason(repository, monkeypatch):
     monkeypatch.setenv("PATH", str(repository))
-    found = checkout(repository / "src/package")
-    assert found == {"commit": None, "dirty": None, "note": "git cannot be asked: FileNotFoundError"}
-
-
-def test_resume_compares_what_computes():
-    found = code_version()
-    assert {"floodrepro", "commit", "dirty", "source_sha256", "torch", "lightning", "terratorch", "impactmesh"} == set(
-        found
-    )
-    assert json.loads(json.dumps(found)) == found == code_version()
-
-
-def test_source_digest_sees_a_changed_and_a_new_file(repository):
-    package = repository / "src/package"
-    digests = [source_digest(package)]
-    (package / "notes.txt").write_text("no code")
-    assert source_digest(package) == digests[0]
-    for name, content in (("__init__.py", "a = 2\n"), ("new.py", "")):
-        (package / name).write_text(content)
-        digests.append(source_digest(package))
-    assert len(set(digests)) == 3
-
-
-def test_code_version_does_not_wait_for_torch():
-    code = (
-        "import sys; from floodrepro.system.environment import code_version\n"
-        "code_version(); print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert found_of(repository / "src/package") == (None, None, "git cannot be asked: FileNotFoundError")

@@ -107,7 +107,7 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
     audited = cli("data", "audit", "--root", root, "--protocol", "fire", "--jobs", "1", "--format", "json")
     assert audited.code == 0, audited.out
     assert "error" not in {finding["severity"] for finding in json.loads(audited.out)["findings"]}
-    recipe = recipes.read(recipes.find("demo"))
+    recipe = recipes.read_yaml(recipes.find("demo"))
     data = recipe["data"]["init_args"] | {"protocol": "fire", "data_root": str(root / "data"), "batch_size": 4}
     data |= {key: {m: list(v) for m, v in getattr(FIRE, key).items()} for key in ("means", "stds")}
     splits = {"train": "train", "val": "val", "test": "test", "predict": "test"}

@@ -17,9 +17,8 @@ from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
 from floodrepro.publishing import upload
 from floodrepro.publishing.card import write_card
-from floodrepro.verification import results as results_file
 from hub_server import HubServer, Model
-from verification_fixtures import gather, make_run, summarise, write_pair
+from verification_fixtures import gather, keep, make_run, summarise, write_pair
 
 REPO = "me/flood"
 
@@ -29,9 +28,9 @@ def export_of(path: Path, **summary: object) -> Path:
     run = make_run(path)
     results = summarise(gather(run))
     results["summary"] |= {"not_met": [], "left_out": [], "ok": True} | summary
-    results_file.save(results, run.results)
+    keep(results, run)
     write_pair(run, run.export)
-    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run, licence="apache-2.0")
+    write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run, licence="apache-2.0")
     return run.export
 
 
@@ -63,28 +62,6 @@ def publish(cli, server, monkeypatch):
     return call
 
 
-def environment(server: HubServer, folder: Path) -> dict[str, str]:
-    """What a user's shell would hold."""
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(folder.parent),
-        "HF_HOME": str(folder.parent / "hf"),
-        "HF_ENDPOINT": server.url,
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": server.token,
-        "NO_PROXY": "*",
-        **{name: value for name, value in os.environ.items() if name == "PYTHONPATH"},
-    }
-
-
-def in_own_process(server: HubServer, folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    argv = [sys.executable, "-m", "floodrepro", "publish", "--export", str(folder), "--repo", REPO, *flags]
-    env = environment(server, folder)
-    return subprocess.run(argv, capture_output=True, text=True, env=env, check=False, timeout=60)
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -98,16 +75,16 @@ def dry(cli, folder: Path) -> dict:
 # Looking before leaping
 
 
-def test_dry_run_lists_files_hashes_and_place_and_contacts_nobody(server, exported: Path):
+def test_dry_run_lists_files_hashes_and_place_and_contacts_nobody(server, exported: Path, publish):
     (exported / "notes.txt").write_text("mine")
-    done = in_own_process(server, exported, "--dry-run", "--branch", "v2")
-    assert done.returncode == 0, done.stderr
+    done = publish(exported, "--dry-run", "--branch", "v2")
+    assert done.code == 0, done.err
     for name in ("README.md", "mine.safetensors", "mine.yaml", "results.json"):
         content = (exported / name).read_bytes()
-        assert re.search(rf"{re.escape(name)} +{len(content):,} +{hashlib.sha256(content).hexdigest()}", done.stdout)
-    assert f"{server.url}/{REPO}  (branch v2" in done.stdout
-    assert "licence   apache-2.0" in done.stdout
-    assert "not uploaded: notes.txt" in done.stdout
+        assert re.search(rf"{re.escape(name)} +{len(content):,} +{hashlib.sha256(content).hexdigest()}", done.out)
+    assert f"{server.url}/{REPO}  (branch v2" in done.out
+    assert "licence   apache-2.0" in done.out
+    assert "not uploaded: notes.txt" in done.out
     assert server.requests == []
 
 
@@ -118,32 +95,36 @@ def test_without_a_terminal_and_without_yes_nothing_is_sent(server, exported: Pa
 
 
 @pytest.mark.parametrize(("typed", "code"), [(REPO, 0), ("yes", 2)])
-def test_on_a_terminal_the_repositorys_name_has_to_be_typed(server, exported: Path, typed: str, code: int):
+def test_on_a_terminal_the_repositorys_name_has_to_be_typed_and_one_commit_has_the_same_bytes(
+    server, exported: Path, typed: str, code: int
+):
+    """In a process with what a user's shell would hold."""
+    home = {"HOME": str(exported.parent), "HF_HOME": str(exported.parent / "hf"), "PATH": os.environ["PATH"]}
+    hub = {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": server.token, "NO_PROXY": "*"}
+    tree = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "floodrepro", "publish", "--export", str(exported), "--repo", REPO]
+    argv += ["--private", "--format", "json"]
     streams = {"stdin": theirs, "stderr": theirs, "stdout": subprocess.PIPE}
-    with subprocess.Popen(argv, env=environment(server, exported), text=True, **streams) as process:
+    with subprocess.Popen(argv, env=home | hub | tree, text=True, **streams) as process:
         os.close(theirs)
         os.write(ours, f"{typed}\n".encode())
-        process.stdout.read()
+        said = process.stdout.read()
     asked = os.read(ours, 2**16).decode()
     os.close(ours)
     assert process.returncode == code, asked
     assert f"type {REPO} to upload" in asked
-    assert bool(server.requests) is (code == 0)
+    if code:
+        assert server.requests == []
+    else:
+        model = server.models[REPO]
+        assert model.private
+        assert model.branches["main"] == [{}, files_of(exported)]
+        assert model.messages == ["Add mine.safetensors"]
+        assert json.loads(said)["commit"].startswith(f"{server.url}/{REPO}/commit/")
 
 
 # The upload
-
-
-def test_upload_is_one_commit_and_the_same_bytes(server, exported: Path):
-    done = in_own_process(server, exported, "--yes", "--private", "--format", "json")
-    assert done.returncode == 0, done.stderr
-    model = server.models[REPO]
-    assert model.private
-    assert model.branches["main"] == [{}, files_of(exported)]
-    assert model.messages == ["Add mine.safetensors"]
-    assert json.loads(done.stdout)["commit"].startswith(f"{server.url}/{REPO}/commit/")
 
 
 def test_branch_is_made_and_main_left_alone(server, exported: Path, publish):
@@ -188,8 +169,8 @@ def test_hub_that_is_not_there_is_told(exported: Path, publish, monkeypatch):
 @pytest.mark.parametrize(
     ("summary", "says"),
     [
-        ({"not_met": ["weights"], "ok": False}, "required checks are not met: weights"),
-        ({"left_out": ["parity", "data"]}, "shortened by parity, data"),
+        ({"not_met": ["weights"], "ok": False}, "Required and not met: weights"),
+        ({"left_out": ["parity", "data"]}, "shortened: parity, data"),
     ],
 )
 def test_required_check_that_is_not_met_or_not_asked_for_has_to_be_forced(
@@ -213,7 +194,7 @@ def test_undecided_comparison_is_published_with_its_word(cli, exported: Path):
 def test_run_that_was_not_verified_has_to_be_forced(cli, tmp_path: Path):
     run = make_run(tmp_path / "bare")
     write_pair(run, run.export)
-    write_card(run.export, "mine", run.best, recipes.read(run.recipe), run)
+    write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
     assert "not verified" in dry(cli, run.export)["objection"]
     told(cli("publish", "--export", run.export, "--repo", REPO, "--yes"), "not verified")
 

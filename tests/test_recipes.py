@@ -24,12 +24,6 @@ RANDOM_WEIGHTS = "--model.init_args.model_args.backbone_pretrained=false"
 ON_CPU = "--trainer.precision=32-true"
 
 
-def built(name: str) -> RecipeCLI:
-    cli = RecipeCLI([recipes.find(name)], [RANDOM_WEIGHTS, ON_CPU])
-    cli.build()
-    return cli
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "tensors"),
     [
@@ -39,7 +33,8 @@ def built(name: str) -> RecipeCLI:
     ],
 )
 def test_every_shipped_recipe_builds_the_model_it_claims(name, parameters, tensors):
-    cli = built(name)
+    cli = RecipeCLI([recipes.find(name)], [RANDOM_WEIGHTS, ON_CPU])
+    cli.build()
     assert sum(p.numel() for p in cli.model.parameters()) == parameters
     assert all(p.requires_grad for p in cli.model.parameters())
     assert len(cli.model.state_dict()) == tensors
@@ -50,12 +45,12 @@ def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
     assert set(recipes.shipped()) == set(NAMES)
     for name in NAMES:
         recipe = RecipeCLI([recipes.find(name)]).recipe
-        assert recipe == recipes.read(recipes.find(name))  # merging adds no library default and loses nothing
+        assert recipe == recipes.read_yaml(recipes.find(name))  # merging adds no library default and loses nothing
         assert recipe["trainer"]["devices"] == 1
 
 
 def test_base_recipe_is_the_published_one():
-    recipe = recipes.read(recipes.find(BASE))
+    recipe = recipes.read_yaml(recipes.find(BASE))
     trainer, task, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
     stopping = next(c for c in trainer["callbacks"] if c["class_path"].endswith("EarlyStopping"))["init_args"]
     checkpoint = next(c for c in trainer["callbacks"] if c["class_path"].endswith("ModelCheckpoint"))["init_args"]
@@ -94,7 +89,7 @@ def test_statistics_written_out_are_impactmesh_0_1_2s_own():
     from impactmesh.impactmesh_datamodule import datasets_stats
 
     for name in set(NAMES) - set(V1.values()):
-        data = recipes.read(recipes.find(name))["data"]["init_args"]
+        data = recipes.read_yaml(recipes.find(name))["data"]["init_args"]
         assert data["means"] == datasets_stats["flood"]["means"]
         assert data["stds"] == datasets_stats["flood"]["stds"]
 
@@ -102,7 +97,7 @@ def test_statistics_written_out_are_impactmesh_0_1_2s_own():
 def test_v1_recipes_differ_from_their_siblings_in_the_protocol_only():
     """Statistics: impactmesh 0.2.0's for v1 (its package was read), 0.1.2's for v1-binary, as the published ones."""
     for size, sibling in (("base", BASE), ("tiny", TINY)):
-        plain, v1, binary = (recipes.read(recipes.find(name)) for name in (sibling, V1[size], BINARY[size]))
+        plain, v1, binary = (recipes.read_yaml(recipes.find(name)) for name in (sibling, V1[size], BINARY[size]))
         data, task = v1["data"]["init_args"], v1["model"]["init_args"]
         assert data["means"]["S2L2A"][0] == 1460.264
         assert (data["means"]["S1RTC"], data["stds"]["DEM"]) == ([-9.871, -15.993], [368.796])
@@ -140,7 +135,7 @@ def test_overrides_inside_untyped_arguments_keep_their_type():
 
 
 def test_fingerprint_depends_on_values_only(tmp_path: Path):
-    source = recipes.read(recipes.find("demo"))
+    source = recipes.read_yaml(recipes.find("demo"))
     shuffled = {key: source[key] for key in reversed(source)}
     assert recipes.fingerprint(shuffled) == recipes.fingerprint(source)
     source["seed_everything"] = 43
@@ -175,7 +170,7 @@ def test_a_limit_of_one_batch_is_not_read_as_all_of_them(given, tmp_path: Path):
     ],
 )
 def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, says, tmp_path: Path):
-    recipe = recipes.read(recipes.find("demo"))
+    recipe = recipes.read_yaml(recipes.find("demo"))
     change(recipe)
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -191,7 +186,7 @@ def test_layers_are_judged_merged(tmp_path: Path):
     layer = tmp_path / "layer.yaml"
     layer.write_text("data: {init_args: {batch_size: 4}}\noptimizer: {init_args: {lr: 2.0e-4}}\n")
     recipe = RecipeCLI([recipes.find("demo"), layer]).recipe
-    source = recipes.read(recipes.find("demo"))
+    source = recipes.read_yaml(recipes.find("demo"))
     source["data"]["init_args"]["batch_size"], source["optimizer"]["init_args"]["lr"] = 4, 2e-4
     assert recipe == source
 
@@ -207,7 +202,7 @@ def test_layers_are_judged_merged(tmp_path: Path):
     ],
 )
 def test_recipe_that_cannot_be_built_is_a_clear_error(change, says, tmp_path: Path):
-    recipe = recipes.read(recipes.find("demo"))
+    recipe = recipes.read_yaml(recipes.find("demo"))
     change(recipe)
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(recipe))

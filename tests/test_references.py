@@ -1,7 +1,5 @@
 """Criteria and published figures: found in the package, sourced, and true to their own identities."""
 
-from pathlib import Path
-
 import pytest
 
 from floodrepro.data.protocols import PROTOCOLS
@@ -34,12 +32,6 @@ def test_published_figures_have_a_source_and_satisfy_the_identities(stem: str):
     assert (entry["protocol"], entry["split"], entry["chips"]) == ("v0", "test", PROTOCOLS["v0"].counts["test"])
 
 
-@pytest.mark.parametrize("name", ["mIoU", "F1_Score", "Pixel_Accuracy"])
-def test_figure_off_by_three_of_its_last_digit_breaks_an_identity(name: str):
-    figures = PUBLISHED["published_ibm"]["figures"]
-    assert contradictions(figures | {name: figures[name] + 3e-4}, 4) == [name]
-
-
 @pytest.mark.parametrize("stem", ["published_amd_run_a", "published_ibm"])
 def test_published_class_accuracies_follow_from_the_ious(stem: str):
     figures = PUBLISHED[stem]["figures"]
@@ -61,11 +53,3 @@ def test_criteria_are_of_checks_that_exist():
     thresholds = load_thresholds()
     assert set(thresholds["required"]) <= set(CHECKS)
     assert set(thresholds) - {"required"} <= set(CHECKS)
-
-
-def test_criteria_and_figures_lie_in_the_package():
-    import floodrepro.verification as package
-
-    folder = Path(package.__file__).parent
-    assert (folder / "thresholds.yaml").is_file()
-    assert len(list((folder / "reference").glob("*.yaml"))) == len(PUBLISHED) == 3

@@ -176,7 +176,7 @@ def test_recipe_with_keys_of_another_protocol_is_refused(chips, changes, named):
 def test_every_protocol_fits_together_and_its_recipes_are_shipped():
     from floodrepro import recipe as recipes
 
-    shipped = {name: recipes.read(path) for name, path in recipes.shipped().items()}
+    shipped = {name: recipes.read_yaml(path) for name, path in recipes.shipped().items()}
     for name, protocol in PROTOCOLS.items():
         assert protocol.name == name
         assert set(protocol.label_map) == set(range(len(protocol.class_names)))

@@ -1,21 +1,29 @@
 """floodrepro verify and export from the outside: what they judge, what they refuse, and their exit codes."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 
 from floodrepro.evaluation import chip_table
 from floodrepro.run_folder import RunFolder
 from floodrepro.verification.battery import CHECKS
-from verification_fixtures import WITHOUT_TORCH
+from verification_fixtures import WITHOUT_TORCH, make_run
 
 ASKED = "weights,load_back,round_trip,panels,identities"
-SCRIPT = f"{WITHOUT_TORCH}\nfrom floodrepro.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+SCRIPT = f"""{WITHOUT_TORCH}
+from floodrepro.cli.main import main
+code = main(["verify", *sys.argv[2:]])
+Path(sys.argv[1], "report.html").rename(Path(sys.argv[1], "before.html"))
+sys.exit(code or main(["verify", *sys.argv[2:4], "--report-only"]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +53,6 @@ def statuses(outcome) -> dict[str, tuple[str, str]]:
     return {check["id"]: (check["status"], check["finding"]) for check in json.loads(outcome.out)["checks"]}
 
 
-def without_torch(run: RunFolder, *flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", SCRIPT, "verify", "--run", run.path, *flags]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-
-
 def reference_of(run: RunFolder) -> Path:
     return run.evaluation / "reference" / "test" / "reference.parquet"
 
@@ -61,6 +64,7 @@ def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified
     assert "reference" in found["verdict"]["sentence"]
     assert all(check["code"].endswith(f".{check['id']}") for check in found["checks"])
     assert "as it lies in export/" in str(found["checks"])
+    assert json.loads((verified.verification / "evidence" / "load_back.json").read_text())["through"] == "safetensors"
     names = {path.name for path in verified.verification.iterdir()}
     assert {"report.md", "report.html", "figures", "evidence"} <= names
     assert (verified.verification / "figures" / "panels.png").is_file()
@@ -68,13 +72,13 @@ def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified
 
 def test_machine_without_torch_judges_what_is_there_and_makes_the_same_report(own_run: RunFolder):
     before = results_of(own_run)
-    done = without_torch(own_run, "--no-measure", "--reference", reference_of(own_run), "--require", ASKED)
+    flags = ["--run", own_run.path, "--no-measure", "--reference", reference_of(own_run), "--require", ASKED]
+    command = [sys.executable, "-c", SCRIPT, own_run.verification, *flags]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert results_of(own_run)["checks"] == before["checks"]
-    files = {path: path.read_bytes() for path in own_run.verification.rglob("*") if path.is_file()}
-    (own_run.verification / "report.html").unlink()
-    assert without_torch(own_run, "--report-only").returncode == 0
-    assert {path: path.read_bytes() for path in files} == files
+    again = (own_run.verification / "before.html").read_bytes()
+    assert (own_run.verification / "report.html").read_bytes() == again
 
 
 def test_exit_code_is_1_where_a_required_check_is_not_met(cli, own_run: RunFolder):
@@ -90,23 +94,26 @@ def test_exit_code_is_1_where_a_required_check_is_not_met(cli, own_run: RunFolde
 # Damage fails its check and never aborts
 
 
-@pytest.mark.parametrize(
-    ("name", "check"),
-    [
-        ("evaluation/test/best.parquet", "identities"),
-        ("evaluation/val/best.parquet", "identities"),
-        ("verification/evidence/weights.json", "weights"),
-        ("run.json", "provenance"),
-        ("../declared.json", "variance"),
-    ],
-)
-def test_damaged_file_fails_its_check(cli, own_run: RunFolder, name: str, check: str):
-    path = own_run.path / name
-    path.parent.mkdir(exist_ok=True, parents=True)
-    path.write_bytes(b"PAR1 not really")
+DAMAGED = {
+    "evaluation/test/best.parquet": "events",
+    "evaluation/val/best.parquet": "identities",
+    "metrics.csv": "convergence",
+    "verification/evidence/weights.json": "weights",
+    "run.json": "provenance",
+    "../declared.json": "variance",
+}
+
+
+@pytest.mark.parametrize("content", [b"PAR1 not really", b"\xff\xfe\x00"])
+def test_damaged_files_fail_their_checks(cli, own_run: RunFolder, content: bytes):
+    for name in DAMAGED:
+        path = own_run.path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(content)
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--format", "json")
     assert outcome.code == 1, outcome.err
-    assert statuses(outcome)[check][0] == "fail", statuses(outcome)
+    found = statuses(outcome)
+    assert {check: found[check][0] for check in DAMAGED.values()} == dict.fromkeys(DAMAGED.values(), "fail"), found
 
 
 def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, own_run: RunFolder):
@@ -142,9 +149,8 @@ def test_reference_over_other_chips_fails_parity_by_name(cli, own_run: RunFolder
     assert "wrong reference: other chips: 1" in outcome.out
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 not really"])
-def test_damaged_reference_is_an_error_that_names_it(cli, own_run: RunFolder, tmp_path: Path, content: bytes):
-    (tmp_path / "r.parquet").write_bytes(content)
+def test_damaged_reference_is_an_error_that_names_it(cli, own_run: RunFolder, tmp_path: Path):
+    (tmp_path / "r.parquet").write_bytes(b"PAR1 not really")
     outcome = cli("verify", "--run", own_run.path, "--no-measure", "--reference", tmp_path / "r.parquet")
     assert (outcome.code, "r.parquet" in outcome.err) == (1, True)
 
@@ -186,3 +192,38 @@ def test_checkpoint_is_not_exported_with_another_models_recipe(cli, verified: Ru
     for flags in ((), ("--no-card",)):
         assert cli("export", "--ckpt", verified.best, *other, *flags).code == 2
     assert not (tmp_path / "export").exists()
+
+
+# Two maps of one scene
+
+
+def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_path: Path):
+    """`map check` writes both tables; the run's own lies where its table over the split `map` would."""
+    run, rng = make_run(tmp_path / "mine"), np.random.default_rng(0)
+    truth = rng.random((1024, 768)) < 0.3
+    truth = truth.repeat(2, 0).repeat(2, 1)
+    profile = {"driver": "GTiff", "count": 1, "crs": "EPSG:32633", "width": 1536, "height": 2048}
+    profile |= {"transform": rasterio.Affine(10, 0, 350_000, 0, -10, 5_200_000), "dtype": "uint8"}
+    with rasterio.open(tmp_path / "truth.tif", "w", **profile) as file:
+        file.write(truth.astype(np.uint8), 1)
+    tables = {}
+    for name, weights, wrong in (("ours", run.best, 0.1), ("theirs", tmp_path / "truth.tif", 0.101)):
+        folder = tmp_path / name
+        folder.mkdir()
+        record = {"positive": 1, "names": ["rest", "flood"]}
+        record["weights"] = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        (folder / "map.json").write_text(json.dumps(record))
+        called = (truth ^ (rng.random(truth.shape) < wrong)).astype(np.uint8)
+        for raster, values in (("class", called), ("probability", 20 + 160 * called)):
+            with rasterio.open(folder / f"{raster}.tif", "w", **profile) as file:
+                file.write(values, 1)
+        tables[name] = tmp_path / f"{name}.parquet" if name == "theirs" else run.evaluation / "map" / "best.parquet"
+        check = ("--map", folder, "--truth", tmp_path / "truth.tif", "--output", tables[name])
+        outcome = cli("map", "check", *check)
+        assert outcome.code == 0, outcome.err
+    flags = ("--no-measure", "--split", "map", "--reference", tables["theirs"], "--require", "parity")
+    outcome = cli("verify", "--run", run.path, *flags)
+    assert outcome.code == 0, outcome.err + outcome.out
+    results = results_of(run)
+    assert results["verdict"]["outcome"] == "equivalent"
+    assert results["run"]["n_chips"] == 48

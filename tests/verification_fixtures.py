@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def missed(table: ChipTable, share: float, events: list[str] | None = None) -> C
 
 def demo_recipe(**overrides: Any) -> recipes.Recipe:
     """The demo's recipe on protocol v0, with top-level keys replaced."""
-    recipe = recipes.read(recipes.find("demo")) | overrides
+    recipe = recipes.read_yaml(recipes.find("demo")) | overrides
     recipe["data"]["init_args"]["protocol"] = "v0"
     return recipe
 
@@ -210,15 +211,20 @@ def gather(run: RunFolder, reference: Path | None = None, **changes: Any) -> Evi
 
 def summarise(evidence: Evidence, required: str | None = None) -> dict[str, Any]:
     """The content of results.json."""
-    checks, standard = battery.run_checks(evidence), battery.required_checks(None)
-    asked = battery.required_checks(required)
-    return results.summarise(evidence, checks, asked, MADE, standard=standard, by_name=required is not None)
+    return results.summarise(evidence, battery.run_checks(evidence), required, MADE)
+
+
+def keep(found: dict[str, Any], run: RunFolder) -> dict[str, Any]:
+    """Write results.json of a run, and return it."""
+    run.verification.mkdir(exist_ok=True)
+    run.results.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 def write_pair(run: RunFolder, folder: Path, name: str = "mine") -> Path:
     """An exported pair of a run's checkpoint, of a few numbers, and its YAML; returns the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    digest, recipe = hashlib.sha256(run.best.read_bytes()).hexdigest(), recipes.read(run.recipe)
+    digest, recipe = hashlib.sha256(run.best.read_bytes()).hexdigest(), recipes.read_yaml(run.recipe)
     metadata = {"source_sha256": digest, "recipe_sha256": recipes.fingerprint(recipe)}
     save_file({"model.a": np.arange(6.0)}, folder / f"{name}.safetensors", metadata)
     (folder / f"{name}.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")

@@ -33,13 +33,11 @@ def emit(data: Mapping[str, Any], text: str, output_format: str) -> None:
 
 def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     """Lay rows out in columns; those from *right_from* on are figures and stand to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [
-            cell.rjust(width) if i >= right_from else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = [cell.ljust(width) if i < right_from else cell.rjust(width) for i, (cell, width) in sized]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -48,12 +46,12 @@ def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that shows on stderr how far a loop has come, its rate and the time left.
 
-    On a terminal one line is redrawn; in a log a line is written every half minute.
+    On a terminal one line is redrawn; in a log a line is written every half minute. A short loop shows nothing.
     """
     from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 
-    seconds = 0.2 if sys.stderr.isatty() else 30.0
-    with tqdm(desc=f"floodrepro: {label}", file=sys.stderr, mininterval=seconds, disable=_is_follower()) as bar:
+    every, desc = 0.2 if sys.stderr.isatty() else 30.0, f"floodrepro: {label}"
+    with tqdm(desc=desc, file=sys.stderr, mininterval=every, delay=every, disable=_is_follower()) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total
@@ -62,11 +60,9 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield update
 
 
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
+def stdout_to_stderr() -> contextlib.AbstractContextManager[object]:
     """Send what libraries print (progress bars, metric tables) to stderr, so that stdout holds data only."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 class _Log:
@@ -106,6 +102,8 @@ def run(main: Callable[[], int]) -> int:
     except FloodreproError as error:
         print(error.report(), file=sys.stderr)
         return error.exit_code
+    except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
+        return int(done.code or 0)
     except KeyboardInterrupt:
         say("interrupted")
         return 130  # 128 + SIGINT, the shell's convention
@@ -115,12 +113,10 @@ def run(main: Callable[[], int]) -> int:
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
         traceback.print_exc()
-        unexpected = FloodreproError(
-            f"unexpected {type(error).__name__}; the traceback is above",
-            fix="if it is not your own code, report it together with the traceback",
-        )
-        print(unexpected.report(), file=sys.stderr)
-        return unexpected.exit_code
+        what = f"unexpected {type(error).__name__}; the traceback is above"
+        fix = "if it is not your own code, report it together with the traceback"
+        print(FloodreproError(what, fix=fix).report(), file=sys.stderr)
+        return FloodreproError.exit_code
 
 
 def _is_follower() -> bool:

@@ -34,16 +34,14 @@ class FloodreproError(Exception):
         super().__init__(self.what)
 
     def __str__(self) -> str:
-        """The report's text without its heading; a loader worker's traceback ends with it."""
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.fix:
-            lines.append(f"  to do: {self.fix}")
-        return "\n".join(lines)
+        """One to three lines; a loader worker's traceback ends with them."""
+        where, fix = (
+            f"\n  {name}: {text}" if text else "" for name, text in (("where", self.where), ("to do", self.fix))
+        )
+        return f"{self.what}{where}{fix}"
 
     def report(self) -> str:
-        """The error as one to three lines of text, without a final line break."""
+        """The error as it is printed, without a final line break."""
         return f"floodrepro: error: {self}"
 
 
@@ -84,17 +82,10 @@ class Incident(FloodreproError):
     exit_code = 3
 
     def __init__(
-        self,
-        kind: str,
-        detail: str,
-        *,
-        epoch: int,
-        step: int,
-        chips: Sequence[str],
-        tensors: Sequence[str] = (),
+        self, kind: str, detail: str, *, epoch: int, step: int, chips: Sequence[str], tensors: Sequence[str] = ()
     ) -> None:
-        self.kind, self.detail = kind, detail
-        self.epoch, self.step, self.chips, self.tensors = epoch, step, tuple(chips), tuple(tensors)
+        self.kind, self.detail, self.tensors = kind, detail, list(tensors)
+        self.epoch, self.step, self.chips = epoch, step, list(chips)
         bad = f"; not finite: {_first_three(self.tensors)}" if tensors else ""
         named = f"; chips {_first_three(self.chips)}" if chips else ""
         fix = "look at these chips, replace or remove them; then run the same command again"
@@ -109,21 +100,13 @@ class Incident(FloodreproError):
 
     def as_dict(self) -> dict[str, object]:
         """The incident as JSON types."""
-        return {
-            "kind": self.kind,
-            "detail": self.detail,
-            "tensors": list(self.tensors),
-            "epoch": self.epoch,
-            "step": self.step,
-            "chips": list(self.chips),
-        }
+        return {name: getattr(self, name) for name in ("kind", "detail", "tensors", "epoch", "step", "chips")}
 
 
 class Interrupted(FloodreproError, SystemExit):
     """The run was told to stop and did so in good order: exit code 128 + the signal's number, as shells have it.
 
-    It is a `SystemExit` too, so that plain ``terratorch fit``, which does not know floodrepro's errors, ends with the
-    same code and without a traceback.
+    It is a `SystemExit` too: plain ``terratorch fit`` ends with the same code and without a traceback.
 
     Args:
         number: The signal's number.

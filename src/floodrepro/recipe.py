@@ -1,10 +1,11 @@
 """Recipes: where they are found, how a YAML is read, what identifies one. Cheap: nothing here imports torch."""
 
 import difflib
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -38,23 +39,18 @@ def find(name_or_path: str) -> Path:
     Raises:
         UsageError: There is neither.
     """
-    path = Path(name_or_path)
+    path, known = Path(name_or_path), shipped()
     if path.is_file():
         return path
-    known = shipped()
     if name_or_path in known:
         return known[name_or_path]
     close = difflib.get_close_matches(name_or_path, known, n=1)
-    raise UsageError(
-        "is a folder, not a recipe" if path.is_dir() else "config file not found",
-        where=name_or_path,
-        fix=f"did you mean '{close[0]}'?"
-        if close
-        else "give a path to a YAML, or a name that 'floodrepro configs ls' lists",
-    )
+    fix = f"did you mean '{close[0]}'?" if close else "give a path, or a name that 'floodrepro configs ls' lists"
+    what = "is a folder, not a recipe" if path.is_dir() else "config file not found"
+    raise UsageError(what, where=name_or_path, fix=fix)
 
 
-def read(path: Path) -> Recipe:
+def read_yaml(path: Path) -> Recipe:
     """Read a YAML and check that it parses.
 
     Raises:
@@ -62,16 +58,48 @@ def read(path: Path) -> Recipe:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UsageError(f"the YAML does not parse: {problem}", where=f"{path}{line}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        raise UsageError(f"the YAML does not parse: {error.problem}", where=place) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"the config cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
         raise UsageError("the YAML holds no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
     return content
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML text, keys in the order in which they were given."""
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
+
+
+def fold(layers: Sequence[Recipe], overrides: Sequence[str] = ()) -> Recipe:
+    """Merge layers, later ones winning, and command-line overrides. Types are not checked: TerraTorch's parser does.
+
+    Args:
+        layers: Contents of YAML files; they are not changed.
+        overrides: Such as ``--trainer.max_epochs=3``, or flag and value apart.
+    """
+    changes = []
+    words = iter(overrides)
+    for word in words:
+        key, given, text = word.removeprefix("--").partition("=")
+        try:
+            value = yaml.safe_load(text if given else next(words, ""))
+        except yaml.YAMLError:
+            continue  # the parser names it
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        changes.append(value)
+    folded: Recipe = functools.reduce(_merge, [*layers, *changes], {})
+    return folded
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return new
+    return dict(old) | {key: _merge(old.get(key), value) for key, value in new.items()}
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -80,15 +108,9 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def differences(before: Any, now: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
-    """Where two nested contents differ: by the key's path, sorted, the value in each; None where it is not there.
-
-    Args:
-        before: Mappings, lists and plain values.
-        now: The same.
-        path: What the paths begin with.
-    """
-    old, new = dict(leaves(before, path)), dict(leaves(now, path))
+def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
+    """Where two nested contents differ: by the key's path, the value in each; None where it is not there."""
+    old, new = dict(leaves(before)), dict(leaves(now))
     return {
         key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
     }
@@ -102,13 +124,14 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         path: What the paths begin with.
     """
     if isinstance(node, Mapping) and node:
-        for key, value in node.items():
-            yield from leaves(value, f"{path}.{key}" if path else str(key))
+        items: list[tuple[Any, Any]] = list(node.items())
     elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
-        for number, value in enumerate(node):
-            yield from leaves(value, f"{path}.{number}")
+        items = list(enumerate(node))
     else:
         yield path, node
+        return
+    for key, value in items:
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
 # Where a run takes place, and its seed: what may differ between two runs of one recipe.
@@ -119,22 +142,13 @@ _PLACE = re.compile(
 
 
 def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
-    """The shipped recipe that is nearest to one, and the keys in which they differ; data's place and seed do not count.
-
-    Args:
-        recipe: A resolved recipe.
-    """
+    """The shipped recipe nearest to a resolved one, and the keys in which they differ; place and seed do not count."""
     found = {
-        name: [key for key in differences(read(path), recipe) if not _PLACE.fullmatch(key)]
+        name: [key for key in differences(read_yaml(path), recipe) if not _PLACE.fullmatch(key)]
         for name, path in shipped().items()
     }
     nearest = min(found, key=lambda name: len(found[name]))
     return nearest, found[nearest]
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """A recipe as YAML text, keys in the order in which they were given."""
-    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120)
 
 
 def data_overrides(root: Path, *given: Recipe) -> list[str]:
@@ -155,10 +169,7 @@ def data_overrides(root: Path, *given: Recipe) -> list[str]:
 
 
 def check_precision(recipe: Recipe, *, gpu: bool) -> None:
-    """Refuse fp16 on a CPU.
-
-    Lightning 2.6.1 (``_check_and_init_precision``) would train in bf16 instead and say so in one warning: other
-    numerics than the recipe's, without being asked for.
+    """Refuse fp16 on a CPU: Lightning 2.6.1 would train in bf16 instead, other numerics than the recipe's.
 
     Args:
         recipe: A resolved recipe.
@@ -168,12 +179,11 @@ def check_precision(recipe: Recipe, *, gpu: bool) -> None:
         UsageError: The recipe asks for fp16 and will run on a CPU.
     """
     trainer = recipe.get("trainer") or {}
-    accelerator = str(trainer.get("accelerator", "auto"))
+    accelerator, precision = str(trainer.get("accelerator", "auto")), str(trainer.get("precision"))
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu)
-    if on_cpu and str(trainer.get("precision", "32-true")) in ("16", "16-mixed", "16-true"):
-        reason = "trainer.accelerator is cpu" if gpu else "torch sees no GPU"
+    if on_cpu and precision in ("16", "16-mixed", "16-true"):
         raise UsageError(
             "fp16 does not run on a CPU: Lightning would quietly use bf16 in its place",
-            where=f"trainer.precision: {trainer['precision']}, and {reason}",
+            where=f"trainer.precision: {precision}, and {'trainer.accelerator is cpu' if gpu else 'torch sees no GPU'}",
             fix="--precision fp32 (slower) or --precision bf16",
         )

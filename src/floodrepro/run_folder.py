@@ -2,9 +2,9 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import os
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -19,40 +19,23 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 class RunFolder:
-    """Paths inside one run's folder. Nothing is created by asking for a path.
-
-    Args:
-        path: The folder.
-
-    Attributes:
-        recipe: The resolved recipe, saved before the first step.
-        record: The run's own record, ``run.json``.
-        log: What the fit wrote to stderr.
-        metrics: What Lightning's CSV logger wrote: a row a logging step, a row a validation.
-        checkpoints: Folder of the checkpoints.
-        best: Weights of the best epoch by the recipe's own monitor.
-        evaluation: Folder of the chip tables: ``<split>/<checkpoint>.parquet``.
-        verification: Folder of results.json, the report, and what was measured for it.
-        results: What the battery of checks found.
-        export: Folder of the exported pair and its card.
-        lock: Held by the process that trains in this folder.
-    """
+    """Paths inside one run's folder. Nothing is created by asking for a path."""
 
     evaluation_name = "evaluation"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.recipe = path / "recipe.yaml"
-        self.record = path / "run.json"
-        self.log = path / "log.txt"
-        self.metrics = path / "metrics.csv"
+        self.recipe = path / "recipe.yaml"  # resolved, saved before the first step
+        self.record = path / "run.json"  # what the run records of itself
+        self.log = path / "log.txt"  # what the fit wrote to stderr
+        self.metrics = path / "metrics.csv"  # of Lightning's CSV logger: a row a logging step, a row a validation
         self.checkpoints = path / "checkpoints"
-        self.best = self.checkpoints / "best.ckpt"
-        self.evaluation = path / self.evaluation_name
-        self.verification = path / "verification"
+        self.best = self.checkpoints / "best.ckpt"  # weights of the best epoch by the recipe's own monitor
+        self.evaluation = path / self.evaluation_name  # chip tables, <split>/<checkpoint>.parquet
+        self.verification = path / "verification"  # results.json, the report, and what was measured for it
         self.results = self.verification / "results.json"
-        self.export = path / "export"
-        self.lock = path / ".lock"
+        self.export = path / "export"  # the exported pair and its card
+        self.lock = path / ".lock"  # held by the process that trains in this folder
 
     def is_resumable(self) -> bool:
         """Whether a fit may begin here: the folder holds a run, or nothing but what a start that failed left."""
@@ -111,12 +94,9 @@ class RunFolder:
             RunFolderError: It is missing or damaged.
         """
         try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return dict(json.loads(self.record.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise RunFolderError(f"the run's record cannot be read: {error}", where=self.record) from error
-        if not isinstance(record, dict):
-            raise RunFolderError("the run's record is no JSON object", where=self.record)
-        return record
 
     def read_metrics(self) -> list[dict[str, str]]:
         """The rows of ``metrics.csv``, values as text; none for a recipe without the CSV logger."""
@@ -133,16 +113,13 @@ def config_beside(checkpoint: Path) -> Path:
         UsageError: There is none, or more than one.
     """
     run = RunFolder.of_checkpoint(checkpoint)
-    if run is not None:
-        return run.recipe
-    twin = checkpoint.with_suffix(".yaml")
+    twin = run.recipe if run else checkpoint.with_suffix(".yaml")
     if twin.is_file():
         return twin
-    found = sorted([*checkpoint.parent.glob("*.yaml"), *checkpoint.parent.glob("*.yml")])
-    if len(found) == 1:
-        return found[0]
-    problem = f"{len(found)} configs lie beside the checkpoint" if found else "no config lies beside the checkpoint"
-    raise UsageError(problem, where=checkpoint, fix="--config YAML")
+    found = sorted(checkpoint.parent.glob("*.y*ml"))
+    if len(found) != 1:
+        raise UsageError(f"{len(found)} configs lie beside the checkpoint", where=checkpoint, fix="--config YAML")
+    return found[0]
 
 
 def timestamp() -> str:
@@ -152,10 +129,8 @@ def timestamp() -> str:
 
 def free_name(path: Path) -> str:
     """The first of NAME-2, NAME-3, … that is not taken beside *path*."""
-    number = 2
-    while (path.parent / f"{path.name}-{number}").exists():
-        number += 1
-    return f"{path.name}-{number}"
+    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    return next(name for name in names if not path.with_name(name).exists())
 
 
 def sha256_of(path: Path) -> str:
@@ -166,14 +141,12 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp gives 0600, which would hide results from the user's group
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -110,7 +110,9 @@ def _weights(args: argparse.Namespace) -> int:
 
     from floodrepro.data.weights import REFERENCE, backbone_weights, fetch_file
 
-    model = (recipes.read(recipes.find(args.config)).get("model") or {}).get("init_args", {}).get("model_args") or {}
+    model = (recipes.read_yaml(recipes.find(args.config)).get("model") or {}).get("init_args", {}).get(
+        "model_args"
+    ) or {}
     found = {}
     backbone = backbone_weights(str(model.get("backbone"))) if model.get("backbone_pretrained") else None
     if backbone is not None:
@@ -129,7 +131,7 @@ def _weights(args: argparse.Namespace) -> int:
 def _audit(args: argparse.Namespace) -> int:
     from floodrepro.data.audit import FIGURES, audit
 
-    recipe = recipes.read(recipes.find(args.config)) if args.config else {}
+    recipe = recipes.read_yaml(recipes.find(args.config)) if args.config else {}
     if not args.protocol and not args.config:
         raise UsageError("say what the data should be", fix=f"--protocol {'|'.join(PROTOCOLS)}, or --config YAML")
     rules = _protocol(args.protocol) if args.protocol and args.protocol != "custom" else protocol_of(recipe)

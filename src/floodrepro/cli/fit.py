@@ -2,50 +2,32 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from floodrepro import console
-from floodrepro import recipe as recipes
-from floodrepro.cli.doctor import before_fit
-from floodrepro.cli.shared import add_recipe_flags, parse_recipe
+from floodrepro.cli.shared import add_recipe_flags, parse, read_recipe
 from floodrepro.errors import UsageError
+from floodrepro.system.doctor import check_before_fit
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add_recipe_flags(parser, config_required=True)
-    parser.add_argument("--name", help="name of the run (default: the first recipe's)")
-    parser.add_argument(
-        "--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)"
-    )
-    parser.add_argument("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="torch's deterministic mode: slower; warns of operations that have none (trainer.deterministic: warn)",
-    )
-    parser.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="resume an unfinished run of this name (auto, default), or refuse it",
-    )
-    parser.add_argument("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
-    parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="start from the weights of a checkpoint, with a fresh optimizer"
-    )
-    parser.add_argument(
-        "--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded"
-    )
-    parser.add_argument(
-        "--on-overflow",
-        choices=("stop", "rollback"),
-        default="stop",
-        help="after a value that is not finite: stop (default), or resume from the last good state in bf16, once",
-    )
-    parser.add_argument(
-        "--save-every", type=_positive, default=500, metavar="STEPS", help="steps between full states (default: 500)"
-    )
-    parser.add_argument("--no-guard", action="store_true", help="do not watch for values that are not finite")
+    add = parser.add_argument
+    add("--name", help="name of the run (default: the first recipe's)")
+    add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
+    add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
+    add("--deterministic", action="store_true", help="torch's deterministic mode: slower (trainer.deterministic: warn)")
+    resume = "resume an unfinished run of this name (auto, default), or refuse it"
+    add("--resume", choices=("auto", "never"), default="auto", help=resume)
+    add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
+    add("--weights", type=Path, metavar="FILE", help="start from a checkpoint's weights, with a fresh optimizer")
+    anyway = "resume although data, packages or settings changed; recorded"
+    add("--resume-anyway", action="store_true", help=anyway)
+    overflow = "after a value that is not finite: stop (default), or resume from the last good state in bf16, once"
+    add("--on-overflow", choices=("stop", "rollback"), default="stop", help=overflow)
+    add("--save-every", type=_positive, default=500, metavar="STEPS", help="steps between full states (default: 500)")
+    add("--no-guard", action="store_true", help="do not watch for values that are not finite")
 
 
 def run_fit(args: argparse.Namespace) -> int:
@@ -58,11 +40,12 @@ def run_fit(args: argparse.Namespace) -> int:
         args.overrides = [*args.overrides, "--trainer.deterministic=warn"]
     if args.seed is not None:
         args.overrides = [*args.overrides, f"--seed_everything={args.seed}"]
-    before_fit(args)
-    cli = parse_recipe(args)
+    files, overrides, recipe = read_recipe(args)
+    check_before_fit(recipe, args.runs_root)
+    cli = parse(files, overrides)
     from floodrepro.training.fit import fit
 
-    path = args.runs_root / (args.name or recipes.find(args.config[0]).stem)
+    path = args.runs_root / (args.name or files[0].stem)
     record = fit(
         cli,
         path,
@@ -85,9 +68,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _text(record: dict[str, object]) -> str:
+def _text(record: dict[str, Any]) -> str:
     lines = [f"run         {record['run']}"]
     if record.get("best_epoch") is not None:
         lines.append(f"checkpoint  {record['run']}/checkpoints/best.ckpt")
-        lines.append(f"best epoch  {int(str(record['best_epoch'])) + 1} of {record['epochs']}, by {record['monitor']}")
+        lines.append(f"best epoch  {record['best_epoch'] + 1} of {record['epochs']}, by {record['monitor']}")
     return "\n".join(lines)

@@ -1,7 +1,4 @@
-"""The command table. A command NAME is two functions of a module that is imported when called.
-
-They are ``add_NAME_arguments(parser)`` and ``run_NAME(args)``; a module of one command may leave the NAME out.
-"""
+"""The command table. A command NAME is two functions, ``add_NAME_arguments(parser)`` and ``run_NAME(args)``."""
 
 import argparse
 import difflib
@@ -24,7 +21,7 @@ COMMANDS = {
     "verify": ("floodrepro.cli.publish", "check a run, compare it with a reference, and write its report"),
     "export": ("floodrepro.cli.publish", "write a safetensors + YAML pair that plain TerraTorch loads"),
     "publish": ("floodrepro.cli.publish", "upload an export to the hub, in one commit; --dry-run looks first"),
-    "configs": ("floodrepro.cli.runs", "list, show or copy the shipped recipes"),
+    "configs": ("floodrepro.cli.runs", "list the shipped recipes, or print one to change it"),
     "runs": ("floodrepro.cli.runs", "list runs with recipe, status, best score and age"),
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
     "doctor": ("floodrepro.cli.doctor", "check whether this machine can do what a recipe needs"),
@@ -68,12 +65,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit, 128 + a signal's number.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return console.run(lambda: _name_missing_packages(arguments))
+    return console.run(lambda: _dispatch(arguments))
 
 
-def _name_missing_packages(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str]) -> int:
+    if not sys.platform.startswith("linux"):
+        raise UsageError(f"floodrepro runs on Linux only, and this is {sys.platform}", fix="use Linux, WSL 2 or Docker")
+    name, rest = arguments[0] if arguments else "--help", arguments[1:]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"floodrepro {__version__}")
+        return 0
+    if name not in COMMANDS:
+        later = next((word for word in rest if word in COMMANDS), None)
+        if name.startswith("-") and later:
+            ordered = " ".join([later, *(word for word in arguments if word != later)])
+            raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
+        raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
     try:
-        return _dispatch(arguments)
+        command = importlib.import_module(COMMANDS[name][0])
+        run = getattr(command, f"run_{name}")
+        parser = Parser(f"floodrepro {name}", description=run.__doc__)
+        getattr(command, f"add_{name}_arguments")(parser)
+        args, overrides = parser.parse_known_args(rest)
+        args.overrides = _check_overrides(overrides, parser, name in _TAKES_OVERRIDES)
+        return int(run(args))
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
             what = f"floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
@@ -81,72 +99,17 @@ def _name_missing_packages(arguments: list[str]) -> int:
         raise
 
 
-def _dispatch(arguments: list[str]) -> int:
-    if not sys.platform.startswith("linux"):
-        raise UsageError(f"floodrepro runs on Linux only, and this is {sys.platform}", fix="use Linux, WSL 2 or Docker")
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if arguments[0] in ("-V", "--version"):
-        print(f"floodrepro {__version__}")
-        return 0
-    name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
-        later = [word for word in rest if word in COMMANDS]
-        if name.startswith("-") and later:
-            ordered = " ".join([later[0], *(word for word in arguments if word != later[0])])
-            raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
-        raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
+def _check_overrides(words: list[str], parser: Parser, allowed: bool) -> list[str]:
+    """Refuse at once what is neither a flag nor an override: TerraTorch's parser needs 10 to 20 s to say so."""
     from floodrepro.recipe import SECTIONS  # needs PyYAML, which may be missing
 
-    module, _ = COMMANDS[name]
-    command = importlib.import_module(module)
-    run = getattr(command, f"run_{name}", None) or command.run
-    parser = Parser(f"floodrepro {name}", description=run.__doc__ if run.__name__ != "run" else command.__doc__)
-    (getattr(command, f"add_{name}_arguments", None) or command.add_arguments)(parser)
-    takes_overrides = name in _TAKES_OVERRIDES
-    _refuse_unknown_flags(rest, _flags(parser), SECTIONS if takes_overrides else (), parser.prog)
-    try:
-        args, overrides = parser.parse_known_args(rest)
-        if overrides and not takes_overrides:
-            raise UsageError(f"unexpected argument '{overrides[0]}'", fix=f"{parser.prog} --help")
-        args.overrides = overrides
-        return int(run(args))
-    except FloodreproError:  # a stop by a signal is a SystemExit too
-        raise
-    except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
-        return int(done.code or 0)
-
-
-def _flags(parser: argparse.ArgumentParser) -> list[str]:
-    """All flags of a command, those of its actions included."""
-    flags: list[str] = []
-    for action in parser._actions:
-        flags += action.option_strings
-        if isinstance(action, argparse._SubParsersAction):
-            flags += [flag for child in action.choices.values() for flag in _flags(child)]
-    return flags
-
-
-def _refuse_unknown_flags(arguments: list[str], flags: list[str], sections: Sequence[str], prog: str) -> None:
-    """Refuse a flag that is neither the command's nor, where it takes overrides, begins with a section of a recipe.
-
-    TerraTorch's parser would refuse it too, after an import of 10 to 20 s.
-    """
-    takes_value = False
-    for token in arguments:
-        flag = token.split("=", 1)[0]
-        if token.startswith("--"):
-            section = flag[2:].split(".", 1)[0].rstrip("+")
-            if flag not in flags and section not in sections and not (sections and section == "print_config"):
-                known = [*flags, *(f"--{section}" for section in sections)]
-                fix = f"{prog} --help"
-                raise UsageError(f"unknown flag '{flag}'{_closest(flag.split('.', 1)[0], known)}", fix=fix)
-            takes_value = "=" not in token and flag not in flags and not flag.endswith(("help", "print_config"))
-        else:
-            takes_value = False
-    if takes_value:
-        raise UsageError(f"'{arguments[-1]}' needs a value", fix=f"{prog} --help")
+    sections = [f"--{section}" for section in (*SECTIONS, "print_config") if allowed]
+    for word in words:
+        section = word.split("=")[0].split(".")[0].rstrip("+")
+        if section not in sections and (word.startswith("--") or not allowed):
+            close = _closest(section, [*parser._option_string_actions, *sections])
+            raise UsageError(f"unknown argument '{word}'{close}", fix=f"{parser.prog} --help")
+    return words
 
 
 def _closest(word: str, known: Iterable[str]) -> str:

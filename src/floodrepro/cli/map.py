@@ -1,6 +1,7 @@
 """Map a whole scene (map), compare a map with a truth (map check), write a scene from a catalogue (map plan)."""
 
 import argparse
+import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,54 +40,42 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument("--ckpt", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
     weights.add_argument("--export", type=Path, metavar="DIR", help="folder of an exported pair")
-    parser.add_argument(
-        "--config", action="append", metavar="YAML", help="recipe (default: the one beside the weights)"
-    )
-    parser.add_argument("--scene", type=Path, metavar="YAML", help="what to map; 'map plan' writes one")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the map")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: the recipe's")
-    parser.add_argument(
-        "--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors"
-    )
-    parser.add_argument("--anyway", action="store_true", help="map a scene with problems, and record them")
-    parser.add_argument("--max-gap", type=float, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    parser.add_argument("--min-seen", type=float, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
-    parser.add_argument(
-        "--threshold", type=float, metavar="P", help="probability of the positive class (default: argmax)"
-    )
-    parser.add_argument("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
-    parser.add_argument("--min-hectares", type=float, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
-    parser.add_argument("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
-    parser.add_argument("--stride", type=int, metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)"
-    )
+    add = parser.add_argument
+    add("--config", action="append", metavar="YAML", help="recipe (default: the one beside the weights)")
+    add("--scene", type=Path, metavar="YAML", help="what to map; 'map plan' writes one")
+    add("--output", type=Path, metavar="DIR", help="folder for the map")
+    add("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
+    add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
+    add("--anyway", action="store_true", help="map a scene with problems, and record them")
+    add("--max-gap", type=float, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--min-seen", type=float, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--threshold", type=float, metavar="P", help="probability of the positive class (default: argmax)")
+    add("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
+    add("--min-hectares", type=float, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
+    add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
+    add("--stride", type=int, metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
+    add("--batch", type=int, metavar="N", help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)")
     add_format(parser)
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
     check = actions.add_parser("check", prog=f"{parser.prog} check", help="compare a map with a truth")
-    check.add_argument("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
-    check.add_argument("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
-    check.add_argument("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
-    check.add_argument("--output", type=Path, metavar="FILE", help="write the chip table there (.parquet)")
+    add = check.add_argument
+    add("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
+    add("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
+    add("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
+    add("--output", type=Path, metavar="FILE", help="write the chip table there (.parquet)")
     add_format(check)
     plan = actions.add_parser("plan", prog=f"{parser.prog} plan", help="write scene.yaml from a STAC catalogue")
-    add_plan_arguments(plan)
-
-
-def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of map plan."""
-    place = parser.add_mutually_exclusive_group(required=True)
+    add = plan.add_argument
+    place = plan.add_mutually_exclusive_group(required=True)
     place.add_argument("--aoi", type=Path, metavar="FILE", help="polygons: GeoJSON, GeoPackage")
     place.add_argument("--box", type=float, nargs=4, metavar=("WEST", "SOUTH", "EAST", "NORTH"), help="in degrees")
-    parser.add_argument("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
-    parser.add_argument("--stac", metavar="URL", help="a STAC API (default: Planetary Computer)")
-    parser.add_argument("--sensors", nargs="+", choices=_SENSORS, default=list(_SENSORS), help="default: both")
-    parser.add_argument("--output", type=Path, default=Path("scene.yaml"), metavar="YAML", help="default: scene.yaml")
+    add("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
+    add("--stac", metavar="URL", help="a STAC API (default: Planetary Computer)")
+    add("--sensors", nargs="+", choices=_SENSORS, default=list(_SENSORS), help="default: both")
+    add("--output", type=Path, default=Path("scene.yaml"), metavar="YAML", help="default: scene.yaml")
     for name, (value, text) in _LIMITS.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=float, default=value, metavar="N", help=f"{text} (default: {value:g})")
-    add_format(parser)
+        add(f"--{name.replace('_', '-')}", type=float, default=value, metavar="N", help=f"{text} (default: {value:g})")
+    add_format(plan)
 
 
 def run_map(args: argparse.Namespace) -> int:
@@ -96,23 +85,21 @@ def run_map(args: argparse.Namespace) -> int:
     for name in ("scene", "output"):
         if getattr(args, name) is None:
             raise UsageError(f"--{name} is needed", fix="floodrepro map --help")
-    from floodrepro.mapping.checks import list_missing, list_problems
-    from floodrepro.mapping.scene import read_scene
+    from floodrepro.mapping.checks import list_problems
+    from floodrepro.mapping.scene import name_of, read_scene
 
     scene = read_scene(args.scene)  # what is wrong with it is answered before the slow import
-    checkpoint = _weights(args)
+    files = sorted(args.export.glob("*.safetensors")) if args.export else [args.ckpt] if args.ckpt else []
+    if len(files) != 1 or not files[0].is_file():
+        raise CheckpointError("checkpoint not found", where=args.export or args.ckpt, fix="--ckpt FILE or --export DIR")
     problems = list_problems(scene, args.max_gap)
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
-        raise DataError(
-            f"the scene has {len(problems)} problems, the first: {problems[0]}",
-            where=args.scene,
-            fix="mend scene.yaml, or map it --anyway: map.json will list them",
-        )
-    configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(checkpoint)]
-    overrides = [f"--trainer.accelerator={args.device}"] if args.device else []
-    overrides += [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
+        fix = "mend scene.yaml, or map it --anyway: map.json will list them"
+        raise DataError(f"the scene has {len(problems)} problems: {problems[0]}", where=args.scene, fix=fix)
+    configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(files[0])]
+    overrides = [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
     console.say("loading TerraTorch (10 to 20 s)")
     import torch
 
@@ -123,13 +110,14 @@ def run_map(args: argparse.Namespace) -> int:
 
     cli = RecipeCLI(configs, overrides)
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
-    network = Network(cli, read_checkpoint(checkpoint))
-    missing = list_missing(scene, list(network.bands), network.steps)
+    network = Network(cli, read_checkpoint(files[0]))
+    wanted = [(m, step) for m, steps in network.steps.items() for step in steps]
+    missing = [name_of(*key) for key in wanted if key not in scene.acquisitions]
     if missing and args.missing == "refuse":
         fix = "add them to scene.yaml, or --missing zero: filled as missing pixels were in training"
         raise DataError(f"the scene lacks {', '.join(missing)}", where=args.scene, fix=fix)
     record = {
-        "weights": {"file": checkpoint.name, "sha256": sha256_of(checkpoint)},
+        "weights": {"file": files[0].name, "sha256": sha256_of(files[0])},
         "recipe_sha256": recipes.fingerprint(cli.recipe),
         "precision": cli.recipe.get("trainer", {}).get("precision"),
         "device": str(network.device),
@@ -137,7 +125,7 @@ def run_map(args: argparse.Namespace) -> int:
         "problems": problems,
         "versions": {"floodrepro": __version__, "torch": torch.__version__},
     }
-    result = map_scene(network, scene, _plan_of(args, cli.recipe), args.output, record)
+    result = map_scene(network, scene, _plan_of(args, cli.recipe, files[0]), args.output, record)
     seen = result["shares_of_area"]["seen"]
     text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
     console.emit(result, f"{text}\n{args.output}", args.format)
@@ -146,25 +134,18 @@ def run_map(args: argparse.Namespace) -> int:
     return 0
 
 
-def _weights(args: argparse.Namespace) -> Path:
-    """The weights' file."""
-    if args.export:
-        found = sorted(args.export.glob("*.safetensors"))
-        if len(found) != 1:
-            raise CheckpointError(f"{len(found)} .safetensors lie there", where=args.export, fix="--ckpt FILE")
-        return Path(found[0])
-    if args.ckpt is None or not args.ckpt.is_file():
-        raise CheckpointError("checkpoint not found", where=args.ckpt, fix="--ckpt FILE, or --export DIR")
-    return Path(args.ckpt)
+def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path) -> dict[str, Any]:
+    """What flags, recipe and an export's weights ask for."""
+    from safetensors import safe_open
 
-
-def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
-    """What flags and recipe ask for."""
     from floodrepro.data.protocols import class_names_of, positive_class_of
 
     names, positive = class_names_of(recipe), positive_class_of(recipe)
-    if names[0] == "class 0":  # an export names its classes no more
-        names = {2: ["rest", "flood"], 3: ["no water", "permanent water", "flood water"]}.get(len(names), names)
+    if checkpoint.suffix == ".safetensors":  # the YAML of an export has impactmesh's data module: it names no classes
+        with safe_open(str(checkpoint), framework="np") as file:
+            said = file.metadata() or {}
+        names = json.loads(said.get("class_names", "null")) or names
+        positive = int(said.get("positive_class", positive))
     permanent = next((i for i, name in enumerate(names) if "permanent" in name), None)
     if args.permanent and permanent is None:
         names, permanent = [*names, "permanent water"], len(names)
@@ -173,17 +154,9 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]
     stride = args.stride or (None if args.crop else tiles.get("h_stride")) or crop * _STRIDE // _CROP
     if not 1 <= stride <= crop or crop % 32:
         raise UsageError(f"crop {crop} and stride {stride}: a crop is a multiple of 32, a stride at most the crop")
-    return {
-        "names": names,
-        "positive": positive,
-        "permanent": permanent,
-        "permanent_file": str(args.permanent) if args.permanent else None,
-        "threshold": args.threshold,
-        "crop": crop,
-        "stride": stride,
-        "batch": args.batch,
-        "min_hectares": args.min_hectares,
-    }
+    plan = {"names": names, "positive": positive, "permanent": permanent, "crop": crop, "stride": stride}
+    plan |= {name: getattr(args, name) for name in ("threshold", "batch", "min_hectares")}
+    return plan | {"permanent_file": str(args.permanent) if args.permanent else None}
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -209,30 +182,23 @@ def _plan(args: argparse.Namespace) -> int:
     """Write a scene from a STAC catalogue."""
     from floodrepro.mapping.area import Area
     from floodrepro.mapping.plan import PLANETARY_COMPUTER, make_scene, search
-    from floodrepro.mapping.scene import STEPS
+    from floodrepro.mapping.scene import STEPS, parse_time
 
     if args.output.exists():
         raise UsageError("the file exists already and is not overwritten", where=args.output, fix="--output FILE")
-    try:
-        event = datetime.fromisoformat(args.event)
-    except ValueError as error:
-        raise UsageError(f"--event is no date: {error}", fix="--event 2026-08-26") from error
-    event = event.astimezone(UTC) if event.tzinfo else event.replace(tzinfo=UTC)
-    area, url = Area.of(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
+    event, area, url = parse_time(args.event, "--event"), Area(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
     items = search(url, area, event, [*args.sensors, "DEM"])
     limits = {name: getattr(args, name) for name in _LIMITS}
-    scene = make_scene(items, area, event, datetime.now(UTC), limits)
-    file = os.path.relpath(args.aoi, args.output.parent) if args.aoi else None
-    head: dict[str, Any] = {"area": {"file": file} if file else {"box": args.box}, "stac": url}
-    head["sign"] = "planetary-computer" if ".blob.core.windows.net" in str(scene) else "none"
-    text = yaml.safe_dump(head | scene, sort_keys=False, width=1000, allow_unicode=True)
+    where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
+    scene: dict[str, Any] = {"area": where, "stac": url}
+    scene |= make_scene(items, area, event, datetime.now(UTC), limits)
+    text = yaml.safe_dump(scene, sort_keys=False, width=1000, allow_unicode=True)
     write_atomically(args.output, f"# Written by floodrepro map plan; change what you like.\n{text}")
     lines = []
-    for sensor in args.sensors:
-        for step in STEPS:
-            found = scene[sensor][step]
-            line = "{time}  orbit {orbit}  coverage {coverage:.0%}" if "time" in found else "missing"
-            line += "  cloud {cloud:.0f} %" * ("cloud" in found)
-            lines.append(f"{sensor}  {step:<12}  {line.format(**found)}")
-    console.emit(head | scene, "\n".join([*lines, *scene["notes"], str(args.output)]), args.format)
+    for sensor, step in [(sensor, step) for sensor in args.sensors for step in STEPS]:
+        found = scene[sensor][step]
+        line = "{time}  orbit {orbit}  coverage {coverage:.0%}" if "time" in found else "missing"
+        line += "  cloud {cloud:.0f} %" * ("cloud" in found)
+        lines.append(f"{sensor}  {step:<12}  {line.format(**found)}")
+    console.emit(scene, "\n".join([*lines, str(args.output)]), args.format)
     return 0

@@ -1,13 +1,14 @@
 """Flags that several commands share, and what they turn into. No heavy import at module level."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.recipe import PRECISIONS
+from floodrepro.recipe import PRECISIONS, Recipe
 from floodrepro.run_folder import config_beside
 
 if TYPE_CHECKING:
@@ -26,19 +27,12 @@ def add_format(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, *, config_required: bool) -> None:
-    """Add --config, --data-root, --precision and a note on overrides."""
-    found = "" if config_required else " (default: the one beside the checkpoint)"
-    parser.add_argument(
-        "--config",
-        action="append",
-        required=config_required,
-        metavar="YAML",
-        help=f"a path, or a name from 'floodrepro configs ls'; later files are layers over earlier ones{found}",
-    )
+    """Add --config, --data-root, --precision, which chips to use, --format, and a note on overrides."""
+    config = "a path, or a name from 'floodrepro configs ls'; later files are layers over earlier ones"
+    config += "" if config_required else " (default: the one beside the checkpoint)"
+    parser.add_argument("--config", action="append", metavar="YAML", help=config)
     parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder that holds data/ and split/")
-    parser.add_argument(
-        "--limit", type=int, metavar="N", help="chips of each split to use, at most; whole events first"
-    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use N chips of each split, at most; whole events first")
     parser.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split to use")
     parser.add_argument("--strict", action="store_true", help="an event in two splits is an error, not a warning")
     parser.add_argument("--skip-damaged", type=int, metavar="N", help="leave out up to N chips that cannot be read")
@@ -47,38 +41,52 @@ def add_recipe_flags(parser: argparse.ArgumentParser, *, config_required: bool) 
     parser.epilog = _EPILOG
 
 
-def parse_recipe(args: argparse.Namespace, found: Path | None = None) -> "RecipeCLI":
-    """Read the configs cheaply first, then let TerraTorch's parser merge the overrides.
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --ckpt (or --ckpt_path) and the flags of `add_recipe_flags`."""
+    what = "a .ckpt, .pt or .safetensors"
+    parser.add_argument("--ckpt", "--ckpt_path", type=Path, required=True, metavar="FILE", help=what)
+    add_recipe_flags(parser, config_required=False)
+
+
+def read_recipe(args: argparse.Namespace, found: Path | None = None) -> tuple[list[Path], list[str], Recipe]:
+    """Find the files and overrides that the flags ask for; this takes no time, so that mistakes are answered at once.
 
     Args:
-        args: With the flags of `add_recipe_flags` and ``overrides``.
+        args: With ``config``, ``data_root``, ``precision`` and ``overrides``, and perhaps other flags of a recipe.
         found: The config to use where none was given.
 
     Returns:
-        The parsed recipe; nothing is built yet.
+        The files, the overrides, and what they fold into.
+
+    Raises:
+        UsageError: A file is missing or does not parse.
     """
-    configs = [recipes.find(name) for name in args.config or []] or ([found] if found else [])
-    if not configs:
+    files = [recipes.find(name) for name in args.config or []] or ([found] if found else [])
+    if not files:
         raise UsageError("no config", fix="--config YAML")
-    given = [recipes.read(path) for path in configs]  # a YAML that does not parse is refused before the slow import
-    overrides = recipes.data_overrides(args.data_root, *given) if args.data_root else []
+    layers = [recipes.read_yaml(path) for path in files]
+    overrides = recipes.data_overrides(args.data_root, *layers) if args.data_root else []
     for key in ("limit", "fraction", "strict", "skip_damaged"):
-        if getattr(args, key):
-            overrides.append(f"--data.init_args.{key}={str(getattr(args, key)).lower()}")
+        if value := getattr(args, key, None):
+            overrides.append(f"--data.init_args.{key}={str(value).lower()}")
     if args.precision:
         overrides.append(f"--trainer.precision={PRECISIONS[args.precision]}")
+    overrides += args.overrides
+    return files, overrides, recipes.fold(layers, overrides)
+
+
+def parse(files: Sequence[Path], overrides: Sequence[str]) -> "RecipeCLI":
+    """Let TerraTorch's parser merge a recipe; nothing is built yet."""
     console.say("loading TerraTorch (10 to 20 s)")
     from floodrepro.training.terratorch_cli import RecipeCLI
 
-    return RecipeCLI(configs, [*overrides, *args.overrides])
+    return RecipeCLI(files, overrides)
 
 
-def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --ckpt (or --ckpt_path) and the flags of `add_recipe_flags`."""
-    parser.add_argument(
-        "--ckpt", "--ckpt_path", type=Path, required=True, metavar="FILE", help="a .ckpt, .pt or .safetensors"
-    )
-    add_recipe_flags(parser, config_required=False)
+def parse_recipe(args: argparse.Namespace, found: Path | None = None) -> "RecipeCLI":
+    """`read_recipe`, then `parse`."""
+    files, overrides, _ = read_recipe(args, found)
+    return parse(files, overrides)
 
 
 def parse_recipe_for_checkpoint(args: argparse.Namespace) -> "RecipeCLI":

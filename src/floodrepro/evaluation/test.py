@@ -241,7 +241,7 @@ def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path
 def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:
     """Keys in which the recipe is another than that of the checkpoint's run; None outside a run folder."""
     run = RunFolder.of_checkpoint(checkpoint)
-    return list(recipes.differences(recipes.read(run.recipe), recipe)) if run else None
+    return list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None
 
 
 def _disagreement(table: ChipTable, metrics: Mapping[str, float]) -> float:

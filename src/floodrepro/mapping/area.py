@@ -1,9 +1,6 @@
-"""Areas: polygons from a file or a box, in degrees, in metres, or in the CRS of a map's grid."""
+"""Areas: the polygons of a file, or a box, in degrees, in the CRS of a map's grid, or in metres."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,6 @@ import numpy as np
 import pyogrio
 import rasterio.warp
 import shapely
-from rasterio.crs import CRS
-from shapely.affinity import translate
 from shapely.geometry import box
 
 from floodrepro.errors import UsageError
@@ -22,11 +17,15 @@ DEGREES = "EPSG:4326"
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
     """Geometries, one or an array of them, brought from one CRS to another vertex by vertex."""
-    if CRS.from_user_input(source) == CRS.from_user_input(target):
+    return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
+
+
+def in_one_piece(geometry: Any) -> Any:
+    """Geometries in degrees; what lies on both sides of 180 gets longitudes from 0 to 360."""
+    west, _, east, _ = shapely.total_bounds(geometry)
+    if east - west <= 180:
         return geometry
-    return shapely.transform(
-        geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1) if len(xy) else xy
-    )
+    return shapely.transform(geometry, lambda xy: np.stack([xy[:, 0] % 360, xy[:, 1]], axis=1))
 
 
 def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
@@ -43,61 +42,39 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
     parts = shapely.get_parts(shapely.get_parts(found))  # twice: a MultiPolygon may lie in a collection
     parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
     if not len(parts):
-        raise UsageError("the file holds no polygon", where=path, fix="give polygons or multipolygons")
-    source = meta["crs"] or DEGREES
-    if source == DEGREES and (np.abs(shapely.get_coordinates(parts)) > [360, 90]).any():
+        raise UsageError("the file holds no polygon", where=path)
+    if not meta["crs"] and (np.abs(shapely.get_coordinates(parts)) > [360, 90]).any():
         raise UsageError("the coordinates are not degrees", where=path, fix="GeoJSON is longitude, latitude")
-    return to_crs(parts, source, crs)
+    return to_crs(in_one_piece(parts) if meta["crs"] in (None, DEGREES) else parts, meta["crs"] or DEGREES, crs)
 
 
-@dataclass(frozen=True)
 class Area:
-    """Polygons in degrees; longitudes may go beyond 180, so that a part across the antimeridian is in one piece."""
+    """Where a flood is looked for.
 
-    parts: tuple[shapely.Polygon, ...]
+    Args:
+        source: A file of polygons, or a box (west, south, east, north) in degrees; across 180 its west is greater.
 
-    @classmethod
-    def of(cls, source: Path | Sequence[float]) -> "Area":
-        """The area of a file, or of a box (west, south, east, north) whose west may be greater than its east."""
-        parts = read_polygons(source) if isinstance(source, Path) else [box(*source)]
-        turned = [
-            shapely.transform(p, lambda xy: np.stack([xy[:, 0] % 360, xy[:, 1]], 1)) if _width(p) > 180 else p
-            for p in parts
-        ]
-        return cls(tuple(turned))
+    Attributes:
+        whole: All of it, in metres in a local equal-area projection.
+    """
 
-    @cached_property
-    def whole(self) -> shapely.Geometry:
-        """All parts as one in a local equal-area projection, in metres."""
-        return shapely.union_all([self.project(part) for part in self.parts])
+    def __init__(self, source: Path | Sequence[float]) -> None:
+        self._parts = read_polygons(source) if isinstance(source, Path) else in_one_piece([box(*source)])
+        west, south, east, north = shapely.total_bounds(self._parts)
+        self._local = f"+proj=laea +lat_0={(south + north) / 2} +lon_0={(west + east) / 2} +datum=WGS84 +units=m"
+        self.whole = shapely.union_all([self.project(part) for part in self._parts])
 
-    @cached_property
-    def _local(self) -> str:
-        lon, lat = np.radians(shapely.get_coordinates(self.parts)).T
-        middle = math.degrees(math.atan2(np.sin(lon).mean(), np.cos(lon).mean()))  # a mean that 180 does not upset
-        return f"+proj=laea +lat_0={math.degrees(lat.mean())} +lon_0={middle} +datum=WGS84 +units=m"
-
-    def project(self, geometry: shapely.Geometry) -> shapely.Geometry:
+    def project(self, geometry: Any) -> Any:
         """A geometry in metres; one split at 180, drawn around it or going beyond it all become the same."""
-        if _width(geometry) < 180:  # edges are straight in degrees; of a shape drawn around 180 only corners count
-            geometry = shapely.segmentize(geometry, 0.1)
-        return shapely.make_valid(to_crs(geometry, DEGREES, self._local))
+        return shapely.make_valid(to_crs(shapely.segmentize(in_one_piece(geometry), 0.1), DEGREES, self._local))
 
-    def search_shape(self) -> shapely.Geometry:
+    def search_shape(self) -> Any:
         """A simple shape within ±180 degrees that the footprint of every item over the area intersects."""
-        world = box(-180, -90, 180, 90)
-        turned = [translate(part, turn) for part in self.parts for turn in (-360, 0, 360)]
-        pieces = [piece for piece in shapely.intersection(turned, world) if piece.area > 0]
-        west, south, east, north = shapely.total_bounds(pieces)
+        west, south, east, north = shapely.total_bounds(self._parts)
         if max(-west, east) < 170:
-            return shapely.union_all(pieces).convex_hull
+            return shapely.union_all(self._parts).convex_hull
         # Planetary Computer keeps a footprint across 180 in one piece that goes beyond ±180, where a search may not
-        # reach (microsoft/PlanetaryComputer#296). A strip at 180 meets it from either side.
-        sides = [[p for p in pieces if p.centroid.x < 0], [p for p in pieces if p.centroid.x >= 0]]
-        strips = [box(-180, south, -179.99, north), box(179.99, south, 180, north)]
-        return shapely.union_all([shapely.union_all(side).convex_hull for side in sides if side] + strips)
-
-
-def _width(geometry: shapely.Geometry) -> float:
-    west, _, east, _ = shapely.bounds(geometry)
-    return float(east - west)
+        # reach (microsoft/PlanetaryComputer#296): ask on both sides of it, from wherever the area is.
+        longitudes = shapely.get_coordinates(self._parts)[:, 0] % 360
+        west, east = min(longitudes.min(), 179.99), max(longitudes.max() - 360, -179.99)
+        return shapely.union_all([box(west, south, 180, north), box(-180, south, east, north)])

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -33,7 +34,8 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     if not (folder / RECORD).is_file():
         raise DataError("no map lies here", where=folder, fix="floodrepro map writes one")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    rows, batches = [], []
+    events: dict[str, str] = {}
+    counted: list[dict[str, Any]] = []
     with rasterio.open(folder / "class.tif") as classes, rasterio.open(folder / "probability.tif") as probability:
         mask = WaterMask(truth, Grid(classes.crs, classes.transform, classes.height, classes.width), value)
         for row in range(0, classes.height, _TILE):
@@ -43,9 +45,10 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
             found, share = classes.read(1, window=window), probability.read(1, window=window) / PROBABILITY_STEPS
             for column in range(0, classes.width, _TILE):
                 name, part = f"row{row:06d}_column{column:06d}", np.s_[:, column : column + _TILE]
-                called = np.where(found[part] == NOT_SEEN, -1, found[part] == record["positive"])
-                batches.append(count(wet[part][None], called[None], share[part][None], classes=2))
-                rows.append((name, name.split("_")[0]))
+                called = np.where(found[part] == NOT_SEEN, -1, (found[part] == record["positive"]).astype(int))
+                events[name] = name.split("_")[0]
+                counted.append(count(wet[part][None], called[None], share[part][None], classes=2))
     metadata = {"split": "map", "class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata |= {"protocol": "custom", "checkpoint": {"name": record["weights"]["file"]} | record["weights"]}
-    return ChipTable.of_batches(rows, batches, metadata)
+    metadata["recipe_sha256"] = record["recipe_sha256"]
+    return ChipTable.of_batches(events.items(), counted, metadata)

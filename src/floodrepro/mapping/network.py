@@ -6,10 +6,9 @@ B = tiles, T = timesteps, C = bands, K = classes, H, W = pixels.
 import numpy as np
 import torch
 
-from floodrepro.data.protocols import S1_BANDS, S2_BANDS
+from floodrepro.data.protocols import NO_DATA
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.mapping.reader import is_missing
-from floodrepro.mapping.scene import EVENT_STEP, STEPS
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS
 from floodrepro.mapping.tiles import Array
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
 from floodrepro.training.layout import without_files
@@ -28,7 +27,7 @@ class Network:
 
     Attributes:
         bands: Names of the bands by modality, in the model's order.
-        steps: Timesteps in the model's order.
+        steps: Timesteps by modality, in the model's order; the terrain model has one.
         classes: K.
 
     Raises:
@@ -44,12 +43,13 @@ class Network:
         self._precision = cli.trainer.strategy.precision_plugin
         self._task = self._precision.convert_module(cli.model).to(self.device).eval()
         steps = list(self._data.timesteps)
-        self.steps = steps if len(steps) < len(STEPS) else list(range(len(STEPS)))  # impactmesh: all, in their order
-        names = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
+        self._count = len(steps)
+        steps = steps if len(steps) < len(STEPS) else list(range(len(STEPS)))  # impactmesh: all, in their order
         chosen = getattr(self._data, "bands", {})
-        self.bands = {m: [names[m][i] for i in chosen.get(m, range(len(names[m])))] for m in self._data.modalities}
+        self.bands = {m: [BANDS[m][i] for i in chosen.get(m, range(len(BANDS[m])))] for m in self._data.modalities}
+        self.steps = {m: [0] if m == "DEM" else steps for m in self.bands}
         self.classes = int(cli.recipe["model"]["init_args"]["model_args"]["num_classes"])
-        if EVENT_STEP not in self.steps or not {"S1RTC", "S2L2A"} & self.bands.keys():
+        if EVENT_STEP not in steps or self.bands.keys() <= {"DEM"}:
             raise UsageError("the recipe does not look at the event", where="data.init_args.timesteps, modalities")
 
     def probabilities(self, chips: dict[str, list[Array]]) -> Array:
@@ -60,7 +60,7 @@ class Network:
         """
         with torch.inference_mode(), self._precision.forward_context():
             images = {modality: self._image(np.stack(tiles)) for modality, tiles in chips.items()}
-            height, width = (size for size in next(iter(chips.values()))[0].shape[-2:])
+            height, width = next(iter(chips.values()))[0].shape[-2:]
             logits = self._task(self._data.aug({"image": images})["image"]).output
             top, left = (-height % _PATCH) // 2, (-width % _PATCH) // 2
             inside = logits[..., top : top + height, left : left + width]
@@ -70,15 +70,13 @@ class Network:
 
     def _image(self, values: Array) -> torch.Tensor:
         """Float32 (B, C, T, H, W), or (B, C, H, W) of one timestep, with missing values replaced as in training."""
-        missing = is_missing(np.moveaxis(values, 2, 0))[:, :, None]
-        filled = np.where(missing, np.float32(self._data.no_data_replace), values.astype(np.float32))
         # TerraTorch pads both sides by reflection too, but torch refuses where an image is smaller than its padding.
-        sides = [(-size % _PATCH // 2, -size % _PATCH - -size % _PATCH // 2) for size in filled.shape[-2:]]
-        filled = np.pad(filled, [(0, 0), (0, 0), (0, 0), *sides], mode="reflect")
-        image = torch.from_numpy(filled).to(self.device).transpose(1, 2)
-        count = len(self.steps)
-        image = image.expand(-1, -1, count, -1, -1)
-        return image.contiguous() if count > 1 else image[:, :, 0]
+        sides = [(-size % _PATCH // 2, -size % _PATCH - -size % _PATCH // 2) for size in values.shape[-2:]]
+        padded = np.pad(values, [(0, 0), (0, 0), (0, 0), *sides], mode="reflect")
+        image = torch.from_numpy(padded).to(self.device, torch.float32).transpose(1, 2)
+        image = image.masked_fill(image == NO_DATA, self._data.no_data_replace).nan_to_num(self._data.no_data_replace)
+        image = image.expand(-1, -1, self._count, -1, -1)
+        return image.contiguous() if self._count > 1 else image[:, :, 0]
 
     def fitting_batch(self, crop: int) -> int:
         """Tiles in a batch: one on a CPU; on a GPU what 70 % of its free memory holds, by a trial of one tile."""
@@ -86,8 +84,8 @@ class Network:
             return 1
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        steps = {m: 1 if m == "DEM" else len(self.steps) for m in self.bands}
-        self.probabilities({m: [np.zeros((steps[m], len(b), crop, crop), np.int16)] for m, b in self.bands.items()})
+        shapes = {m: (len(self.steps[m]), len(self.bands[m]), crop, crop) for m in self.bands}
+        self.probabilities({modality: [np.zeros(shape, np.int16)] for modality, shape in shapes.items()})
         each = torch.cuda.max_memory_allocated(self.device) - before
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(min(max(0.7 * free // max(each, 1), 1), _LARGEST_BATCH))

@@ -1,6 +1,8 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -11,47 +13,42 @@ import rasterio
 import shapely
 from rasterio import Affine, DatasetReader
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
-from rasterio.warp import transform_bounds
+from rasterio.errors import CRSError, RasterioError
 from shapely.geometry import box
 
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.errors import DataError, UsageError
-from floodrepro.mapping.area import DEGREES, read_polygons, to_crs
+from floodrepro.mapping.area import DEGREES, in_one_piece, read_polygons, to_crs
 
 STEPS = ("month_before", "before", "event", "after")  # the data set's timesteps 0 to 3
 EVENT_STEP = 2
 SCL = "SCL"  # Sen2Cor's scene classification, optional
-BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
-UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
+BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
 PIXEL = 10  # metres
-_KEYS = {*BANDS, "area", "crs", "stac", "sign", "event", "notes", "radar_optical_gap_days"}
-_SENSOR_KEYS = {*STEPS, "collection", "unit", "nodata", "files"}
+_UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
+_NO_DATA = {"S2L2A": [0], "S1RTC": [], "DEM": []}  # besides what each file says
+_FACTS = ("time", "files", "missing", "orbit", "direction", "satellite", "coverage", "cloud")  # of a timestep
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one place and time: by band, a path or link and the number of the band in it; and what else is known."""
+    """Files of one place and time: by band, a path or link and the band's number in it; an offset where one is said."""
 
     bands: dict[str, tuple[str, int]]
-    facts: dict[str, Any]
+    offset: float | None
 
 
 @dataclass(frozen=True)
 class Acquisition:
-    """One sensor at one timestep (0 for the terrain model); of several sources the first that has a pixel wins."""
+    """One sensor at one timestep, with what scene.yaml says of it; of its sources the first that has a pixel wins."""
 
+    name: str  # as in scene.yaml, such as S1RTC.event
     sensor: str
     step: int
-    time: datetime | None
-    facts: dict[str, Any]
+    time: Any  # datetime (UTC), of the terrain model None
+    facts: Mapping[str, Any]
     sources: tuple[Source, ...]
-
-    @property
-    def name(self) -> str:
-        """How messages and scene.yaml call it, such as ``S1RTC.event``."""
-        return name_of(self.sensor, self.step)
 
 
 @dataclass(frozen=True)
@@ -66,25 +63,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene as its file describes it.
-
-    Args:
-        content: What the file holds.
-        event: When the flood began, if it says so.
-        acquisitions: By sensor and timestep.
-        units: By sensor.
-        no_data: By sensor, values that mean no data besides each file's own.
-        sign: Whether links are signed for Planetary Computer before they are opened.
-        grid: Of the map.
-        polygons: The area in the grid's CRS; None where all of the grid is meant.
-    """
+    """What scene.yaml holds: acquisitions by sensor and timestep (the terrain model's is 0), polygons on the grid."""
 
     content: dict[str, Any]
     event: datetime | None
     acquisitions: dict[tuple[str, int], Acquisition]
-    units: dict[str, str]
-    no_data: dict[str, list[float]]
-    sign: bool
     grid: Grid
     polygons: Any
 
@@ -94,24 +77,29 @@ def name_of(sensor: str, step: int) -> str:
     return sensor if sensor == "DEM" else f"{sensor}.{STEPS[step]}"
 
 
-def opened(place: str, *, sign: bool) -> DatasetReader:
-    """Open a raster; a link is signed right before, because signatures last 45 minutes.
+@contextmanager
+def opened(place: str) -> Iterator[DatasetReader]:
+    """Open a raster; a link into Azure's blob storage is signed right before, because signatures last 45 minutes.
 
     Raises:
-        DataError: It cannot be opened.
+        DataError: It cannot be opened, or read in the with-block.
     """
     link = place
-    if sign and place.startswith("http"):
+    if re.match(r"https://\w+\.blob\.core\.windows\.net/", place):
         try:
             import planetary_computer
         except ImportError as error:
             raise UsageError("signed links need planetary-computer", fix="pip install 'floodrepro[stac]'") from error
-        link = planetary_computer.sign_url(place)  # leaves alone what is not in Azure's blob storage
+        link = planetary_computer.sign_url(place)
     try:
-        return rasterio.open(link)
-    except RasterioError as error:
-        problem = str(error).replace(link, "")[:200]
-        raise DataError(f"the raster cannot be opened: {problem}", where=place, fix="look at scene.yaml") from error
+        with (
+            rasterio.Env(GDAL_CACHEMAX=128, GDAL_HTTP_MAX_RETRY=5, GDAL_HTTP_RETRY_DELAY=1, VSI_CACHE=True),
+            rasterio.open(link) as raster,
+        ):
+            yield raster
+    except (RasterioError, CRSError, IndexError) as error:  # IndexError: there is no such band
+        problem = str(error).replace(link, place)[:200]
+        raise DataError(f"the raster cannot be read: {problem}", where=place, fix="look at scene.yaml") from error
 
 
 def read_scene(path: Path) -> Scene:
@@ -121,74 +109,75 @@ def read_scene(path: Path) -> Scene:
         UsageError: It does not say what it has to, or says what nobody understands.
         DataError: A file of it cannot be opened.
     """
-    content = recipes.read(path)
-    _refuse_unknown(content, _KEYS, path)
+    content = recipes.read_yaml(path)
+    _refuse_unknown(content, {*BANDS, "area", "crs", "stac", "event"}, path)
     found: dict[tuple[str, int], Acquisition] = {}
-    units, no_data = {}, {}
-    for sensor in [name for name in BANDS if content.get(name)]:
-        entry = content[sensor]
-        _refuse_unknown(entry, _SENSOR_KEYS, f"{path}: {sensor}")
-        units[sensor] = entry.get("unit", UNITS[sensor][0])
-        no_data[sensor] = entry.get("nodata", [0] if sensor == "S2L2A" else [])
-        if units[sensor] not in UNITS[sensor]:
-            fix = f"unit: {' or '.join(UNITS[sensor])}"
-            raise UsageError(f"unknown unit '{units[sensor]}' of {sensor}", where=path, fix=fix)
-        steps = {0: entry} if sensor == "DEM" else {i: entry[s] for i, s in enumerate(STEPS) if s in entry}
-        found |= {(sensor, i): _acquisition(sensor, i, e, path) for i, e in steps.items() if not e.get("missing")}
+    for sensor in [sensor for sensor in BANDS if content.get(sensor)]:
+        _refuse_unknown(content[sensor], {*STEPS, "unit", "nodata", "files"}, f"{path}: {sensor}")
+        common = {"unit": _UNITS[sensor][0], "nodata": _NO_DATA[sensor]} | content[sensor]
+        if common["unit"] not in _UNITS[sensor]:
+            fix = f"unit: {' or '.join(_UNITS[sensor])}"
+            raise UsageError(f"unknown unit '{common['unit']}' of {sensor}", where=path, fix=fix)
+        steps = [common] if sensor == "DEM" else [common.get(step, {"missing": True}) for step in STEPS]
+        for step, facts in enumerate(steps):
+            name = name_of(sensor, step)
+            where = f"{path}: {name}"
+            _refuse_unknown(facts, {*common, *_FACTS}, where)
+            if facts.get("missing"):
+                continue
+            files = facts.get("files")
+            if not files or (sensor != "DEM" and not facts.get("time")):
+                raise UsageError("'files' and 'time' are needed", where=where, fix="or write {missing: true}")
+            listed = [files] if isinstance(files, str) else files
+            sources = tuple(_source(file, sensor, path.parent, where) for file in listed)
+            time = parse_time(facts["time"], where) if "time" in facts else None
+            found[sensor, step] = Acquisition(name, sensor, step, time, common | facts, sources)
     if not found:
         raise UsageError("the scene names no files", where=path, fix="see docs/mapping.md")
-    sign = content.get("sign") == "planetary-computer"
-    grid, polygons = _grid(content, path, found, sign)
-    return Scene(content, _time(content.get("event"), path), found, units, no_data, sign, grid, polygons)
+    try:
+        grid, polygons = _grid(content, path, found)
+    except ValueError as error:  # CRSError is one
+        raise UsageError(f"unknown CRS: {error}", where=path, fix="crs: EPSG:32633") from error
+    event = parse_time(content["event"], path) if content.get("event") else None
+    return Scene(content, event, found, grid, polygons)
 
 
-def _refuse_unknown(entry: Any, known: set[str], where: Path | str) -> None:
-    if not isinstance(entry, dict) or (unknown := [str(key) for key in entry if key not in known]):
-        problem = f"unknown key '{unknown[0]}'" if isinstance(entry, dict) else "this is no mapping"
-        raise UsageError(problem, where=where, fix=f"known keys: {', '.join(sorted(known))}")
-
-
-def _acquisition(sensor: str, step: int, entry: dict[str, Any], path: Path) -> Acquisition:
-    where, files = f"{path}: {name_of(sensor, step)}", entry.get("files")
-    if not files or (sensor != "DEM" and not entry.get("time")):
-        raise UsageError("'files' and 'time' are needed", where=where, fix="or write {missing: true}")
-    listed = [files] if isinstance(files, str) else files
-    sources = tuple(_source(file, sensor, path.parent, where) for file in listed)
-    return Acquisition(sensor, step, _time(entry.get("time"), where), entry, sources)
+def _refuse_unknown(names: Iterable[str], known: set[str], where: Path | str) -> None:
+    if unknown := [str(name) for name in names if name not in known]:
+        raise UsageError(f"unknown name '{unknown[0]}'", where=where, fix=f"known are {', '.join(sorted(known))}")
 
 
 def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
     """One entry of ``files``: a raster of all bands, a folder with a file for each band, or a file for each band."""
     entry = {"raster": entry} if isinstance(entry, str) else entry
     names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else list(BANDS[sensor])
-    places = {
-        k: v if re.match(r"\w+://|/vsi", v) else str(folder / v) for k, v in entry.items() if k in (*names, "raster")
-    }
-    raster = places.get("raster")
-    if raster and Path(raster).is_dir():
-        bands: dict[str, tuple[str, int]] = {}
-        for name in names:
-            pattern = re.compile(rf"(^|[_.-]){name}([_.-]|$)", re.IGNORECASE)
-            for file in sorted(file for file in Path(raster).iterdir() if pattern.search(file.stem)):
-                if name in bands:
-                    raise UsageError(f"{bands[name][0]} and {file} look like band {name}", where=where)
-                bands[name] = (str(file), 1)
-    elif raster:
+    known = {"raster", "bands", *names, "item", "tile", "baseline", "offset", "cloud"}
+    _refuse_unknown([*entry, *entry.get("bands", [])], known, where)
+    files = {key: entry[key] for key in ("raster", *names) if key in entry}
+    places = {key: file if re.match(r"\w+://|/vsi", file) else str(folder / file) for key, file in files.items()}
+    bands = {name: (place, 1) for name, place in places.items()}
+    if raster := places.get("raster"):
         bands = {name: (raster, number) for number, name in enumerate(entry.get("bands", BANDS[sensor]), 1)}
-    else:
-        bands = {name: (place, 1) for name, place in places.items()}
-    facts = {k: v for k, v in entry.items() if k not in (*names, "raster", "bands")}
-    fix = f"bands: {', '.join(names)}"
-    if unknown := {*bands, *facts} - {*names, "item", "tile", "baseline", "offset", "cloud"}:
-        raise UsageError(f"unknown band or key '{min(unknown)}'", where=where, fix=fix)
+    if raster and Path(raster).is_dir():
+        of_band = {n: re.compile(rf"(^|[_.-]){n}([_.-]|$)", re.IGNORECASE) for n in names}
+        listed = [(n, str(f)) for n in names for f in Path(raster).iterdir() if of_band[n].search(f.stem)]
+        bands = {name: (file, 1) for name, file in listed}
+        if len(bands) < len(listed):
+            raise UsageError(f"several files of {raster} look like one band: {listed}", where=where)
     if missing := [name for name in BANDS[sensor] if name not in bands]:
-        raise UsageError(f"no file for band {', '.join(missing)}", where=where, fix=fix)
-    return Source(bands, facts)
+        raise UsageError(f"no file for band {', '.join(missing)}", where=where, fix=f"bands: {', '.join(names)}")
+    # From baseline 04.00 on, 1000 is added to every pixel but no-data (microsoft/PlanetaryComputer#134).
+    baseline = entry.get("baseline")
+    offset = entry.get("offset", baseline and (-1000 if float(baseline) >= 4 else 0))
+    return Source(bands, offset)
 
 
-def _time(value: Any, where: Path | str) -> datetime | None:
-    if value is None:
-        return None
+def parse_time(value: Any, where: Path | str) -> datetime:
+    """A time or date as YAML or a flag gives it, in UTC.
+
+    Raises:
+        UsageError: It is none.
+    """
     try:
         time = datetime.fromisoformat(value.isoformat() if isinstance(value, date) else value)
     except (TypeError, ValueError) as error:
@@ -196,31 +185,27 @@ def _time(value: Any, where: Path | str) -> datetime | None:
     return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _grid(
-    content: dict[str, Any], path: Path, found: dict[tuple[str, int], Acquisition], sign: bool
-) -> tuple[Grid, Any]:
-    """The grid, and the area's polygons in it; without an area, the footprint of the event's first raster."""
-    area, polygons, crs = content.get("area") or {}, None, content.get("crs")
+def _grid(content: dict[str, Any], path: Path, found: dict[tuple[str, int], Acquisition]) -> tuple[Grid, Any]:
+    """The grid and the area in its CRS: without `area`, the footprint of the event's first raster."""
+    area = content.get("area") or {}
     if "file" in area:
-        polygons = read_polygons(path.parent / area["file"])
-        outline, own = box(*shapely.total_bounds(polygons)), CRS.from_user_input(DEGREES)
+        parts, own = read_polygons(path.parent / area["file"]), DEGREES
     elif "box" in area:
-        outline, own = box(*area["box"]), CRS.from_user_input(area.get("crs", DEGREES))
+        parts, own = [box(*area["box"])], area.get("crs", DEGREES)
     else:
-        first = min(found.values(), key=lambda a: (abs(a.step - EVENT_STEP), a.sensor))
-        with opened(first.sources[0].bands[BANDS[first.sensor][0]][0], sign=sign) as raster:
-            outline, own = box(*raster.bounds), raster.crs
-    if crs is None and re.fullmatch(r"EPSG:32[67]\d\d", own.to_string()):
-        crs = own
-    elif crs is None:
-        west, south, east, north = transform_bounds(own, DEGREES, *outline.bounds)
+        sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT_STEP), key[0]))
+        with opened(found[sensor, step].sources[0].bands[BANDS[sensor][0]][0]) as raster:
+            parts, own = [box(*raster.bounds)], CRS.from_user_input(raster.crs)
+    own = CRS.from_user_input(own)
+    if own.is_geographic:
+        parts = in_one_piece(parts)
+    crs = content.get("crs") or (own if own.to_string()[:8] in ("EPSG:326", "EPSG:327") else None)
+    if crs is None:
+        west, south, east, north = shapely.total_bounds(to_crs(parts, own, DEGREES))
         zone = int(((west + east) / 2 + 180) % 360 // 6) + 1
         crs = f"EPSG:{326 if south + north > 0 else 327}{zone:02d}"
-    bounds = np.array(transform_bounds(own, crs, *outline.bounds))
-    if polygons is not None:
-        polygons = to_crs(shapely.segmentize(polygons, 0.01), own, crs)
-        bounds = shapely.total_bounds(polygons)
-    slack = PIXEL / 1000  # a corner that went to degrees and back must not add a row
+    polygons = to_crs(shapely.segmentize(parts, 0.01 if own.is_geographic else 1000), own, crs)
+    bounds, slack = shapely.total_bounds(polygons), PIXEL / 1000  # what was in degrees must not add a row
     left, bottom = np.floor((bounds[:2] + slack) / PIXEL) * PIXEL
     right, top = np.maximum(np.ceil((bounds[2:] - slack) / PIXEL) * PIXEL, [left + PIXEL, bottom + PIXEL])
     size = round((top - bottom) / PIXEL), round((right - left) / PIXEL)

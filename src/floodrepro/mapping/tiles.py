@@ -29,14 +29,13 @@ def ramp(size: int) -> Array:
 
 
 def strips(
-    predict: Predict, height: int, width: int, *, crop: int, stride: int, batch: int, first_row: int = 0
+    predict: Predict, shape: tuple[int, int, int], *, crop: int, stride: int, batch: int, first_row: int = 0
 ) -> Iterator[tuple[int, Array]]:
     """Predict a raster from top to bottom.
 
     Args:
         predict: Gives the probabilities of tiles; a raster smaller than a tile is one tile of its own size.
-        height: H.
-        width: W.
+        shape: C, H and W.
         crop: Edge of a tile in pixels.
         stride: Pixels between tiles, at most ``crop``.
         batch: Tiles in one call.
@@ -46,29 +45,21 @@ def strips(
     Yields:
         The first row of a strip and its probabilities (C, h, W); strips follow each other without a gap.
     """
+    classes, height, width = shape
     rows, columns = starts(height, crop, stride), starts(width, crop, stride)
     h, w = min(crop, height), min(crop, width)
-    weight = ramp(h)[:, None] * ramp(w)[None, :]
-    total: Array | None = None
-    norm = np.zeros((h, width), np.float32)
-    top = None
-    for i, row in enumerate(rows):
+    weight = ramp(h)[:, None] * ramp(w)
+    total = np.zeros((classes + 1, h, width), np.float32)  # the last one sums the weights
+    for row, end in zip(rows, [*rows[1:], height], strict=True):
         if row + h <= first_row:
             continue
-        if top is not None:  # keep what the tiles above have left
-            norm = np.concatenate([norm[row - top :], np.zeros((row - top, width), np.float32)])
-            if total is not None:
-                new = np.zeros((len(total), row - top, width), np.float32)
-                total = np.concatenate([total[:, row - top :], new], axis=1)
-        top = row
         for j in range(0, len(columns), batch):
             tiles = [(row, column, h, w) for column in columns[j : j + batch]]
             for (_, column, _, _), probability in zip(tiles, predict(tiles), strict=True):
-                if total is None:
-                    total = np.zeros((len(probability), h, width), np.float32)
-                total[:, :, column : column + w] += probability * weight
-                norm[:, column : column + w] += weight
-        end = rows[i + 1] if i + 1 < len(rows) else height
-        assert total is not None
+                total[:-1, :, column : column + w] += probability * weight
+                total[-1, :, column : column + w] += weight
+        done = end - row
         if row >= first_row:
-            yield row, total[:, : end - row] / norm[: end - row]
+            yield row, total[:-1, :done] / total[-1, :done]
+        # Keep what these tiles have left for the rows below.
+        total = np.concatenate([total[:, done:], np.zeros((classes + 1, done, width), np.float32)], axis=1)

@@ -1,6 +1,5 @@
 """Energy of a run by method, and what it means for a data centre and the air: arithmetic with named sources."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,31 +26,27 @@ class Factors(NamedTuple):
     intensity_source: str
 
 
-def factors_of(args: argparse.Namespace) -> Factors | None:
-    """The four flags as `Factors`; None where none was given.
+def factors_of(pue: Sequence[str] | None, grid: Sequence[str] | None) -> Factors | None:
+    """`Factors` from the two flags, each a figure and its source; None where neither was given.
 
     Raises:
-        UsageError: One of the four is missing, or a value is out of range.
+        UsageError: One is missing, without its source, or out of range.
     """
-    given = {
-        "--pue": args.pue,
-        "--pue-source": " ".join((args.pue_source or "").split()) or None,
-        "--grid-intensity": args.grid_intensity,
-        "--grid-source": " ".join((args.grid_source or "").split()) or None,
-    }
-    missing = [flag for flag, value in given.items() if value is None]
-    if len(missing) == len(given):
+    if pue is None and grid is None:
         return None
-    if missing:
-        raise UsageError(
-            f"{' and '.join(missing)} is missing: a carbon figure needs PUE and grid intensity, each with its source",
-            fix="--pue X --pue-source TEXT --grid-intensity X --grid-source TEXT, or none of them",
-        )
-    if not 1 <= args.pue < 10:
-        raise UsageError(f"--pue is {args.pue:g}, expected 1 or more: the data centre's energy over the computers'")
-    if not 0 <= args.grid_intensity < 10:
-        raise UsageError(f"--grid-intensity is {args.grid_intensity:g}, expected kg CO2e per kWh, 0 to about 1")
-    return Factors(args.pue, str(given["--pue-source"]), args.grid_intensity, str(given["--grid-source"]))
+    found: list[Any] = []
+    units = {"--pue": (pue, 1, "1 or more"), "--grid": (grid, 0, "0 to about 1 kg CO2e per kWh")}
+    for flag, (given, low, unit) in units.items():
+        if given is None:
+            raise UsageError(f"{flag} is missing: a carbon figure needs both", fix="--pue X SOURCE --grid X SOURCE")
+        try:
+            value, source = float(given[0]), " ".join(given[1].split())
+        except ValueError as error:
+            raise UsageError(f"{flag}: {error}", fix=f"{flag} X SOURCE") from error
+        if not low <= value < 10 or not source:
+            raise UsageError(f"{flag} {value:g} {source!r}: expected {unit}, and where it comes from")
+        found += [value, source]
+    return Factors(*found)
 
 
 def total_kwh(record: Mapping[str, Any]) -> float | None:
@@ -70,11 +65,11 @@ def emissions_kg(record: Mapping[str, Any], factors: Factors | None) -> float | 
     return None if energy is None or factors is None else energy * factors.pue * factors.intensity
 
 
-def energy_lines(record: Mapping[str, Any] | None, factors: Factors | None) -> list[str]:
+def energy_lines(record: Mapping[str, Any], factors: Factors | None) -> list[str]:
     """Energy by method, which devices it is of, and emissions where a PUE and a grid intensity were given."""
-    parts: Sequence[Mapping[str, Any]] = (record or {}).get("energy") or []
+    parts: Sequence[Mapping[str, Any]] = record.get("energy") or []
     known = [part for part in parts if part.get("kWh") is not None]
-    if record is None or not known:
+    if not known:
         return ["The energy was not measured, so there is no carbon figure."]
     lines = []
     for method in dict.fromkeys(str(part["method"]) for part in known):

@@ -12,23 +12,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from floodrepro import console
-from floodrepro.data.protocols import (
-    TIMESTEPS,
-    class_names_of,
-    data_arguments,
-    positive_class_of,
-    protocol_of,
-)
+from floodrepro.data.protocols import TIMESTEPS, class_names_of, data_arguments, positive_class_of, protocol_of
 from floodrepro.errors import CheckpointError, RunFolderError
 from floodrepro.publishing.carbon import Factors, emissions_kg, energy_lines
 from floodrepro.publishing.export import ExportedWeights, read_exported
 from floodrepro.recipe import Recipe, fingerprint
 from floodrepro.run_folder import RunFolder, free_name, sha256_of
-from floodrepro.verification import results as results_file
+from floodrepro.verification import report
 from floodrepro.verification.checks.run import device_of
-from floodrepro.verification.report import code_of, fill_in, required_sentence, run_facts, score, table
+from floodrepro.verification.report import PICTURE, score, table
+from floodrepro.verification.results import load, without_folders
 
-CARD, RESULTS, PICTURE = "README.md", "results.json", "panels.png"
+CARD, RESULTS = "README.md", "results.json"
 # The hub's names for what TerraTorch measures (https://hf.co/metrics); a class's IoU has none.
 _METRICS = {"mIoU": "mean_iou", "F1_Score": "f1", "Pixel_Accuracy": "accuracy"}
 _MEANING = {
@@ -69,46 +64,52 @@ def write_card(
     """
     weights, digest = read_exported(folder / f"{name}.safetensors"), sha256_of(checkpoint)
     if weights.metadata.get("source_sha256") != digest:
-        raise CheckpointError(
-            f"the pair was not exported from {checkpoint.name}",
-            where=weights.path,
-            fix="move the pair away and export again, or export into another --output DIR",
-        )
+        what, fix = f"the pair was not exported from {checkpoint.name}", "export again, into another --output DIR"
+        raise CheckpointError(what, where=weights.path, fix=fix)
     record, results = read_records(run, recipe, digest)
-    picture = run.verification / "figures" / PICTURE if run and results else None
-    shown = picture is not None and picture.is_file()
-    text = card_text(name, weights, recipe, record, results, licence=licence, factors=factors, picture=shown)
+    copies = {RESULTS: run.results, PICTURE: run.verification / "figures" / PICTURE} if run and results else {}
+    copies = {target: source for target, source in copies.items() if source.is_file()}
+    text = _card_text(name, weights, recipe, record, results, licence, factors, picture=PICTURE in copies)
     try:
         if (folder / CARD).exists():
             aside = folder / f"{free_name(folder / 'README')}.md"
             (folder / CARD).replace(aside)
             console.say(f"the card that was there is now {aside.name}")
-        for source, target in ((run.results if run and results else None, RESULTS), (picture, PICTURE)):
-            if source and source.is_file():
-                shutil.copyfile(source, folder / target)
-            else:
-                (folder / target).unlink(missing_ok=True)  # of an earlier export of this run
+        for target in (RESULTS, PICTURE):
+            (folder / target).unlink(missing_ok=True)  # of an earlier export of this run
+        for target, source in copies.items():
+            shutil.copyfile(source, folder / target)
         (folder / CARD).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"the card cannot be written: {error.strerror or error}", where=folder) from error
     return folder / CARD
 
 
-def card_text(
+def _card_text(
     name: str,
     weights: ExportedWeights,
     recipe: Recipe,
     record: Mapping[str, Any] | None,
     results: Mapping[str, Any] | None,
+    licence: str | None,
+    factors: Factors | None,
     *,
-    licence: str | None = None,
-    factors: Factors | None = None,
-    picture: bool = False,
+    picture: bool,
 ) -> str:
     """The card's text, metadata included; see `write_card`."""
     protocol, names, positive = protocol_of(recipe), class_names_of(recipe), positive_class_of(recipe)
-    events: list[Mapping[str, Any]] = [c for c in (results or {}).get("checks", ()) if c["id"] == "events"]
-    return fill_in(
+    arguments = data_arguments(recipe)
+    events = [check for check in results["checks"] if check["id"] == "events"] if results else []
+    columns = results["scores"]["columns"] if results else []
+    rows = [[row["label"], *map(score, row["values"])] for row in (results["scores"]["rows"] if results else [])]
+    other_chips = _other_chips(recipe, record)
+    source = {
+        "checkpoint": {"sha256": weights.metadata.get("source_sha256")},
+        "protocol": protocol.name,
+        "recipe_sha256": weights.metadata.get("recipe_sha256"),
+    }
+    made_from = report.how_to_reproduce(without_folders(record or {}) | source)
+    return report.fill_in(
         Path(__file__).parent / "README.md.j2",
         metadata=_metadata(name, recipe, record, results, licence, factors).to_yaml(),
         name=name,
@@ -116,26 +117,26 @@ def card_text(
         positive=positive,
         results=results,
         record=record,
-        banner=(results or {}).get("banner") or _other_chips(recipe, record),
+        banner=(results or {}).get("banner") or other_chips,
         what=_what(recipe, record),
-        required=required_sentence(results["summary"]) if results else "",
-        scores=_scores(results),
+        required=report.required_sentence(results["summary"]) if results else "",
+        scores=table(rows, ["score", *(column["label"] for column in columns)]) if rows else "",
         spread=[f"{value['name']}: {value['text']}" for check in events for value in check["values"][1:]],
-        training=table([*_hyperparameters(recipe), *(run_facts(record) if record else [])]),
-        energy=energy_lines(record, factors),
+        training=table([*_hyperparameters(recipe), *report.run_facts(record or {})]),
+        energy=energy_lines(record or {}, factors),
         weights=weights.path.name,
         config=weights.config.name,
         hazard=protocol.hazard,
         data_root="ImpactMesh-Flood/data" if protocol.repo else "chips/data",
-        inputs=_inputs(recipe),
+        bands={name: len(means) for name, means in (arguments.get("means") or {}).items()},
+        times=[TIMESTEPS[step] for step in arguments.get("timesteps") or ()],
         meaning=_MEANING.get(protocol.name, "What the classes mean is up to the masks that the model was trained on."),
-        limits=_limits(results),
         repo=protocol.repo,
-        published=protocol.repo and record and not _other_chips(recipe, record),
+        published=protocol.repo and record and not other_chips,
         licence=licence,
         pretrained=_base_model(recipe),
         picture=picture,
-        provenance=table(_provenance(weights, recipe, record)),
+        provenance=table([("weights sha256", weights.sha256), *made_from]),
     )
 
 
@@ -155,15 +156,15 @@ def read_records(
     """
     if run is None:
         return None, None
-    record, again = run.read_record(), "fit, test and verify again; --no-card exports the pair without a card"
+    record, fix = run.read_record(), "fit, test and verify to the end; --no-card exports the pair without a card"
     if record.get("status") != "finished":
         what = f"the run is not finished, its status is {record.get('status', 'missing')!r}"
-        raise RunFolderError(what, where=run.path, fix="finish the fit; --no-card exports the pair without a card")
+        raise RunFolderError(what, where=run.path, fix=fix)
     if record.get("recipe_sha256") != fingerprint(recipe):
-        raise RunFolderError("run.json is of another recipe than recipe.yaml", where=run.record, fix=again)
-    results = results_file.load(run.results) if run.results.exists() else None
+        raise RunFolderError("run.json is of another recipe than recipe.yaml", where=run.record, fix=fix)
+    results = load(run.results) if run.results.exists() else None
     if results and (results["run"].get("checkpoint") or {}).get("sha256") not in (None, digest):
-        raise RunFolderError("results.json is of another checkpoint than best.ckpt", where=run.results, fix=again)
+        raise RunFolderError("results.json is of another checkpoint than best.ckpt", where=run.results, fix=fix)
     return record, results
 
 
@@ -176,7 +177,6 @@ def _metadata(
     factors: Factors | None,
 ) -> ModelCardData:
     protocol, base = protocol_of(recipe), _base_model(recipe)
-    published = protocol.repo if record and not _other_chips(recipe, record) else None
     tags = ["terratorch", "terramind", "earth-observation", "sentinel-1", "sentinel-2", protocol.hazard, "floodrepro"]
     data: dict[str, Any] = {
         "license": licence,
@@ -185,9 +185,9 @@ def _metadata(
         "tags": tags,
         "base_model": base,
         "base_model_relation": "finetune" if base else None,
-        "datasets": [published] if published else None,
+        "datasets": [protocol.repo] if protocol.repo and record and not _other_chips(recipe, record) else None,
     }
-    if record and (emissions := emissions_kg(record, factors)) is not None and factors:
+    if record and factors and (emissions := emissions_kg(record, factors)) is not None:
         data["co2_eq_emissions"] = {
             "emissions": round(1000 * emissions, 3),  # grams
             "source": f"measured energy x PUE ({factors.pue_source}) x grid intensity ({factors.intensity_source})",
@@ -201,9 +201,7 @@ def _metadata(
             EvalResult(
                 task_type="image-segmentation",
                 dataset_type=str(protocol.repo) if whole else "other",
-                dataset_name=protocol.title
-                if whole
-                else f"{results['run']['n_chips']} chips of protocol {protocol.name}",
+                dataset_name=protocol.title if whole else f"{results['run']['n_chips']} chips ({protocol.name})",
                 dataset_config=protocol.name,
                 dataset_split=results["run"].get("split") or "test",
                 metric_type=_METRICS.get(row["metric"], row["metric"].lower()),
@@ -238,74 +236,27 @@ def _what(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
 def _other_chips(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
     """A sentence where the run's chips are not the published ones, in number; empty where they are."""
     protocol, chips = protocol_of(recipe), ((record or {}).get("data") or {}).get("chips") or {}
-    if record is None or not protocol.counts:
-        return "" if protocol.counts else "Trained on chips of the author's own."
-    if all(chips.get(split) == protocol.counts[split] for split in ("train", "val")):
+    if not protocol.counts:
+        return "Trained on chips of the author's own."
+    if record is None or all(chips.get(split) == protocol.counts[split] for split in ("train", "val")):
         return ""
     return f"Trained on {chips.get('train', 'unknown')} chips; {protocol.title} has {protocol.counts['train']:,}."
 
 
-def _scores(results: Mapping[str, Any] | None) -> str:
-    if not results or not results["scores"]["rows"]:
-        return ""
-    labels = [column["label"] for column in results["scores"]["columns"]]
-    return table([[r["label"], *map(score, r["values"])] for r in results["scores"]["rows"]], ["score", *labels])
-
-
 def _hyperparameters(recipe: Recipe) -> list[tuple[str, str]]:
     """What the recipe asks for."""
-    task, trainer = recipe["model"].get("init_args") or {}, recipe.get("trainer") or {}
-    optimizer, scheduler = recipe.get("optimizer") or {}, recipe.get("lr_scheduler") or {}
+
+    def named(section: Mapping[str, Any]) -> str:
+        arguments = [f"{key} {value}" for key, value in (section.get("init_args") or {}).items()]
+        return f"{str(section.get('class_path', '')).rpartition('.')[2]} {', '.join(arguments)}".strip()
+
+    trainer = recipe.get("trainer") or {}
     rows = {
-        "loss": task.get("loss"),
-        "optimizer": _named(optimizer),
-        "learning rate schedule": _named(scheduler),
+        "loss": (recipe["model"].get("init_args") or {}).get("loss"),
+        "optimizer": named(recipe.get("optimizer") or {}),
+        "learning rate schedule": named(recipe.get("lr_scheduler") or {}),
         "batch": data_arguments(recipe).get("batch_size"),
-        "at most": f"{trainer['max_epochs']} epochs" if trainer.get("max_epochs") else None,
-        "precision": trainer.get("precision"),
+        "epochs, at most": trainer.get("max_epochs"),
+        "precision of the recipe": trainer.get("precision"),
     }
     return [(label, str(value)) for label, value in rows.items() if value]
-
-
-def _named(section: Mapping[str, Any]) -> str:
-    """A class and its arguments in one line."""
-    arguments = ", ".join(f"{key} {value}" for key, value in (section.get("init_args") or {}).items())
-    return f"{str(section.get('class_path', '')).rpartition('.')[2]} {arguments}".strip()
-
-
-def _inputs(recipe: Recipe) -> list[str]:
-    """What goes into the network and what comes out."""
-    arguments, yaml = data_arguments(recipe), "as in the YAML"
-    times = ", ".join(TIMESTEPS[step] for step in arguments.get("timesteps") or ()) or yaml
-    bands = ", ".join(f"{name} {len(means)}" for name, means in (arguments.get("means") or {}).items()) or yaml
-    return [
-        f"Input: float tensors (batch, band, time, height, width) by modality; bands: {bands}. Times: {times}.",
-        "The data module replaces missing values by 0 and normalises with the means and stds of the YAML.",
-        "Output: logits (batch, class, height, width).",
-    ]
-
-
-def _limits(results: Mapping[str, Any] | None) -> list[str]:
-    """What the model was not shown to do."""
-    if results is None:
-        return ["Nothing was measured on a test split."]
-    run = results["run"]
-    tested = f"Tested on {run['n_chips'] or 'no'} chips of {run['n_events'] or 'no'} events, and on no others."
-    seeds = run.get("seeds") or []
-    spread = f"One of {len(seeds)} runs that were declared together." if len(seeds) > 1 else "One training run only."
-    return [tested, f"{spread} {results['verdict']['not_shown']}"]
-
-
-def _provenance(weights: ExportedWeights, recipe: Recipe, record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    data = (record or {}).get("data") or {}
-    revision = data.get("commit") or "not recorded"
-    rows = {
-        "weights sha256": f"{weights.sha256} ({weights.tensors} tensors, {weights.values:,} values)",
-        "checkpoint sha256": weights.metadata.get("source_sha256", "not recorded"),
-        "recipe sha256": weights.metadata.get("recipe_sha256", "not recorded"),
-        "data": f"protocol {protocol_of(recipe).name}, {protocol_of(recipe).repo or 'no published data set'}",
-        "data revision": revision,
-        **{f"data digest, {split}": digest for split, digest in (data.get("digests") or {}).items()},
-        "code": code_of(record or {}),
-    }
-    return list(rows.items())

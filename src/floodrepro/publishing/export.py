@@ -5,17 +5,16 @@ torch is imported when weights are read: recipes can be rewritten for plain Terr
 
 import copy
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from floodrepro import __version__
 from floodrepro import recipe as recipes
-from floodrepro.data.protocols import protocol_of
+from floodrepro.data.protocols import class_names_of, positive_class_of, protocol_of
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import sha256_of, write_atomically
@@ -49,21 +48,17 @@ class ExportedWeights:
         path: The file.
         config: The YAML of the same name.
         sha256: Of the safetensors file.
-        tensors: Number of tensors.
-        values: Number of values in them, buffers included.
         metadata: recipe_sha256, source_sha256 (of the checkpoint), hyper_parameters (JSON), floodrepro (version).
     """
 
     path: Path
     config: Path
     sha256: str
-    tensors: int
-    values: int
     metadata: Mapping[str, str]
 
 
 def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportedWeights:
-    """Write NAME.safetensors and NAME.yaml and read the weights back.
+    """Write NAME.safetensors and NAME.yaml.
 
     Args:
         checkpoint_path: A ``.ckpt``, ``.pt`` or ``.safetensors``.
@@ -75,7 +70,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         What was written.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or does not read back bit for bit.
+        CheckpointError: The checkpoint cannot be read.
         UsageError: The recipe describes another model than the checkpoint, or a file of that name is there already.
         RunFolderError: The folder cannot be written.
     """
@@ -90,13 +85,14 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
             fix="give the --config that it was trained with: the exported YAML has to describe these weights",
         )
     weights, config = output / f"{name}.safetensors", output / f"{name}.yaml"
-    for file in (weights, config):
-        if file.exists():
-            raise UsageError("the file exists already and is not overwritten", where=file, fix="--output DIR")
+    if there := next((file for file in (weights, config) if file.exists()), None):
+        raise UsageError("the file exists already and is not overwritten", where=there, fix="--output DIR")
     metadata = {
+        "class_names": json.dumps(class_names_of(recipe)),
         "floodrepro": __version__,
         "format": "pt",
         "hyper_parameters": json.dumps(given, sort_keys=True),
+        "positive_class": str(positive_class_of(recipe)),
         "recipe_sha256": recipes.fingerprint(recipe),
         "source_sha256": sha256_of(checkpoint_path),
     }
@@ -119,26 +115,72 @@ def read_exported(path: Path) -> ExportedWeights:
         raise CheckpointError("there are no exported weights", where=path, fix="floodrepro export --run DIR")
     try:
         with safe_open(str(path), framework="np") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"the exported weights are damaged: {error}", where=path) from error
     config = path.with_suffix(".yaml")
     if not config.is_file():
         raise CheckpointError("the YAML of the pair is missing", where=config, fix="export into another --output DIR")
-    values = sum(math.prod(shape) for shape in shapes)
-    return ExportedWeights(path, config, sha256_of(path), len(shapes), values, metadata)
+    return ExportedWeights(path, config, sha256_of(path), metadata)
 
 
 def with_stock_data(recipe: Recipe) -> Recipe:
-    """The recipe with impactmesh's own data module, which reads extracted chips, and masks as they are."""
+    """The recipe with impactmesh's own data module, its statistics and transforms as here.
+
+    That module reads extracted chips only, masks as they are, and all bands.
+    """
     stock = copy.deepcopy(recipe)
-    if stock["data"]["class_path"].endswith("FloodDataModule"):
-        stock["data"] = _stock_data(stock["data"]["init_args"], protocol_of(recipe).hazard)
+    if not stock["data"]["class_path"].endswith("FloodDataModule"):
+        return stock
+    arguments = stock["data"]["init_args"]
+    kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
+    kept["predict_data_root"] = arguments.get("predict_data_root") or arguments["data_root"]
+    if arguments.get("augment", True):
+        steps = {"n_timesteps": len(arguments.get("timesteps") or range(4))}
+        kept["train_transform"] = [
+            {"class_path": "terratorch.datasets.transforms.FlattenTemporalIntoChannels"},
+            {"class_path": "albumentations.D4"},
+            {"class_path": "albumentations.pytorch.ToTensorV2"},
+            {"class_path": "terratorch.datasets.transforms.UnflattenTemporalFromChannels", "init_args": steps},
+        ]
+    stock["data"] = {
+        "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
+        "init_args": kept,
+        # Else impactmesh guesses it from the path, "fire" first. It knows these two.
+        "dict_kwargs": {"disaster_type": "fire" if protocol_of(recipe).hazard == "fire" else "flood"},
+    }
     return stock
 
 
-def portable(recipe: Recipe) -> Recipe:
+def _save_weights(checkpoint: "Checkpoint", path: Path, metadata: dict[str, str]) -> None:
+    """Write the tensors under the names of Lightning's state dict, of which TerraTorch strips one leading "model."."""
+    from safetensors.torch import save_file
+
+    # clone: safetensors refuses tensors that share memory
+    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        _sort_header(partial)
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sort_header(file: Path) -> None:
+    """Sort the header's metadata: safetensors writes it in a new order each time, and with it another sha256."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # else safetensors escaped it otherwise: the file is whole, only not sorted
+            stream.seek(8)
+            stream.write(text.ljust(length))
+
+
+def _portable(recipe: Recipe) -> Recipe:
     """The recipe without what belongs to one machine or one run: loggers, callbacks, paths, pretrained weights."""
     stock = with_stock_data(recipe)
     trainer = stock.setdefault("trainer", {})
@@ -159,67 +201,6 @@ def portable(recipe: Recipe) -> Recipe:
     return stock
 
 
-def _stock_data(arguments: Mapping[str, Any], hazard: str) -> dict[str, Any]:
-    """The data module of impactmesh with the same statistics and transforms; it knows no label map and no bands."""
-    kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
-    kept["predict_data_root"] = arguments.get("predict_data_root") or arguments["data_root"]
-    if arguments.get("augment", True):
-        steps = len(arguments.get("timesteps") or range(4))
-        kept["train_transform"] = [
-            {"class_path": "terratorch.datasets.transforms.FlattenTemporalIntoChannels"},
-            {"class_path": "albumentations.D4"},
-            {"class_path": "albumentations.pytorch.ToTensorV2"},
-            {
-                "class_path": "terratorch.datasets.transforms.UnflattenTemporalFromChannels",
-                "init_args": {"n_timesteps": steps},
-            },
-        ]
-    return {
-        "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
-        "init_args": kept,
-        # Else impactmesh guesses it from the path, "fire" first. It knows these two.
-        "dict_kwargs": {"disaster_type": "fire" if hazard == "fire" else "flood"},
-    }
-
-
-def _save_weights(checkpoint: "Checkpoint", path: Path, metadata: dict[str, str]) -> None:
-    """Write the tensors under the names of Lightning's state dict, of which TerraTorch strips one leading "model."."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-        return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-
-    # clone: safetensors refuses tensors that share memory. reshape: a view as bytes needs one dimension.
-    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        _sort_header(partial)
-        written = load_file(partial)
-        if written.keys() != tensors.keys() or not all(
-            tensor.shape == written[name].shape and same_bits(tensor.reshape(-1), written[name].reshape(-1))
-            for name, tensor in tensors.items()
-        ):
-            raise CheckpointError("the written safetensors do not read back bit for bit", where=path)
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sort_header(file: Path) -> None:
-    """Sort the header's metadata: safetensors writes it in a new order each time, and with it another sha256."""
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # else safetensors escaped it otherwise: the file is whole, only not sorted
-            stream.seek(8)
-            stream.write(text.ljust(length))
-
-
 def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
     return (
         f"# Exported from {checkpoint.name}; recipe sha256 {recipes.fingerprint(recipe)}.\n"
@@ -227,5 +208,5 @@ def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
         "#   LightningInferenceModel.from_config(THIS_FILE, WEIGHTS)\n"
         "# and so does python -m impactmesh.run_inference --config THIS_FILE --ckpt WEIGHTS --output_dir DIR.\n"
         "# To test it with floodrepro from tars, or where the recipe maps labels (v1-binary), add --config RECIPE.\n"
-        f"{recipes.to_yaml(portable(recipe))}"
+        f"{recipes.to_yaml(_portable(recipe))}"
     )

@@ -11,41 +11,29 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from floodrepro import __version__
 from floodrepro.errors import CheckpointError, FloodreproError, UsageError
-from floodrepro.publishing.card import CARD, PICTURE, RESULTS
+from floodrepro.publishing.card import CARD, RESULTS
 from floodrepro.publishing.export import read_exported
 from floodrepro.run_folder import sha256_of
-from floodrepro.verification import results as results_file
+from floodrepro.verification.report import PICTURE, required_sentence
+from floodrepro.verification.results import load
 
 _LOGIN = "hf auth login, or set HF_TOKEN, with a token that may write to it"
 
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """What would be uploaded where.
+    """What would be uploaded where."""
 
-    Args:
-        folder: The export folder.
-        repo: OWNER/NAME.
-        endpoint: Address of the hub.
-        branch: Branch that gets the commit.
-        private: Whether the repository has to be private.
-        files: The sha256 of each file, by name.
-        left_out: Other files of the folder, which stay here.
-        verdict: The verdict; empty where nothing was verified.
-        licence: The card's; empty where none was chosen.
-        objection: Why this should not be published; empty where there is no reason.
-    """
-
-    folder: Path
-    repo: str
-    endpoint: str
-    branch: str
-    private: bool
-    files: Mapping[str, str]
-    left_out: list[str]
-    verdict: str
-    licence: str
-    objection: str
+    folder: Path  # the export
+    repo: str  # OWNER/NAME
+    endpoint: str  # address of the hub
+    branch: str  # gets the commit
+    private: bool  # whether the repository has to be private
+    files: Mapping[str, str]  # sha256 by name
+    left_out: list[str]  # other files of the folder, which stay here
+    verdict: str  # empty where nothing was verified
+    licence: str  # the card's; empty where none was chosen
+    objection: str  # why this should not be published; empty where there is no reason
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON types."""
@@ -61,10 +49,10 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> UploadP
     """
     try:
         validate_repo_id(repo)
-        if repo.count("/") != 1:
-            raise HFValidationError("there is not one slash in it")
     except HFValidationError as error:
-        raise UsageError(f"--repo is no OWNER/NAME: {error}", where=repo, fix="--repo OWNER/NAME") from error
+        raise UsageError(f"--repo is no OWNER/NAME: {error}", where=repo) from error
+    if repo.count("/") != 1:
+        raise UsageError("--repo is no OWNER/NAME", where=repo)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1 or not (folder / CARD).is_file():
         what = f"the folder has {len(found)} safetensors files" if len(found) != 1 else f"there is no {CARD}"
@@ -74,29 +62,18 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> UploadP
     names += [name for name in (RESULTS, PICTURE) if (folder / name).is_file()]
     objection, verdict = "not verified: no required check was run", ""
     if (folder / RESULTS).is_file():
-        results = results_file.load(folder / RESULTS)
-        tested = (results["run"].get("checkpoint") or {}).get("sha256")
-        if tested != weights.metadata.get("source_sha256"):
+        results = load(folder / RESULTS)
+        if (results["run"].get("checkpoint") or {}).get("sha256") != weights.metadata.get("source_sha256"):
             what = "results.json is of another checkpoint than the weights were exported from"
             raise CheckpointError(what, where=folder, fix="verify the run, then floodrepro export --card-only")
-        objection, verdict = objection_to(results), f"{results['verdict']['word']}. {results['verdict']['sentence']}"
+        verdict = "{word}. {sentence}".format(**results["verdict"])
+        objection = required_sentence(results["summary"] | {"required": []})  # without what is met
     licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license") or ""
     files = {name: sha256_of(folder / name) for name in names}
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in names)
     return UploadPlan(
         folder, repo, constants.ENDPOINT, branch, private, files, left_out, verdict, str(licence), objection
     )
-
-
-def objection_to(results: Mapping[str, Any]) -> str:
-    """Why a model with these results should not be published: the report's own list of required checks."""
-    summary = results["summary"]
-    parts = []
-    if summary["not_met"]:
-        parts.append(f"required checks are not met: {', '.join(summary['not_met'])}")
-    if summary["left_out"]:
-        parts.append(f"the list of required checks was shortened by {', '.join(summary['left_out'])}")
-    return "; ".join(parts)
 
 
 def upload(plan: UploadPlan) -> str:
@@ -110,9 +87,10 @@ def upload(plan: UploadPlan) -> str:
         FloodreproError: There is no token, or the hub refuses or cannot be reached.
     """
     where = f"{plan.endpoint}/{plan.repo}"
-    if constants.HF_HUB_OFFLINE or get_token() is None:
-        what = "HF_HUB_OFFLINE forbids every request" if constants.HF_HUB_OFFLINE else "there is no token for the hub"
-        raise FloodreproError(what, where=where, fix="unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else _LOGIN)
+    if constants.HF_HUB_OFFLINE:
+        raise FloodreproError("HF_HUB_OFFLINE forbids every request", where=where, fix="unset HF_HUB_OFFLINE")
+    if get_token() is None:
+        raise FloodreproError("there is no token for the hub", where=where, fix=_LOGIN)
     files = [CommitOperationAdd(name, plan.folder / name) for name in plan.files]
     for file, (name, digest) in zip(files, plan.files.items(), strict=True):
         if file.upload_info.sha256.hex() != digest:
@@ -128,9 +106,8 @@ def upload(plan: UploadPlan) -> str:
         name = next(name for name in plan.files if name.endswith(".safetensors"))
         done = api.create_commit(plan.repo, files, commit_message=f"Add {name}", revision=plan.branch)
     except HfHubHTTPError as error:
-        what = (
-            f"the hub refuses (HTTP {error.response.status_code}): {error.server_message or str(error).splitlines()[0]}"
-        )
+        said = error.server_message or str(error).splitlines()[0]
+        what = f"the hub refuses (HTTP {error.response.status_code}): {said}"
         raise FloodreproError(what, where=where, fix=f"check --repo; {_LOGIN}") from error
     except HTTPError as error:  # of the HTTP library, which is httpx or httpx2
         what = f"the hub cannot be reached: {type(error).__name__}: {error}"

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
@@ -26,13 +25,12 @@ from floodrepro import console
 from floodrepro.callbacks.run_record import percentiles
 from floodrepro.errors import FloodreproError
 from floodrepro.publishing.export import with_stock_data
-from floodrepro.recipe import Recipe
+from floodrepro.recipe import Recipe, to_yaml
 from floodrepro.system.environment import environment
 
 SIDES = ("terratorch", "floodrepro")
 WARM_UP = 4  # steps that do not count, beside the batches that loader processes have read ahead
 AGREEMENT = 1e-6  # of the metrics of both tests
-Run = dict[str, Any]
 
 
 class StepClock(Callback):
@@ -50,7 +48,7 @@ class StepClock(Callback):
 
     def __init__(self, output: str, steps: int, warm_up: int, read_only: bool = False) -> None:
         self._output, self._steps, self._warm_up, self._read_only = Path(output), steps, warm_up, read_only
-        self._done, self._start, self._loss = 0, 0.0, torch.zeros(())
+        self._done, self._start = 0, 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Fix the order of the training chips. The data module has been set up by now."""
@@ -71,10 +69,9 @@ class StepClock(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Count a training step."""
-        self._loss = outputs["loss"].detach()
         self._step(pl_module)
         if self._done == self._warm_up + self._steps:
-            self._write(trainer, pl_module, loss=float(self._loss))
+            self._write(trainer, pl_module, loss=float(outputs["loss"]))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count a batch of the test."""
@@ -110,16 +107,8 @@ def _in_order(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
     """A loader like another one, with batches in the order of the data set, from the front again at its end."""
     size, count = loader.batch_size or 1, len(loader.dataset)  # type: ignore[arg-type]
     order = [[(step * size + i) % count for i in range(size)] for step in range(batches)]
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=order,
-        num_workers=loader.num_workers,
-        prefetch_factor=loader.prefetch_factor,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        persistent_workers=loader.persistent_workers,
-    )
+    kept = ("num_workers", "prefetch_factor", "collate_fn", "pin_memory", "worker_init_fn", "persistent_workers")
+    return DataLoader(loader.dataset, batch_sampler=order, **{name: getattr(loader, name) for name in kept})
 
 
 def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int) -> dict[str, Any]:
@@ -142,18 +131,17 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
     # Batches that lie ready before the first step say nothing about how fast they are read.
     ahead = arguments.get("num_workers", 0) * (arguments.get("prefetch_factor") or 2)
     warm_up = 2 if action == "test" else WARM_UP + ahead
-    checkpoint = _save_checkpoint(recipe, folder) if action == "test" else None
-    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
+    clock = {"steps": steps, "warm_up": warm_up, "read_only": action == "data"}
+    checkpoint = None
+    if action == "test":
+        console.say("training two steps, for weights that both sides test")
+        _run_side(SIDES[0], recipe, folder, "weights", {"steps": 1, "warm_up": 1})
+        checkpoint = max(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
             console.say(f"{action}, round {number + 1} of {rounds}: {side}")
-            output = folder / f"{side}-{number}.json"
-            clock = {"output": str(output), "steps": steps, "warm_up": warm_up, "read_only": action == "data"}
-            timed = _timed(recipe, side, clock, steps + warm_up)
-            _call(_command(side, timed, folder, f"{side}-{number}", checkpoint), folder)
-            if not output.is_file():
-                raise FloodreproError(f"{side} ended after fewer than {steps + warm_up} steps", fix="give more --steps")
-            runs[side].append(json.loads(output.read_text()))
+            runs[side].append(_run_side(side, recipe, folder, f"{side}-{number}", clock, checkpoint))
     return {
         "what": f"{action}: {rounds} processes a side in turn, {runs[SIDES[0]][0]['batches']} batches each after "
         f"{warm_up} of warm-up, with reading, without augmentation",
@@ -163,7 +151,7 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
     }
 
 
-def sum_up(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Speed and memory of each side, ratios of ours to theirs by round, and how far losses or metrics differ.
 
     Args:
@@ -173,7 +161,8 @@ def sum_up(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         FloodreproError: The metrics of the two tests differ.
     """
     theirs, ours = (runs[side] for side in SIDES)
-    ratios = [a["chips_per_second"] / b["chips_per_second"] for a, b in zip(ours, theirs, strict=True)]
+    pairs = list(zip(ours, theirs, strict=True))
+    ratios = [a["chips_per_second"] / b["chips_per_second"] for a, b in pairs]
     peaks = {side: {kind: max(r["memory"][kind] for r in runs[side]) for kind in ours[0]["memory"]} for side in SIDES}
     kind = "gpu_allocated_gib" if "gpu_allocated_gib" in ours[0]["memory"] else "process_gib"
     found: dict[str, Any] = {
@@ -182,58 +171,62 @@ def sum_up(runs: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
         "peak_memory": peaks,
         "memory_ratio": peaks["floodrepro"][kind] / peaks["terratorch"][kind],
         "load_average": os.getloadavg()[0],
-        "environment": ours[0].pop("environment"),
+        "environment": ours[0]["environment"],
     }
     if "loss" in ours[0]:
         found["loss"] = {side: [run["loss"] for run in runs[side]] for side in SIDES}
-        found["loss_difference"] = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+        found["loss_difference"] = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
     if "metrics" in ours[0]:
         names = ours[0]["metrics"].keys() & theirs[0]["metrics"].keys()
-        differences = [abs(a["metrics"][n] - b["metrics"][n]) for a, b in zip(ours, theirs, strict=True) for n in names]
-        found["metrics"], found["metrics_difference"] = ours[0]["metrics"], max(differences)
+        found["metrics"] = ours[0]["metrics"]
+        found["metrics_difference"] = max(abs(a["metrics"][n] - b["metrics"][n]) for a, b in pairs for n in names)
         if not found["metrics_difference"] <= AGREEMENT:
             raise FloodreproError(f"the metrics of the two tests differ by {found['metrics_difference']:g}")
     return found
 
 
-def _timed(recipe: Recipe, side: str, clock: Mapping[str, Any], steps: int) -> Recipe:
-    """The recipe of a side: random weights, no augmentation, and the clock as its last callback."""
+def describe(found: Mapping[str, Any]) -> str:
+    """What `bench` returned, as a table and a few lines."""
+    rows = [["", "chips/s", "p10", "p90", "peak GiB"]]
+    for side, rate in found["chips_per_second"].items():
+        peaks = [f"{kind.removesuffix('_gib')} {value:.2f}" for kind, value in found["peak_memory"][side].items()]
+        rows.append([side, *(f"{rate[q]:.2f}" for q in ("median", "p10", "p90")), ", ".join(peaks)])
+    ratio = found["ratio"]
+    lines = [f"times as fast: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f} by round)"]
+    lines.append(f"times the memory: {found['memory_ratio']:.3f}")
+    differences = {kind: found[f"{kind}_difference"] for kind in ("loss", "metrics") if kind in found}
+    lines += [f"largest difference of the {kind}: {value:.1e}" for kind, value in differences.items()]
+    lines.append(f"{found['what']}; {found['precision']}, batches of {found['batch_size']}")
+    return console.columns(rows) + "\n\n" + "\n".join(lines)
+
+
+def _run_side(
+    side: str, recipe: Recipe, folder: Path, name: str, clock: Mapping[str, Any], checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Run one process: random weights, no augmentation, the clock last. Returns what the clock wrote."""
+    steps, output, file = clock["steps"] + clock["warm_up"], folder / f"{name}.json", folder / f"{name}.yaml"
     timed = copy.deepcopy(recipe)
     timed["data"]["init_args"]["augment"] = False
     timed["model"]["init_args"]["model_args"]["backbone_pretrained"] = False
     timed["trainer"] |= {"devices": 1, "max_epochs": 1, "max_steps": steps}
-    callbacks = [c for c in timed["trainer"].get("callbacks") or [] if not c["class_path"].endswith("ProgressBar")]
-    timed["trainer"]["callbacks"] = [
-        *callbacks,
-        {"class_path": "floodrepro.system.bench.StepClock", "init_args": clock},
-    ]
     timed["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
-    return with_stock_data(timed) if side == "terratorch" else timed
-
-
-def _save_checkpoint(recipe: Recipe, folder: Path) -> Path:
-    """Weights that both tests load: plain TerraTorch's, after two steps."""
-    console.say("training two steps, for weights that both sides test")
-    clock = {"output": str(folder / "unused.json"), "steps": 1, "warm_up": 1}
-    _call(_command("terratorch", _timed(recipe, "terratorch", clock, 2), folder, "checkpoint", None), folder)
-    return max(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-
-
-def _command(side: str, recipe: Recipe, folder: Path, name: str, checkpoint: Path | None) -> list[str]:
-    file = folder / f"{name}.yaml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    start = [sys.executable, "-m", side, "test" if checkpoint else "fit", "--config", str(file)]
+    callbacks = [c for c in timed["trainer"].get("callbacks") or [] if not c["class_path"].endswith("ProgressBar")]
+    own = {"class_path": "floodrepro.system.bench.StepClock", "init_args": {"output": str(output), **clock}}
+    timed["trainer"]["callbacks"] = [*callbacks, own]
+    file.write_text(to_yaml(with_stock_data(timed) if side == "terratorch" else timed), encoding="utf-8")
+    command = [sys.executable, "-m", side, "test" if checkpoint else "fit", "--config", str(file)]
     if side == "terratorch":
-        return [*start, "--ckpt_path", str(checkpoint)] if checkpoint else start
-    if checkpoint:
-        return [*start, "--ckpt", str(checkpoint), "--output", str(folder / name)]
-    return [*start, "--runs-root", str(folder / "runs"), "--name", name]
-
-
-def _call(command: Sequence[str], folder: Path) -> None:
+        command += ["--ckpt_path", str(checkpoint)] if checkpoint else []
+    elif checkpoint:
+        command += ["--ckpt", str(checkpoint), "--output", str(folder / name)]
+    else:
+        command += ["--runs-root", str(folder / "runs"), "--name", name]
     variables = os.environ | {"LIGHTLY_DID_VERSION_CHECK": "True", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:
-        last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-        print(last, file=sys.stderr)
+        print("\n".join((done.stdout + done.stderr).strip().splitlines()[-20:]), file=sys.stderr)
         raise FloodreproError(f"a process of the bench ended with exit code {done.returncode}", where=" ".join(command))
+    if not output.is_file():
+        raise FloodreproError(f"{side} ended after fewer than {steps} steps", fix="give more --steps")
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found

@@ -20,8 +20,9 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 import floodrepro
-from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.recipe import Recipe, check_precision
+from floodrepro import console
+from floodrepro.errors import FloodreproError
+from floodrepro.recipe import Recipe
 from floodrepro.system.environment import gpu_drivers, small_text
 from floodrepro.system.machine import free_disk, free_memory, usable_cores
 
@@ -33,23 +34,21 @@ TRAINED, RUN_FOLDER = 4, 1 + 3 * 3 + 1  # times the weights
 CHIP_BYTES = (12 + 2 + 1) * 4 * 4  # of a pixel in float32: 15 bands, 4 timesteps
 PROCESS_BYTES = 1_200_000_000  # of a process that has imported TerraTorch 1.2.7
 STOLE_CREDENTIALS = ("2.6.2", "2.6.3")  # of lightning on PyPI: GHSA-w37p-236h-pfx3
+_ARGUMENTS = "model.init_args.model_args"
+_GIVE_TO_CONTAINER = {
+    "AMD": '--device=/dev/kfd --device=/dev/dri --group-add "$(stat -c %g /dev/kfd)"',
+    "NVIDIA": "--gpus all",
+}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Args:
-        name: What was looked at.
-        status: `fail` where a run cannot work, or would not be the run that the recipe describes.
-        detail: What was found.
-        fix: A command to paste or flags to add; empty where the status is `ok`.
-    """
+    """One line of the report: what was looked at, how it is, what was found, and what to do."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: Literal["ok", "warn", "fail"]  # fail: a run cannot work, or would not be the one that the recipe describes
     detail: str
-    fix: str = ""
+    fix: str = ""  # a command to paste or flags to add; empty where the status is ok
 
 
 def examine(
@@ -60,7 +59,7 @@ def examine(
     Args:
         recipe: Resolved, or folded by the command line; None leaves out what only a recipe can ask for.
         runs: Folder of all runs.
-        quick: As before a fit: torch is asked only where a GPU's device file is, and chips are left to the fit.
+        quick: Ask torch only where a GPU's device file is.
         root: Where ``/proc``, ``/sys``, ``/dev`` and ``/opt`` are looked for.
     """
     found, devices = check_packages(), 0
@@ -69,10 +68,24 @@ def examine(
         answer = ask_torch()
         devices = 0 if on_cpu else len(answer["devices"])
         found += [check_torch(answer, _vendor(root)), *check_gpus(answer, recipe or {}, root)]
-    if recipe is None:
-        return found
-    found += [*check_machine(recipe, devices, runs, root), *check_backbone(recipe)]
-    return found if quick else [*found, check_chips(recipe)]
+    return found if recipe is None else [*found, *check_machine(recipe, devices, runs, root), *check_backbone(recipe)]
+
+
+def check_before_fit(recipe: Recipe, runs: Path) -> None:
+    """Warn of what may hurt a fit; of several processes of one run, the first one does. Arguments as for `examine`.
+
+    Raises:
+        FloodreproError: Something will stop the fit, or make it another run than the recipe describes.
+    """
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))):
+        return
+    findings = examine(recipe, runs, quick=True)
+    for finding in findings:
+        if finding.status == "warn":
+            console.warn(f"{finding.name}: {finding.detail}; to do: {finding.fix}")
+    if failed := [finding for finding in findings if finding.status == "fail"]:
+        what = "; ".join(f"{finding.name}: {finding.detail}" for finding in failed)
+        raise FloodreproError(what, fix="; then ".join(finding.fix for finding in failed))
 
 
 def _of(recipe: Recipe, path: str, default: Any) -> Any:
@@ -83,20 +96,23 @@ def _of(recipe: Recipe, path: str, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
-def _pixels(recipe: Recipe) -> int:
-    """Pixels of a chip: 256 x 256, or the demo's 64 x 64."""
-    return 64 * 64 if _is_demo(recipe) else 256 * 256
-
-
 def _is_demo(recipe: Recipe) -> bool:
     return bool(_of(recipe, "trainer.default_root_dir", "") == "runs/demo")
 
 
+def _pixels(recipe: Recipe) -> int:
+    return (64 if _is_demo(recipe) else 256) ** 2
+
+
 def _training_bytes(recipe: Recipe, batch: int) -> int | None:
     """Memory of model, optimizer and one batch, an estimate; None for a backbone that was not measured."""
-    model = MODELS.get(_of(recipe, "model.init_args.model_args.backbone", ""))
+    model = MODELS.get(_of(recipe, f"{_ARGUMENTS}.backbone", ""))
     half = 2 if "16" in _of(recipe, "trainer.precision", "32-true") else 1
-    return TRAINED * model[0] + batch * model[1] * _pixels(recipe) // (256 * 256) // half if model else None
+    return TRAINED * model[0] + batch * model[1] * _pixels(recipe) // 256**2 // half if model else None
+
+
+def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: Literal["warn", "fail"] = "warn") -> Finding:
+    return Finding(name, "ok", detail) if passes else Finding(name, otherwise, detail, fix)
 
 
 # Packages and torch
@@ -105,20 +121,20 @@ def _training_bytes(recipe: Recipe, batch: int) -> int | None:
 def _pip(*words: str) -> str:
     """An installing command for this environment; one that uv made has no pip."""
     python = shlex.quote(sys.executable)
-    has_pip = importlib.util.find_spec("pip") is not None
-    start = f"{python} -m pip install" if has_pip else f"uv pip install --python {python}"
-    return f"{start} {shlex.join('--reinstall' if w == '--force-reinstall' and not has_pip else w for w in words)}"
+    if importlib.util.find_spec("pip"):
+        return f"{python} -m pip install {shlex.join(words)}"
+    return f"uv pip install --python {python} {shlex.join(words)}".replace(" --force-reinstall ", " --reinstall ")
 
 
 def _torch_for(vendor: str) -> str:
     """The command that installs a torch and a torchvision that belong together and fit a vendor's GPU."""
     if vendor != "AMD":
-        return _pip("--force-reinstall", "-c", str(tested_versions()), "torch", "torchvision")
+        return _pip("--force-reinstall", "-c", str(_tested_versions()), "torch", "torchvision")
     python = shlex.quote(sys.executable)  # PyPI has no ROCm build; uv looks at the GPU and knows where each build is
     return f"pip install uv && uv pip install --python {python} --reinstall --torch-backend=auto torch torchvision"
 
 
-def tested_versions() -> Path:
+def _tested_versions() -> Path:
     """The constraints file that comes with floodrepro, in a wheel or in a checkout."""
     packaged = Path(floodrepro.__file__).with_name("constraints.txt")
     return packaged if packaged.is_file() else Path(floodrepro.__file__).parents[2] / "constraints.txt"
@@ -136,29 +152,24 @@ def check_packages() -> list[Finding]:
     try:
         wanted = [Requirement(line) for line in requires("floodrepro") or ()]
     except PackageNotFoundError:
-        return [
-            Finding("packages", "warn", "floodrepro is not installed: its bounds are not known", _pip("floodrepro"))
-        ]
-    text = tested_versions().read_text(encoding="utf-8") if tested_versions().is_file() else ""
-    pins = re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)
+        what = "floodrepro is not installed: its bounds are not known"
+        return [Finding("packages", "warn", what, _pip("floodrepro"))]
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", small_text(_tested_versions()) or "", re.MULTILINE)
     pairs = [(name, pin, have) for name, pin in pins if (have := _version(name))]
     # The local part of a version, such as +cpu, names another build of the same version.
     other = [f"{name} {have} (tested: {pin})" for name, pin, have in pairs if have.partition("+")[0] != pin]
     detail = f"{len(pairs) - len(other)} of {len(pairs)} have the tested version"
-    detail += f"; others: {', '.join(other[:4])}{', …' if len(other) > 4 else ''}" if other else ""
-    found = [Finding("packages", "ok", detail)]
+    found = [Finding("packages", "ok", "; others: ".join([detail, *([", ".join(other[:4])] if other else [])]))]
     for requirement in wanted:
+        name, have = requirement.name, _version(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        have = _version(requirement.name)
-        if requirement.name == "lightning" and have in STOLE_CREDENTIALS:
-            detail = (
-                f"{have} steals credentials when imported (GHSA-w37p-236h-pfx3): change every token of this machine"
-            )
-            found.append(Finding("lightning", "fail", detail, _pip("--force-reinstall", "lightning==2.6.1")))
+        if name == "lightning" and have in STOLE_CREDENTIALS:
+            what = f"{have} steals credentials when imported (GHSA-w37p-236h-pfx3): change every token of this machine"
+            found.append(Finding(name, "fail", what, _pip("--force-reinstall", "lightning==2.6.1")))
         elif have is None or not requirement.specifier.contains(have, prereleases=True):
-            detail = f"{have or 'not installed'}, needed is {requirement.specifier or 'any version'}"
-            found.append(Finding(requirement.name, "fail", detail, _pip(str(requirement))))
+            what = f"{have or 'not installed'}, needed is {requirement.specifier or 'any version'}"
+            found.append(Finding(name, "fail", what, _pip(str(requirement))))
     return found
 
 
@@ -170,8 +181,7 @@ def ask_torch(timeout: float = 120) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"devices": [], "error": f"torch gave no answer within {timeout:.0f} s"}
     if done.returncode == 0:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return dict(json.loads(done.stdout.splitlines()[-1]))
     said = (done.stderr.strip().splitlines() or [""])[-1]
     return {"devices": [], "error": f"the process that imports torch ended with exit code {done.returncode}: {said}"}
 
@@ -203,19 +213,14 @@ def _vendor(root: Path) -> str:
 
 
 def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")) -> list[Finding]:
-    """Judge what torch sees, a line for each kind of GPU, or why it sees none.
-
-    Args:
-        answer: Of `ask_torch`.
-        recipe: As for `examine`; may be empty.
-        root: As for `examine`.
-    """
-    devices, found = answer["devices"], []
-    on_cpu = _of(recipe, "trainer.accelerator", "auto") == "cpu"
+    """Judge what torch sees (the answer of `ask_torch`), a line for each kind of GPU, or why it sees none."""
+    on_cpu, found = _of(recipe, "trainer.accelerator", "auto") == "cpu", []
+    devices = [] if on_cpu else answer["devices"]
     kind = {"16": "float16", "bf16": "bfloat16"}.get(_of(recipe, "trainer.precision", "").partition("-")[0])
-    if on_cpu or not devices:
+    if not devices:
         found.append(_why_no_gpu(answer, root, on_cpu=on_cpu))
-        devices = []
+        if kind == "float16":
+            found.append(Finding("precision", "fail", "fp16 does not run on a CPU", "--precision fp32"))
     for text, count in Counter(json.dumps(device | {"free": 0}) for device in devices).items():
         device = json.loads(text)
         detail = f"{count} x {device['name']}, {device['memory'] / 2**30:.1f} GiB"
@@ -225,13 +230,8 @@ def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")
         detail += "".join(f", {k} {'works' if device[k] else 'does not work'}" for k in ("float16", "bfloat16"))
         if _is_partition(device["name"], root):
             detail += "; a partition: power and energy are read for the whole GPU, which others may share"
-        works = kind is None or device[kind]
-        found.append(Finding("gpu", "ok", detail) if works else Finding("gpu", "fail", detail, "--precision fp32"))
+        found.append(_judge("gpu", kind is None or device[kind], detail, "--precision fp32", "fail"))
     found += _check_gpu_memory([device["free"] for device in devices if "free" in device], recipe)
-    try:
-        check_precision(recipe, gpu=bool(devices))
-    except UsageError as error:
-        found.append(Finding("precision", "fail", f"{error.what} ({error.where})", str(error.fix)))
     package = root / "opt/rocm/share/amd_smi"
     if devices and package.is_dir() and not importlib.util.find_spec("amdsmi"):
         found.append(Finding("energy", "warn", "amdsmi is not installed: it reads the GPU's power", _pip(str(package))))
@@ -250,11 +250,11 @@ def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Findi
     variables = [f"{name}_VISIBLE_DEVICES" for name in ("CUDA", "HIP", "ROCR")]
     hidden = next((name for name in variables if os.environ.get(name) in ("", "-1")), None)
     in_container = any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
-    give = {"AMD": '--device=/dev/kfd --device=/dev/dri --group-add "$(stat -c %g /dev/kfd)"', "NVIDIA": "--gpus all"}
     if on_cpu or hidden:
         return Finding("gpu", "ok", "none is used: " + (f"{hidden} hides it" if hidden else "the recipe says cpu"))
     if not vendor and in_container and build == "AMD":
-        return Finding("gpu", "warn", "this container was given none", f"docker run {give['AMD']} --ipc=host IMAGE")
+        fix = f"docker run {_GIVE_TO_CONTAINER['AMD']} --ipc=host IMAGE"
+        return Finding("gpu", "warn", "this container was given none", fix)
     if not vendor:
         return Finding("gpu", "ok", "none is here: torch computes on the CPU")
     names = ("dev/kfd", "dev/dri/renderD*") if vendor == "AMD" else ("dev/nvidiactl", "dev/nvidia0")
@@ -263,10 +263,8 @@ def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Findi
     if build != vendor:
         why, fix = f"torch is built for {build}", _torch_for(vendor)
     elif closed:
-        why = f"/{closed[0].relative_to(root)} is closed to this user"
-        fix = (
-            f"docker run {give[vendor]} IMAGE" if in_container else "sudo usermod -aG render,video $USER; newgrp render"
-        )
+        why, fix = f"/{closed[0].relative_to(root)} is closed to this user", "sudo usermod -aG render,video $USER"
+        fix = f"docker run {_GIVE_TO_CONTAINER[vendor]} IMAGE" if in_container else f"{fix}; newgrp render"
     elif vendor == "AMD":
         why, fix = f"it may not fit ROCm {answer['hip']}", "sudo dmesg | grep -i amdgpu"
     else:  # NVIDIA's release notes of CUDA: 13 needs driver 580, 12 needs 525
@@ -296,15 +294,11 @@ def _check_gpu_memory(free: Sequence[int], recipe: Recipe) -> list[Finding]:
 # Machine and data
 
 
-def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: Literal["warn", "fail"] = "warn") -> Finding:
-    return Finding(name, "ok", detail) if passes else Finding(name, otherwise, detail, fix)
-
-
 def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def devices_used(recipe: Recipe, available: int) -> int:
+def _devices_used(recipe: Recipe, available: int) -> int:
     """How many devices a recipe's ``trainer.devices`` means: a number, a list, or a text such as "0,1" or "auto"."""
     devices = (recipe.get("trainer") or {}).get("devices", "auto")
     if isinstance(devices, str) and "," in devices:
@@ -315,40 +309,24 @@ def devices_used(recipe: Recipe, available: int) -> int:
 
 
 def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root: Path = Path("/")) -> list[Finding]:
-    """Compare cores, memory, shared memory and disk with what a recipe needs. All needs are estimates.
-
-    Args:
-        recipe: As for `examine`.
-        devices: GPUs that torch sees.
-        runs: Folder of all runs.
-        root: As for `examine`.
-    """
+    """Compare cores, memory, shared memory and disk with what a recipe needs on so many GPUs: estimates."""
     batch, workers = _of(recipe, "data.init_args.batch_size", 8), _of(recipe, "data.init_args.num_workers", 0)
-    processes, chips = devices_used(recipe, devices), batch * CHIP_BYTES * _pixels(recipe)
+    processes, chips = _devices_used(recipe, devices), batch * CHIP_BYTES * _pixels(recipe)
     ready = processes * workers * _of(recipe, "data.init_args.prefetch_factor", 2) * chips
     cores, memory, shm, disk = usable_cores(root), free_memory(root), free_disk(root / "dev/shm"), free_disk(runs)
     need = processes * (PROCESS_BYTES + 2 * chips) + ready + (0 if devices else _training_bytes(recipe, batch) or 0)
     most, spare = max(0, cores // processes - 1), int((memory - need + ready) * workers // ready) if ready else 0
-    loaders = f"{processes * workers} loader processes"
+    loaders, flag = f"{processes * workers} loader processes", "--data.init_args.num_workers"
+    less = f"{flag} {spare}" if spare > 0 else "floodrepro reproduce --demo  # or use a GPU"
+    more_shm = "sudo mount -o remount,size=16G /dev/shm  # of a container: docker run --ipc=host"
+    detail = f"{_gb(memory)} free, about {_gb(need)} needed (estimate)"
     found = [
-        _judge(
-            "cores", not workers or workers <= most, f"{cores}, for {loaders}", f"--data.init_args.num_workers {most}"
-        ),
-        _judge(
-            "memory",
-            need <= memory,
-            f"{_gb(memory)} free, about {_gb(need)} needed (estimate)",
-            f"--data.init_args.num_workers {spare}" if spare > 0 else "floodrepro reproduce --demo  # or use a GPU",
-        ),
-        _judge(
-            "/dev/shm",
-            ready <= shm,
-            f"{_gb(shm)} free, {_gb(ready)} for what {loaders} hold ready",
-            "sudo mount -o remount,size=16G /dev/shm  # of a container: docker run --ipc=host",
-            "fail" if ready > 2 * shm else "warn",
-        ),
+        _judge("cores", not workers or workers <= most, f"{cores}, for {loaders}", f"{flag} {most}"),
+        _judge("memory", need <= memory, detail, less),
     ]
-    if model := MODELS.get(_of(recipe, "model.init_args.model_args.backbone", "")):
+    detail = f"{_gb(shm)} free, {_gb(ready)} for what {loaders} hold ready"
+    found.append(_judge("/dev/shm", ready <= shm, detail, more_shm, "fail" if ready > 2 * shm else "warn"))
+    if model := MODELS.get(_of(recipe, f"{_ARGUMENTS}.backbone", "")):
         detail = f"{_gb(disk)} free, {_gb(RUN_FOLDER * model[0])} for a run and its export (estimate)"
         status: Literal["warn", "fail"] = "warn" if disk >= TRAINED * model[0] else "fail"
         found.append(_judge("disk", disk >= RUN_FOLDER * model[0], detail, "--runs-root /another/disk/runs", status))
@@ -361,36 +339,35 @@ def check_backbone(recipe: Recipe) -> list[Finding]:
 
     from floodrepro.data.weights import backbone_weights, in_cache
 
-    model = "model.init_args.model_args"
-    file = backbone_weights(_of(recipe, f"{model}.backbone", ""))
-    own = _of(recipe, f"{model}.backbone_ckpt_path", "") or _of(recipe, "model.init_args.ckpt_path", "")
-    if file is None or own or not _of(recipe, f"{model}.backbone_pretrained", False):
+    own = _of(recipe, f"{_ARGUMENTS}.backbone_ckpt_path", "") or _of(recipe, "model.init_args.ckpt_path", "")
+    wanted = not own and _of(recipe, f"{_ARGUMENTS}.backbone_pretrained", False)
+    file = backbone_weights(_of(recipe, f"{_ARGUMENTS}.backbone", "")) if wanted else None
+    if file is None:
         return []
-    offline = constants.HF_HUB_OFFLINE
-    detail = f"{file.name} is {'' if in_cache(file) else 'not '}in {constants.HF_HUB_CACHE}"
+    cached, offline = in_cache(file) is not None, constants.HF_HUB_OFFLINE
+    detail = f"{file.name} is {'' if cached else 'not '}in {constants.HF_HUB_CACHE}"
     fix = shlex.join(file.command) + ("  # where there is a network; then copy the cache" if offline else "")
-    return [_judge("backbone", in_cache(file) is not None, detail, fix, "fail" if offline else "warn")]
+    return [_judge("backbone", cached, detail, fix, "fail" if offline else "warn")]
 
 
 def check_chips(recipe: Recipe) -> Finding:
     """Whether each chip of the recipe's splits has its files; names are read, no pixels. `data audit` looks inside."""
-    from floodrepro.data.protocols import protocol_of
+    from floodrepro.data.protocols import SPLITS, protocol_of
     from floodrepro.data.splits import check_data
 
-    root = Path(_of(recipe, "data.init_args.data_root", "."))
+    arguments = _of(recipe, "data.init_args", {})
+    root = Path(arguments.get("data_root") or ".")
     folder = root.parent if root.name == "data" else root
     if folder.is_dir():
-        splits = [split for split in ("train", "val", "test") if _of(recipe, f"data.init_args.{split}_split", "")]
         try:
-            chips = check_data(recipe, splits).chips
+            chips = check_data(recipe, [split for split in SPLITS if arguments.get(f"{split}_split")]).chips
         except FloodreproError as error:
             return Finding("data", "fail", f"{error.what} ({error.where})", str(error.fix))
         return Finding("data", "ok", ", ".join(f"{count} chips of {split}" for split, count in chips.items()))
-    where = f"--root {shlex.quote(str(folder))}"
+    where, protocol = f"--root {shlex.quote(str(folder))}", protocol_of(recipe)
     if _is_demo(recipe):
         fix = f"floodrepro data synth {where} --events 16 --chips 128 --size 64 --protocol v0 --seed 42"
         return Finding("data", "warn", f"{folder} is not here; the demo's chips are generated", fix)
-    protocol = protocol_of(recipe)
     if protocol.repo is None:
         return Finding("data", "fail", f"{folder} is not here", "--data-root DIR")
     detail = f"{folder} is not here; about {protocol.size_gb} GB to download, {_gb(free_disk(folder))} free"

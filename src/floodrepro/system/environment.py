@@ -15,8 +15,10 @@ from typing import Any
 
 import floodrepro
 
-_RESUMED_WITH = ("torch", "lightning", "terratorch", "impactmesh")
-_PACKAGES = (*_RESUMED_WITH, "torchvision", "torchgeo", "zarr", "numcodecs", "numpy", "jsonargparse", "torchmetrics")
+_PACKAGES = (
+    *("torch", "lightning", "terratorch", "impactmesh", "torchvision", "torchgeo", "zarr", "numcodecs", "numpy"),
+    *("jsonargparse", "torchmetrics", "segmentation-models-pytorch"),
+)
 COMMIT_VARIABLE = "FLOODREPRO_COMMIT"  # set in a container image, which has no repository inside
 # Variables that change numerics or speed. NVIDIA_TF32_OVERRIDE overrules torch's own switches without a word.
 _VARIABLES = re.compile(
@@ -53,8 +55,8 @@ def environment(
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', small_text(root / "etc/os-release") or "", re.MULTILINE)
     own = {"python": platform.python_version(), "floodrepro": floodrepro.__version__}
     return {
-        "packages": own | _versions(*_PACKAGES, "segmentation-models-pytorch"),
-        "code": checkout(Path(floodrepro.__file__).parent),
+        "packages": own | _versions(*_PACKAGES),
+        "code": code_version(),
         "torch": {
             "version": str(torch.__version__),  # with "+rocm7.2" or "+cpu", which the package's metadata may lack
             "build": "rocm" if torch.version.hip else "cuda" if torch.version.cuda else "cpu",
@@ -85,52 +87,51 @@ def environment(
         },
         "host": {
             "os": system[1] if system else platform.system(),
-            "kernel": f"{platform.system()} {platform.release()}",
-            "libc": " ".join(platform.libc_ver()).strip(),
+            "kernel": platform.release(),
+            "libc": " ".join(platform.libc_ver()),
         },
         "variables": relevant_variables(variables),
     }
 
 
-def code_version() -> dict[str, Any]:
-    """The code that computes: versions, commit, and a hash of the source, which also tells dirty checkouts apart."""
-    package = Path(floodrepro.__file__).parent
-    git = checkout(package)
-    own = {"floodrepro": floodrepro.__version__, "commit": git["commit"], "dirty": git["dirty"]}
-    return own | {"source_sha256": source_digest(package)} | _versions(*_RESUMED_WITH)
+def code_version(package: Path = Path(floodrepro.__file__).parent) -> dict[str, Any]:
+    """The code that computes: version, commit, whether a tracked file differs from it, and a hash of the source.
 
-
-def checkout(package: Path) -> dict[str, Any]:
-    """The git commit that a package folder is checked out from, or the one that a container image was built from.
-
-    Returns:
-        ``commit``, ``dirty`` (a tracked file anywhere in the repository differs from the commit) and ``note``. The
-        first two are None where they cannot be known, and the note says why. A package that merely lies inside
-        another repository, as a wheel in a project's ``.venv`` does, has no commit.
+    The commit is that of the repository which tracks the package, or the one that a container image was built from.
+    Where there is neither, as in a wheel, ``note`` says why.
     """
-    built_from = os.environ.get(COMMIT_VARIABLE)
-    if built_from and not any((folder / ".git").exists() for folder in package.parents):
-        return {"commit": built_from, "dirty": None, "note": "the commit that the container image was built from"}
-    unknown = {"commit": None, "dirty": None}
+    found = {"floodrepro": floodrepro.__version__, "source_sha256": _source_digest(package)}
+    note, commit, changes = "git does not track the package, or refuses a repository of another user", None, None
     try:
-        if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-            return unknown | {"note": "git does not track the package, or refuses a repository of another user"}
-        commit = _git(package, "rev-parse", "--verify", "HEAD")
-        changes = _git(package, "status", "--porcelain", "--untracked-files=no")
+        if _git(package, "ls-files", "--error-unmatch", "__init__.py"):
+            note, commit = "the repository has no commit, or is damaged", _git(package, "rev-parse", "--verify", "HEAD")
+            changes = _git(package, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError) as error:  # git is missing, or hangs on a slow file system
-        return unknown | {"note": f"git cannot be asked: {type(error).__name__}"}
-    if commit is None or changes is None:
-        return unknown | {"note": "the repository has no commit, or is damaged"}
-    return {"commit": commit, "dirty": bool(changes), "note": None}
+        note = f"git cannot be asked: {type(error).__name__}"
+    if commit and changes is not None:
+        return found | {"commit": commit, "dirty": bool(changes), "note": None}
+    if built_from := os.environ.get(COMMIT_VARIABLE):
+        note = "the commit that the container image was built from"
+    return found | {"commit": built_from or None, "dirty": None, "note": note}
 
 
-def source_digest(package: Path) -> str:
-    """Sha256 over the paths and contents of a package's Python files."""
+def _source_digest(package: Path) -> str:
+    """Sha256 over the paths and contents of a package's Python files; it tells dirty checkouts apart."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git prints; None if it fails."""
+    # GIT_DIR and its like, which a hook sets, would answer for another repository. No optional lock: a run that only
+    # looks must not make a commit in another window fail.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, env=variables, text=True, timeout=20, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
@@ -164,16 +165,6 @@ def _versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None if it fails."""
-    # GIT_DIR and its like, which a hook sets, would answer for another repository. No optional lock: a run that only
-    # looks must not make a commit in another window fail.
-    variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
-    command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, env=variables, text=True, timeout=20, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def gpu_drivers(root: Path) -> dict[str, str]:

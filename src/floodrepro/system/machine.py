@@ -50,8 +50,7 @@ def free_disk(folder: Path) -> int:
 def _cgroups(root: Path, controller: str) -> list[Path]:
     """Folders of this process's cgroup (v2, and v1's of a controller) and of the ones above it.
 
-    Without a cgroup namespace the limit of a batch job lies above the process's own folder. In a container the path
-    may be the host's, which is not there; the folder at the top is then the container's.
+    The limit of a batch job may lie above. In a container the path may be the host's, and the top is the container's.
     """
     folders = []
     for line in (small_text(root / "proc/self/cgroup") or "0::/").splitlines():

@@ -1,8 +1,9 @@
 """What a check is given, what it answers, and how its figures are written."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from floodrepro.evaluation.chip_table import ChipTable
@@ -38,28 +39,24 @@ class Value:
             return self.value == self.expected
         if self.at_least is None and self.at_most is None:
             return None
-        if not isinstance(self.value, int | float):
-            return False
-        low, high = self.at_least, self.at_most
-        return (low is None or self.value >= low) and (high is None or self.value <= high)
+        low, high = (-math.inf if self.at_least is None else self.at_least), self.at_most
+        return isinstance(self.value, int | float) and low <= self.value <= (math.inf if high is None else high)
 
     @property
     def criterion(self) -> str:
         """The criterion in words; empty without one."""
         if self.expected is not None:
             return number(self.expected)
-        if self.at_least is not None and self.at_most is not None:
-            return f"{self.at_least:g} to {self.at_most:g}"
-        if self.at_least is not None:
-            return f"at least {self.at_least:g}"
-        return f"at most {self.at_most:g}" if self.at_most is not None else ""
+        low, high = self.at_least, self.at_most
+        if low is not None and high is not None:
+            return f"{low:g} to {high:g}"
+        return f"at least {low:g}" if low is not None else f"at most {high:g}" if high is not None else ""
 
     @property
     def text(self) -> str:
         """The value with its unit, to as many digits as it takes to be on its side of the criterion."""
         limits = [limit for limit in (self.at_least, self.at_most) if limit is not None]
-        shown = number(self.value, *limits)
-        return f"{shown} {self.unit}".strip() if self.value is not None else NOTHING
+        return f"{number(self.value, *limits)} {self.unit}".strip() if self.value is not None else NOTHING
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Plot:
 
     A series is a mapping with `label`, `x`, `y`, and optionally `low`, `high` and `guide` (true: dashed, grey). The
     kinds are `lines`; `dots`, where y are labels; `forest`, where x are differences in pp and y labels;
-    and `panels` without series, drawn from `evidence/panels.npz`.
+    and `panels` without series, which is `evidence/panels.png`.
     """
 
     name: str  # of the file, without its ending
@@ -94,18 +91,26 @@ class Plot:
 class Check:
     """A check's answer. Only a pass is a pass: undecided is a comparison whose data do not decide."""
 
-    id: str
-    title: str
-    claim: str  # what passing means, one sentence
     status: Status
     finding: str  # what was found, in words
     values: Sequence[Value] = ()
     tables: Sequence[Table] = ()
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()  # to be read with the figures
-    evidence: Sequence[str] = ()  # files that it rests on, relative to the run folder
     outcome: Outcome | None = None  # of a comparison
+    # The rest is filled in by `check`.
+    id: str = ""
+    title: str = ""
+    claim: str = ""  # what passing means, one sentence
+    evidence: Sequence[str] = ()  # files that it rests on, relative to the run folder
     code: str = ""  # the function that made it
+
+
+class Unanswered(Exception):
+    """Ends a check that lacks something: what is damaged or wrong fails it, what is missing skips it."""
+
+    def __init__(self, status: Status, finding: str) -> None:
+        super().__init__(status, finding)
 
 
 @dataclass(frozen=True)
@@ -120,11 +125,12 @@ class SeedRun:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the checks are given. They compute nothing of it and open no checkpoint."""
+    """All that the checks are given. They open no checkpoint."""
 
     run: RunFolder
     record: Mapping[str, Any]  # run.json; empty where there is none
     recipe: Recipe
+    thresholds: Mapping[str, Any]  # thresholds.yaml
     class_name: str = "class 1"  # of the positive class
     positive: int = 1  # its number
     metrics: Sequence[Mapping[str, str]] = ()  # rows of metrics.csv
@@ -137,51 +143,88 @@ class Evidence:
     baselines: Mapping[str, ChipTable] = field(default_factory=dict)
     measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # verification/evidence/*.json by name
     seeds: Sequence[SeedRun] = ()  # all runs declared together with this one
-    audit: Mapping[str, Any] | None = None  # data-manifest.json
-    thresholds: Mapping[str, Any] = field(default_factory=dict)  # thresholds.yaml
+    audit: Mapping[str, Any] = field(default_factory=dict)  # data-manifest.json; empty where there is none
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # reference/*.yaml by stem
-    missing: Mapping[str, str] = field(default_factory=dict)  # why something above is absent, by its name
-    damaged: Mapping[str, str] = field(default_factory=dict)  # the same, where it is there and cannot be read
+    absent: Mapping[str, tuple[Status, str]] = field(default_factory=dict)  # skip or fail, and why, of what is not here
 
     @property
     def iou_name(self) -> str:
         """What the primary score is called, such as `flood IoU`."""
         return f"{self.class_name} IoU"
 
-    def absent(self, name: str, otherwise: str) -> tuple[Status, str]:
-        """Status and finding of a check that lacks something: what is damaged fails it, what is missing skips it."""
-        if name in self.damaged:
-            return "fail", self.damaged[name]
-        return "skip", self.missing.get(name, otherwise)
+    def without(self, name: str, otherwise: str) -> Unanswered:
+        """What a check raises that lacks something."""
+        return Unanswered(*self.absent.get(name, ("skip", otherwise)))
+
+    def usable_table(self) -> ChipTable:
+        """The run's chip table.
+
+        Raises:
+            Unanswered: There is none, or nothing can be computed from it.
+        """
+        if self.table is None:
+            raise self.without("table", "the run has no chip table")
+        if not self.table.counts.any():
+            raise Unanswered("skip", "all pixels of the chip table are ignored")
+        return self.table
 
 
-def judge(values: Sequence[Value], found: str, skip: str = "") -> tuple[Status, str]:
-    """Status and finding: fail if a criterion is not met, else skip if there is a reason to, else pass."""
-    if failed := [value for value in values if value.ok is False]:
-        return "fail", "; ".join(f"{value.name}: {value.text}, expected {value.criterion}" for value in failed)
-    return ("skip", skip) if skip else ("pass", found)
+Answer = Callable[[Evidence], Check]
 
 
-def finite(value: float) -> float | None:
-    """The figure as JSON knows it: None where it is undefined."""
-    return float(value) if math.isfinite(value) else None
+def check(title: str, claim: str, *files: str) -> Callable[[Answer], Answer]:
+    """Make a function a check, whose id is its name.
+
+    Args:
+        title: What the report calls it.
+        claim: What passing means; may name `{iou}`, `{positive}`, `{margin}` and its own criteria in thresholds.yaml.
+        files: What it rests on, relative to the run folder; `{split}` is the table's.
+    """
+
+    def wrap(function: Answer) -> Answer:
+        @functools.wraps(function)
+        def ask(evidence: Evidence) -> Check:
+            try:
+                found = function(evidence)
+            except Unanswered as unanswered:
+                found = Check(*unanswered.args)
+            criteria = evidence.thresholds.get(function.__name__, {})
+            margin, split = evidence.thresholds["parity"]["margin_pp"], "test"
+            if evidence.table is not None:
+                split = evidence.table.metadata.get("split", split)
+            return replace(
+                found,
+                id=function.__name__,
+                title=title,
+                claim=claim.format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **criteria),
+                evidence=[file.format(split=split) for file in files],
+                code=f"{function.__module__}.{function.__name__}",
+            )
+
+        return ask
+
+    return wrap
+
+
+def judge(values: Sequence[Value], found: str, skip: str = "", **parts: Any) -> Check:
+    """An answer: fail if a criterion is not met, else skip if there is a reason to, else pass."""
+    failed = [f"{value.name}: {value.text}, expected {value.criterion}" for value in values if value.ok is False]
+    if failed:
+        return Check("fail", "; ".join(failed), values, **parts)
+    return Check("skip" if skip else "pass", skip or found, values, **parts)
 
 
 def number(value: Any, *beside: float) -> str:
     """A figure as text: whole numbers in full, others to four digits, or more if they round onto one beside."""
-    if value is None:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return NOTHING
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
     if not isinstance(value, float):
-        return str(value)
-    if not math.isfinite(value):
-        return NOTHING
-    for digits in range(4, 12):
-        if not any(float(f"{value:.{digits}g}") == other != value for other in beside):
-            break
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    digits = 4
+    while digits < 11 and any(float(f"{value:.{digits}g}") == other != value for other in beside):
+        digits += 1
     if value == 0 or not 1e-3 <= abs(value) < 1e9:
         return f"{value:.{digits - 1}g}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
@@ -194,8 +237,7 @@ def points(value: float, *beside: float) -> str:
         value: The difference.
         beside: Such as the margin; taken with either sign.
     """
-    for digits in range(1, 5):
-        shown = float(f"{value:.{digits}f}")
-        if not any(abs(shown) == other != abs(value) for other in (0.0, *beside)):
-            break
+    digits = 1
+    while digits < 4 and any(abs(round(value, digits)) == other != abs(value) for other in (0.0, *beside)):
+        digits += 1
     return f"{value:+z.{digits}f}"

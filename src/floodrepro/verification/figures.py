@@ -1,14 +1,13 @@
-"""The plots of a report as PNGs, a renderer a kind. The same plot gives the same bytes with the same matplotlib."""
+"""The plots of a report as PNGs. The same plot gives the same bytes with the same matplotlib."""
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
@@ -16,18 +15,6 @@ from matplotlib.patches import Patch
 
 DPI = 110
 WIDTH = 7.6  # inches
-PANEL_ARRAYS = (
-    "titles",
-    "before_rgb",
-    "event_rgb",
-    "before_vv",
-    "event_vv",
-    "truth",
-    "prediction",
-    "metres_per_pixel",
-    "class_names",
-    "positive",
-)
 # Okabe and Ito, Color Universal Design (2008): told apart with every common colour blindness, as are the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -43,41 +30,58 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
+    "axes.grid": True,
     "grid.color": "#e4e4e4",
     "legend.frameon": False,
     "figure.facecolor": "white",
 }
 
-Plot = Mapping[str, Any]
-"""A `check.Plot` as it lies in results.json."""
 
-
-def png(plot: Plot) -> bytes:
-    """A plot of kind lines, dots or forest as a PNG."""
+def png(plot: Mapping[str, Any]) -> bytes:
+    """A `check.Plot` of kind lines, dots or forest, as it lies in results.json, as a PNG."""
+    kind, series = plot["kind"], plot["series"]
+    labels = [] if kind == "lines" else [str(label) for label in series[0]["y"]]
+    height = {"forest": 0.75 + 0.3 * len(labels), "dots": 1.0 + 0.22 * len(labels)}.get(kind, 3.2)
     with _style():
-        rows = len(plot["series"][0]["y"]) if plot["kind"] in ("dots", "forest") else 0
-        height = {"forest": 0.75 + 0.3 * rows, "dots": 1.0 + 0.22 * rows}.get(plot["kind"], 3.2)
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set(title=plot["title"], xlabel=plot["x_label"], ylabel=plot["y_label"])
-        axes.grid(True)
-        _RENDERERS[plot["kind"]](axes, plot["series"])
-        if plot["kind"] == "forest":
+        for n, one in enumerate(series):
+            x, y = _numbers(one["x"]), range(len(labels)) if labels else _numbers(one["y"])
+            look = {"color": _COLOURS[n % 6], "marker": _MARKERS[n % 6], "label": one["label"]}
+            if one.get("guide"):
+                axes.plot(x, y, color=_FAINT, linestyle="--", linewidth=1, label=one["label"], zorder=1)
+            elif kind == "lines":
+                axes.plot(x, y, **look | ({} if len(x) <= 40 else {"marker": ""}), markersize=4)
+            elif kind == "dots":
+                axes.plot(x, y, **look, linestyle="")
+            else:
+                whiskers = np.abs(np.array([_numbers(one["low"]), _numbers(one["high"])]) - x)
+                axes.errorbar(x, y, xerr=whiskers, fmt="none", ecolor=look["color"], capsize=3)
+                axes.plot(x, y, **look, linestyle="")
+        if labels:
+            axes.set_yticks(range(len(labels)), labels)
+            axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+        if kind == "dots":
+            axes.set_xlim(-0.02, 1.02)
+        if kind == "forest":
             axes.axvspan(-plot["margin"], plot["margin"], color="#d8ecd8", linewidth=0, zorder=0)
             axes.axvline(0, color=_FAINT, linewidth=0.8, zorder=1)
-        elif len(plot["series"]) > 1:
+        elif len(series) > 1:
             axes.legend(loc="best", fontsize=8)
         return _encode(figure)
 
 
-def panels_png(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
+def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positive: int, metres: float) -> bytes:
     """The panels as one PNG, a row a chip.
 
     Args:
-        arrays: PANEL_ARRAYS; P panels of H x W pixels. VV is in dB and drawn as it is, NaN is missing, truth -1 is
-            ignored.
+        panels: For each chip of H x W pixels `title`, `before_rgb` and `event_rgb` (H, W, 3) uint8, `before_vv` and
+            `event_vv` (H, W) in dB, NaN is missing, `truth` and `prediction` (H, W), -1 is ignored.
+        names: Of the classes.
+        positive: The class whose errors are shown.
+        metres: Width of a pixel.
     """
-    names, rows, positive = arrays["class_names"].tolist(), len(arrays["titles"]), int(arrays["positive"])
     palette = ["#56B4E9" if k else _LAND for k in range(len(names))]
     palette[positive] = _POSITIVE
     classes, errors = ListedColormap([_IGNORED, *palette]), ListedColormap(list(_ERRORS.values()))
@@ -85,29 +89,25 @@ def panels_png(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     labels = {"right, not " + names[positive] if key == "right" else key: colour for key, colour in _ERRORS.items()}
     legend = dict(zip(names, palette, strict=True)) | labels | {"S1 no data": _NO_DATA}
     with _style():
-        figure = Figure(figsize=(12, 1.95 * rows + 0.5), layout="constrained")
-        grid = figure.subplots(rows, 7, squeeze=False)
-        for row, axes in enumerate(grid):
-            truth, called = arrays["truth"][row], arrays["prediction"][row]
-            hit, miss = (truth == positive) & (called == positive), (truth == positive) & (called != positive)
-            alarm = (truth != positive) & (called == positive)
-            wrong = np.select([truth < 0, hit, miss, alarm], [4, 1, 2, 3], default=0)
-            axes[0].imshow(arrays["before_rgb"][row])
-            axes[1].imshow(arrays["event_rgb"][row])
-            for ax, name in ((axes[2], "before_vv"), (axes[3], "event_vv")):
-                ax.imshow(arrays[name][row], cmap=grey, vmin=_DB[0], vmax=_DB[1], interpolation="nearest")
-            for ax, image, colours in ((axes[4], truth, classes), (axes[5], called, classes), (axes[6], wrong, errors)):
-                low = -1.5 if colours is classes else -0.5
-                ax.imshow(image, cmap=colours, vmin=low, vmax=low + colours.N, interpolation="nearest")
+        figure = Figure(figsize=(12, 1.95 * len(panels) + 0.5), layout="constrained")
+        for panel, axes in zip(panels, figure.subplots(len(panels), 7, squeeze=False), strict=True):
+            is_true, is_called = panel["truth"] == positive, panel["prediction"] == positive
+            kinds = [panel["truth"] < 0, is_true & is_called, is_true, is_called]  # the first that holds
+            images: list[tuple[str, npt.NDArray[Any], dict[str, Any]]] = [
+                ("S2 before", panel["before_rgb"], {}),
+                ("S2 event", panel["event_rgb"], {}),
+                ("VV before", panel["before_vv"], {"cmap": grey, "vmin": _DB[0], "vmax": _DB[1]}),
+                ("VV event", panel["event_vv"], {"cmap": grey, "vmin": _DB[0], "vmax": _DB[1]}),
+                ("truth", panel["truth"] + 1, {"cmap": classes, "vmin": -0.5, "vmax": classes.N - 0.5}),
+                ("prediction", panel["prediction"] + 1, {"cmap": classes, "vmin": -0.5, "vmax": classes.N - 0.5}),
+                ("errors", np.select(kinds, [4, 1, 2, 3]), {"cmap": errors, "vmin": -0.5, "vmax": errors.N - 0.5}),
+            ]
+            for ax, (head, image, options) in zip(axes, images, strict=True):
+                ax.imshow(image, interpolation="nearest", **options)
+                ax.set(xticks=[], yticks=[], xlabel=head if panel is panels[-1] else "")
             axes[0].set_title(" ")  # room for the row's title, which may be wider than its first picture
-            axes[0].text(0, 1.04, str(arrays["titles"][row]), transform=axes[0].transAxes, in_layout=False)
-            kilometres = truth.shape[1] * float(arrays["metres_per_pixel"]) / 1000
-            axes[0].set_ylabel(f"{kilometres:.2g} km", fontsize=8)
-            heads = ("S2 before", "S2 event", "VV before", "VV event", "truth", "prediction", "errors")
-            for ax, head in zip(axes, heads, strict=True):
-                ax.set(xticks=[], yticks=[])
-                if row == rows - 1:
-                    ax.set_xlabel(head)
+            axes[0].text(0, 1.04, panel["title"], transform=axes[0].transAxes, in_layout=False)
+            axes[0].set_ylabel(f"{is_true.shape[1] * metres / 1000:.2g} km", fontsize=8)
         patches = [Patch(facecolor=c, edgecolor="#777777", linewidth=0.6, label=name) for name, c in legend.items()]
         figure.legend(handles=patches, loc="outside lower left", ncols=len(patches), fontsize=8, handlelength=1.2)
         return _encode(figure)
@@ -124,41 +124,6 @@ def _encode(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # neither time nor version
     return file.getvalue()
-
-
-def _lines(axes: Axes, series: Sequence[Mapping[str, Any]]) -> None:
-    for n, one in enumerate(series):
-        x, y = _numbers(one["x"]), _numbers(one["y"])
-        if one.get("guide"):
-            axes.plot(x, y, color=_FAINT, linestyle="--", linewidth=1, label=one["label"], zorder=1)
-        else:
-            marker = _MARKERS[n % 6] if len(x) <= 40 else ""
-            axes.plot(x, y, color=_COLOURS[n % 6], marker=marker, markersize=4, label=one["label"])
-
-
-def _dots(axes: Axes, series: Sequence[Mapping[str, Any]]) -> None:
-    labels = [str(label) for label in series[0]["y"]]
-    for n, one in enumerate(series):
-        axes.plot(_numbers(one["x"]), range(len(labels)), _MARKERS[n % 6], color=_COLOURS[n % 6], label=one["label"])
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
-    axes.set_xlim(-0.02, 1.02)
-
-
-def _forest(axes: Axes, series: Sequence[Mapping[str, Any]]) -> None:
-    one = series[0]
-    x, low, high = (_numbers(one[key]) for key in ("x", "low", "high"))
-    whiskers = [[m - a for m, a in zip(x, low, strict=True)], [b - m for m, b in zip(x, high, strict=True)]]
-    axes.errorbar(x, range(len(x)), xerr=whiskers, fmt="o", color=_COLOURS[0], capsize=3)
-    axes.set_yticks(range(len(x)), one["y"])
-    axes.set_ylim(len(x) - 0.5, -0.5)
-
-
-_RENDERERS: dict[str, Callable[[Axes, Sequence[Mapping[str, Any]]], None]] = {
-    "lines": _lines,
-    "dots": _dots,
-    "forest": _forest,
-}
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

@@ -34,22 +34,21 @@ _READS_SAFETENSORS = (2, 13)  # torch from this version on: its torch.load opens
 # Runs in an interpreter of its own, where nothing of floodrepro can be imported. The chips are raw, so that the
 # exported YAML's statistics are part of what is compared.
 _WITHOUT_FLOODREPRO = """
-import json, os, sys
+import os, sys
 sys.modules["floodrepro"] = None  # an import of it raises ImportError
 os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 import torch
 from terratorch.cli_tools import LightningInferenceModel
-request = json.loads(sys.argv[1])
-torch.set_float32_matmul_precision(request["matmul_precision"])
-torch.set_num_threads(request["threads"])
+_, config, weights, given, logits = sys.argv
+given = torch.load(given, weights_only=True)
+torch.set_float32_matmul_precision(given["precision"])
+torch.set_num_threads(given["threads"])
 sys.argv = sys.argv[:1]
-wrapper = LightningInferenceModel.from_config(request["config"], request["weights"])
+wrapper = LightningInferenceModel.from_config(config, weights)
 network = wrapper.model.model.eval()  # from_config leaves it in train mode
-chips = torch.load(request["chips"], weights_only=True)
 with torch.inference_mode():
-    logits = network(wrapper.datamodule.aug({"image": chips})["image"]).output
-torch.save(logits, request["logits"])
+    torch.save(network(wrapper.datamodule.aug({"image": given["chips"]})["image"]).output, logits)
 """
 
 
@@ -80,11 +79,14 @@ def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None
 
     Args:
         run: The run folder.
-        folder: Where the measurements go, `<name>.json` and `panels.npz`.
+        folder: Where the measurements go, `<name>.json` and `panels.png`.
         split: Whose chip table the pictures are compared with.
         data_root: Where the chips are, if not where the recipe says.
+
+    Raises:
+        RunFolderError: The folder cannot be written.
     """
-    checkpoint, digest, table = run.best, sha256_of(run.best), table_path(run.best, split)
+    digest, table = sha256_of(run.best), table_path(run.best, split)
 
     def keep(name: str, measure: Callable[[], dict[str, Any]]) -> None:
         console.say(f"measuring {name.replace('_', ' ')}")
@@ -97,19 +99,18 @@ def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None
             return
         except FloodreproError as error:
             found = {"problem": error.what}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({"measured_on": digest} | found, indent=1) + "\n")
-        except OSError as error:
-            raise RunFolderError(
-                f"the evidence cannot be written: {error.strerror}", where=path, fix="--output DIR puts it elsewhere"
-            ) from error
+        write_atomically(path, json.dumps({"measured_on": digest} | found, indent=1) + "\n")
 
-    keep("weights", lambda: measure_weights(run.recipe, checkpoint, run.checkpoints / "last.ckpt"))
-    with tempfile.TemporaryDirectory() as scratch:
-        keep("load_back", lambda: measure_load_back(run.recipe, checkpoint, *_pair(run, digest, Path(scratch))))
-        keep("round_trip", lambda: measure_round_trip(checkpoint, *_pair(run, digest, Path(scratch))))
-    keep("panels", lambda: measure_panels(_readable_here(run.recipe, data_root), checkpoint, table, folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            keep("weights", lambda: measure_weights(run.recipe, run.best, run.checkpoints / "last.ckpt"))
+            keep("load_back", lambda: measure_load_back(run.recipe, run.best, *_pair(run, digest, Path(scratch))))
+            keep("round_trip", lambda: measure_round_trip(run.best, *_pair(run, digest, Path(scratch))))
+            keep("panels", lambda: measure_panels(_readable_here(run.recipe, data_root), run.best, table, folder))
+    except OSError as error:
+        what = f"the evidence cannot be written: {error.strerror}"
+        raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
 
 
 def measure_weights(recipe: Path, checkpoint: Path, state: Path) -> dict[str, Any]:
@@ -128,38 +129,29 @@ def measure_weights(recipe: Path, checkpoint: Path, state: Path) -> dict[str, An
     model = _build_on_cpu(recipe).model.model
     expected: dict[str, Tensor] = model.state_dict()
     parameters = {name for name, _ in model.named_parameters()}  # one name where two share a tensor
-    other = [f"{name} is missing" for name in expected if name not in found]
-    other += [f"{name} is not in the model" for name in found if name not in expected]
-    for name in expected.keys() & found.keys():
-        ours, theirs = ((tuple(one[name].shape), str(one[name].dtype)) for one in (found, expected))
-        if ours != theirs:
-            other.append(f"{name} is {ours[1]} {ours[0]}, expected {theirs[1]} {theirs[0]}")
-    bad = [
-        {
-            "name": name,
-            "kind": "parameter" if name in parameters else "buffer",
-            "nan": int(tensor.isnan().sum()),
-            "inf": int(tensor.isinf().sum()),
-        }
-        for name, tensor in found.items()
-        if not bool(torch.isfinite(tensor).all())
+    kinds = [
+        {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in one.items()} for one in (found, expected)
     ]
-    sizes = {
-        name: float(tensor.abs().nan_to_num(nan=0.0, posinf=0.0).max())
-        for name, tensor in found.items()
-        if tensor.is_floating_point() and tensor.numel()
-    }
-    largest = max(sizes, key=sizes.__getitem__, default=None)
     return {
-        "name": checkpoint.name,
         "sha256": sha256_of(checkpoint),
-        "bytes": checkpoint.stat().st_size,
         "tensors": len(found),
         "parameters": sum(tensor.numel() for name, tensor in found.items() if name in parameters),
         "expected_parameters": sum(tensor.numel() for name, tensor in expected.items() if name in parameters),
-        "other_than_model": sorted(other),
-        "not_finite": bad,
-        "largest": {"name": largest, "value": sizes[largest]} if largest else None,
+        "other_than_model": [
+            f"{name}: {kinds[0].get(name, 'missing')} for {kinds[1].get(name, 'nothing')}"
+            for name in sorted(found.keys() | expected.keys())
+            if kinds[0].get(name) != kinds[1].get(name)
+        ],
+        "not_finite": [
+            {
+                "name": name,
+                "kind": "parameter" if name in parameters else "buffer",
+                "nan": int(tensor.isnan().sum()),
+                "inf": int(tensor.isinf().sum()),
+            }
+            for name, tensor in found.items()
+            if not bool(torch.isfinite(tensor).all())
+        ],
         **_movement([name for name, _ in model.named_parameters()], state),
     }
 
@@ -185,7 +177,7 @@ def measure_load_back(
     """
     cli = _build_on_cpu(recipe)
     load_strictly(read_checkpoint(checkpoint), cli.model, cli.recipe)
-    names, chips = _raw_chips(cli.recipe, size)
+    chips = _raw_chips(cli.recipe, size)
     with torch.inference_mode():
         ours: Tensor = cli.model.model.eval()(cli.datamodule.aug({"image": dict(chips)})["image"]).output
     reads = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= _READS_SAFETENSORS
@@ -198,16 +190,12 @@ def measure_load_back(
     if theirs.shape != ours.shape:
         what = f"plain TerraTorch predicts {tuple(theirs.shape)} where the run's model predicts {tuple(ours.shape)}"
         raise CheckpointError(what, where=pair.config)
-    gaps = (ours - theirs).abs().amax(dim=(1, 2, 3)).tolist()
-    equal = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double().mean(dim=(1, 2)).tolist()
     finite = bool((ours.isfinite() & theirs.isfinite()).all())
+    equal = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double().mean(dim=(1, 2))
     return {
-        "chips": [
-            {"name": name, "logit_difference": gap if finite else None, "equal_argmax": share}
-            for name, gap, share in zip(names, gaps, equal, strict=True)
-        ],
-        "logit_difference": max(gaps) if finite else None,
-        "equal_argmax": min(equal),
+        "chips": len(ours),
+        "logit_difference": float((ours - theirs).abs().max()) if finite else None,
+        "equal_argmax": float(equal.min()),
         "pixels": size * size,
         "through": "safetensors" if reads else "pt",
         "torch": str(torch.__version__),
@@ -222,24 +210,19 @@ def measure_round_trip(checkpoint: Path, pair: ExportedWeights, which: str) -> d
         CheckpointError: One of the two cannot be read.
     """
     source, written = read_checkpoint(checkpoint).weights, read_checkpoint(pair.path).weights
-    differing = sorted(source.keys() ^ written.keys())
-    for name in source.keys() & written.keys():
-        one, other = source[name], written[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or not _same_bits(one, other):
-            differing.append(name)
+
+    def same(one: Tensor, other: Tensor) -> bool:
+        bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+
+    both = source.keys() & written.keys()
     return {
         "tensors": len(source),
-        "differing": differing,
+        "differing": sorted((source.keys() ^ written.keys()) | {k for k in both if not same(source[k], written[k])}),
         "metadata": {key: value for key, value in pair.metadata.items() if key.endswith("_sha256")},
         "checkpoint_sha256": sha256_of(checkpoint),
-        "weights": {"name": pair.path.name, "sha256": pair.sha256},
         "pair": which,
     }
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one type and shape are equal bit by bit, NaN included."""
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _movement(names: Sequence[str], state: Path) -> dict[str, Any]:
@@ -264,8 +247,8 @@ def _movement(names: Sequence[str], state: Path) -> dict[str, Any]:
     return {"trained": len(names), "unmoved": unmoved}
 
 
-def _raw_chips(recipe: Recipe, size: int) -> tuple[list[str], dict[str, Tensor]]:
-    """Names and raw values (N, C, T, H, W) by modality: noise around the recipe's means, zeros, and both in halves."""
+def _raw_chips(recipe: Recipe, size: int) -> dict[str, Tensor]:
+    """Raw values (N, C, T, H, W) by modality: noise around the recipe's means, zeros, and both in halves."""
     arguments, generator = data_arguments(recipe), torch.Generator().manual_seed(0)
     if not arguments.get("means"):
         raise DataError("the recipe has no means of its own data: no fixed chips can be made for it")
@@ -277,22 +260,16 @@ def _raw_chips(recipe: Recipe, size: int) -> tuple[list[str], dict[str, Tensor]]
         halves = noise.flip(-1).clone()
         halves[..., : size // 2] = 0
         chips[name] = torch.stack([noise, torch.zeros(shape), halves])
-    return ["noise", "zeros", "half noise, half zeros"], chips
+    return chips
 
 
 def _predict_without_floodrepro(config: Path, weights: Path, chips: Mapping[str, Tensor], folder: Path) -> Tensor:
     given, logits = folder / "chips.pt", folder / "logits.pt"
-    request = {
-        "config": str(config.resolve()),
-        "weights": str(weights.resolve()),
-        "chips": str(given),
-        "logits": str(logits),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "threads": torch.get_num_threads(),
-    }
-    torch.save(dict(chips), given)
+    settings = {"precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
+    torch.save({"chips": dict(chips)} | settings, given)
     # -I keeps this checkout, and whatever PYTHONPATH names, out of the other interpreter's path.
-    command = [sys.executable, "-I", "-W", "ignore", "-c", _WITHOUT_FLOODREPRO, json.dumps(request)]
+    files = [str(file.resolve()) for file in (config, weights, given, logits)]
+    command = [sys.executable, "-I", "-W", "ignore", "-c", _WITHOUT_FLOODREPRO, *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no message"]
@@ -311,21 +288,20 @@ def _pair(run: RunFolder, digest: str, scratch: Path) -> tuple[ExportedWeights, 
         if (pair := read_exported(file)).metadata.get("source_sha256") == digest:
             return pair, "as it lies in export/"
     made = scratch / "pair.safetensors"
-    pair = read_exported(made) if made.is_file() else export(run.best, recipes.read(run.recipe), scratch, "pair")
+    pair = read_exported(made) if made.is_file() else export(run.best, recipes.read_yaml(run.recipe), scratch, "pair")
     return pair, "made for this check, since export/ holds none of this checkpoint"
 
 
 def _parse(config: Path, data_root: Path | None, *more: str) -> RecipeCLI:
-    overrides = recipes.data_overrides(data_root, recipes.read(config)) if data_root else []
+    overrides = recipes.data_overrides(data_root, recipes.read_yaml(config)) if data_root else []
     return RecipeCLI([config], [*overrides, *more])
 
 
 def _readable_here(config: Path, data_root: Path | None) -> RecipeCLI:
-    """A recipe; in fp32 where it asks for fp16 and there is no GPU, so that pictures can be made on any machine."""
-    fp16 = str((recipes.read(config).get("trainer") or {}).get("precision")).startswith("16")
-    return _parse(
-        config, data_root, *(["--trainer.precision=32-true"] if fp16 and not torch.cuda.is_available() else [])
-    )
+    """A recipe, parsed; in fp32 where it asks for fp16 and there is no GPU."""
+    fp16 = str((recipes.read_yaml(config).get("trainer") or {}).get("precision")).startswith("16")
+    more = ["--trainer.precision=32-true"] if fp16 and not torch.cuda.is_available() else []
+    return _parse(config, data_root, *more)
 
 
 def _build_on_cpu(recipe: Path) -> RecipeCLI:

@@ -1,6 +1,6 @@
 """The pictures of a report: a few chips chosen by rule, what the satellites saw, what is true, what is predicted.
 
-Shape suffixes: P = chips shown, H, W = pixels.
+Shape suffixes: H, W = pixels.
 """
 
 import tempfile
@@ -13,7 +13,6 @@ import rasterio
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from torch import Tensor
 
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
@@ -25,6 +24,7 @@ from floodrepro.evaluation.passes import prepare, watched
 from floodrepro.evaluation.test import ChipCounts
 from floodrepro.run_folder import sha256_of
 from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.verification.figures import panels_png
 
 MIN_SHARE = 0.01
 """Share of counted pixels of the class from which a chip's IoU says something: on fewer, one field decides it."""
@@ -33,7 +33,7 @@ _NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is not -9999 in
 
 
 def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> dict[str, Any]:
-    """Run TerraTorch's test loop over a few chips of a table and write `panels.npz` (`docs/verification.md`).
+    """Run TerraTorch's test loop over a few chips of a table and draw `panels.png`.
 
     `differing_pixels` are the fewest that must have been predicted otherwise in the pass that made the table.
 
@@ -41,7 +41,7 @@ def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: P
         cli: The parsed recipe of the checkpoint.
         checkpoint: The weights.
         table_file: Their chip table.
-        folder: Where `panels.npz` goes.
+        folder: Where `panels.png` goes.
 
     Raises:
         TableError: The table is missing, damaged, another checkpoint's, or has no chip to show.
@@ -51,47 +51,27 @@ def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: P
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
         raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
     positive = protocols.positive_class_of(cli.recipe)
-    rows = choose_chips_to_show(table, positive)
-    chosen = table.subset([str(table.chips[row]) for row in rows.values()])
-    maps = _predict_chips(cli, checkpoint, chosen.chips.tolist())
-    counts = maps.table({}).subset(chosen.chips.tolist()).counts
-    name = table.class_names[positive]
-    panels: list[dict[str, Any]] = []
-    for n, kind in enumerate(rows):
-        found, pixels = float(iou(chosen.counts[n], positive)), int(chosen.counts[n].sum())
-        moved = (int(np.abs(counts[n] - chosen.counts[n]).sum()) + 1) // 2  # a pixel leaves one count, enters another
-        alarms = 100 * chosen.counts[n, :, positive].sum() / pixels
-        says = f"{name} IoU {found:.3f}" if kind != "empty" else f"no {name} in truth, {alarms:.1f} % predicted"
-        panels.append(
-            {
-                "kind": kind,
-                "chip": str(chosen.chips[n]),
-                "title": f"{kind}: {chosen.chips[n]}, {says}",
-                "score": None if np.isnan(found) else found,
-                "pixels": pixels,
-                "differing_pixels": moved,
-                "differing_share": moved / pixels,
-            }
-        )
+    rows, name = choose_chips_to_show(table, positive), table.class_names[positive]
+    chips = [str(table.chips[row]) for row in rows.values()]
+    maps = _predict_chips(cli, checkpoint, chips)
+    again = maps.table({}).subset(chips).counts
     source = Chips(Path(protocols.data_arguments(cli.recipe)["data_root"]), protocols.protocol_of(cli.recipe))
-    pictures = [_pictures(source, panel["chip"]) for panel in panels]
-    with rasterio.open(source.path(panels[0]["chip"], protocols.LABEL_DIR)) as mask:
+    drawn: list[dict[str, Any]] = []
+    panels = []
+    for n, (kind, row) in enumerate(rows.items()):
+        counts, pixels = table.counts[row], int(table.counts[row].sum())
+        moved = (int(np.abs(again[n] - counts).sum()) + 1) // 2  # a pixel leaves one count, enters another
+        score, alarms = float(iou(counts, positive)), 100 * counts[:, positive].sum() / pixels
+        says = f"{name} IoU {score:.3f}" if kind != "empty" else f"no {name} in truth, {alarms:.1f} % predicted"
+        title = f"{kind}: {chips[n]}, {says}"
+        drawn.append({"title": title, **maps.seen[chips[n]], **take_pictures(source, chips[n])})
+        figures = {"score": None if np.isnan(score) else score, "pixels": pixels, "differing_pixels": moved}
+        panels.append({"kind": kind, "chip": chips[n], "differing_share": moved / pixels} | figures)
+    with rasterio.open(source.path(chips[0], protocols.LABEL_DIR)) as mask:
         metres = float(abs(mask.transform.a))
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".panels.partial.npz"
-    np.savez_compressed(
-        partial,
-        allow_pickle=False,
-        titles=np.array([panel["title"] for panel in panels]),
-        **{key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]},
-        **maps.maps(),
-        metres_per_pixel=np.array(metres),
-        class_names=np.array(table.class_names),
-        positive=np.array(positive),
-    )
-    partial.replace(folder / "panels.npz")
+    (folder / "panels.png").write_bytes(panels_png(drawn, table.class_names, positive, metres))
     return {
-        "available": list(rows),
         "min_share": MIN_SHARE,
         "made_on": f"{cli.trainer.strategy.root_device.type} in {cli.trainer.precision}",
         "table_made_on": f"{table.metadata.get('device')} in {table.metadata.get('precision')}",
@@ -114,8 +94,10 @@ def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
     having.sort(key=lambda row: (-figures[row], str(table.chips[row])))
     empty = np.flatnonzero((truth == 0) & (pixels > 0)).tolist()
     empty.sort(key=lambda row: (-called[row], str(table.chips[row])))
-    chosen = {"best": having[0], "median": having[len(having) // 2], "worst": having[-1]} if having else {}
-    rows = {kind: row for n, (kind, row) in enumerate(chosen.items()) if row not in list(chosen.values())[:n]}
+    rows: dict[str, int] = {}
+    for kind, place in (("best", 0), ("median", len(having) // 2), ("worst", -1)):
+        if having and having[place] not in rows.values():
+            rows[kind] = having[place]
     if empty:
         rows["empty"] = empty[0]
     if not rows:
@@ -124,24 +106,19 @@ def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
 
 
 class _Maps(ChipCounts):
-    """Keeps truth and prediction pixel by pixel, besides counting them."""
+    """Keeps truth and prediction (H, W) of each chip, besides counting them."""
 
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begin with nothing kept."""
-        super().on_test_start(trainer, pl_module)
-        self._kept: list[tuple[Tensor, Tensor]] = []
+    seen: dict[str, dict[str, npt.NDArray[np.int8]]]
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Keep the batch's maps."""
+        done = len(self._chips)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
         assert self._logits is not None
-        truth = pl_module.squeeze_ground_truth(batch["mask"])
-        self._kept.append((truth.to(torch.int8).cpu(), self._logits.argmax(dim=1).to(torch.int8).cpu()))
-
-    def maps(self) -> dict[str, npt.NDArray[np.int8]]:
-        """`truth` and `prediction` (P, H, W)."""
-        truth, prediction = (torch.cat(parts).numpy() for parts in zip(*self._kept, strict=True))
-        return {"truth": truth, "prediction": prediction}
+        pairs = (pl_module.squeeze_ground_truth(batch["mask"]), self._logits.argmax(dim=1))
+        truth, prediction = (each.to(torch.int8).cpu().numpy() for each in pairs)
+        for n, chip in enumerate(self._chips[done:]):
+            self.seen[chip] = {"truth": truth[n], "prediction": prediction[n]}
 
 
 def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
@@ -155,16 +132,16 @@ def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
                 config.model.init_args.test_dataloaders_names = None
 
         prepare(cli, checkpoint, "test", wire=these_chips)
-        maps = _Maps(
-            checkpoint, (cli.recipe["model"].get("init_args") or {}).get("ignore_index", protocols.IGNORE_INDEX)
-        )
+        ignored = (cli.recipe["model"].get("init_args") or {}).get("ignore_index", protocols.IGNORE_INDEX)
+        maps = _Maps(checkpoint, ignored)
+        maps.seen = {}
         cli.trainer.callbacks.append(maps)
         with watched(cli):
             cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     return maps
 
 
-def _pictures(source: Chips, chip: str) -> dict[str, npt.NDArray[Any]]:
+def take_pictures(source: Chips, chip: str) -> dict[str, npt.NDArray[Any]]:
     """True colour (H, W, 3) uint8 and VV (H, W) in dB before and at the event, as they are on disk."""
     colours = [protocols.S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
     times = [protocols.BEFORE, protocols.EVENT]

@@ -1,84 +1,78 @@
 """The report: report.md, report.html and figures, from results.json and nothing else.
 
-The HTML is the Markdown in a page that loads nothing. Only the pictures of chips need more: their pixels lie in
-`evidence/panels.npz`. The same input gives the same bytes, and neither torch nor a GPU is needed.
+The HTML is the Markdown in a page that loads nothing. Only the picture of chips is taken from `evidence/panels.png`.
+The same input gives the same bytes, and neither torch nor a GPU is needed.
 """
 
 import base64
+import json
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import markdown
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import write_atomically
 from floodrepro.verification.check import NOTHING, number
 from floodrepro.verification.checks.run import device_of, hours_of, step_seconds
-from floodrepro.verification.figures import PANEL_ARRAYS, panels_png, png
+from floodrepro.verification.figures import png
 from floodrepro.verification.results import COMPARISONS
 
+PICTURE = "panels.png"
 _FOLDER = Path(__file__).parent
 _MARKUP = re.compile(r"([\\`*_\[\]|])")
 _ORDER = ("fail", "undecided", "skip", "pass")
 
 
-def write_report(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write report.md, report.html and figures/*.png into a folder and return the files.
+def write_report(results: Mapping[str, Any], folder: Path) -> Path:
+    """Write results.json, report.md, report.html and figures/*.png into a folder and return the HTML page.
 
     Args:
         results: The content of results.json.
-        folder: Where they go; `evidence/panels.npz` in it holds the pixels of the pictures, if there are any.
+        folder: Where they go; `evidence/panels.png` in it is the picture of chips, if there is one.
 
     Raises:
         RunFolderError: The folder cannot be written.
     """
-    figures = draw(results, folder / "evidence" / "panels.npz")
+    figures = draw(results, folder / "evidence" / PICTURE)
     text = render(results, figures)
+    page = to_html(text, figures, f"Verification of {results['run']['name']}")
+    whole = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for name, content in figures.items():
-            (folder / name).write_bytes(content)
-        write_atomically(folder / "report.md", text)
-        write_atomically(folder / "report.html", to_html(text, figures, f"Verification of {results['run']['name']}"))
+        for name, picture in figures.items():
+            (folder / name).write_bytes(picture)
+        for name, content in (("results.json", whole), ("report.md", text), ("report.html", page)):
+            write_atomically(folder / name, content)
     except OSError as error:
-        raise RunFolderError(
-            f"the report cannot be written: {error.strerror}", where=folder, fix="--output DIR puts it elsewhere"
-        ) from error
-    return [*(folder / name for name in figures), folder / "report.md", folder / "report.html"]
+        what = f"the report cannot be written: {error.strerror}"
+        raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
+    return folder / "report.html"
 
 
-def draw(results: Mapping[str, Any], panels: Path) -> dict[str, bytes]:
-    """The figures as PNGs by their path below the report's folder. Pictures that cannot be read are left out."""
-    figures = {"figures/forest.png": png(results["forest"])} if results["forest"]["series"] else {}
-    for check in results["checks"]:
-        for plot in check["plots"]:
-            if plot["kind"] != "panels":
-                figures[figure_path(plot)] = png(plot)
-            elif arrays := _read_panels(panels):
-                figures[figure_path(plot)] = panels_png(arrays)
-    return figures
+def draw(results: Mapping[str, Any], picture: Path) -> dict[str, bytes]:
+    """The figures as PNGs by their path below the report's folder; the picture of chips, if there is one."""
+    plots = [plot for check in results["checks"] for plot in check["plots"] if plot["kind"] != "panels"]
+    figures = {figure_path(plot): png(plot) for plot in [results["forest"], *plots] if plot["series"]}
+    return figures | ({f"figures/{PICTURE}": picture.read_bytes()} if picture.is_file() else {})
 
 
 def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """report.md as text; a figure that is not given is said to be missing."""
     checks = sorted(results["checks"], key=lambda check: _ORDER.index(check["status"]))
-    plots = {plot["name"]: plot for check in checks for plot in check["plots"]}
     return fill_in(
         _FOLDER / "report.md.j2",
         results=results,
         checks=checks,
-        plots=plots,
+        plots={plot["name"]: plot for check in checks for plot in check["plots"]},
         figures=figures,
         figure_path=figure_path,
         required=required_sentence(results["summary"]),
-        facts=run_facts(results["run"]),
-        reproduce=how_to_reproduce(results["run"]),
+        facts=[*run_facts(results["run"]), *how_to_reproduce(results["run"])],
     )
 
 
@@ -122,7 +116,7 @@ def score(value: float | None) -> str:
 def md(text: Any) -> str:
     """Text for a line or a cell of Markdown: neither markup nor HTML in it counts."""
     line = " ".join(str(text).split())
-    return _MARKUP.sub(r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+    return _MARKUP.sub(r"\\\1", escape(line, quote=False))
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
@@ -133,16 +127,17 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
 
 def required_sentence(summary: Mapping[str, Any]) -> str:
     """What became of the required checks; the report and the model card have the same sentence."""
+    sentences = []
     if summary["not_met"]:
-        sentence = f"Required and not met: {', '.join(summary['not_met'])}."
+        sentences.append(f"Required and not met: {', '.join(summary['not_met'])}.")
     else:
-        asked = [name for name in summary["required"] if name not in COMPARISONS]
         compared = [name for name in summary["required"] if name in COMPARISONS]
-        sentence = f"All required checks passed: {', '.join(asked)}." if asked else ""
-        sentence += f" No required comparison failed: {', '.join(compared)}." if compared else ""
-    if summary["left_out"]:
-        sentence += f" The list of required checks was shortened: {', '.join(summary['left_out'])} not asked for."
-    return sentence.strip()
+        asked = [name for name in summary["required"] if name not in COMPARISONS]
+        sentences += [f"All required checks passed: {', '.join(asked)}."] if asked else []
+        sentences += [f"No required comparison failed: {', '.join(compared)}."] if compared else []
+    if left_out := summary["left_out"]:
+        sentences.append(f"The list of required checks was shortened: {', '.join(left_out)} not asked for.")
+    return " ".join(sentences)
 
 
 def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -150,21 +145,16 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     environment, progress = run.get("environment") or {}, run.get("progress") or {}
     packages = environment.get("packages") or {}
     named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
-    chips, hours = (run.get("data") or {}).get("chips") or {}, hours_of(run)
-    skipped = progress.get("skipped_steps")
-    best, loss = run.get("best_epoch"), run.get("best_val_loss")
+    chips, hours, step = (run.get("data") or {}).get("chips") or {}, hours_of(run), step_seconds(run)
     memory = (run.get("memory_gib") or {}).get("after_warm_up") or {}
-    rate, step = run.get("chips_per_second"), step_seconds(run)
-    back = (run.get("rollback") or {}).get("precision")
+    rate, skipped = run.get("chips_per_second"), progress.get("skipped_steps")
     facts = {
         "device": device_of(run) if environment else "",
         "precision": (environment.get("numerics") or {}).get("precision"),
-        "precision changed": f"from {back[0]} to {back[1]} at step {run['rollback']['step']}" if back else "",
         "chips": ", ".join(f"{count:,} {split}" for split, count in chips.items()),
-        "epochs": f"{progress['epochs']}; the weights are of epoch {best}, counted from 0"
-        if "epochs" in progress
-        else "",
-        "val/loss of that epoch": score(loss) if loss is not None else "",
+        "epochs": progress.get("epochs"),
+        "epoch of the weights, from 0": run.get("best_epoch"),
+        "val/loss of that epoch": score(run["best_val_loss"]) if run.get("best_val_loss") is not None else "",
         "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
         "seed": run.get("seed"),
         "time": f"{hours:.1f} h from start to end" if hours is not None and hours >= 0.1 else "",
@@ -177,31 +167,16 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def how_to_reproduce(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Code, data and command of a run, and the hashes of what it left."""
+    """Code, data and command of a run, and the hashes of what it left; the model card has the same."""
     data, weights = run.get("data") or {}, (run.get("checkpoint") or {}).get("sha256")
+    code = run.get("code") or {}
+    commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
+    changed = " with changes" if code.get("dirty") else ""
     return [
-        ("code", code_of(run)),
-        ("data", f"protocol {run.get('protocol')}, commit {data.get('commit') or 'not recorded'}"),
+        ("code", f"floodrepro {code.get('floodrepro')}, {commit}{changed}" if code else "not recorded"),
+        ("data revision", f"{data.get('commit') or 'not recorded'}, protocol {run.get('protocol')}"),
         *((f"data digest, {split}", digest) for split, digest in (data.get("digests") or {}).items()),
         ("command", " ".join(run.get("command") or []) or "not recorded"),
         ("recipe sha256", run.get("recipe_sha256") or "not recorded"),
         ("checkpoint sha256", weights or "not tested"),
     ]
-
-
-def code_of(run: Mapping[str, Any]) -> str:
-    """Version and commit of the code of a run; the hash of its source where no commit is recorded."""
-    code = run.get("code") or {}
-    if not code:
-        return "not recorded"
-    commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
-    return f"floodrepro {code.get('floodrepro')}, {commit}{' with changes' if code.get('dirty') else ''}"
-
-
-def _read_panels(path: Path) -> dict[str, Any] | None:
-    """The arrays of the pictures; None where they are missing or damaged, which the check of panels judges."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in PANEL_ARRAYS}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None

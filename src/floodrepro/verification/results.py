@@ -4,21 +4,19 @@
 """
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import floodrepro
 from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import RunFolderError, TableError
-from floodrepro.evaluation.metrics import Counts, class_scores, scores, which_iou
+from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.metrics import class_scores, scores, which_iou
 from floodrepro.recipe import beside_shipped
-from floodrepro.run_folder import write_atomically
+from floodrepro.verification.battery import required_checks
 from floodrepro.verification.check import Check, Evidence, Plot
 from floodrepro.verification.checks.scores import terratorch_scores
 
@@ -28,42 +26,40 @@ COMPARISONS = ("parity", "head_to_head", "variance", "reference")
 
 _NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
 _PATH = re.compile(r"""(?<![\w./])/(?:[^\s'"/]+/)*([^\s'"/]+)""")
+_WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
-def summarise(
-    evidence: Evidence,
-    checks: Sequence[Check],
-    required: Sequence[str],
-    made: str,
-    *,
-    standard: Sequence[str],
-    by_name: bool = False,
-) -> dict[str, Any]:
+def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, made: str) -> dict[str, Any]:
     """The content of results.json.
 
     Args:
         evidence: What the checks were given.
         checks: Their answers.
-        required: Ids of the checks that are required.
+        require: What --require names, "all" or ids; a comparison among them has to be equivalent. None: what
+            thresholds.yaml requires.
         made: The time, ISO 8601.
-        standard: Ids that thresholds.yaml requires: those that `required` leaves out are named.
-        by_name: Whether --require named them: then a comparison has to be equivalent.
     """
     by_id = {check.id: check for check in checks}
-    not_met = [name for name in required if not _met(by_id.get(name), by_name)]
-    counted = {status: sum(check.status == status for check in checks) for status in _WORDS}
+    required = required_checks(require)
+    not_met = [name for name in required if not _met(by_id[name], require is not None)]
+    counted = {word: sum(check.status == status for check in checks) for status, word in _WORDS.items()}
     content = {
         "schema": SCHEMA,
         "made": made,
         "floodrepro": floodrepro.__version__,
         "run": _run(evidence),
-        "reference": _reference(evidence),
+        "reference": {
+            "name": evidence.reference_name,
+            **{key: evidence.reference.metadata.get(key) for key in ("checkpoint", "recipe_sha256")},
+        }
+        if evidence.reference
+        else None,
         "verdict": _verdict(evidence, by_id, not_met),
         "summary": {
-            **{word: counted[status] for status, word in _WORDS.items()},
-            "text": ", ".join(f"{counted[status]} {word}" for status, word in _WORDS.items() if counted[status]),
+            **counted,
+            "text": ", ".join(f"{number} {word}" for word, number in counted.items() if number),
             "required": required,
-            "left_out": [name for name in standard if name not in required],
+            "left_out": [name for name in required_checks(None) if name not in required],
             "not_met": not_met,
             "ok": not not_met,
         },
@@ -75,25 +71,15 @@ def summarise(
             for name, table in evidence.subsets.items()
         },
         "forest": asdict(_forest(evidence, checks)),
-        "checks": [_check(check) for check in checks],
+        "checks": [
+            asdict(one)
+            | {"values": [asdict(v) | {"text": v.text, "criterion": v.criterion, "ok": v.ok} for v in one.values]}
+            for one in checks
+        ],
     }
-    plain: dict[str, Any] = _plain(content)
+    text = json.dumps(content, default=lambda array: array.tolist())
+    plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
     return plain
-
-
-def save(results: Mapping[str, Any], path: Path) -> None:
-    """Write results.json, atomically.
-
-    Raises:
-        RunFolderError: The folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    except OSError as error:
-        raise RunFolderError(
-            f"the results cannot be written: {error.strerror}", where=path, fix="--output DIR puts them elsewhere"
-        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -106,34 +92,21 @@ def load(path: Path) -> dict[str, Any]:
     again = "floodrepro verify --run DIR writes it again"
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = results["schema"]
     except OSError as error:
         raise RunFolderError(f"the results cannot be read: {error.strerror}", where=path, fix=again) from error
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise TableError(f"the results are damaged: {error}", where=path, fix=again) from error
-    schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
-        raise TableError(
-            f"the results have schema {schema}, this version of floodrepro ({floodrepro.__version__}) reads {SCHEMA}",
-            where=path,
-            fix=again,
-        )
+        what = f"the results have schema {schema}, this version of floodrepro ({floodrepro.__version__}) reads {SCHEMA}"
+        raise TableError(what, where=path, fix=again)
     return results
 
 
-_WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
-
-
-def _met(check: Check | None, by_name: bool) -> bool:
-    if check is None:
-        return False
+def _met(check: Check, by_name: bool) -> bool:
     if check.id in COMPARISONS and not by_name:
         return check.status != "fail"
     return check.status == "pass" and check.outcome in (None, "equivalent")
-
-
-def _check(check: Check) -> dict[str, Any]:
-    values = [asdict(v) | {"text": v.text, "criterion": v.criterion, "ok": v.ok} for v in check.values]
-    return asdict(check) | {"values": values}
 
 
 def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
@@ -143,58 +116,53 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
     a required check that is no comparison failed or was skipped. Equivalence is refused its name where the
     declared seeds, or the mean over events, stand against it.
     """
-    parity, seeds, name = by_id.get("parity"), by_id.get("variance"), evidence.reference_name or "the reference"
-    word, sentence = "not compared", "There was no comparison with a reference; the run itself was checked."
-    outcome = parity.outcome if parity else None
-    if parity and parity.outcome is None and evidence.reference is not None:
+    parity, seeds, name = by_id["parity"], by_id["variance"], evidence.reference_name or "the reference"
+    word: str = "not compared"
+    outcome: str | None = parity.outcome
+    sentence = "There was no comparison with a reference; the run itself was checked."
+    if outcome is None and evidence.reference is not None:
         sentence = f"The run was not compared with {name}: {parity.finding}."
-    elif parity and outcome:
+    elif outcome:
         sentence = f"Against {name}: {evidence.iou_name} {parity.finding}."
-        against = [by_id[key] for key in ("variance", "head_to_head") if key in by_id]
-        doubts = [one for one in against if one.status == "fail" or (one is seeds and one.status == "undecided")]
+        doubts = [seeds] if seeds.status in ("fail", "undecided") else []
+        doubts += [by_id["head_to_head"]] if by_id["head_to_head"].status == "fail" else []
         if doubts and (outcome == "equivalent" or doubts[0].outcome == "different (worse)"):
-            worse = doubts[0] is seeds and seeds.outcome == "different (worse)"
-            outcome = "different (worse)" if worse else "undecided"
+            outcome = "different (worse)" if seeds.outcome == "different (worse)" else "undecided"
             sentence = f"{sentence[:-1]}. But {doubts[0].title.lower()}: {doubts[0].finding}."
         word = outcome
-    broken = [key for key in not_met if key not in COMPARISONS]
-    if broken:
-        named = "; ".join(f"{key} ({by_id[key].finding if key in by_id else 'not made'})" for key in broken)
+    if broken := [by_id[key] for key in not_met if key not in COMPARISONS]:
+        named = "; ".join(f"{check.id} ({check.finding})" for check in broken)
         sentence = f"Required checks did not pass: {named}. {sentence}"
-        failed = any(by_id[key].status == "fail" for key in broken if key in by_id)
-        word = "failed" if failed else "incomplete"
-    limits = []
-    if len(evidence.seeds) < 2:
-        limits.append("what another seed would give, for this is one run")
+        word = "failed" if any(check.status == "fail" for check in broken) else "incomplete"
+    limits = [] if len(evidence.seeds) > 1 else ["what another seed would give, for this is one run"]
     limits.append("how the model does on events, regions and chips other than these")
     return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {', or '.join(limits)}."}
 
 
 def _forest(evidence: Evidence, checks: Sequence[Check]) -> Plot:
     """All differences to the reference that have an interval."""
-    values = [v for check in checks if check.id in COMPARISONS for v in check.values if v.level and v.unit == "pp"]
+    values = [v for check in checks if check.id in COMPARISONS for v in check.values if v.level]
     values.sort(key=lambda value: value.name.startswith("mIoU"))  # the figures that are tested first
-    margin = float(evidence.thresholds["parity"]["margin_pp"])
-    columns: dict[str, list[Any]] = {"x": [v.value for v in values], "y": [v.name for v in values]}
-    columns |= {"low": [v.low for v in values], "high": [v.high for v in values]}
-    level = f"{100 * values[0].level:g} % " if values and values[0].level else ""
+    margin, level = (float(evidence.thresholds["parity"][key]) for key in ("margin_pp", "level"))
+    columns = {"x": "value", "y": "name", "low": "low", "high": "high"}
+    series = {axis: [getattr(value, key) for value in values] for axis, key in columns.items()}
     return Plot(
         "forest",
         "forest",
         "",
         f"this run less {evidence.reference_name or 'the reference'}, percentage points",
         "",
-        [{"label": "difference", **columns}] if values else [],
-        f"Differences to the reference with {level}intervals; the shaded band is the margin of ±{margin:g} pp.",
+        [{"label": "difference"} | series] if values else [],
+        f"Differences to the reference with {100 * level:g} % intervals; the shaded band is the margin of "
+        f"±{margin:g} pp.",
         margin,
     )
 
 
 def _run(evidence: Evidence) -> dict[str, Any]:
-    record = {key: _without_folders(value) for key, value in evidence.record.items() if key not in _NOT_COPIED}
     table = evidence.table
     metadata = table.metadata if table else {}
-    return record | {
+    return {key: without_folders(value) for key, value in evidence.record.items() if key not in _NOT_COPIED} | {
         "name": evidence.run.path.resolve().name,
         "protocol": protocol_of(evidence.recipe).name,
         "class_name": evidence.class_name,
@@ -206,20 +174,13 @@ def _run(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def _without_folders(entry: Any) -> Any:
+def without_folders(entry: Any) -> Any:
     """A record's entry with files by their names alone: results are published, and where files lay is private."""
     if isinstance(entry, Mapping):
-        return {key: _without_folders(value) for key, value in entry.items()}
+        return {key: without_folders(value) for key, value in entry.items()}
     if isinstance(entry, list):
-        return [_without_folders(value) for value in entry]
+        return [without_folders(value) for value in entry]
     return _PATH.sub(r"\1", entry) if isinstance(entry, str) else entry
-
-
-def _reference(evidence: Evidence) -> dict[str, Any] | None:
-    if evidence.reference is None:
-        return None
-    metadata = evidence.reference.metadata
-    return {"name": evidence.reference_name} | {key: metadata.get(key) for key in ("checkpoint", "recipe_sha256")}
 
 
 def _score_table(evidence: Evidence) -> dict[str, Any]:
@@ -227,76 +188,76 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     table, k, name = evidence.table, evidence.positive, evidence.class_name
     if table is None:
         return {"rows": [], "columns": []}
-    tables = [(evidence.run.path.resolve().name, table)]
+    models = [(evidence.run.path.resolve().name, table)]
     if evidence.reference is not None:
-        tables.append((evidence.reference_name or "reference", evidence.reference))
-    figures = [_figures(one.counts, one.events, k) for _, one in tables]
-    columns = [
-        {"label": label, "source": f"{one.name}, {len(one):,} chips of {len(set(one.events)):,} events"}
-        for label, one in tables
-    ]
+        models.append((evidence.reference_name or "the reference", evidence.reference))
+    figures = [_figures(one, k) for _, one in models]
+    columns = [(label, f"{one.name}, {len(one):,} chips of {len(set(one.events)):,} events") for label, one in models]
     for label, one in evidence.baselines.items():
-        figures.append(_figures(one.counts, one.events, k))
-        columns.append({"label": label, "source": f"baseline: {one.metadata.get('detail', one.name)}"})
+        figures.append(_figures(one, k))
+        columns.append((label, f"baseline: {one.metadata.get('detail')}"))
     here = (protocol_of(evidence.recipe).name, table.metadata.get("split"), len(table))
     for stem, entry in evidence.published.items():
         if (entry["protocol"], entry["split"], entry["chips"]) == here:
             known = len(entry.get("contradictions") or [])
             found = f"; {known} contradictions in it, see {stem}.yaml" if known else ""
-            columns.append({"label": entry["name"], "source": f"published: {entry['source']}{found}"})
-            figures.append(dict(entry["figures"]))
-    kinds = which_iou(table.counts, table.events, k)
+            figures.append(entry["figures"])
+            columns.append((entry["name"], f"published: {entry['source']}{found}"))
+    _, chips, floods = which_iou(table.counts, table.events, k)
     labels = {
         f"IoU_{k}": f"{name} IoU, pooled",
         "precision": f"{name} precision",
         f"Class_Accuracy_{k}": f"{name} recall",
         "f1": f"{name} F1",
-        "iou_chips": f"{name} IoU, mean over {kinds[1]['n']:,} chips with it",
-        "iou_events": f"{name} IoU, mean over {kinds[2]['n']:,} events",
+        "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with it",
+        "iou_events": f"{name} IoU, mean over {floods['n']:,} events",
         "mIoU": "mIoU",
         **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.class_names) if j != k},
         "F1_Score": "F1, mean of classes",
         "Pixel_Accuracy": "pixel accuracy",
         "truth_share": f"share of {name} in the truth",
     }
-    rows = [{"metric": key, "label": label, "values": [f.get(key) for f in figures]} for key, label in labels.items()]
-    return {"columns": columns, "rows": rows, "code": "floodrepro.evaluation.metrics"}
+    return {
+        "columns": [{"label": label, "source": source} for label, source in columns],
+        "rows": [
+            {"metric": key, "label": label, "values": [one.get(key) for one in figures]}
+            for key, label in labels.items()
+        ],
+        "code": "floodrepro.evaluation.metrics",
+    }
 
 
-def _figures(counts: Counts, events: Any, k: int) -> dict[str, Any]:
+def _figures(table: ChipTable, k: int) -> dict[str, Any]:
     """Scores of one table, by TerraTorch's names where it has one."""
-    pooled = counts.sum(axis=0)
-    of_class, kinds = class_scores(pooled, k), which_iou(counts, events, k)
-    own = {key: of_class[key] for key in ("precision", "f1", "truth_share")}
-    own |= {f"Class_Accuracy_{k}": of_class["recall"], "iou_chips": kinds[1]["iou"], "iou_events": kinds[2]["iou"]}
-    return scores(pooled) | own
+    pooled = table.counts.sum(axis=0)
+    of_class, kinds = class_scores(pooled, k), which_iou(table.counts, table.events, k)
+    more = {f"Class_Accuracy_{k}": of_class["recall"], "iou_chips": kinds[1]["iou"], "iou_events": kinds[2]["iou"]}
+    return of_class | scores(pooled) | more
 
 
 def _banner(evidence: Evidence) -> str:
     """That the chips are not the published ones, where the protocol has published ones; else empty."""
     table = evidence.table
     published = protocol_of(evidence.recipe).counts.get(table.metadata.get("split", "test")) if table else None
-    if table is None or published is None or len(table) == published:
+    if table is None or published in (None, len(table)):
         return ""
-    events = len(set(table.events))
-    here = f"{len(table):,} chips of {events} events"
+    here = f"{len(table):,} chips of {len(set(table.events))} events"
     return f"Generated or partial data: {here}. The published split has {published:,} chips."
 
 
 def _warnings(evidence: Evidence) -> list[str]:
     """How the run ended, and what went wrong or was changed on the way."""
     record, found = evidence.record, []
-    if record.get("status", "finished") != "finished":
-        found.append(f"The run is not finished: its status is {record['status']}.")
+    if (status := record.get("status", "finished")) != "finished":
+        found.append(f"The run is not finished: its status is {status}.")
     split = evidence.table.metadata.get("split") if evidence.table else None
     if split in ("train", "val"):
         found.append(f"The scores are of the split {split}, which training used: this is no test.")
     found += [f"Data: {text}." for text in (record.get("data") or {}).get("warnings") or []]
     processes, batch = record.get("processes") or 1, record.get("batch_size")
     if processes > 1 and batch:
-        found.append(
-            f"A step saw {processes * batch} chips, {batch} in each of {processes} processes: not the recipe's."
-        )
+        each = f"{batch} in each of {processes} processes"
+        found.append(f"A step saw {processes * batch} chips, {each}: not the recipe's.")
     nearest, changed = beside_shipped(evidence.recipe)
     if changed:
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -309,15 +270,4 @@ def _warnings(evidence: Evidence) -> list[str]:
     for one in record.get("resumes") or []:
         if one.get("changes"):
             found.append(f"The run was resumed after a change: {'; '.join(map(str, one['changes']))}.")
-    return [str(_without_folders(text)).replace("..", ".") for text in found]
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only; what is not a finite number is None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [str(without_folders(text)).replace("..", ".") for text in found]

@@ -6,13 +6,11 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import partial
 from typing import Any
 
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import MODALITIES, PROTOCOLS, data_arguments, protocol_of
-from floodrepro.verification.check import Cell, Check, Evidence, Plot, Table, Value, judge
-from floodrepro.verification.checks.comparison import same_model
+from floodrepro.verification.check import Check, Evidence, Plot, Table, Value, check, judge
 
 _FINDINGS = 20  # of the audit that are shown
 _SEVERITIES = ("error", "warning", "info")
@@ -22,184 +20,173 @@ _HARMLESS = re.compile(
 )
 
 
+@check(
+    "Training log",
+    "The validation loss fell after the first epoch, all logged values are finite, and run.json names the best.",
+    "metrics.csv",
+    "run.json",
+)
 def convergence(evidence: Evidence) -> Check:
     """The training's own log: losses, values that are not finite, and the best epoch that run.json names."""
-    claim = "The validation loss fell after the first epoch, all logged values are finite, and run.json names the best."
-    answer = partial(Check, "convergence", "Training log", claim, evidence=["metrics.csv", "run.json"])
     asked, record, rows = evidence.thresholds["convergence"], evidence.record, evidence.metrics
     if not rows:
-        return answer(*evidence.absent("metrics", "there is no metrics.csv"))
-    bad = [
-        f"{key} at step {row.get('step')}" for row in rows for key, text in row.items() if text and not _finite(text)
-    ]
-    finite = Value("logged values that are not finite", len(bad), at_most=0)
+        raise evidence.without("metrics", "there is no metrics.csv")
+    logged = [(key, row.get("step"), text) for row in rows for key, text in row.items() if key and text]
+    bad = [f"{key} at step {step}" for key, step, text in logged if not math.isfinite(float(text))]
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    values = [Value("logged values that are not finite", ", ".join(bad[:3]) + more or "none", expected="none")]
     losses = _validation_losses(rows)
     if len(losses) < 2:
-        status, finding = judge([finite], "", f"{len(losses)} validations: a trajectory needs two")
-        return answer(status, finding, values=[finite])
+        return judge(values, "", f"{len(losses)} validations: a trajectory needs two")
     best = min(losses, key=lambda epoch: losses[epoch])  # the first of equals, as ModelCheckpoint keeps it
     first, last = next(iter(losses)), next(reversed(losses))
     by_loss = record.get("monitor", "val/loss") == "val/loss"  # a recipe may choose its best epoch by another score
-    values = [
-        finite,
+    values += [
         Value("val/loss, first epoch", losses[first]),
         Value("val/loss, best epoch", losses[best]),
         Value("fall of val/loss to the best epoch", losses[first] - losses[best], at_least=asked["min_fall"]),
         Value("best epoch (from 0) in run.json", record.get("best_epoch"), expected=best if by_loss else None),
     ]
-    rates = [text for row in rows for key, text in row.items() if key and key.startswith("lr-") and text]
-    if rates:
-        values.append(Value("learning rate, first and last", f"{float(rates[0]):g}, {float(rates[-1]):g}"))
+    if rates := [float(text) for key, _, text in logged if key.startswith("lr-")]:
+        values.append(Value("learning rate, first and last", f"{rates[0]:g}, {rates[-1]:g}"))
     notes, curves = [], [{"label": evidence.run.path.name, "x": list(losses), "y": list(losses.values())}]
     if best == last:
         notes.append(f"The best epoch, {best}, is the last one: more epochs might have helped.")
     if other := _other_curve(evidence):
-        name, points, comparable = other
-        curves.append({"label": name, "x": list(points), "y": list(points.values())})
-        above = losses[best] - min(points.values())
+        name, theirs, comparable = other
+        curves.append({"label": name, "x": list(theirs), "y": list(theirs.values())})
         limit = asked["curve_distance"] if comparable else None
-        values.append(Value(f"best val/loss less that of {name}", above, at_most=limit))
+        values.append(Value(f"best val/loss less that of {name}", losses[best] - min(theirs.values()), at_most=limit))
         if not comparable:
             notes.append(f"The curve of {name} is from other or unknown data: the distance has no criterion.")
-    status, finding = judge(values, f"val/loss {losses[first]:.3f} to {losses[best]:.3f}, best epoch {best}")
     caption = f"val/loss by epoch: {losses[first]:.4f} at first, {losses[best]:.4f} at best, in epoch {best}."
     plot = Plot("loss", "lines", "Validation loss", "epoch", "val/loss", curves, caption)
-    return answer(status, f"{finding} ({bad[0]})" if bad else finding, values=values, plots=[plot], notes=notes)
+    found = f"val/loss {losses[first]:.3f} to {losses[best]:.3f}, best epoch {best}"
+    return judge(values, found, plots=[plot], notes=notes)
 
 
+@check("Speed and memory", "Training speed was measured over {min_steps} steps or more.", "run.json")
 def throughput(evidence: Evidence) -> Check:
-    """Device, time of a step, chips per second, memory and hours, as run.json and the chip table have them."""
+    """Chips per second in training and test; the report's facts have device, memory and hours."""
     asked, record = evidence.thresholds["throughput"]["min_steps"], evidence.record
-    claim = f"Training speed was measured over {asked} steps or more."
-    answer = partial(Check, "throughput", "Speed and memory", claim, evidence=["run.json"])
-    rate, epochs = record.get("chips_per_second"), record.get("epoch_times") or []
+    rate = record.get("chips_per_second")
     if not rate:
-        return answer(*evidence.absent("record", "no epoch of training was timed"))
-    steps, step = sum(epoch["steps"] for epoch in epochs), step_seconds(record)
+        raise evidence.without("record", "no epoch of training was timed")
+    steps = sum(epoch["steps"] for epoch in record.get("epoch_times") or [])
     values = [
-        Value("timed steps", steps, at_least=asked),
-        Value("device of training", device_of(record)),
         Value("training, median epoch", rate["median"], "chips/s", rate["p10"], rate["p90"]),
-        Value("a step, median epoch", step, "s"),
+        Value("timed steps", steps),
         Value("share of training spent waiting for data", record.get("share_waiting_for_data")),
-        Value("from start to end", hours_of(record), "h"),
     ]
-    memory = (record.get("memory_gib") or {}).get("after_warm_up") or {}
-    values += [Value(f"peak memory, {kind}", peak, "GiB") for kind, peak in memory.items()]
     speed = (evidence.table.metadata.get("speed") if evidence.table else None) or {}
-    if isinstance(tested := speed.get("chips_per_second"), Mapping):
+    if tested := speed.get("chips_per_second"):
         values.append(Value("test", tested["median"], "chips/s", tested["p10"], tested["p90"]))
-    if steps < asked:
-        return answer("skip", f"{steps} steps were timed, {asked} are needed", values=values)
-    return answer("pass", f"{values[2].text} in training, {device_of(record)}", values=values)
+    few = f"{steps} steps were timed, {asked} are needed" if steps < asked else ""
+    return judge(values, f"{values[0].text} in training, {device_of(record)}", few)
 
 
+@check(
+    "Data",
+    "Training, test, audit and reference had the same chips by ids and file sizes; the audit found no error.",
+    "run.json",
+)
 def data(evidence: Evidence) -> Check:
     """Digests of training, test, audit and reference, the audit's findings, and the number of chips.
 
     A digest is over the ids and file sizes of a split. Only splits that both sides have are compared.
     """
-    claim = "Training, test, audit and reference had the same chips by ids and file sizes; the audit found no error."
-    answer = partial(Check, "data", "Data", claim, evidence=["run.json"])
     record, table, audit = evidence.record, evidence.table, evidence.audit
+    tested = table.metadata if table else {}
     all_parts = set(data_arguments(evidence.recipe).get("modalities") or MODALITIES) == set(MODALITIES)
     sides = {
         "training": digests_of(record),
-        "test": digests_of(table.metadata if table else {}),
-        "audit": digests_of(audit or {}) if all_parts else {},  # an audit's digests are over all modalities
+        "test": digests_of(tested),
+        "audit": digests_of(audit if all_parts else {}),  # an audit's digests are over all modalities
         "reference": digests_of(evidence.reference.metadata if evidence.reference else {}),
     }
     values = []
     for one, other in (("training", "test"), ("training", "audit"), ("test", "audit"), ("test", "reference")):
         for split in sorted(sides[one].keys() & sides[other].keys()):
-            same = "the same" if sides[one][split] == sides[other][split] else "different"
-            values.append(Value(f"{split} chips of {one} and {other}", same, expected="the same"))
-    trained, tested = record.get("data") or {}, (table.metadata.get("data") if table else None) or {}
+            values.append(_same(f"{split} chips of {one} and {other}", sides[one][split], sides[other][split]))
+    ours, theirs = record.get("data") or {}, tested.get("data") or {}
     for key in ("protocol", "commit"):
-        if trained.get(key) and tested.get(key):
-            values.append(_same(f"{key} of training and test", tested[key], trained[key]))
+        if ours.get(key) and theirs.get(key):
+            values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
+    found = f"{len(values)} comparisons of protocol, commit and digests, all the same"
     notes, tables = [], []
-    if "audit" in evidence.damaged:
-        values.append(Value("the audit's manifest", evidence.damaged["audit"], expected="readable"))
-    elif audit is None:
-        notes.append(
-            "There is no audit of the data (floodrepro data audit): ids and file sizes were compared, no pixel."
-        )
+    if "audit" in evidence.absent:
+        values.append(Value("the audit's manifest", evidence.absent["audit"][1], expected="readable"))
+    elif not audit:
+        notes.append("There is no audit of the data (floodrepro data audit): ids and sizes were compared, no pixel.")
     else:
-        found = sorted(audit["findings"], key=lambda one: _SEVERITIES.index(one["severity"]))
-        kinds = Counter(one["severity"] for one in found)
+        findings = sorted(audit["findings"], key=lambda one: _SEVERITIES.index(one["severity"]))
+        errors = Counter(one["severity"] for one in findings)["error"]
         depth = "all chips read" if audit.get("deep") else "no pixel read"
-        values.append(Value(f"errors of the audit ({depth})", kinds["error"], at_most=0))
-        rows: list[list[Cell]] = [[one["severity"], one["check"], one["message"]] for one in found[:_FINDINGS]]
-        tables = (
-            [Table(f"The audit's first findings of {len(found)}", ["severity", "check", "what"], rows)] if rows else []
-        )
+        values.append(Value(f"errors of the audit ({depth})", errors, at_most=0))
+        columns = ["severity", "check", "message"]
+        rows = [[one[key] for key in columns] for one in findings[:_FINDINGS]]
+        tables.append(Table(f"The audit's first findings of {len(findings)}", columns, rows))
     if table is not None:
-        split = str(table.metadata.get("split", "test"))
-        whole = (record.get("data") or {}).get("chips", {}).get(split)
+        split = str(tested.get("split", "test"))
+        whole = (ours.get("chips") or {}).get(split)
         values.append(Value(f"chips in the table of {split}", len(table), expected=whole))
     skip = "" if sides["training"] and sides["test"] else "the digests of training or test are not recorded"
-    compared = sum(value.expected == "the same" for value in values)
-    status, finding = judge(values, f"{compared} comparisons of protocol, commit and digests, all the same", skip)
-    return answer(status, finding, values=values, tables=tables, notes=notes)
+    return judge(values, found, skip, tables=tables, notes=notes)
 
 
+@check(
+    "Provenance",
+    "A finished run of committed code, whose recipe and weights are those of the table; declared runs are reported.",
+    "run.json",
+    "recipe.yaml",
+)
 def provenance(evidence: Evidence) -> Check:
     """Code, recipe, weights and table by their hashes, and every run that was declared."""
-    claim = (
-        "A finished run of committed code, whose recipe and weights are those of the table; declared runs are reported."
-    )
-    record, table, reference = evidence.record, evidence.table, evidence.reference
-    answer = partial(Check, "provenance", "Provenance", claim, evidence=["run.json", "recipe.yaml"])
+    record, table = evidence.record, evidence.table
     if not record:
-        return answer(*evidence.absent("record", "there is no run.json"))
-    code = record.get("code") or {}
+        raise evidence.without("record", "there is no run.json")
+    code, recorded = record.get("code") or {}, record.get("recipe_sha256")
     values = [
         Value("status of the run", record.get("status"), expected="finished"),
-        _same("recipe.yaml and run.json", recipes.fingerprint(evidence.recipe), record.get("recipe_sha256")),
+        _same("recipe.yaml and run.json", recipes.fingerprint(evidence.recipe), recorded),
     ]
     notes = [f"Resumed on {one.get('when')} from {one.get('from')}." for one in record.get("resumes") or []]
-    if code.get("commit"):
-        values.append(
-            Value("working tree", "clean" if code.get("dirty") is False else "with changes", expected="clean")
-        )
+    if commit := code.get("commit"):
+        tree = "clean" if code.get("dirty") is False else "with changes"
+        values.append(Value("working tree", tree, expected="clean"))
     else:
-        values.append(
-            Value("source of the code", "hashed" if code.get("source_sha256") else "unknown", expected="hashed")
-        )
+        hashed = "hashed" if code.get("source_sha256") else "unknown"
+        values.append(Value("source of the code", hashed, expected="hashed"))
         notes.append("No commit is recorded: the version and the hash of the source stand for it.")
     if table is not None:
-        weights = (table.metadata.get("checkpoint") or {}).get("sha256")
-        values.append(_tested_recipe("recipe of table and run", table.metadata, record.get("recipe_sha256")))
-        if "sha256" in (measured := evidence.measured.get("weights") or {}):
-            values.append(_same("weights of table and run folder", weights, measured["sha256"]))
-        if reference is not None and reference.metadata.get("checkpoint"):
-            different = "no" if same_model(table, reference) else "yes"
-            values.append(Value("the reference is another model", different, expected="yes"))
-            ours, theirs = table.metadata.get("inputs"), reference.metadata.get("inputs")
-            if ours and theirs:
-                other = ", ".join(recipes.differences(ours, theirs)) or "the same"
-                values.append(Value("what run and reference see of a chip", other, expected="the same"))
-    reported = [run for run in evidence.seeds if run.status == "failed" or (run.status == "finished" and run.table)]
-    if evidence.seeds:
-        values.append(Value("declared runs that are reported", len(reported), expected=len(evidence.seeds)))
-        seeds = {run.seed for run in evidence.seeds}
-        values.append(Value("the seed was declared", "yes" if record.get("seed") in seeds else "no", expected="yes"))
-    commit = str(code["commit"])[:12] if code.get("commit") else f"source {str(code.get('source_sha256'))[:12]}"
-    skip = "" if table is not None else evidence.missing.get("table", "the run has no chip table")
-    status, finding = judge(values, f"finished, code {commit}, hashes agree", skip)
-    return answer(status, finding, values=values, notes=notes)
-
-
-def on_gpu(record: Mapping[str, Any]) -> bool:
-    """Whether a GPU trained: that there is one does not say so, its memory in the record does."""
-    return "allocated" in ((record.get("memory_gib") or {}).get("after_warm_up") or {})
+        changes = table.metadata.get("recipe_changes")
+        tested, name = table.metadata.get("recipe_sha256"), "recipe of table and run"
+        if tested != recorded and changes:
+            other = ", ".join(key for key in changes if not _HARMLESS.fullmatch(key))
+            values.append(Value(name, f"other {other}" if other else "the same", expected="the same"))
+        else:
+            values.append(_same(name, tested, recorded))
+        ours, theirs = (one.metadata.get("inputs") if one else None for one in (table, evidence.reference))
+        if ours and theirs:
+            other = ", ".join(recipes.differences(ours, theirs)) or "the same"
+            values.append(Value("what run and reference see of a chip", other, expected="the same"))
+    if seeds := evidence.seeds:
+        reported = [run for run in seeds if run.status == "failed" or (run.status == "finished" and run.table)]
+        values.append(Value("declared runs that are reported", len(reported), expected=len(seeds)))
+        declared = "yes" if record.get("seed") in {run.seed for run in seeds} else "no"
+        values.append(Value("the seed was declared", declared, expected="yes"))
+    skip = "" if table is not None else evidence.absent.get("table", ("", "the run has no chip table"))[1]
+    source = str(commit)[:12] if commit else f"source {str(code.get('source_sha256'))[:12]}"
+    return judge(values, f"finished, code {source}, hashes agree", skip, notes=notes)
 
 
 def device_of(record: Mapping[str, Any]) -> str:
-    """What trained: the GPU's or the CPU's name, and how many of them."""
-    environment = record.get("environment") or {}
-    part = environment.get("accelerator" if on_gpu(record) else "cpu") or {}
+    """What trained: the GPU's or the CPU's name, and how many of them.
+
+    That there is a GPU does not say that it trained; its memory in the record does.
+    """
+    gpu = "allocated" in ((record.get("memory_gib") or {}).get("after_warm_up") or {})
+    part = (record.get("environment") or {}).get("accelerator" if gpu else "cpu") or {}
     name, count = str(part.get("name") or part.get("model") or "unknown device"), record.get("processes") or 1
     return f"{count} x {name}" if count > 1 else name
 
@@ -220,10 +207,7 @@ def hours_of(record: Mapping[str, Any]) -> float | None:
 
 def digests_of(holder: Mapping[str, Any]) -> dict[str, str]:
     """Digest of the data by split: of a run.json, of a chip table's metadata, or of an audit's manifest."""
-    found = (holder.get("data") or {}).get("digests") or holder.get("digests") or {}
-    if not found and "data_digest" in holder:
-        found = {"all": holder["data_digest"]}
-    return {str(split): str(digest) for split, digest in found.items()}
+    return (holder.get("data") or {}).get("digests") or holder.get("digests") or {}
 
 
 def _validation_losses(rows: Sequence[Mapping[str, str]]) -> dict[int, float]:
@@ -237,9 +221,9 @@ def _other_curve(evidence: Evidence) -> tuple[str, dict[int, float], bool] | Non
     if losses := _validation_losses(evidence.reference_metrics):
         ours, theirs = digests_of(evidence.record), digests_of(evidence.reference_record)
         return evidence.reference_name or "the reference", losses, bool(ours) and ours == theirs
-    published = evidence.published.get("published_amd_run_a")
     task = (evidence.recipe.get("model") or {}).get("init_args") or {}
     recipe = (task.get("model_args") or {}).get("backbone"), task.get("loss"), protocol_of(evidence.recipe).name
+    published = evidence.published.get("published_amd_run_a")
     if not published or recipe != ("terramind_v1_base", "dice", "v0"):
         return None
     chips, counts = (evidence.record.get("data") or {}).get("chips") or {}, PROTOCOLS["v0"].counts
@@ -247,23 +231,7 @@ def _other_curve(evidence: Evidence) -> tuple[str, dict[int, float], bool] | Non
     return published["name"], {n: loss for n, loss in enumerate(published["val_loss"]) if loss is not None}, whole
 
 
-def _tested_recipe(name: str, metadata: Mapping[str, Any], recorded: Any) -> Value:
-    """Whether a table was made with the run's own recipe, but for where the data lies and how it is run."""
-    changes = metadata.get("recipe_changes")
-    if metadata.get("recipe_sha256") == recorded or not changes:
-        return _same(name, metadata.get("recipe_sha256"), recorded)
-    other = ", ".join(key for key in changes if not _HARMLESS.fullmatch(key))
-    return Value(name, f"other {other}" if other else "the same", expected="the same")
-
-
 def _same(name: str, one: Any, other: Any) -> Value:
     same = one is not None and one == other
     text = "the same" if same else f"{str(one)[:12]} and {str(other)[:12]}"
     return Value(name, text, expected="the same")
-
-
-def _finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
