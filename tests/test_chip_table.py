@@ -159,9 +159,7 @@ def test_tables_of_other_chips_protocols_or_truths_are_not_compared():
     assert "other chips: 2" in refuse_to_compare(table, table.subset(table.chips[2:]))
     assert "another order" in refuse_to_compare(table, table.subset(table.chips[::-1]))
     assert "another truth in" in refuse_to_compare(table, make(seed=1))
-    assert "protocol v0 with 2 classes against protocol v1-binary" in refuse_to_compare(
-        table, table.subset(table.chips, protocol="v1-binary")
-    )
+    assert "protocol v0 against v1-binary" in refuse_to_compare(table, table.subset(table.chips, protocol="v1-binary"))
 
 
 def test_chips_that_one_side_has_not_seen_whole_are_left_out_of_a_comparison():

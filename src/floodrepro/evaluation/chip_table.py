@@ -189,9 +189,10 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     They need the same classes, the same chips in the same order, and the same truth: counted pixels of each class in
     each chip. `on_common_chips` makes this so where one of them has not seen all pixels.
     """
-    kinds = [f"protocol {table.metadata.get('protocol')} with {table.num_classes} classes" for table in (one, other)]
-    if kinds[0] != kinds[1]:
-        return " against ".join(kinds)
+    if one.num_classes != other.num_classes:
+        return f"{one.num_classes} classes against {other.num_classes}: another protocol"
+    if one.metadata.get("protocol") != other.metadata.get("protocol"):
+        return f"protocol {one.metadata.get('protocol')} against {other.metadata.get('protocol')}"
     if not np.array_equal(one.chips, other.chips):
         only = len(set(one.chips.tolist()) ^ set(other.chips.tolist()))
         return f"other chips: {only} are in one table alone" if only else "the same chips in another order"
