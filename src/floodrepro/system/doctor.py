@@ -367,9 +367,10 @@ def check_backbone(recipe: Recipe) -> list[Finding]:
     if file is None or own or not _of(recipe, f"{model}.backbone_pretrained", False):
         return []
     offline = constants.HF_HUB_OFFLINE
-    detail = f"{file.name} is {'' if in_cache(file) else 'not '}in {constants.HF_HUB_CACHE}"
+    held = in_cache(file)
+    detail = f"{file.name} is {'' if held else 'not '}in {constants.HF_HUB_CACHE}"
     fix = shlex.join(file.command) + ("  # where there is a network; then copy the cache" if offline else "")
-    return [_judge("backbone", in_cache(file) is not None, detail, fix, "fail" if offline else "warn")]
+    return [_judge("backbone", held, detail, fix, "fail" if offline else "warn")]
 
 
 def check_chips(recipe: Recipe) -> Finding:
