@@ -47,7 +47,7 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add_checkpoint_flags(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
-    kinds = {"nargs": "?", "const": "float32", "choices": ("float32", "uint8")}
+    kinds: dict[str, Any] = {"nargs": "?", "const": "float32", "choices": ("float32", "uint8")}
     parser.add_argument("--probabilities", **kinds, help="write the positive class's probability too")
     parser.epilog = f"{parser.epilog}\n{_FILES}"
 

@@ -86,7 +86,7 @@ class ChipWriter(BasePredictionWriter):
             return np.asarray(grid.dataset_mask() == 0)
         seen, chip = np.zeros(grid.shape, np.bool_), chip_of(file)
         for modality in _SATELLITES:
-            if self._source.has(chip, modality):
+            if chip in self._source.having(modality):
                 bands = self._source.bands(chip, modality)
                 event = bands[min(protocols.EVENT, len(bands) - 1)].astype(np.float32)
                 # float16 has no -9999: ImpactMesh stores it as -10000
