@@ -1,9 +1,7 @@
 """A run that was killed or stopped ends with the bits of one that never was, in plain ``terratorch fit`` too."""
 
-import multiprocessing
 import os
 import random
-import resource
 import signal
 from pathlib import Path
 
@@ -122,19 +120,6 @@ def test_a_damaged_state_is_kept_and_the_one_before_is_used(tmp_path: Path, caps
             newest_state(tmp_path)
 
 
-def test_a_full_disk_leaves_the_state_before_it(tmp_path: Path):
-    AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10)}, tmp_path / "last.ckpt")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, hard))
-    try:
-        with pytest.raises(CheckpointError, match="cannot be written"):
-            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10**6)}, tmp_path / "last.ckpt")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    assert newest_state(tmp_path) == tmp_path / "last.ckpt"
-
-
 def test_a_second_signal_stops_at_once_and_the_first_saves(tmp_path: Path):
     class Told(Callback):
         def __init__(self, times: int) -> None:
@@ -150,21 +135,6 @@ def test_a_second_signal_stops_at_once_and_the_first_saves(tmp_path: Path):
         assert caught.value.code == 143
     assert not (tmp_path / "2" / LAST).exists()
     assert torch.load(tmp_path / "1" / LAST, weights_only=True)["global_step"] == 4
-
-
-def test_loader_workers_leave_signals_to_the_process_that_trains(tmp_path: Path):
-    blocked: list[int] = []
-
-    class Look(Callback):
-        def on_train_epoch_end(self, *args):
-            for worker in multiprocessing.active_children():
-                status = Path(f"/proc/{worker.pid}/status").read_text()
-                blocked.append(int(status.split("SigBlk:")[1].split()[0], 16))
-
-    train(tmp_path, Look(), data=Data(workers=2), max_epochs=1)
-    assert len(blocked) >= 2
-    for number in (signal.SIGTERM, signal.SIGINT):
-        assert all(mask >> (number - 1) & 1 for mask in blocked)
 
 
 # One after the other on one run of plain `terratorch fit`, with real signals: the exit code, and the step of the state.

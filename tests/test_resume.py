@@ -283,14 +283,6 @@ def test_run_that_stopped_early_does_not_train_on_when_it_was_killed_before_its_
     assert workshop.run("early").read_record()["epochs"] == 1
 
 
-def test_second_signal_ends_at_once_with_the_code_and_status_of_a_signal(workshop, broken):
-    twice = [{"at": "step", "count": 2, "number": signal.SIGTERM}] * 2
-    outcome = workshop.fit("broken", strikes=twice)
-    assert outcome.code == 143
-    assert "at once" in outcome.report[0]
-    assert status(broken) == "interrupted"
-
-
 def test_full_state_holds_no_code_and_can_be_tested(cli, straight):
     outcome = cli("test", "--ckpt", straight.checkpoints / LAST, "--format", "json")
     assert outcome.code == 0, outcome.err
