@@ -30,6 +30,12 @@ def save(path, values, names=(), crs=CRS, transform=None, **profile):
     return path.name
 
 
+def lake(height: int, width: int):
+    """Where the scenes below are flooded, (H, W)."""
+    rows, columns = np.mgrid[:height, :width]
+    return ((rows / height - 0.5) ** 2 + (columns / width - 0.4) ** 2 < 0.06) | (abs(columns - width * 0.8) < 3)
+
+
 def make_scene(folder: Path, height: int, width: int, *, seed: int = 0, **changes) -> Path:
     """A plausible scene: a lake of dark radar at the event, reflectances of vegetation, low hills.
 
@@ -42,20 +48,18 @@ def make_scene(folder: Path, height: int, width: int, *, seed: int = 0, **change
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:height, :width]
-    lake = ((rows / height - 0.5) ** 2 + (columns / width - 0.4) ** 2 < 0.06) | (abs(columns - width * 0.8) < 3)
     scene: dict = {"S1RTC": {"unit": "dB"}, "S2L2A": {}}
     green = np.array([300, 400, 700, 450, 1000, 2600, 3200, 3400, 3500, 3600, 1800, 900])[:, None, None]
     for number, step in enumerate(STEPS):
         db = np.stack([np.full((height, width), -10.0), np.full((height, width), -16.0)])
-        db -= 9.0 * (lake & (number == 2))
+        db -= 9.0 * (lake(height, width) & (number == 2))
         db += rng.normal(0, 1, db.shape)
         name = save(folder / f"s1_{step}.tif", db.astype(np.float32), S1_BANDS, nodata=np.nan)
         scene["S1RTC"][step] = {"time": DAYS["S1RTC"][number], "orbit": 66, "files": [name]}
         optical = green + rng.integers(-90, 90, (12, height, width))
         name = save(folder / f"s2_{step}.tif", optical.astype(np.uint16), S2_BANDS, nodata=0)
         scene["S2L2A"][step] = {"time": DAYS["S2L2A"][number], "files": [{"raster": name, "offset": 0}]}
-    dem = save(folder / "dem.tif", (100 + rows // 9)[None].astype(np.float32), nodata=-9999)
+    dem = save(folder / "dem.tif", (100 + np.mgrid[:height, :width][0] // 9)[None].astype(np.float32), nodata=-9999)
     path = folder / "scene.yaml"
     path.write_text(yaml.safe_dump(scene | {"DEM": {"files": dem}} | changes))
     return path
@@ -84,9 +88,3 @@ class RadarNetwork:
 def run(scene: Path, output: Path, network=None, **options):
     """Map a scene with the network above."""
     return map_scene(network or RadarNetwork(), read_scene(scene), PLAN | options, output, {"weights": "none"})
-
-
-if __name__ == "__main__":  # a process of its own, to be killed
-    import sys
-
-    run(Path(sys.argv[1]), Path(sys.argv[2]))

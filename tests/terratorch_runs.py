@@ -1,90 +1,42 @@
-"""Plain ``terratorch fit`` in processes of their own, forked from one that has imported it: seconds, not minutes.
+"""Two recipes of a few steps for plain ``terratorch fit``, and whether two checkpoints are the same.
 
-Two recipes of a few steps: the demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a ResNet-18).
+The demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a ResNet-18).
 """
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from processes import Command
+
 ROOT = Path(__file__).parents[1]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["terratorch.cli_tools", "floodrepro.callbacks", "floodrepro.data.datamodule"])
 
 
-def _fit(argv: list[str], log: str) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as it is in a process of its own
-    os.setpgrp()  # signals for the group are this process's and its loader workers' alone
-    sys.path.insert(0, str(ROOT / "tests"))
-    file = Path(log).open("ab", buffering=0)  # noqa: SIM115  # open until the process ends
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
-    import torch
-    from terratorch.cli_tools import build_lightning_cli
-
-    torch.set_num_threads(1)  # more of them wait for each other where cores are shared
-    try:
-        build_lightning_cli(argv)
-    except SystemExit:
-        raise
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-        sys.exit(1)
+def terratorch_fit(recipe: dict[str, Any], folder: Path, *overrides: object, strikes: Sequence[Any] = ()) -> Command:
+    """Plain ``terratorch fit``, under way; it writes below its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "recipe.yaml"
+    config.write_text(yaml.safe_dump(recipe))
+    argv = ("fit", "--config", config, "--trainer.default_root_dir", folder, *overrides)
+    return Command(*argv, log=folder / "log.txt", program="terratorch", strikes=strikes)
 
 
-class Run:
-    """One ``terratorch fit``, under way or over; it writes below its folder."""
-
-    def __init__(self, recipe: dict[str, Any], folder: Path, *overrides: object) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._log = folder, folder / "log.txt"
-        config = folder / "recipe.yaml"
-        config.write_text(yaml.safe_dump(recipe))
-        argv = ["fit", "--config", str(config), "--trainer.default_root_dir", str(folder), *map(str, overrides)]
-        self._process = _context.Process(target=_fit, args=(argv, str(self._log)))
-        self._process.start()
-        self.pid = self._process.pid
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace") if self._log.exists() else ""
-
-    def wait(self, timeout: float = 180) -> int:
-        """The exit code, negative for a signal."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            self.kill(signal.SIGKILL, group=True)
-            raise AssertionError(f"still running after {timeout} s:\n{self.log[-3000:]}")
-        return self._process.exitcode
-
-    def kill(self, number: int, *, group: bool = False) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
-
-
-def with_callbacks(recipe: dict[str, Any], *more: dict[str, Any], every: int = 2, **trainer: Any) -> dict[str, Any]:
+def with_callbacks(recipe: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe with the three callbacks of floodrepro and a ModelCheckpoint, no logger, no progress bar."""
     callbacks = [
         {"class_path": "floodrepro.callbacks.NaNGuard"},
-        {"class_path": "floodrepro.callbacks.ExactResume", "init_args": {"every_n_steps": every}},
+        {"class_path": "floodrepro.callbacks.ExactResume", "init_args": {"every_n_steps": 2}},
         {"class_path": "floodrepro.callbacks.RunRecord"},
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
             "init_args": {"monitor": "val/loss", "filename": "best-{epoch}", "save_weights_only": True},
         },
-        *more,
     ]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks}
-    return recipe | {"trainer": {**recipe["trainer"], **quiet, **trainer}}
+    return recipe | {"trainer": {**recipe["trainer"], **quiet}}
 
 
 def demo(chips: Path, **data: Any) -> dict[str, Any]:

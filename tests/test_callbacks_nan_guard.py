@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from floodrepro.callbacks import NaNGuard
 from floodrepro.callbacks.nan_guard import chips_of, largest_values, not_finite
 from floodrepro.errors import Incident
-from terratorch_runs import Run, generic, with_callbacks
+from terratorch_runs import generic, terratorch_fit, with_callbacks
 from tiny_training import Data, Task, train
 
 
@@ -166,7 +166,7 @@ def test_plain_terratorch_names_the_file_with_the_bad_pixel(tmp_path: Path):
         pixels = file.read(1)
         pixels[3, 3] = -float("inf")
         file.write(pixels, 1)
-    run = Run(with_callbacks(recipe), tmp_path / "run", "--trainer.limit_val_batches", 0)
+    run = terratorch_fit(with_callbacks(recipe), tmp_path / "run", "--trainer.limit_val_batches", 0)
     assert run.wait() == 1
     assert "floodrepro.errors.Incident: NaNGuard stopped the run" in run.log
     assert "chips chip4_image.tif" in run.log

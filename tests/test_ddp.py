@@ -3,9 +3,9 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,16 +13,19 @@ import torch
 
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.run_folder import RunFolder
+from processes import Command
+from terratorch_runs import different
+from two_processes import environments, train_both
 
 HERE = Path(__file__).parent
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
-def command(*argv: object, program: tuple[str, ...] = (sys.executable, "-m")) -> subprocess.CompletedProcess[str]:
-    """A command line of its own: Lightning or torchrun starts the second process with the same arguments."""
+def command(*argv: object) -> subprocess.CompletedProcess[str]:
+    """A command line of its own: Lightning starts the second process with the same arguments."""
     paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [*program, "floodrepro", *(str(argument) for argument in argv)],
+        [sys.executable, "-m", "floodrepro", *(str(argument) for argument in argv)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
@@ -34,28 +37,26 @@ def command(*argv: object, program: tuple[str, ...] = (sys.executable, "-m")) ->
 def arguments(chips: Path, runs: Path, name: str, *extra: object) -> tuple[object, ...]:
     return (
         *("fit", "--config", "demo", "--data-root", chips, "--runs-root", runs, "--name", name),
-        *("--trainer.max_epochs", 2, "--data.init_args.batch_size", 1, "--trainer.log_every_n_steps", 1, *extra),
+        *("--trainer.max_epochs", 1, "--data.init_args.batch_size", 1, "--trainer.log_every_n_steps", 1, *extra),
     )
 
 
 @pytest.fixture(scope="module")
 def two(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """Two epochs in two processes, each step's chips noted by both."""
+    """An epoch in two processes, each step's chips noted by both."""
     runs = tmp_path_factory.mktemp("ddp")
-    notes = ("--trainer.callbacks+=faults.Notes", "--trainer.callbacks.folder", runs)
+    notes = ("--trainer.callbacks+=noting.Notes", "--trainer.callbacks.folder", runs)
     done = command(*arguments(chips, runs, "two", *TWO, *notes))
     assert done.returncode == 0, done.stderr
     assert "the global batch is 2" in done.stderr
-    assert done.stderr.count("epoch 2/2") == 1  # one process speaks
+    assert done.stderr.count("epoch 1/1") == 1  # one process speaks
     return RunFolder(runs / "two")
 
 
 def test_each_chip_is_seen_once_an_epoch(two, chips: Path):
     train = (chips / "split" / "impactmesh_flood_train.txt").read_text().split()
     notes = [(two.path.parent / f"train-{rank}.txt").read_text().split() for rank in (0, 1)]
-    half = len(train) // 2
-    for epoch in (slice(0, half), slice(half, None)):
-        assert sorted(notes[0][epoch] + notes[1][epoch]) == sorted(train)
+    assert sorted(notes[0] + notes[1]) == sorted(train)
 
 
 def test_each_step_sees_the_chips_that_one_process_would_see():
@@ -85,40 +86,41 @@ def test_metrics_of_two_processes_equal_one_process_s(two, cli):
     for name in compared:
         assert float(best[name]) == pytest.approx(one[name], abs=1e-5), name
     record = two.read_record()
-    assert (record["status"], record["processes"], record["progress"]["step"]) == ("finished", 2, 2 * 6)
+    assert (record["status"], record["processes"], record["progress"]["step"]) == ("finished", 2, 6)
 
 
-def test_the_death_of_one_process_ends_the_run_and_it_resumes_to_the_same_weights(two, chips: Path, tmp_path: Path):
-    death = ("--trainer.callbacks+=faults.Death", "--trainer.callbacks.step", 8, "--trainer.callbacks.rank", 1)
-    done = command(*arguments(chips, tmp_path, "killed", *TWO, "--save-every", 2, *death))
-    assert done.returncode != 0
-    run = RunFolder(tmp_path / "killed")
-    assert run.read_record()["status"] != "finished"
-    # Without the callback that kills, which the recipe named.
-    done = command(*arguments(chips, tmp_path, "killed", *TWO, "--save-every", 2, "--resume-anyway"))
-    assert done.returncode == 0, done.stderr
-    ours, theirs = (torch.load(r.checkpoints / "last.ckpt", weights_only=True) for r in (run, two))
-    for name, tensor in theirs["state_dict"].items():
-        assert torch.equal(ours["state_dict"][name], tensor), name
+def test_two_processes_stop_together_die_together_and_resume_to_the_same_bits(tmp_path: Path):
+    assert train_both(tmp_path / "straight")[0] == [0, 0]
+    struck = tmp_path / "struck"
+    last = struck / "checkpoints" / "last.ckpt"
+    assert train_both(struck, "SIGTERM", 13)[0] == [143, 143]
+    assert torch.load(last, weights_only=True)["global_step"] == 19  # asked every tenth batch
+    codes, log = train_both(struck, "SIGKILL", 25)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0, log
+    assert train_both(struck)[0] == [0, 0]
+    assert different(tmp_path / "straight" / "checkpoints" / "last.ckpt", last)[0] == []
 
 
-def test_one_process_s_value_that_is_not_finite_stops_all(chips: Path, tmp_path: Path):
-    name = "model.neck.2.fpn1.1.running_mean"
-    poison = ("--trainer.callbacks+=faults.Poison", "--trainer.callbacks.step", 6, "--trainer.callbacks.name", name)
-    done = command(*arguments(chips, tmp_path, "poisoned", *TWO, *poison, "--trainer.callbacks.rank", 1))
-    assert done.returncode == 3, done.stderr
-    assert RunFolder(tmp_path / "poisoned").read_record()["incidents"]
+def test_one_process_s_value_that_is_not_finite_stops_all(tmp_path: Path):
+    codes, log = train_both(tmp_path, "poison", 9)  # the end of an epoch
+    assert codes == [1, 1]
+    assert log.count("Incident: NaNGuard stopped the run") >= 2
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 9
 
 
-def test_refusal_of_one_process_ends_those_that_torchrun_started_within_seconds(chips: Path, tmp_path: Path):
+def test_refusal_of_one_process_ends_those_that_a_cluster_started_within_seconds(chips: Path, tmp_path: Path):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "run.json").write_text("{}")
     (tmp_path / "taken" / "recipe.yaml").mkdir()  # the first process cannot write its recipe
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    start = time.monotonic()
-    done = command(*arguments(chips, tmp_path, "taken", *TWO), program=torchrun)
-    assert done.returncode != 0
-    assert time.monotonic() - start < 200  # two imports of TerraTorch; the rendezvous would wait for 30 minutes
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    both = [
+        Command(*arguments(chips, tmp_path, "taken", *TWO), log=tmp_path / f"{rank}.log", environment=environment)
+        for rank, environment in enumerate(environments(**torchrun))
+    ]
+    for process in both:
+        assert process.wait(timeout=120) in (1, 2), process.log  # the rendezvous would wait for 30 minutes
+        assert "the run folder cannot be written" in process.log
 
 
 def test_rollback_with_several_processes_is_refused_before_the_second_one_starts(chips: Path, tmp_path: Path, cli):

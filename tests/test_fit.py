@@ -15,13 +15,19 @@ from floodrepro import recipe as recipes
 from floodrepro.run_folder import RunFolder, sha256_of
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
+SMALL = (
+    *("--data.init_args.batch_size", 2, "--data.init_args.timesteps", "[1,2]"),
+    *("--model.init_args.model_args.backbone_temporal_n_timestamps", 2),
+    *("--model.init_args.model_args.backbone_temporal_pooling", "mean"),
+    *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
+)
 
 
 @pytest.fixture
 def fit(cli, chips: Path, tmp_path: Path):
-    def run(*extra: object, name: str = "run", steps: tuple = ONE_STEP):
-        where = ("--data-root", chips, "--runs-root", tmp_path, "--name", name)
-        return cli("fit", "--config", "demo", *where, *steps, *extra)
+    def run(*extra: object, name: str = "run", steps: tuple = ONE_STEP, size: tuple = SMALL, root: Path = chips):
+        where = ("--data-root", root, "--runs-root", tmp_path, "--name", name)
+        return cli("fit", "--config", "demo", *where, *size, *steps, *extra)
 
     return run
 
@@ -51,13 +57,6 @@ def test_record_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
     assert record["checkpoint_sha256"] == sha256_of(trained.best)
 
 
-def test_stdout_holds_the_result_and_nothing_else(fit, tmp_path: Path):
-    outcome = fit("--format", "json")
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["run"] == str(tmp_path / "run")
-    assert "epoch 1/1" in outcome.err
-
-
 def test_finished_run_is_left_alone_and_the_same_command_exits_0(cli, trained, chips):
     before = {path: path.stat().st_mtime_ns for path in trained.path.rglob("*")}
     where = ("--data-root", chips, "--runs-root", trained.path.parent, "--name", trained.path.name)
@@ -80,54 +79,39 @@ def test_folder_of_something_else_is_refused(fit, tmp_path: Path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_more_epochs_extend_a_finished_run_to_the_weights_of_a_longer_one(fit, tmp_path: Path):
-    short = ("--trainer.limit_val_batches", 1, "--data.init_args.batch_size", 4)
-    for name, epochs in (("extended", 1), ("extended", 2), ("straight", 2)):
-        outcome = fit("--trainer.max_epochs", epochs, name=name, steps=short)
+def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
+    for epochs in (1, 2):
+        outcome = fit("--trainer.max_epochs", epochs)
         assert outcome.code == 0, outcome.err
-    one, other = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("extended", "straight")
-    )
-    assert all(torch.equal(one[key], other[key]) for key in one)
-    rows = [row["epoch"] for row in RunFolder(tmp_path / "extended").read_metrics() if row.get("val/loss")]
-    assert rows == ["0", "1"]
+    run = RunFolder(tmp_path / "run")
+    assert [row["epoch"] for row in run.read_metrics() if row.get("val/loss")] == ["0", "1"]
+    assert (run.read_record()["status"], run.read_record()["epochs"]) == ("finished", 2)
 
 
 def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tmp_path: Path):
-    outcome = fit("--weights", trained.best, "--optimizer.init_args.lr", 0.0)
+    outcome = fit("--weights", trained.best, "--optimizer.init_args.lr", 0.0, size=())
     assert outcome.code == 0, outcome.err
     begun = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     source = torch.load(trained.best, weights_only=True)["state_dict"]
-    names = dict(torch.load(trained.best, weights_only=True)["state_dict"])
-    learned = [key for key in names if "running" not in key and "num_batches" not in key]
+    learned = [key for key in source if "running" not in key and "num_batches" not in key]
     assert all(torch.equal(begun[key], source[key]) for key in learned)  # the learning rate is 0
-    other = fit(
-        *("--weights", trained.best, "--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
-        name="other",
-    )
+    other = fit("--weights", trained.best, name="other")
     assert other.code == 0, other.err
     assert "decoder" in other.err
     assert "do not fit" in other.err
 
 
-def test_a_layer_may_hold_a_few_keys_only(cli, tmp_path: Path):
+def test_print_config_shows_layers_overrides_and_defaults_and_makes_nothing(fit, tmp_path: Path):
     layer = tmp_path / "mine.yaml"
     layer.write_text("data: {init_args: {batch_size: 4}}\ntrainer: {max_epochs: 7}\n")
-    outcome = cli("fit", "--config", "demo", "--config", layer, "--print_config")
+    outcome = fit("--config", layer, "--print_config", "--precision", "bf16", size=(), steps=())
     assert outcome.code == 0, outcome.err
     recipe = yaml.safe_load(outcome.out)
     assert (recipe["data"]["init_args"]["batch_size"], recipe["trainer"]["max_epochs"]) == (4, 7)
     assert recipe["data"]["class_path"] == recipes.read_yaml(recipes.find("demo"))["data"]["class_path"]
-
-
-def test_print_config_shows_defaults_and_makes_nothing(fit, tmp_path: Path):
-    outcome = fit("--print_config", "--precision", "bf16")
-    assert outcome.code == 0, outcome.err
-    recipe = yaml.safe_load(outcome.out)
     assert recipe["trainer"]["precision"] == "bf16-mixed"
     assert "gradient_clip_val" in recipe["trainer"]  # a default that the recipe does not name
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [layer]
     assert "--trainer.max_epochs" in fit("--trainer.help").out
 
 
@@ -147,9 +131,11 @@ def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path, how)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bf16_trains_on_a_cpu(fit):
-    outcome = fit("--precision", "bf16")
+def test_bf16_trains_on_a_cpu_and_stdout_holds_the_result_and_nothing_else(fit, tmp_path: Path):
+    outcome = fit("--precision", "bf16", "--format", "json")
     assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["run"] == str(tmp_path / "run")
+    assert "epoch 1/1" in outcome.err
 
 
 def test_two_fits_with_one_seed_give_the_same_weights_whatever_the_number_of_workers(fit, tmp_path: Path):
@@ -165,30 +151,28 @@ def test_two_fits_with_one_seed_give_the_same_weights_whatever_the_number_of_wor
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(cli, own_chips, tmp_path: Path, workers):
+def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path, workers):
     train = own_chips / "split" / "impactmesh_flood_train.txt"
     for chip in train.read_text().split():
         (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
-    where = ("--data-root", own_chips, "--runs-root", tmp_path / "runs")
-    outcome = cli("fit", "--config", "demo", *where, "--data.init_args.num_workers", workers)
+    outcome = fit("--data.init_args.num_workers", workers, root=own_chips)
     assert outcome.code == 1
     assert len(outcome.report) == 3
     assert "_S1RTC.zarr.zip" in outcome.report[1]
-    run = RunFolder(tmp_path / "runs" / "demo")
+    run = RunFolder(tmp_path / "run")
     assert run.read_record()["status"] == "failed"
     assert outcome.report[0] in run.log.read_text()
 
 
-def test_skipped_chips_are_recorded_and_one_too_many_ends_the_fit(cli, own_chips, tmp_path: Path):
+def test_skipped_chips_are_recorded_and_one_too_many_ends_the_fit(fit, own_chips, tmp_path: Path):
     train = (own_chips / "split" / "impactmesh_flood_train.txt").read_text().split()
     for chip in train[:2]:
         (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
-    where = ("--data-root", own_chips, "--runs-root", tmp_path, "--trainer.max_epochs", 1)
-    batch = ("--data.init_args.batch_size", 6)
-    outcome = cli("fit", "--config", "demo", *where, *batch, "--name", "two", "--skip-damaged", 2)
+    epoch = ("--trainer.max_epochs", 1, "--trainer.limit_val_batches", 1, "--data.init_args.batch_size", 6)
+    outcome = fit("--skip-damaged", 2, name="two", root=own_chips, steps=epoch)
     assert outcome.code == 0, outcome.err
     assert sorted(RunFolder(tmp_path / "two").read_record()["failed_chips"]) == sorted(train[:2])
-    assert cli("fit", "--config", "demo", *where, *batch, "--name", "one", "--skip-damaged", 1).code == 1
+    assert fit("--skip-damaged", 1, name="one", root=own_chips, steps=epoch).code == 1
 
 
 CALLBACK = """
@@ -219,7 +203,7 @@ def test_best_checkpoint_follows_the_recipe_s_own_monitor(cli, chips, tmp_path: 
     path.write_text(recipes.to_yaml(recipe))
     outcome = cli(
         *("fit", "--config", path, "--data-root", chips, "--runs-root", tmp_path, "--name", "run"),
-        *("--trainer.max_epochs", 2, "--trainer.limit_train_batches=1"),
+        *(*SMALL, "--trainer.max_epochs", 2, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"),
     )
     assert outcome.code == 0, outcome.err
     assert "ModelCheckpoint monitors val/mIoU with mode: min, which prefers the worst epoch" in outcome.err
@@ -236,14 +220,7 @@ def test_loggers_and_checkpoints_that_you_sent_elsewhere_stay_there(fit, tmp_pat
     outcome = fit(
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         *("--trainer.callbacks.dirpath", mine, "--trainer.callbacks.monitor", "val/mIoU"),
-        *(
-            "--trainer.callbacks.mode",
-            "max",
-            "--trainer.callbacks.save_top_k",
-            2,
-            "--trainer.callbacks.save_last",
-            "true",
-        ),
+        *("--trainer.callbacks.mode", "max", "--trainer.callbacks.save_top_k", 2, "--trainer.callbacks.save_last=true"),
         "--trainer.logger+=lightning.pytorch.loggers.CSVLogger",
         *("--trainer.logger.save_dir", mine, "--trainer.logger.name", "logs"),
     )

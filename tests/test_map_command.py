@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import yaml
 
 from floodrepro.data.scenes import write_scene
 from floodrepro.evaluation import chip_table
 from map_scenes import make_scene
+
+FLAGS = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +38,9 @@ def event_chips(chips, event=0):
     return [chip for chip in ids if chip.split("_")[0] == events[event]]
 
 
-def class_of(folder):
-    with rasterio.open(folder / "class.tif") as file:
-        return file.read(1)
+def class_of(folder, name="class"):
+    with rasterio.open(folder / f"{name}.tif") as file:
+        return file.read(1).astype(int)
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +48,7 @@ def mapped(cli, chips, random_weights, tmp_path_factory):
     """A generated event of three chips, mapped; the scene lies in ../scene."""
     root = tmp_path_factory.mktemp("mapped")
     scene = write_scene(chips, event_chips(chips, 1), root / "scene")
-    flags = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
-    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", root / "map", *flags)
+    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", root / "map", *FLAGS)
     assert outcome.code == 0, outcome.err
     return root / "map"
 
@@ -80,21 +82,36 @@ def test_the_chips_of_a_scene_lie_where_they_were(chips, mapped):
     assert 0.7 < record["shares_of_area"]["seen"] <= 0.75  # three chips in a square of four
 
 
-def test_an_export_maps_as_its_checkpoint(cli, random_weights, mapped, tmp_path):
-    export = ("export", "--ckpt", random_weights, "--output", tmp_path / "pair", "--no-card")
-    assert cli(*export).code == 0
-    flags = ("--crop", 32, "--min-seen", 0, "--max-gap", 9, "--format", "json")
+def test_an_export_of_a_fire_recipe_maps_as_its_checkpoint_and_says_so(cli, random_weights, mapped, tmp_path):
+    recipe = yaml.safe_load(random_weights.with_suffix(".yaml").read_text())
+    recipe["data"]["init_args"] |= {"protocol": "custom", "class_names": ["burned", "rest"], "positive_class": 0}
+    (tmp_path / "fire.yaml").write_text(yaml.safe_dump(recipe))
+    export = ("export", "--ckpt", random_weights, "--config", tmp_path / "fire.yaml", "--output", tmp_path / "pair")
+    outcome = cli(*export, "--no-card")
+    assert outcome.code == 0, outcome.err
     scene = mapped.parent / "scene" / "scene.yaml"
-    outcome = cli("map", "--export", tmp_path / "pair", "--scene", scene, "--output", tmp_path / "map", *flags)
+    outcome = cli("map", "--export", tmp_path / "pair", "--scene", scene, "--output", tmp_path / "map", *FLAGS)
     assert outcome.code == 0, outcome.err
     assert np.array_equal(class_of(tmp_path / "map"), class_of(mapped))
-    assert json.loads(outcome.out)["names"] == ["rest", "flood"]
+    record = json.loads((tmp_path / "map" / "map.json").read_text())
+    assert (record["names"], record["positive"]) == (["burned", "rest"], 0) and "burned" in record["polygons"]
+
+
+def test_bf16_maps_nearly_as_fp32_on_a_cpu_one_tile_at_a_time(cli, random_weights, mapped, tmp_path):
+    scene = mapped.parent / "scene" / "scene.yaml"
+    command = ("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "map", "--precision", "bf16")
+    outcome = cli(*command, *FLAGS)
+    assert outcome.code == 0, outcome.err
+    record = json.loads((tmp_path / "map" / "map.json").read_text())
+    assert (record["precision"], record["batch"]) == ("bf16-mixed", 1)
+    one, other = (class_of(folder, "probability") for folder in (mapped, tmp_path / "map"))
+    seen = one != 255
+    assert np.array_equal(seen, other != 255) and 0 < abs(one - other)[seen].max() <= 10  # 4 points of 250
 
 
 def test_optical_bands_of_20_m_in_degrees_map_nearly_the_same(cli, chips, random_weights, mapped, tmp_path):
     scene = write_scene(chips, event_chips(chips, 1), tmp_path / "scene", mixed=True)
-    flags = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
-    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "map", *flags)
+    outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "map", *FLAGS)
     assert outcome.code == 0, outcome.err
     one, other = class_of(mapped), class_of(tmp_path / "map")
     both = (one != 255) & (other != 255)
@@ -116,7 +133,7 @@ def test_problems_stop_a_map_and_are_recorded_with_anyway(cli, random_weights, t
     scene.write_text(scene.read_text().replace("unit: dB", "unit: power"))
     command = ("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "m", "--crop", 32)
     outcome = cli(*command)
-    assert outcome.code == 1 and "the scene has 4 problems" in outcome.err and not (tmp_path / "m").exists()
+    assert outcome.code == 1 and "the scene has 4 problems: S1RTC" in outcome.err and not (tmp_path / "m").exists()
     outcome = cli(*command, "--anyway")  # negative power is no power: nothing of the radar is left
     assert outcome.code == 0, outcome.err
     assert len(json.loads((tmp_path / "m" / "map.json").read_text())["problems"]) == 4

@@ -24,12 +24,6 @@ RANDOM_WEIGHTS = "--model.init_args.model_args.backbone_pretrained=false"
 ON_CPU = "--trainer.precision=32-true"
 
 
-def built(name: str) -> RecipeCLI:
-    cli = RecipeCLI([recipes.find(name)], [RANDOM_WEIGHTS, ON_CPU])
-    cli.build()
-    return cli
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "tensors"),
     [
@@ -39,7 +33,8 @@ def built(name: str) -> RecipeCLI:
     ],
 )
 def test_every_shipped_recipe_builds_the_model_it_claims(name, parameters, tensors):
-    cli = built(name)
+    cli = RecipeCLI([recipes.find(name)], [RANDOM_WEIGHTS, ON_CPU])
+    cli.build()
     assert sum(p.numel() for p in cli.model.parameters()) == parameters
     assert all(p.requires_grad for p in cli.model.parameters())
     assert len(cli.model.state_dict()) == tensors

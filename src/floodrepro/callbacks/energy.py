@@ -1,8 +1,7 @@
-"""Energy of the devices that a run computes on, and by which of four methods the figure came about.
+"""Energy of the devices that a run computes on, without host and cooling, and the method behind the figure.
 
 In order of preference: ``counter`` (NVML's energy counter), ``power`` (sampled power, integrated), ``tdp`` (rated power
-times time, an upper estimate) and ``none``. One figure comes from one method, for all devices and the whole time. It is
-the energy of the devices alone: no host, no cooling.
+times time, an upper estimate) and ``none``. One figure comes from one method, for all devices and the whole time.
 """
 
 import importlib
@@ -120,22 +119,24 @@ class EnergyMeter:
 
     def reading(self) -> dict[str, Any]:
         """Energy since `start`: ``joules`` and ``kWh`` (None where unknown), ``method``, ``note`` and ``devices``."""
-        return self._reading() | {"devices": len(self._sources)}
-
-    def _reading(self) -> dict[str, Any]:
         if self._final is not None:
             return self._final
         self._sample()
         count, seconds = self._sum("counter"), self._clock() - self._began
         names = " + ".join(source.name for source in self._sources) or "no GPU"
         rated = [source.tdp_w for source in self._sources if source.tdp_w is not None]
+        joules, method, note = math.nan, "none", f"no counter, power or rated power: {names}"
         if self._first is not None and count is not None and count > self._first:
-            return _result(count - self._first, "counter", f"energy counter of {names}")
-        if self._joules > 0 and self._covered >= COVERAGE * seconds:
-            return _result(self._joules, "power", f"power of {names}, read every {self._interval_s:g} s and integrated")
-        if rated and len(rated) == len(self._sources):
-            return _result(sum(rated) * seconds, "tdp", f"upper estimate: {sum(rated):g} W rated power of {names}")
-        return _result(None, "none", f"no counter, power or rated power: {names}")
+            joules, method, note = count - self._first, "counter", f"energy counter of {names}"
+        elif self._joules > 0 and self._covered >= COVERAGE * seconds:
+            joules, method = self._joules, "power"
+            note = f"power of {names}, read every {self._interval_s:g} s and integrated"
+        elif rated and len(rated) == len(self._sources):
+            joules, method = sum(rated) * seconds, "tdp"
+            note = f"upper estimate: {sum(rated):g} W rated power of {names}"
+        known = {"joules": round(joules, 3), "kWh": round(joules / 3.6e6, 9)}
+        figures = known if math.isfinite(joules) else dict.fromkeys(known)
+        return {**figures, "method": method, "note": note, "devices": len(self._sources)}
 
     def stop(self) -> dict[str, Any]:
         """End the measurement and give its `reading`; a second call gives the same one."""
@@ -167,8 +168,3 @@ class EnergyMeter:
         except Exception:  # whatever a driver's library raises must not end a run
             return None
         return sum(values) if values and all(math.isfinite(v) and v >= 0 for v in values) else None
-
-
-def _result(joules: float | None, method: str, note: str) -> dict[str, Any]:
-    kwh = None if joules is None else round(joules / 3.6e6, 9)
-    return {"joules": None if joules is None else round(joules, 3), "kWh": kwh, "method": method, "note": note}

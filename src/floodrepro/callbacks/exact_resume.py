@@ -1,4 +1,4 @@
-"""A run that was killed or stopped goes on to the same bits as one that never was, in any TerraTorch recipe.
+"""A run that was killed or stopped resumes to the same bits as one that never was, in any TerraTorch recipe.
 
 Lightning saves model, optimizer, schedulers, loops and callbacks. It lacks the generators, and its resuming is exact
 from two moments only: before a training batch that opens no epoch, and before a validation. `ExactResume` saves there,
@@ -12,25 +12,20 @@ import random
 import signal
 import sys
 import threading
-import time
-import traceback
 import warnings
-import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from floodrepro.errors import CheckpointError, Interrupted, UsageError
 
-KEY = "floodrepro"  # of what is added to Lightning's checkpoint
+_KEY = "exact_resume"  # of what is added to Lightning's checkpoint
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGREE_EVERY = 10  # batches: asking all processes costs a round trip
@@ -61,50 +56,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.close(folder)
         except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the disk says
             partial.unlink(missing_ok=True)
-            what, fix = (
-                f"the checkpoint cannot be written: {error}",
-                "free some disk and resume: the one before is whole",
-            )
-            raise CheckpointError(what, where=target, fix=fix) from error
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint to the CPU; unless told otherwise tensors and plain values only, so that nothing is run."""
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only is not False)
-        return loaded
-
-
-def newest_state(dirpath: str | Path) -> Path | None:
-    """The newest full state of which every byte is as it was written.
-
-    A ``last.ckpt`` that is cut or altered is kept under another name, and a warning says so.
-
-    Args:
-        dirpath: Folder of the states.
-
-    Returns:
-        ``last.ckpt`` or ``previous.ckpt``; None where neither was written yet.
-
-    Raises:
-        CheckpointError: There was one, and none is whole.
-    """
-    last, previous = Path(dirpath, LAST), Path(dirpath, PREVIOUS)
-    found = next((path for path in (last, previous) if _is_whole(path)), None)
-    damaged = last if last.exists() else previous
-    if found is None and damaged.exists():
-        raise CheckpointError("the full state is damaged", where=damaged, fix="start again in another folder")
-    if found == previous and last.exists():
-        aside = last.replace(last.with_name(f"{LAST}.damaged-{time.time_ns()}"))
-        _say(f"warning: {last} is damaged and was renamed to {aside.name}; {PREVIOUS} is used instead")
-    return found
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a file of torch.save is there and its checksums are right."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError):
-        return False
+            fix = "free some disk and resume: the one before is whole"
+            raise CheckpointError(f"the checkpoint cannot be written: {error}", where=target, fix=fix) from error
 
 
 class ExactResume(Callback):
@@ -117,13 +70,13 @@ class ExactResume(Callback):
             - class_path: floodrepro.callbacks.ExactResume
               init_args: {dirpath: runs/mine/checkpoints, every_n_steps: 500}
 
-    Go on with ``terratorch fit --config mine.yaml --ckpt_path runs/mine/checkpoints/last.ckpt``.
+    Resume with ``terratorch fit --config mine.yaml --ckpt_path runs/mine/checkpoints/last.ckpt``.
 
-    States are saved before each validation, at the end of an epoch without one, every N steps, when the process is told
-    to stop, and at the end. Within an epoch that needs a sampler that can start there: one with an attribute
-    ``starts_mid_epoch = True``, which leaves out the batches behind it. With any other, states are saved at the end of
-    each epoch only. Weights, optimizer, schedulers, best checkpoints and validation are the same to the bit; training
-    metrics of an epoch that was resumed in its middle cover the part after the resume.
+    States are saved before each validation, at the end of an epoch without one, every N steps, when a signal stops the
+    run, and at the end. Within an epoch that needs a sampler with an attribute ``starts_mid_epoch = True`` that leaves
+    out the batches behind it; with any other, states are saved at the end of each epoch only. Weights, optimizer,
+    schedulers, best checkpoints and validation are the same to the bit; training metrics of an epoch that was resumed
+    in its middle cover the part after the resume.
 
     A signal raises `floodrepro.errors.Interrupted`, which also plain ``terratorch fit`` leaves with exit code 128 + the
     signal's number. A second one stops at once. Loader workers that are forked leave signals to the training process.
@@ -131,29 +84,21 @@ class ExactResume(Callback):
     Args:
         dirpath: Folder of ``last.ckpt`` and ``previous.ckpt``; ``checkpoints`` below ``default_root_dir`` if None.
         every_n_steps: Optimizer steps between two states within an epoch.
-        identity: Plain values that the state holds as ``["floodrepro"]["identity"]``.
-
-    Attributes:
-        seconds: Spent in writing states by this process.
     """
 
-    def __init__(
-        self, dirpath: str | None = None, every_n_steps: int = 500, identity: dict[str, Any] | None = None
-    ) -> None:
-        self._dirpath, self._every, self._identity = dirpath, every_n_steps, identity
+    def __init__(self, dirpath: str | None = None, every_n_steps: int = 500) -> None:
+        self._dirpath, self._every = dirpath, every_n_steps
         self._folder, self._process = Path(), 0
         self._mid_epoch = False  # whether the data can be taken up in the middle of an epoch
         self._signal = self._asked = 0
         self._moment: str | None = None  # of the state that is being saved
         self._state: dict[str, Any] | None = None  # that was loaded and waits to be put back
         self._saved = -1  # step of the newest state
-        self.seconds = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot be resumed exactly, before anything is trained."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.callbacks = [one for one in callbacks if one is not self]  # type: ignore[attr-defined]
+        if stage != "fit" or trainer.fast_dev_run:
+            trainer.callbacks = [one for one in trainer.callbacks if one is not self]
             return
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             kind = type(trainer.strategy).__name__
@@ -164,7 +109,7 @@ class ExactResume(Callback):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         _shield_loader_workers()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to write over states of another run, or beside somebody else who writes ``last.ckpt``."""
         last = self._folder / LAST
         if any(c.save_last and Path(c.dirpath or "").resolve() == last.parent.resolve() for c in _best(trainer)):
@@ -174,8 +119,8 @@ class ExactResume(Callback):
             fix = f"--ckpt_path {last} to resume it, or another dirpath for a new run"
             raise UsageError("a full state is there already", where=last, fix=fix)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals over from Lightning, and find out from where this data module can go on."""
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take the signals over from Lightning, and find out from where this data module can be resumed."""
         if threading.current_thread() is threading.main_thread():  # Python refuses it elsewhere
             for number in _SIGNALS:
                 signal.signal(number, self._remember)  # Lightning gives the handlers back that were there before
@@ -193,13 +138,13 @@ class ExactResume(Callback):
             trainer.fit_loop.restarting = False  # it begins an epoch like any other
             trainer.fit_loop._resuming_from_checkpoint = False
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Save the end of an epoch that no validation has saved."""
         self._restore(trainer, pl_module)
         if trainer.current_epoch and self._saved != trainer.global_step:
             self._save(trainer, "epoch")
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Save where it is time; stop where that was asked for."""
         self._restore(trainer, pl_module)
         step, stop = trainer.global_step, self._told_to_stop(trainer)
@@ -210,8 +155,8 @@ class ExactResume(Callback):
         if stop and (step in (0, self._saved) or not self._mid_epoch):
             raise self._interrupted()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save: from here a killed run goes on with the validation, whatever the kill hits in it."""
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save: from here a killed run resumes with the validation, whatever the kill hits in it."""
         if trainer.sanity_checking:
             return
         self._restore(trainer, pl_module)
@@ -221,56 +166,39 @@ class ExactResume(Callback):
         if exact and self._saved != trainer.global_step and not loop._should_accumulate():
             self._save(trainer, "validation")
 
-    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
         """Stop where that was asked for. Several processes may have different numbers of batches: they stop later."""
         kept = self._saved == trainer.global_step or not self._mid_epoch
         if self._signal and kept and trainer.world_size == 1:
             raise self._interrupted()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Let plateau schedulers step: Lightning leaves them out in an epoch that it resumed into."""
         trainer.fit_loop._restarting = False  # its setter would say True where max_steps is set
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the end."""
         self._save(trainer, "epoch")
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save if the next batch could not be read: the steps before it are complete."""
-        if isinstance(exception, Interrupted) or trainer.world_size > 1 or self._state is not None:
-            return
-        files = [frame.filename for frame in traceback.extract_tb(exception.__traceback__)]
-        reading = trainer.training and any(file.endswith("loops/fetchers.py") for file in files)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-        if reading and self._may_save(trainer, done) and self._saved != trainer.global_step:
-            self._save(trainer, "batch")
-            _say(f"the state of step {self._saved} is saved")
-        self._signal = self._signal or (signal.SIGTERM if trainer.received_sigterm else 0)
-        if self._signal:  # which also killed a loader worker
-            trainer._teardown()
-            raise self._interrupted() from exception
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add to Lightning's checkpoint; those of other callbacks stay Lightning's own."""
         if self._moment is None:
             return
         loops = checkpoint["loops"]["fit_loop"]
-        ranks = [generators := _generators(pl_module)] * trainer.world_size
+        ranks = [generators := _generators(pl_module.device)] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(ranks, generators)
-        checkpoint[KEY] = {
+        checkpoint[_KEY] = {
             "moment": self._moment,
-            "identity": self._identity,
             "should_stop": trainer.should_stop,
             "validated": dict(loops["epoch_loop.val_loop.batch_progress"]["total"]),
-            "files": {callback.state_key: sorted(_files_of(callback)) for callback in _best(trainer)},
             "ranks": ranks,
         }
         _settle_progress(loops, self._moment)
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what was added until it can be put back; let the best checkpoints be found again."""
-        self._state = state = checkpoint.get(KEY)
+        self._state = state = checkpoint.get(_KEY)
         if state is None:
             _say("warning: this checkpoint holds no generators: the run will differ from an uninterrupted one")
             return
@@ -281,15 +209,12 @@ class ExactResume(Callback):
             trainer.should_stop = state["should_stop"]
         if state["moment"] == "validation" and checkpoint["global_step"] == trainer.max_steps:
             state["max_steps"] = trainer.max_steps
-            trainer.fit_loop.epoch_loop.max_steps += (
-                1  # until the validation begins: Lightning would leave out the last one
-            )
-        for callback in _best(trainer):
-            best = checkpoint["callbacks"].get(callback.state_key)
-            if best and callback.dirpath:
-                callback.current_score = best["current_score"]  # Lightning saves it and does not load it
-                _relocate(best, str(callback.dirpath))
-                _write_again(callback, state["files"].get(callback.state_key, ()))
+            trainer.fit_loop.epoch_loop.max_steps += 1  # until the last validation begins, or it would be left out
+        names = [(callback.dirpath, callback.filename) for callback in _best(trainer)]
+        for callback, name in zip(_best(trainer), names, strict=True):
+            if names.count(name) == 1:  # an epoch that runs again writes its file again, no -v1 beside it
+                callback._enable_version_counter = False
+            _bring_best(callback, checkpoint["callbacks"])
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:  # a child that somebody else forked
@@ -302,7 +227,7 @@ class ExactResume(Callback):
         name = signal.Signals(number).name  # print() must not be interrupted by itself
         os.write(2, f"floodrepro: {name}: stopping after this batch, twice stops at once\n".encode())
 
-    def _told_to_stop(self, trainer: Trainer) -> bool:
+    def _told_to_stop(self, trainer: Any) -> bool:
         """Whether to stop now; with several processes all of them answer alike."""
         self._asked += 1
         if trainer.world_size > 1:
@@ -313,8 +238,8 @@ class ExactResume(Callback):
             self._signal = int(number)
         return self._signal != 0
 
-    def _may_save(self, trainer: Trainer, batches: int) -> bool:
-        """Whether Lightning can go on exactly from here: *batches* of the epoch are done, the next has not begun."""
+    def _may_save(self, trainer: Any, batches: int) -> bool:
+        """Whether Lightning can resume exactly from here: *batches* of the epoch are done, the next has not begun."""
         total = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         since = batches if trainer.check_val_every_n_epoch is not None else total
         validated = since % (trainer.val_check_batch or math.inf) == 0
@@ -324,17 +249,16 @@ class ExactResume(Callback):
         saved = f"the state of step {self._saved} is saved" if self._saved >= 0 else "no state was saved yet"
         return Interrupted(self._signal, self._folder, saved)
 
-    def _save(self, trainer: Trainer, moment: str) -> None:
-        start, before = time.perf_counter(), trainer.strategy.checkpoint_io
+    def _save(self, trainer: Any, moment: str) -> None:
+        before = trainer.strategy.checkpoint_io
         self._moment, trainer.strategy.checkpoint_io = moment, AtomicCheckpointIO()  # whatever a recipe's plugin does
         try:
             trainer.save_checkpoint(self._folder / LAST, weights_only=False)
             self._saved = trainer.global_step
         finally:
             self._moment, trainer.strategy.checkpoint_io = None, before
-            self.seconds += time.perf_counter() - start
 
-    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _restore(self, trainer: Any, pl_module: Any) -> None:
         state, self._state = self._state, None
         if state is None:
             return
@@ -343,8 +267,7 @@ class ExactResume(Callback):
             trainer.fit_loop.epoch_loop.max_steps = state.get("max_steps", trainer.max_steps)
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.load_state_dict(state["validated"])
         random.setstate(mine["python"])
-        keys, *rest = mine["numpy"]
-        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+        np.random.set_state(mine["numpy"])
         torch.set_rng_state(mine["torch"])
         if mine["cuda"] is not None and pl_module.device.type == "cuda":
             torch.cuda.set_rng_state(mine["cuda"], pl_module.device)
@@ -352,15 +275,14 @@ class ExactResume(Callback):
             _say(f"resuming at step {trainer.global_step}, epoch {trainer.current_epoch + 1}")
 
 
-def _generators(pl_module: LightningModule) -> dict[str, Any]:
+def _generators(device: torch.device) -> dict[str, Any]:
     """The generators of this process, as tensors and plain values."""
-    _, keys, position, has_gauss, cached = np.random.get_state()
-    on_gpu = pl_module.device.type == "cuda"
+    name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None,  # of this process's device alone
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,  # of this process's device alone
     }
 
 
@@ -370,51 +292,33 @@ def _settle_progress(loops: dict[str, Any], moment: str) -> None:
     if moment == "validation":  # "interrupted in its first batch": else Lightning would leave the validation out
         loops["epoch_loop.val_loop.batch_progress"]["total"].update(ready=1, started=1, processed=0, completed=0)
         return
-    for counts in (batches if moment == "batch" else epochs,):  # what is about to begin has not begun
-        for kind in ("total", "current"):
-            counts[kind]["ready"] = counts[kind]["completed"]
+    for counts in (batches if moment == "batch" else epochs).values():  # what is about to begin has not begun
+        if isinstance(counts, dict):
+            counts["ready"] = counts["completed"]
     if moment == "epoch":
         batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
 
 
-def _best(trainer: Trainer) -> list[ModelCheckpoint]:
+def _best(trainer: Any) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
-def _files_of(callback: ModelCheckpoint) -> set[str]:
-    return {path.name for path in Path(callback.dirpath or ".").glob(f"*{callback.FILE_EXTENSION}")}
-
-
-def _relocate(state: dict[str, Any], folder: str) -> None:
-    """Let a ModelCheckpoint find its files where the run folder lies now: else it forgets all scores."""
-    before = state["dirpath"]
-    if before == folder:
+def _bring_best(callback: ModelCheckpoint, states: dict[str, Any]) -> None:
+    """Let a ModelCheckpoint resume with its scores, in a run folder that was moved too."""
+    state, folder = states.get(callback.state_key), str(callback.dirpath)
+    if state is None:
         return
-
-    def moved(path: str) -> str:
-        return str(Path(folder, os.path.relpath(path, before))) if path else path
-
-    best = moved(state["best_model_path"])
-    if best and not Path(best).is_file():
-        _say(f"warning: {best} is not there, the best checkpoint is chosen anew")
-        state.update(best_model_path="", dirpath="")
-        return
-    paths = {key: moved(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
-    scores = {moved(path): score for path, score in state["best_k_models"].items()}
-    state.update(paths, best_k_models=scores, dirpath=folder)
+    callback.current_score = state["current_score"]  # Lightning saves it and does not load it
+    before, best = state["dirpath"], Path(folder, Path(state["best_model_path"]).name)
+    if before != folder and best.is_file():  # Lightning would forget all scores
+        states[callback.state_key] = _renamed(state, before, folder)
 
 
-def _write_again(callback: ModelCheckpoint, known: Sequence[str]) -> None:
-    """Let what was written after the state be written again under its own name; Lightning would append ``-v1``."""
-    later, exists = _files_of(callback) - set(known), callback.file_exists
-
-    def existed(filepath: Any, trainer: Trainer) -> bool:
-        name = Path(filepath).name
-        there = exists(filepath, trainer) and name not in later
-        later.discard(name)
-        return there
-
-    callback.file_exists = existed  # type: ignore[method-assign]
+def _renamed(node: Any, before: str, folder: str) -> Any:
+    """A state with a folder's new name in all its paths."""
+    if isinstance(node, dict):
+        return {_renamed(key, before, folder): _renamed(value, before, folder) for key, value in node.items()}
+    return node.replace(before, folder, 1) if isinstance(node, str) else node
 
 
 def _say(text: str) -> None:
@@ -423,10 +327,9 @@ def _say(text: str) -> None:
 
 @functools.cache
 def _shield_loader_workers() -> None:
-    """From now on data loaders' workers leave SIGTERM and SIGINT to the process that trains.
+    """From now on data loaders' workers obey the training process alone, and leave signals of others to it.
 
-    Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is. They
-    still end when the process that trains tells them to, or dies.
+    Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is.
     """
 
     def shield() -> None:

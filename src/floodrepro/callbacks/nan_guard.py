@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from floodrepro.errors import Incident
 
-_FP16_MAX = 65504.0  # IEEE 754 binary16
 _BEYOND_DATA = 1e30  # no sensor's value: nan_to_num makes 3.4e38 of an infinity
 
 
@@ -41,101 +39,87 @@ class NaNGuard(Callback):
     def __init__(self, every_n_steps: int = 10) -> None:
         self._every = every_n_steps
         self._step, self._largest = 0, torch.empty(0)  # of the batch that is being trained
-        self._steps: list[tuple[int, list[str], Tensor, Tensor]] = []  # step, chips, loss, largest input of each chip
+        self._steps: list[tuple[int, list[str], Tensor]] = []  # step, chips, loss and the largest input of each chip
         self._bad_input: tuple[int, list[str]] | None = None  # step and chips of the first
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand before checkpoints of weights alone too, for which `on_save_checkpoint` is not called."""
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Stand before every checkpoint; of weights alone Lightning tells no callback."""
         save = trainer.save_checkpoint
 
-        def save_if_good(filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-            if weights_only and (trainer.training or trainer.validating):
-                self.check(trainer, pl_module)
-            save(filepath, weights_only, storage_options)
+        def save_if_good(*args: Any, **kwargs: Any) -> None:
+            if trainer.training or trainer.validating:
+                self._look(trainer, pl_module, at_weights=True)
+            save(*args, **kwargs)
 
-        trainer.save_checkpoint = save_if_good  # type: ignore[method-assign]
+        trainer.save_checkpoint = save_if_good
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Measure the input: a bad one is to be told from an overflow."""
         self._step, self._largest = trainer.global_step, largest_values(batch)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the loss; look at the last ones every N batches."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            self._steps.append((self._step, chips_of(batch), loss.detach().mean(), self._largest))
+            values = torch.cat([loss.detach().float().mean().view(1), self._largest.to(loss.device)])
+            self._steps.append((self._step, chips_of(batch), values))
         if (batch_idx + 1) % self._every == 0:
-            self._agree(trainer, self._judge(trainer, pl_module))
+            self._look(trainer, pl_module, at_weights=False)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure nothing with a bad state."""
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Measure nothing with a bad state, and end no epoch with one."""
         if not trainer.sanity_checking:
-            self.check(trainer, pl_module)
+            self._look(trainer, pl_module, at_weights=True)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End no epoch with one."""
-        self.check(trainer, pl_module)
+    on_train_epoch_end = on_validation_start
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save none, whoever asks for it."""
-        if trainer.training or trainer.validating:
-            self.check(trainer, pl_module)
-
-    def check(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise `Incident` if a loss, a parameter or a buffer is not finite; all processes have to call it."""
-        incident = self._judge(trainer, pl_module)
-        if incident is None and not_finite(pl_module):
-            incident = self._incident(trainer, pl_module, "state", "weights or buffers are not finite")
-        self._agree(trainer, incident)
-        self._bad_input = None  # it did no harm
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn if one class was predicted everywhere: the first epochs may do it once or twice."""
-        classes = [] if trainer.sanity_checking else _predicted_classes(trainer, pl_module)
+        metrics = () if trainer.sanity_checking else getattr(pl_module, "val_metrics", nn.Module()).modules()
+        matrices = (getattr(metric, "confmat", None) for metric in metrics)  # torchmetrics counted already
+        counts = next((one for one in matrices if isinstance(one, Tensor) and one.ndim == 2), None)
+        if counts is None:
+            return
+        predicted = counts.sum(dim=0)
+        if trainer.world_size > 1:  # also where this process had no pixel: the others wait for it
+            torch.distributed.all_reduce(predicted)
+        classes = torch.nonzero(predicted).flatten().tolist()
         if len(classes) == 1 and trainer.is_global_zero:
             what = f"epoch {trainer.current_epoch + 1}: validation predicted class {classes[0]} for every pixel"
             print(f"floodrepro: warning: {what}", file=sys.stderr, flush=True)
 
-    def _judge(self, trainer: Trainer, pl_module: LightningModule) -> Incident | None:
-        """Look at the batches since the last look, with one wait for the device."""
-        batches, self._steps = self._steps, []
-        flat = [tensor.reshape(-1).float() for *_, loss, largest in batches for tensor in (loss, largest)]
-        values = iter(torch.cat(flat).tolist() if flat else [])
-        limit = _FP16_MAX if str(trainer.precision).startswith("16") else _BEYOND_DATA
+    def _look(self, trainer: Any, pl_module: Any, *, at_weights: bool) -> None:
+        """Raise `Incident` if a loss since the last look, a weight or a buffer is not finite; all processes call it."""
+        found: dict[str, Any] | None = None
         seen: list[str] = []
-        for step, chips, _, largest in batches:
-            loss, inputs = next(values), [next(values) for _ in largest]
+        for step, chips, values in self._steps:
+            loss, *inputs = values.tolist()  # the first waits for the device
             seen = chips + seen  # the last first
-            worst = _BEYOND_DATA if math.isfinite(loss) else limit  # 65504 is to blame only where something broke
             names = chips if len(chips) == len(inputs) else [f"number {i} of the batch" for i in range(len(inputs))]
-            bad = [name for name, value in zip(names, inputs, strict=True) if not value < worst]
+            bad = [name for name, value in zip(names, inputs, strict=True) if not value < _BEYOND_DATA]
             if bad and self._bad_input is None:
                 self._bad_input = step, bad
             if not math.isfinite(loss):
-                return self._incident(trainer, pl_module, "loss", f"the loss is {loss}", step, seen)
-        return None
-
-    def _incident(
-        self, trainer: Trainer, pl_module: LightningModule, kind: str, detail: str, step: int = -1, chips: Any = ()
-    ) -> Incident:
-        if self._bad_input is not None:
-            kind, chips = "input", self._bad_input[1]
-            detail = f"the input of step {self._bad_input[0]} is not finite or far too large; {detail}"
-        step = trainer.global_step if step < 0 else step
-        bad = not_finite(pl_module)
-        return Incident(kind, detail, epoch=trainer.current_epoch, step=step, chips=chips, tensors=bad)
-
-    def _agree(self, trainer: Trainer, incident: Incident | None) -> None:
-        """Raise what was found here or in another process: one that stops alone lets the others wait for it."""
-        if trainer.world_size > 1:
+                found = {"kind": "loss", "detail": f"the loss is {loss}", "step": step, "chips": seen}
+                break
+        self._steps = []
+        if found is None and at_weights and not_finite(pl_module):
+            what = "weights or buffers are not finite"
+            found = {"kind": "state", "detail": what, "step": trainer.global_step, "chips": ()}
+        if found is not None:
+            found |= {"epoch": trainer.current_epoch, "tensors": not_finite(pl_module)}
+            if self._bad_input is not None:
+                step, found["chips"] = self._bad_input
+                what = f"the input of step {step} is not finite or far too large; {found['detail']}"
+                found |= {"kind": "input", "detail": what}
+        if trainer.world_size > 1:  # one that stopped alone would let the others wait for it
             everyone: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(everyone, incident and incident.as_dict())
-            found = [one for one in everyone if one is not None]
-            incident = Incident(**min(found, key=lambda one: one["kind"])) if found else None  # "input" first
-        if incident is not None:
-            raise incident
+            torch.distributed.all_gather_object(everyone, found)
+            found = min((one for one in everyone if one), key=lambda one: one["kind"], default=None)  # "input" first
+        if found is not None:
+            raise Incident(**found)
+        if at_weights:
+            self._bad_input = None  # it did no harm
 
 
 def not_finite(root: nn.Module) -> list[str]:
@@ -159,8 +143,8 @@ def largest_values(batch: Any) -> Tensor:
     """
     if isinstance(batch, Mapping):
         batch = batch.get("image", {key: value for key, value in batch.items() if key not in ("mask", "label")})
-    elif isinstance(batch, tuple | list) and batch:
-        batch = batch[0]
+    elif isinstance(batch, tuple | list):
+        batch = batch[:1]
     inputs = [tensor for tensor in tensors_of(batch) if tensor.is_floating_point() and tensor.ndim > 1]
     norms = [torch.linalg.vector_norm(x.detach().flatten(1).float(), ord=math.inf, dim=1) for x in inputs if x.numel()]
     return torch.stack(norms).amax(0) if len({len(norm) for norm in norms}) == 1 else torch.empty(0)
@@ -181,15 +165,3 @@ def chips_of(batch: Any) -> list[str]:
     if isinstance(names, Mapping):  # one list for each modality
         names = next(iter(names.values()), ())
     return [Path(str(name)).name for name in names or ()]
-
-
-def _predicted_classes(trainer: Trainer, pl_module: LightningModule) -> list[int]:
-    """Classes with a pixel in this validation, from the confusion counts that torchmetrics holds already."""
-    for metric in getattr(pl_module, "val_metrics", nn.Module()).modules():
-        counts = getattr(metric, "confmat", None)
-        if isinstance(counts, Tensor) and counts.ndim == 2:
-            predicted = counts.sum(dim=0)
-            if trainer.world_size > 1:  # also where this process had no pixel: the others wait for it
-                torch.distributed.all_reduce(predicted)
-            return [int(one) for one in torch.nonzero(predicted).flatten()]
-    return []

@@ -45,7 +45,6 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scene", type=Path, metavar="YAML", help="what to map; 'map plan' writes one")
     add("--output", type=Path, metavar="DIR", help="folder for the map")
     add("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
-    add("--device", choices=("cpu", "gpu"), help="default: the recipe's")
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
     add("--max-gap", type=float, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
@@ -97,14 +96,10 @@ def run_map(args: argparse.Namespace) -> int:
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
-        raise DataError(
-            f"the scene has {len(problems)} problems, the first: {problems[0]}",
-            where=args.scene,
-            fix="mend scene.yaml, or map it --anyway: map.json will list them",
-        )
+        fix = "mend scene.yaml, or map it --anyway: map.json will list them"
+        raise DataError(f"the scene has {len(problems)} problems: {problems[0]}", where=args.scene, fix=fix)
     configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(files[0])]
-    overrides = [f"--trainer.accelerator={args.device}"] if args.device else []
-    overrides += [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
+    overrides = [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
     console.say("loading TerraTorch (10 to 20 s)")
     import torch
 
@@ -146,7 +141,7 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path)
     from floodrepro.data.protocols import class_names_of, positive_class_of
 
     names, positive = class_names_of(recipe), positive_class_of(recipe)
-    if args.export:  # its YAML has impactmesh's data module, which names no classes
+    if checkpoint.suffix == ".safetensors":  # the YAML of an export has impactmesh's data module: it names no classes
         with safe_open(str(checkpoint), framework="np") as file:
             said = file.metadata() or {}
         names = json.loads(said.get("class_names", "null")) or names
@@ -187,16 +182,11 @@ def _plan(args: argparse.Namespace) -> int:
     """Write a scene from a STAC catalogue."""
     from floodrepro.mapping.area import Area
     from floodrepro.mapping.plan import PLANETARY_COMPUTER, make_scene, search
-    from floodrepro.mapping.scene import STEPS
+    from floodrepro.mapping.scene import STEPS, parse_time
 
     if args.output.exists():
         raise UsageError("the file exists already and is not overwritten", where=args.output, fix="--output FILE")
-    try:
-        event = datetime.fromisoformat(args.event)
-    except ValueError as error:
-        raise UsageError(f"--event is no date: {error}", fix="--event 2026-08-26") from error
-    event = event.astimezone(UTC) if event.tzinfo else event.replace(tzinfo=UTC)
-    area, url = Area(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
+    event, area, url = parse_time(args.event, "--event"), Area(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
     items = search(url, area, event, [*args.sensors, "DEM"])
     limits = {name: getattr(args, name) for name in _LIMITS}
     where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}

@@ -4,32 +4,34 @@ A generated event is one scene that was cut into neighbouring chips: put togethe
 and the edge of its radar swath, and `map` over it can be compared with `predict` over its chips.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import rasterio
-import rasterio.warp
 import yaml
 import zarr
 from rasterio import Affine
+from rasterio.vrt import WarpedVRT
+from rasterio.warp import Resampling, calculate_default_transform
 
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, NO_DATA, S1_BANDS, S2_BANDS, event_of
 
-STEPS = ("month_before", "before", "event", "after")
+_STEPS = ("month_before", "before", "event", "after")
 _DEGREES = 0.00018  # about 20 m
 
 
 def write_scenes(root: Path) -> list[Path]:
     """Write a scene of each event below ROOT/scenes, every second one *mixed*, and return the scene.yaml files."""
-    chips = sorted(Chips(root).having("DEM"))
-    events = sorted({event_of(chip) for chip in chips})
+    events: dict[str, list[str]] = {}
+    for chip in sorted(Chips(root).having("DEM")):
+        events.setdefault(event_of(chip), []).append(chip)
     return [
-        write_scene(root, [c for c in chips if event_of(c) == event], root / "scenes" / event, mixed=bool(number % 2))
-        for number, event in enumerate(events)
+        write_scene(root, chips, root / "scenes" / event, mixed=bool(number % 2))
+        for number, (event, chips) in enumerate(events.items())
     ]
 
 
@@ -47,86 +49,71 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
         The scene.yaml.
     """
     output.mkdir(parents=True, exist_ok=True)
-    source = Chips(root)
-    bounds = {}
+    source, bounds = Chips(root), {}
     for chip in chips:
         with rasterio.open(source.path(chip, "DEM")) as file:
             bounds[chip], crs, pixel = file.bounds, file.crs, file.transform.a
     left, top = min(b.left for b in bounds.values()), max(b.top for b in bounds.values())
-    right, bottom = max(b.right for b in bounds.values()), min(b.bottom for b in bounds.values())
-    shape = round((top - bottom) / pixel), round((right - left) / pixel)
-    transform = Affine(pixel, 0, left, 0, -pixel, top)
+    width = round((max(b.right for b in bounds.values()) - left) / pixel)
+    height = round((top - min(b.bottom for b in bounds.values())) / pixel)
+    profile = {"driver": "GTiff", "height": height, "width": width, "compress": "deflate", "tiled": True}
+    profile |= {"crs": crs, "transform": Affine(pixel, 0, left, 0, -pixel, top)}
 
-    def array(part: str, missing: float) -> npt.NDArray[Any]:
-        """A part of all chips, (..., H, W)."""
-        out = None
-        for chip, place in bounds.items():
-            if part == "SCL":
-                values = zarr.open_array(zarr.ZipStore(source.path(chip, "S2L2A"), mode="r"), path=part, mode="r")[...]
-            else:
-                values = source.bands(chip, part) if part.startswith("S") else source.raster(chip, part)
-            if out is None:
-                out = np.full((*values.shape[:-2], *shape), missing, values.dtype)
-            row, column = round((top - place.top) / pixel), round((place.left - left) / pixel)
-            out[..., row : row + values.shape[-2], column : column + values.shape[-1]] = values
-        assert out is not None
-        return out
-
-    def save(name: str, values: npt.NDArray[Any], missing: float, names: Sequence[str], **place: Any) -> str:
-        profile = {"driver": "GTiff", "dtype": values.dtype.name, "nodata": missing, "compress": "deflate"}
-        profile |= {"count": len(values), "height": values.shape[1], "width": values.shape[2], "tiled": True}
-        with rasterio.open(output / name, "w", **profile | {"crs": crs, "transform": transform} | place) as file:
-            file.write(values)
-            file.descriptions = tuple(names)
+    def save(name: str, values: Mapping[str, npt.NDArray[Any]], missing: float, bands: Sequence[str]) -> str:
+        """Write the values (C, H, W) of each chip to its place."""
+        dtype = values[chips[0]].dtype
+        with rasterio.open(output / name, "w", count=len(bands), dtype=dtype, nodata=missing, **profile) as file:
+            file.write(np.full((len(bands), height, width), missing, dtype))
+            for chip, part in values.items():
+                file.write(part, window=file.window(*bounds[chip]).round_offsets().round_lengths())
+            file.descriptions = tuple(bands)
         return name
 
-    def times(part: str) -> list[str]:
-        group = zarr.open_group(zarr.ZipStore(source.path(chips[0], part), mode="r"), mode="r")
-        return str(group.attrs["datetime"]).split(";")
-
-    radar: dict[str, Any] = {"unit": "power" if mixed else "dB"}
-    for step, time, db in zip(STEPS, times("S1RTC"), array("S1RTC", np.nan).astype(np.float32), strict=True):
-        raster = save(f"s1_{step}.tif", 10 ** (db / 10) if mixed else db, np.nan, S1_BANDS)
-        radar[step] = {"time": time, "orbit": 66, "files": [{"raster": raster, "bands": list(S1_BANDS)}]}
-    optical: dict[str, Any] = {"nodata": [NO_DATA]}
-    names = [*S2_BANDS, "SCL"]
-    images = np.concatenate([array("S2L2A", NO_DATA), array("SCL", 0)[:, None].astype(np.int16)], axis=1)
-    for step, time, image in zip(STEPS, times("S2L2A"), images, strict=True):
-        files: dict[str, Any] = {"raster": f"s2_{step}.tif", "bands": names, "offset": 0}
-        if mixed:
-            image[:-1] += 1000 * (image[:-1] != NO_DATA).astype(np.int16)
-            bands, place = _in_degrees(image, crs, transform)
-            pairs = zip(names, bands, strict=True)
-            files = {n: save(f"s2_{step}_{n}.tif", band[None], NO_DATA, [n], **place) for n, band in pairs}
-            files["offset"] = -1000
-        else:
-            save(f"s2_{step}.tif", image, NO_DATA, names)
-        optical[step] = {"time": time, "files": [files]}
-    dem = save("dem.tif", array("DEM", NO_DATA)[None], NO_DATA, ["data"])
-    save("truth.tif", array(LABEL_DIR, IGNORE_INDEX)[None], IGNORE_INDEX, ["class"])
-    scene = {"S1RTC": radar, "S2L2A": optical, "DEM": {"files": [{"data": dem}]}}
+    scene: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
+    for sensor in scene:
+        groups = {c: zarr.open_group(zarr.ZipStore(source.path(c, sensor), mode="r"), mode="r") for c in chips}
+        for step, (key, time) in enumerate(zip(_STEPS, groups[chips[0]].attrs["datetime"].split(";"), strict=True)):
+            images = {chip: source.bands(chip, sensor)[step] for chip in chips}
+            if sensor == "S1RTC":
+                images = {chip: db.astype(np.float32) for chip, db in images.items()}
+                images = {chip: 10 ** (db / 10) for chip, db in images.items()} if mixed else images
+                name = save(f"s1_{key}.tif", images, np.nan, S1_BANDS)
+                scene[sensor][key] = {"time": time, "orbit": 66, "files": [{"raster": name, "bands": list(S1_BANDS)}]}
+                continue
+            offset = 1000 if mixed else 0
+            images = {
+                c: np.concatenate([np.where(i == NO_DATA, i, i + offset), groups[c]["SCL"][step][None].astype(i.dtype)])
+                for c, i in images.items()
+            }
+            bands = [*S2_BANDS, "SCL"]
+            name = save(f"s2_{key}.tif", images, NO_DATA, bands)
+            files = _in_degrees(output / name) if mixed else {"raster": name, "bands": bands}
+            scene[sensor][key] = {"time": time, "files": [files | {"offset": -offset}]}
+    dem = save("dem.tif", {chip: source.raster(chip, "DEM")[None] for chip in chips}, NO_DATA, ["data"])
+    save("truth.tif", {chip: source.raster(chip, LABEL_DIR)[None] for chip in chips}, IGNORE_INDEX, ["class"])
+    scene["DEM"] = {"files": [{"data": dem}]}
     (output / "scene.yaml").write_text(yaml.safe_dump(scene, sort_keys=False), encoding="utf-8")
     return output / "scene.yaml"
 
 
-def _in_degrees(values: npt.NDArray[Any], crs: Any, transform: Affine) -> tuple[npt.NDArray[Any], dict[str, Any]]:
-    """Bands and classes (C, H, W) in EPSG:4326, and where they lie."""
-    target, size = "EPSG:4326", values.shape[1:]
-    bounds = rasterio.transform.array_bounds(*size, transform)
-    there, width, height = rasterio.warp.calculate_default_transform(
-        crs, target, size[1], size[0], *bounds, resolution=_DEGREES
-    )
-    out = np.full((len(values), height, width), NO_DATA, values.dtype)
-    for part, method in ((slice(0, -1), "bilinear"), (slice(-1, None), "nearest")):
-        rasterio.warp.reproject(
-            values[part],
-            out[part],
-            src_transform=transform,
-            src_crs=crs,
-            src_nodata=NO_DATA,
-            dst_transform=there,
-            dst_crs=target,
-            dst_nodata=NO_DATA,
-            resampling=rasterio.warp.Resampling[method],
+def _in_degrees(raster: Path) -> dict[str, str]:
+    """Write each band of a raster in EPSG:4326 with pixels of 20 m to a file of its own, and return the names."""
+    files = {}
+    with rasterio.open(raster) as file:
+        grid = calculate_default_transform(
+            *(file.crs, "EPSG:4326", file.width, file.height, *file.bounds), resolution=_DEGREES
         )
-    return out, {"crs": target, "transform": there}
+        place = {"crs": "EPSG:4326", **dict(zip(("transform", "width", "height"), grid, strict=True))}
+        for number, band in enumerate(file.descriptions, 1):
+            method = Resampling.nearest if band == "SCL" else Resampling.bilinear
+            files[band] = f"{raster.stem}_{band}.tif"
+            with (
+                WarpedVRT(file, resampling=method, **place) as warped,
+                rasterio.open(
+                    raster.with_name(files[band]), "w", **warped.profile | {"driver": "GTiff", "count": 1}
+                ) as out,
+            ):
+                out.write(warped.read([number]))
+                out.descriptions = (band,)
+    raster.unlink()
+    return files

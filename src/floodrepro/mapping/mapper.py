@@ -106,8 +106,11 @@ def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: P
                 classes[permanent.rows(row, height)[0]] = plan["permanent"]
             percent = np.rint(write.PROBABILITY_STEPS * probability[plan["positive"]]).astype(np.uint8)
             classes[~seen] = percent[~seen] = write.NOT_SEEN
-            colours = _colours(reader, (row, 0, *bits.shape))
-            rasters.write(row, {"class": classes, "probability": percent, "quality": bits, "picture": colours})
+            values = {"class": classes, "probability": percent, "quality": bits}
+            for name, value in (values | _colours(reader, (row, 0, *bits.shape))).items():
+                mapped = rasters.array(name, "r+")
+                mapped[row : row + height] = value
+                mapped.flush()
             inside = bits & OUTSIDE == 0
             counts = {"area": inside, "seen": seen}
             counts |= {name: classes == number for number, name in enumerate(plan["names"])}
@@ -130,17 +133,18 @@ def _classes(probability: Array, positive: int, threshold: float | None) -> Arra
     return np.asarray(probability.argmax(axis=0), np.uint8)
 
 
-def _colours(reader: Reader, tile: Tile) -> Array:
-    """The event in colours (h, W, 3): optical where there is some, else VV in grey."""
-    out = np.zeros((*tile[2:], 3), np.float32)
-    if "S1RTC" in reader.bands:
-        step = reader.steps["S1RTC"].index(EVENT_STEP)
-        out += np.nan_to_num((reader.cut("S1RTC", tile, np.s_[step, :1])[0, ..., None] + 25) * 10.2)  # -25 to 0 dB
-    names = reader.bands.get("S2L2A", [])
-    for channel, name in enumerate(name for name in ("B04", "B03", "B02") if name in names):
-        values = reader.cut("S2L2A", tile, np.s_[reader.steps["S2L2A"].index(EVENT_STEP), names.index(name)])
-        out[..., channel] = np.where(values == NO_DATA, out[..., channel], values * 0.085)  # 3000 is white
-    return np.clip(out, 0, 255).astype(np.uint8)
+def _colours(reader: Reader, tile: Tile) -> dict[str, Array]:
+    """The event in colours (h, W) from 0 to 255: optical where there is some, else VV in grey."""
+    event, grey = {m: steps.index(EVENT_STEP) for m, steps in reader.steps.items() if m != "DEM"}, np.float32(0)
+    if "S1RTC" in event:
+        vv = reader.cut("S1RTC", tile, np.s_[event["S1RTC"], :1])[0].astype(np.float32)
+        grey = np.nan_to_num((vv + 25) * 10.2)  # -25 dB is black, 0 dB white
+    out = dict.fromkeys(write.COLOURS, grey)
+    for colour, band in zip(write.COLOURS, ("B04", "B03", "B02"), strict=True):
+        if band in reader.bands.get("S2L2A", []):
+            values = reader.cut("S2L2A", tile, np.s_[event["S2L2A"], reader.bands["S2L2A"].index(band)])
+            out[colour] = np.where(values == NO_DATA, grey, values * 0.085)  # 3000 is white
+    return {colour: np.clip(values, 0, 255).astype(np.uint8) for colour, values in out.items()}
 
 
 def _finish(
@@ -155,12 +159,8 @@ def _finish(
     area, hazard = max(counts["area"], 1), names[plan["positive"]]
     km2 = {name: counts[name] * PIXEL**2 / 1e6 for name in ("area", "seen", *names)}
     shares = {name: count / area for name, count in counts.items() if name not in ("area", *names)}
-    shown = next(a for s in ("S2L2A", "S1RTC") if (a := scene.acquisitions.get((s, EVENT_STEP))))
-    titles = (
-        f"event: {shown.sensor} of {shown.time:%Y-%m-%d}",
-        f"probability of {hazard}",
-        f"{hazard}: {km2[hazard]:.2f} km², {shares['seen']:.0%} of the area seen",
-    )
+    shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT_STEP]
+    titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
     write.write_quicklook(rasters, output / "quicklook.png", plan["positive"], titles)
     content = {
         "identity": journal["identity"],

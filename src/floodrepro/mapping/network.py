@@ -6,8 +6,8 @@ B = tiles, T = timesteps, C = bands, K = classes, H, W = pixels.
 import numpy as np
 import torch
 
+from floodrepro.data.protocols import NO_DATA
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.mapping.reader import is_missing
 from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS
 from floodrepro.mapping.tiles import Array
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
@@ -70,12 +70,12 @@ class Network:
 
     def _image(self, values: Array) -> torch.Tensor:
         """Float32 (B, C, T, H, W), or (B, C, H, W) of one timestep, with missing values replaced as in training."""
-        missing = is_missing(np.moveaxis(values, 2, 0))[:, :, None]
-        filled = np.where(missing, np.float32(self._data.no_data_replace), values.astype(np.float32))
         # TerraTorch pads both sides by reflection too, but torch refuses where an image is smaller than its padding.
-        sides = [(-size % _PATCH // 2, -size % _PATCH - -size % _PATCH // 2) for size in filled.shape[-2:]]
-        filled = np.pad(filled, [(0, 0), (0, 0), (0, 0), *sides], mode="reflect")
-        image = torch.from_numpy(filled).to(self.device).transpose(1, 2).expand(-1, -1, self._count, -1, -1)
+        sides = [(-size % _PATCH // 2, -size % _PATCH - -size % _PATCH // 2) for size in values.shape[-2:]]
+        padded = np.pad(values, [(0, 0), (0, 0), (0, 0), *sides], mode="reflect")
+        image = torch.from_numpy(padded).to(self.device, torch.float32).transpose(1, 2)
+        image = image.masked_fill(image == NO_DATA, self._data.no_data_replace).nan_to_num(self._data.no_data_replace)
+        image = image.expand(-1, -1, self._count, -1, -1)
         return image.contiguous() if self._count > 1 else image[:, :, 0]
 
     def fitting_batch(self, crop: int) -> int:

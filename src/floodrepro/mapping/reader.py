@@ -10,7 +10,7 @@ T = timesteps, C = bands, H, W = rows and columns of a window or block.
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,9 @@ from floodrepro.mapping.scene import EVENT_STEP, SCL, Acquisition, Grid, Scene, 
 from floodrepro.mapping.tiles import Array, Tile
 
 RESAMPLING = {"S2L2A": "bilinear", "S1RTC": "bilinear", "DEM": "bilinear", SCL: "nearest"}  # radar: in the file's unit
-NO_RADAR, NO_OPTICAL, CLOUD, SHADOW, SNOW, NO_ELEVATION, OUTSIDE = (1 << bit for bit in range(7))
-QUALITY = {
-    "no radar at the event": NO_RADAR,
-    "no optical at the event": NO_OPTICAL,
-    "cloud": CLOUD,
-    "cloud shadow": SHADOW,
-    "snow": SNOW,
-    "no elevation": NO_ELEVATION,
-    "outside the area": OUTSIDE,
-}
+_NAMES = ("no radar at the event", "no optical at the event", "cloud", "cloud shadow", "snow", "no elevation")
+QUALITY = {name: 1 << bit for bit, name in enumerate([*_NAMES, "outside the area"])}
+NO_RADAR, NO_OPTICAL, CLOUD, SHADOW, SNOW, NO_ELEVATION, OUTSIDE = QUALITY.values()
 # Sen2Cor's classes: Sentinel-2 Products Specification Document, S2-PDGS-TAS-DI-PSD, table of SCL values.
 _SCL_BITS = np.zeros(256, np.uint8)
 _SCL_BITS[[8, 9, 10]], _SCL_BITS[3], _SCL_BITS[11] = CLOUD, SHADOW, SNOW
@@ -61,27 +54,18 @@ def read_window(
     bounds = transform_bounds(grid.crs, raster.crs, *array_bounds(height, width, transform), densify_pts=21)
     there = from_bounds(*bounds, raster.transform)
     # Pixels around the window: a kernel looks two away, in the coarser of the two grids.
-    margin = 2 + math.ceil(2 * max(there.height / height, there.width / width, 1))
-    row, column = max(int(there.row_off) - margin, 0), max(int(there.col_off) - margin, 0)
-    end_row = min(math.ceil(there.row_off + there.height) + margin, raster.height)
-    end_column = min(math.ceil(there.col_off + there.width) + margin, raster.width)
-    if end_row <= row or end_column <= column:
+    margin = 3 + math.ceil(2 * max(there.height / height, there.width / width, 1))
+    rows = np.clip([there.row_off - margin, there.row_off + there.height + margin], 0, raster.height).astype(int)
+    columns = np.clip([there.col_off - margin, there.col_off + there.width + margin], 0, raster.width).astype(int)
+    part = Window.from_slices(tuple(rows.tolist()), tuple(columns.tolist()))
+    if not part.height or not part.width:
         return out
-    part = Window(column, row, end_column - column, end_row - row)
     values = raster.read(list(numbers), window=part).astype(np.float32)
     for value in {*no_data, *(v for v in raster.nodatavals if v is not None)}:
         values[values == np.float32(value)] = np.nan
-    reproject(
-        values,
-        out,
-        src_transform=window_transform(part, raster.transform),
-        src_crs=raster.crs,
-        src_nodata=np.nan,
-        dst_transform=transform,
-        dst_crs=grid.crs,
-        dst_nodata=np.nan,
-        resampling=Resampling[method],
-    )
+    places = {"src_transform": window_transform(part, raster.transform), "dst_transform": transform}
+    places |= {"src_crs": raster.crs, "dst_crs": grid.crs, "src_nodata": np.nan, "dst_nodata": np.nan}
+    reproject(values, out, resampling=Resampling[method], **places)
     return out
 
 
@@ -152,9 +136,8 @@ class Reader:
         crop: Height of the windows that are cut out, in pixels.
     """
 
-    def __init__(self, scene: Scene, bands: Mapping[str, list[str]], steps: Mapping[str, list[int]], crop: int) -> None:
-        self.scene, self.bands, self.steps = scene, bands, steps
-        grid = scene.grid
+    def __init__(self, scene: Scene, bands: dict[str, list[str]], steps: dict[str, list[int]], crop: int) -> None:
+        self.scene, self.bands, self.steps, grid = scene, bands, steps, scene.grid
         row_bytes = grid.width * (2 * sum(len(bands[m]) * len(steps[m]) for m in bands) + 1)
         slots = {height: -(-(crop - 1) // height) + 2 for height in (512, 256, 128, 64)}  # blocks held, one ahead
         self.block = next((h for h, count in slots.items() if h * count * row_bytes <= _BUDGET), 64)

@@ -1,7 +1,7 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -13,7 +13,7 @@ import rasterio
 import shapely
 from rasterio import Affine, DatasetReader
 from rasterio.crs import CRS
-from rasterio.errors import RasterioError
+from rasterio.errors import CRSError, RasterioError
 from shapely.geometry import box
 
 from floodrepro import recipe as recipes
@@ -28,6 +28,7 @@ BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM"
 PIXEL = 10  # metres
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
 _NO_DATA = {"S2L2A": [0], "S1RTC": [], "DEM": []}  # besides what each file says
+_FACTS = ("time", "files", "missing", "orbit", "direction", "satellite", "coverage", "cloud")  # of a timestep
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def opened(place: str) -> Iterator[DatasetReader]:
             rasterio.open(link) as raster,
         ):
             yield raster
-    except (RasterioError, IndexError) as error:  # IndexError: there is no such band
+    except (RasterioError, CRSError, IndexError) as error:  # IndexError: there is no such band
         problem = str(error).replace(link, place)[:200]
         raise DataError(f"the raster cannot be read: {problem}", where=place, fix="look at scene.yaml") from error
 
@@ -112,32 +113,38 @@ def read_scene(path: Path) -> Scene:
     _refuse_unknown(content, {*BANDS, "area", "crs", "stac", "event"}, path)
     found: dict[tuple[str, int], Acquisition] = {}
     for sensor in [sensor for sensor in BANDS if content.get(sensor)]:
+        _refuse_unknown(content[sensor], {*STEPS, "unit", "nodata", "files"}, f"{path}: {sensor}")
         common = {"unit": _UNITS[sensor][0], "nodata": _NO_DATA[sensor]} | content[sensor]
-        _refuse_unknown(common, {*STEPS, "unit", "nodata", "files"}, f"{path}: {sensor}")
         if common["unit"] not in _UNITS[sensor]:
             fix = f"unit: {' or '.join(_UNITS[sensor])}"
             raise UsageError(f"unknown unit '{common['unit']}' of {sensor}", where=path, fix=fix)
         steps = [common] if sensor == "DEM" else [common.get(step, {"missing": True}) for step in STEPS]
         for step, facts in enumerate(steps):
-            name, files = name_of(sensor, step), facts.get("files")
+            name = name_of(sensor, step)
             where = f"{path}: {name}"
+            _refuse_unknown(facts, {*common, *_FACTS}, where)
             if facts.get("missing"):
                 continue
+            files = facts.get("files")
             if not files or (sensor != "DEM" and not facts.get("time")):
                 raise UsageError("'files' and 'time' are needed", where=where, fix="or write {missing: true}")
             listed = [files] if isinstance(files, str) else files
             sources = tuple(_source(file, sensor, path.parent, where) for file in listed)
-            time = _time(facts.get("time"), where)
+            time = parse_time(facts["time"], where) if "time" in facts else None
             found[sensor, step] = Acquisition(name, sensor, step, time, common | facts, sources)
     if not found:
         raise UsageError("the scene names no files", where=path, fix="see docs/mapping.md")
-    grid, polygons = _grid(content, path, found)
-    return Scene(content, _time(content.get("event"), path), found, grid, polygons)
+    try:
+        grid, polygons = _grid(content, path, found)
+    except ValueError as error:  # CRSError is one
+        raise UsageError(f"unknown CRS: {error}", where=path, fix="crs: EPSG:32633") from error
+    event = parse_time(content["event"], path) if content.get("event") else None
+    return Scene(content, event, found, grid, polygons)
 
 
-def _refuse_unknown(entry: Any, known: set[str], where: Path | str) -> None:
-    if unknown := [str(key) for key in entry if key not in known]:
-        raise UsageError(f"unknown key '{unknown[0]}'", where=where, fix=f"known keys: {', '.join(sorted(known))}")
+def _refuse_unknown(names: Iterable[str], known: set[str], where: Path | str) -> None:
+    if unknown := [str(name) for name in names if name not in known]:
+        raise UsageError(f"unknown name '{unknown[0]}'", where=where, fix=f"known are {', '.join(sorted(known))}")
 
 
 def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
@@ -145,8 +152,7 @@ def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
     entry = {"raster": entry} if isinstance(entry, str) else entry
     names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else list(BANDS[sensor])
     known = {"raster", "bands", *names, "item", "tile", "baseline", "offset", "cloud"}
-    if unknown := [key for key in [*entry, *entry.get("bands", [])] if key not in known]:
-        raise UsageError(f"unknown band or key '{unknown[0]}'", where=where, fix=f"bands: {', '.join(names)}")
+    _refuse_unknown([*entry, *entry.get("bands", [])], known, where)
     files = {key: entry[key] for key in ("raster", *names) if key in entry}
     places = {key: file if re.match(r"\w+://|/vsi", file) else str(folder / file) for key, file in files.items()}
     bands = {name: (place, 1) for name, place in places.items()}
@@ -166,9 +172,12 @@ def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
     return Source(bands, offset)
 
 
-def _time(value: Any, where: Path | str) -> datetime | None:
-    if value is None:
-        return None
+def parse_time(value: Any, where: Path | str) -> datetime:
+    """A time or date as YAML or a flag gives it, in UTC.
+
+    Raises:
+        UsageError: It is none.
+    """
     try:
         time = datetime.fromisoformat(value.isoformat() if isinstance(value, date) else value)
     except (TypeError, ValueError) as error:
@@ -186,7 +195,7 @@ def _grid(content: dict[str, Any], path: Path, found: dict[tuple[str, int], Acqu
     else:
         sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT_STEP), key[0]))
         with opened(found[sensor, step].sources[0].bands[BANDS[sensor][0]][0]) as raster:
-            parts, own = [box(*raster.bounds)], raster.crs
+            parts, own = [box(*raster.bounds)], CRS.from_user_input(raster.crs)
     own = CRS.from_user_input(own)
     if own.is_geographic:
         parts = in_one_piece(parts)

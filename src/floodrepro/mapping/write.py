@@ -24,38 +24,30 @@ from floodrepro.mapping.tiles import Array
 NOT_SEEN = 255
 PROBABILITY_STEPS = 250  # a probability of 1 in the uint8 raster
 _RESAMPLING = {"class": "MODE", "probability": "AVERAGE", "quality": "NEAREST"}  # of overviews
+COLOURS = ("red", "green", "blue")
 _PICTURE = 1024  # pixels of the picture's longer side, at most
 _CHUNK = 256  # rows that are turned into polygons at once
 
 
 class WorkRasters:
-    """Uncompressed rasters of the whole grid and a picture of the event: a row is on disk, whatever happens then."""
+    """Uncompressed rasters (H, W) of the map and of the event's colours: what is written stays."""
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
-        profile = {"driver": "ENVI", "height": grid.height, "width": grid.width, "dtype": "uint8", "interleave": "bip"}
+        profile = {"driver": "ENVI", "height": grid.height, "width": grid.width, "count": 1, "dtype": "uint8"}
         profile |= {"crs": grid.crs, "transform": grid.transform}
-        for name in (*_RESAMPLING, "picture"):
+        for name in (*_RESAMPLING, *COLOURS):
             if not self.path(name).with_suffix(".hdr").is_file():
                 no_data = NOT_SEEN if name in ("class", "probability") else None
-                bands = 3 if name == "picture" else 1
-                rasterio.open(self.path(name), "w", **profile, count=bands, nodata=no_data).close()
+                rasterio.open(self.path(name), "w", **profile, nodata=no_data).close()
 
     def path(self, name: str) -> Path:
         """The file of a raster."""
         return self.folder / f"{name}.raw"
 
     def array(self, name: str, mode: Any = "r") -> Any:
-        """A raster (H, W), or the picture (H, W, 3), mapped into memory."""
-        shape = (self.grid.height, self.grid.width, *((3,) if name == "picture" else ()))
-        return np.memmap(self.path(name), np.uint8, mode, shape=shape)
-
-    def write(self, row: int, rasters: Mapping[str, Array]) -> None:
-        """Write finished rows by name."""
-        for name, values in rasters.items():
-            mapped = self.array(name, "r+")
-            mapped[row : row + len(values)] = values
-            mapped.flush()
+        """A raster, mapped into memory."""
+        return np.memmap(self.path(name), np.uint8, mode, shape=(self.grid.height, self.grid.width))
 
 
 def write_cogs(work: WorkRasters, output: Path) -> None:
@@ -137,22 +129,22 @@ def _mean_probability(work: WorkRasters, polygons: Any) -> Array:
 def write_quicklook(work: WorkRasters, path: Path, positive: int, titles: tuple[str, str, str]) -> None:
     """Write a PNG: the event, the probability, and the outlines of the positive class over the event."""
     step = -(-max(work.grid.height, work.grid.width) // _PICTURE)
-    classes, probability, colours = (work.array(name)[::step, ::step] for name in ("class", "probability", "picture"))
+    names = ("class", "probability", *COLOURS)
+    classes, probability, *colours = (work.array(name)[::step, ::step] for name in names)
     height, width = classes.shape
     figure = matplotlib.figure.Figure(figsize=(15, min(max(5 * height / width + 0.4, 2.5), 25)), layout="constrained")
     axes = figure.subplots(1, 3)
-    axes[0].imshow(colours)
+    axes[0].imshow(np.stack(colours, axis=-1))
     unseen = np.ma.masked_equal(probability, NOT_SEEN) / PROBABILITY_STEPS
     shown = axes[1].imshow(unseen, cmap="viridis", vmin=0, vmax=1)
     axes[1].set_facecolor("lightgrey")
     figure.colorbar(shown, ax=axes[1], shrink=0.7)
-    axes[2].imshow(colours)
+    axes[2].imshow(np.stack(colours, axis=-1))
     if (classes == positive).any() and min(classes.shape) > 1:
         axes[2].contour(classes == positive, levels=[0.5], colors="red", linewidths=0.8)
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
     partial = work.folder / "quicklook.png"
     figure.savefig(partial, dpi=110, metadata={"Software": None})  # without the library's version
     partial.replace(path)

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -27,9 +26,9 @@ from floodrepro.errors import FloodreproError, Incident, Interrupted, RunFolderE
 from floodrepro.recipe import check_precision
 from floodrepro.run_folder import PARTIAL, RunFolder, sha256_of, timestamp, write_atomically
 from floodrepro.system.environment import code_version, environment
-from floodrepro.training.checkpoint import load_weights
-from floodrepro.training.layout import change_precision, forget_pretrained_weights, into_run_folder, warn_of_wrong_mode
-from floodrepro.training.resume import choose_state, identity, is_done, read_step
+from floodrepro.training import layout
+from floodrepro.training.checkpoint import load_weights, read_checkpoint
+from floodrepro.training.resume import KEY, choose_state, identity, is_done, newest_state
 from floodrepro.training.terratorch_cli import RecipeCLI
 
 _ROLLBACK_PRECISION = "bf16-mixed"  # fp32's range, so that what overflowed in fp16 does not
@@ -72,7 +71,7 @@ def fit(
     """
     run = RunFolder(path)
     check_precision(cli.recipe, gpu=torch.cuda.is_available())
-    warn_of_wrong_mode(cli.config.trainer)
+    layout.warn_of_wrong_mode(cli.config.trainer)
     data = check_data(cli.recipe, ("train", "val"))
     batch = (cli.recipe["data"].get("init_args") or {}).get("batch_size") or 1
     if data.chips.get("train", batch) < batch:  # the last batch is left out where it is not full
@@ -90,65 +89,69 @@ def fit(
     if is_done(cli.recipe, record):
         console.say(f"the run is finished already: {run.path}")
         return record
+    resumes = list(record.get("resumes") or [])
+    if state is not None:
+        resumes.append({"when": timestamp(), "from": state.name, "changes": changes})
     if weights is not None and state is not None:
         raise UsageError("--weights starts a new run, and this one has trained", where=state, fix="give another --name")
-    precision = _ROLLBACK_PRECISION if record.get("rollback") else None
-    while True:
-        trainer = _build(cli, run, state, precision, weights)
-        if on_overflow == "rollback":
-            _refuse_rollback(trainer)
-        now["global_batch"] = {"chips": batch * trainer.world_size * trainer.accumulate_grad_batches}
-        callbacks: list[Callback] = [NaNGuard()] if guard else []
-        callbacks += [RunRecord(write=_recorder(run)), ExactResume(str(run.checkpoints), save_every, now)]
-        try:
-            with _session(trainer, cli, run, data, state, changes):
-                if weights is not None:
-                    _start_from(cli, run, weights)
-                trainer.callbacks += callbacks
-                _train(trainer, cli, run, state)
-                return _finish(trainer, run) if trainer.is_global_zero else {}
-        except Incident as incident:
-            if trainer.is_global_zero:
-                entry = incident.as_dict() | {"when": timestamp()}
-                write_atomically(run.path / "incident.json", json.dumps(entry, indent=2) + "\n")
-                run.update_record(incidents=[*run.read_record().get("incidents", []), entry])
-            if on_overflow != "rollback" or not incident.rolls_back or precision is not None:
-                raise
-            console.warn(incident.what)
-            step = incident.step
-        state, _ = choose_state(run, now, resume="auto", ckpt_path=ckpt_path, allow_changes=allow_changes)
-        precision = _roll_back(cli, run, step, state)
-        del trainer, callbacks
-        gc.collect()  # the failed step's graph, with all its activations, hangs in a cycle with the traceback
-        torch.cuda.empty_cache()
+    trainer = _build(cli, run, record, random_start=state is not None or weights is not None)
+    trainer.callbacks += [_WeightedMeans(), _RunState(run, now), *([NaNGuard()] if guard else [])]
+    trainer.callbacks += [RunRecord(write=lambda entries: run.update_record(**entries))]
+    trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
+    if on_overflow == "rollback":
+        _refuse_rollback(trainer)
+    try:
+        with _session(trainer, run, cli, _first_entries(trainer, cli, record, data) | {"resumes": resumes}):
+            if weights is not None:
+                left_out = load_weights(cli.model.model, read_checkpoint(weights), strict=False) or None
+                source = {"file": weights.name, "sha256": sha256_of(weights), "left_out": left_out}
+                run.update_record(started_from=source)
+            _train(trainer, cli, run, state)
+            return _finish(trainer, run) if trainer.is_global_zero else {}
+    except Incident as incident:
+        if trainer.is_global_zero:
+            entry = incident.as_dict() | {"when": timestamp()}
+            write_atomically(run.path / "incident.json", json.dumps(entry, indent=2) + "\n")
+            run.update_record(incidents=[*run.read_record().get("incidents", []), entry])
+        if on_overflow != "rollback" or not incident.rolls_back or record.get("rollback"):
+            raise
+        console.warn(incident.what)
+        step = incident.step
+    del trainer
+    gc.collect()  # the failed step's graph, with all its activations, hangs in a cycle with the traceback
+    torch.cuda.empty_cache()
+    last = newest_state(run.checkpoints)
+    where, before = last.name if last else "the start", cli.recipe["trainer"].get("precision", "32-true")
+    entry = {"step": step, "state": where, "precision": [before, _ROLLBACK_PRECISION], "when": timestamp()}
+    run.update_record(rollback=entry)  # from now on it chooses the precision
+    console.warn(f"rolled back to {where}; the run continues in {_ROLLBACK_PRECISION}. This happens once")
+    return fit(
+        cli,
+        path,
+        ckpt_path=ckpt_path,
+        weights=None if last else weights,
+        allow_changes=allow_changes,
+        on_overflow=on_overflow,
+        save_every=save_every,
+        guard=guard,
+    )
 
 
-def _build(cli: RecipeCLI, run: RunFolder, state: Path | None, precision: str | None, weights: Path | None) -> Any:
+def _build(cli: RecipeCLI, run: RunFolder, record: dict[str, Any], *, random_start: bool) -> Any:
+    """Build the recipe's objects for this run folder and return the trainer."""
+
     def wire(config: Namespace) -> None:
-        record = run.read_record() if run.record.exists() else {}
-        step = read_step(state) if state else None
-        into_run_folder(config, run, progress_bar=sys.stderr.isatty(), step=step, loggers=record.get("loggers") or {})
-        if precision is not None:
-            change_precision(config, precision)
-        if weights is not None or state is not None:
-            forget_pretrained_weights(config)
+        layout.into_run_folder(config, run, progress_bar=sys.stderr.isatty(), run_ids=record.get("loggers") or {})
+        if record.get("rollback"):
+            layout.change_precision(config, _ROLLBACK_PRECISION)
+        if random_start:
+            layout.forget_pretrained_weights(config)
 
     cli.build(wire)
-    trainer: Any = cli.trainer  # its callbacks and strategies are untyped
-    trainer.callbacks += [_MetricsFile(run), _WeightedMeans()]
-    return trainer
+    return cli.trainer
 
 
-def _start_from(cli: RecipeCLI, run: RunFolder, weights: Path) -> None:
-    """Load what fits of a checkpoint's weights, and name and record what does not."""
-    left_out = load_weights(cli.model.model, weights, strict=False)
-    if left_out:
-        console.warn(f"some weights do not fit and keep their random start: {left_out}")
-    record = {"file": weights.name, "sha256": sha256_of(weights), "left_out": str(left_out) if left_out else None}
-    run.update_record(started_from=record)
-
-
-def _refuse_rollback(trainer: Trainer) -> None:
+def _refuse_rollback(trainer: Any) -> None:
     if trainer.world_size > 1:
         raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop")
     # torch would let older GPUs emulate it.
@@ -156,36 +159,43 @@ def _refuse_rollback(trainer: Trainer) -> None:
         raise UsageError("this GPU has no bf16, which a rollback continues in", fix="--on-overflow stop")
 
 
-def _recorder(run: RunFolder) -> Any:
-    def write(entries: dict[str, Any]) -> None:
-        run.update_record(**entries | {"epochs": entries["progress"]["epochs"], "epoch_times": entries["epochs"]})
-
-    return write
+def _first_entries(trainer: Any, cli: RecipeCLI, record: dict[str, Any], data: DataState) -> dict[str, Any]:
+    """What ``run.json`` holds of a run that begins or resumes."""
+    return {
+        "started": record.get("started") or timestamp(),
+        **{"status": "running", "ended": None, "reason": None, "command": ["floodrepro", *sys.argv[1:]]},
+        "length": {key: cli.recipe["trainer"].get(key) for key in ("max_epochs", "max_steps")},
+        "seed": cli.config.seed_everything,
+        "data": data.as_dict(),
+        "batch_size": getattr(cli.datamodule, "batch_size", None),
+        "processes": trainer.world_size,
+        "code": code_version(),
+        "environment": environment(str(trainer.precision)),
+    }
 
 
 @contextlib.contextmanager
-def _session(
-    trainer: Trainer, cli: RecipeCLI, run: RunFolder, data: DataState, state: Path | None, changes: list[str]
-) -> Iterator[None]:
+def _session(trainer: Any, run: RunFolder, cli: RecipeCLI, entries: dict[str, Any]) -> Iterator[None]:
     """Hold the run folder and keep ``run.json`` and ``log.txt`` while a run trains; the first process does."""
     with contextlib.ExitStack() as held:
         error: FloodreproError | None = None
-        if trainer.is_global_zero:
-            try:
+        try:
+            if trainer.is_global_zero:
                 RunFolder.create(run.path)
                 held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
                 held.enter_context(console.log_to(run.log))
                 for orphan in run.path.glob(f".*{PARTIAL}"):  # a killed process left it half written
                     orphan.unlink()
-                _begin(trainer, cli, run, data, state, changes)
-            except Timeout:
-                fix = "wait until it is done, or give another --name"
-                error = RunFolderError("another fit is running in this folder", where=run.path, fix=fix)
-            except OSError as failure:
-                error = RunFolderError(f"the run folder cannot be written: {failure}", where=run.path)
-            except FloodreproError as refusal:
-                error = refusal
+                run.update_record(recipe_sha256=run.save_recipe(cli.recipe), **entries)
+        except Timeout:
+            fix = "wait until it is done, or give another --name"
+            error = RunFolderError("another fit is running in this folder", where=run.path, fix=fix)
+        except OSError as failure:
+            error = RunFolderError(f"the run folder cannot be written: {failure}", where=run.path)
+        except FloodreproError as refusal:
+            error = refusal
         _agree(trainer, error)
+        _tell(trainer, cli, entries)
         try:
             yield
         except BaseException as failure:
@@ -195,35 +205,6 @@ def _session(
                 with contextlib.suppress(OSError):  # a full disk must not replace the error that it caused
                     run.update_record(status=status, ended=timestamp(), reason=f"{type(failure).__name__}: {what}")
             raise
-
-
-def _begin(
-    trainer: Trainer, cli: RecipeCLI, run: RunFolder, data: DataState, state: Path | None, changes: list[str]
-) -> None:
-    """Write the recipe and what the run starts with."""
-    batch, processes = getattr(cli.datamodule, "batch_size", None), trainer.world_size
-    record: dict[str, Any] = run.read_record() if run.record.exists() else {"started": timestamp()}
-    if state is not None:
-        entry = {"when": timestamp(), "from": state.name, "changes": changes}
-        record["resumes"] = [*record.get("resumes", []), entry]
-    record |= {"status": "running", "ended": None, "reason": None, "command": ["floodrepro", *sys.argv[1:]]}
-    record |= {
-        "recipe_sha256": run.save_recipe(cli.recipe),
-        "length": {key: cli.recipe["trainer"].get(key) for key in ("max_epochs", "max_steps")},
-        "seed": cli.config.seed_everything,
-        "data": data.as_dict(),
-        "batch_size": batch,
-        "processes": processes,
-        "code": code_version(),
-        "environment": environment(str(trainer.precision)),
-    }
-    run.update_record(**record)
-    parameters = sum(parameter.numel() for parameter in cli.model.parameters())
-    console.say(f"recipe sha256 {record['recipe_sha256'][:12]}…, {parameters:,} parameters, chips {data.chips}")
-    if processes > 1 and batch:
-        console.warn(f"{processes} processes with {batch} chips each: the global batch is {batch * processes}")
-    elif (devices := torch.cuda.device_count()) > 1:
-        console.say(f"{devices} GPUs are here, one is used; --trainer.devices {devices} multiplies the global batch")
 
 
 def _agree(trainer: Any, error: FloodreproError | None) -> None:
@@ -237,7 +218,18 @@ def _agree(trainer: Any, error: FloodreproError | None) -> None:
         raise error
 
 
-def _train(trainer: Trainer, cli: RecipeCLI, run: RunFolder, state: Path | None) -> None:
+def _tell(trainer: Any, cli: RecipeCLI, entries: dict[str, Any]) -> None:
+    """Say what is about to be trained."""
+    parameters = sum(parameter.numel() for parameter in cli.model.parameters())
+    console.say(f"{parameters:,} parameters, chips {entries['data']['chips']}")
+    processes, batch = trainer.world_size, entries["batch_size"]
+    if processes > 1 and batch:
+        console.warn(f"{processes} processes with {batch} chips each: the global batch is {batch * processes}")
+    elif (devices := torch.cuda.device_count()) > 1:
+        console.say(f"{devices} GPUs are here, one is used; --trainer.devices {devices} multiplies the global batch")
+
+
+def _train(trainer: Any, cli: RecipeCLI, run: RunFolder, state: Path | None) -> None:
     """Call Lightning."""
     on_gpu = trainer.strategy.root_device.type == "cuda"
     deterministic = on_gpu and torch.are_deterministic_algorithms_enabled()
@@ -256,21 +248,10 @@ def _train(trainer: Trainer, cli: RecipeCLI, run: RunFolder, state: Path | None)
         raise Interrupted(signal.SIGINT, run.path, "the steps since the last state are lost") from error
     finally:
         if trainer.is_global_zero:
-            # Run ids of loggers whose runs live on a server: a resumed run continues them.
-            ids = {type(log).__name__: getattr(log, "run_id", None) or log.version for log in trainer.loggers}
-            run.update_record(loggers={k: str(ids[k]) for k in ("WandbLogger", "MLFlowLogger") if ids.get(k)})
+            run.update_record(loggers=layout.run_ids_of(trainer.loggers))
 
 
-def _roll_back(cli: RecipeCLI, run: RunFolder, step: int, state: Path | None) -> str:
-    """Record a rollback and return the precision that the run continues in."""
-    where, before = state.name if state else "the start", cli.recipe["trainer"].get("precision", "32-true")
-    entry = {"step": step, "state": where, "precision": [before, _ROLLBACK_PRECISION], "when": timestamp()}
-    run.update_record(rollback=entry)
-    console.warn(f"rolled back to {where}; the run continues in {_ROLLBACK_PRECISION}. This happens once")
-    return _ROLLBACK_PRECISION
-
-
-def _finish(trainer: Trainer, run: RunFolder) -> dict[str, Any]:
+def _finish(trainer: Any, run: RunFolder) -> dict[str, Any]:
     """Write what came out; the mark of a finished run is the last thing that happens."""
     found: dict[str, Any] = {"monitor": None, "mode": None, "best_epoch": None, "best_val_loss": None}
     for callback in trainer.checkpoint_callbacks:
@@ -284,35 +265,30 @@ def _finish(trainer: Trainer, run: RunFolder) -> dict[str, Any]:
         found |= {"best_epoch": best["epoch"], "best_val_loss": values.get("val/loss"), "best_metrics": values}
         found["checkpoint_sha256"] = sha256_of(run.best)
     for name in ("failed_chips", "odd_chips"):  # left out by --skip-damaged; with odd radar values
-        if chips := getattr(trainer.datamodule, name, None):  # type: ignore[attr-defined]
+        if chips := getattr(trainer.datamodule, name, None):
             found[name] = dict(chips)
     run.update_record(status="finished", ended=timestamp(), **found)
     return run.read_record()
 
 
-class _MetricsFile(Callback):
-    """Keeps ``metrics.csv`` in every full state: Lightning's CSV logger deletes the file when a run resumes."""
+class _RunState(Callback):
+    """Adds to every full state the run's identity, and ``metrics.csv``: Lightning's logger deletes it on a resume."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._file, self._text = run.metrics, ""
+    def __init__(self, run: RunFolder, now: dict[str, Any]) -> None:
+        self._run, self._now, self._rows = run, now, list[dict[str, str]]()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             logger.save()
-        checkpoint["metrics_csv"] = self._file.read_bytes().decode() if self._file.is_file() else ""
+        checkpoint[KEY] = {"identity": self._now, "metrics": self._run.read_metrics()}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._text = checkpoint.get("metrics_csv", "")
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self._rows = checkpoint[KEY]["metrics"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        text, self._text = self._text, ""
-        for logger in trainer.loggers if text and trainer.is_global_zero else ():
-            if isinstance(logger, CSVLogger) and Path(logger.log_dir) == self._file.parent:
-                writer = logger.experiment
-                writer.metrics, writer.metrics_keys = [], text.split("\n", 1)[0].strip().split(",")
-                self._file.write_bytes(text.encode())  # as it was, with csv's line ends
-
-    on_fit_end = on_train_start  # the only hook of the two where nothing was left to train
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, CSVLogger) and Path(logger.log_dir) == self._run.metrics.parent:
+                logger.experiment.metrics += self._rows
 
 
 class _WeightedMeans(Callback):
@@ -322,7 +298,7 @@ class _WeightedMeans(Callback):
     which the best checkpoint is chosen, half as large again.
     """
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.world_size > 1:
             for metric in trainer.fit_loop.epoch_loop.val_loop._results.values():
                 if metric.is_tensor and metric.meta.is_mean_reduction:

@@ -8,14 +8,12 @@ from jsonargparse import Namespace
 from floodrepro import console
 from floodrepro.run_folder import RunFolder
 
-_CHECKPOINT_IO = "floodrepro.callbacks.AtomicCheckpointIO"
 _BEST = "terratorch.cli_tools.StateDictAwareModelCheckpoint"  # may stand beside another one that monitors the same
 _WRITERS = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor")
+_RUN_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # loggers whose runs live on a server, and the argument
 
 
-def into_run_folder(
-    config: Namespace, run: RunFolder, *, progress_bar: bool, step: int | None, loggers: dict[str, str]
-) -> None:
+def into_run_folder(config: Namespace, run: RunFolder, *, progress_bar: bool, run_ids: dict[str, str]) -> None:
     """Send the files of a fit into its run folder. What you sent elsewhere stays there.
 
     A logger or checkpoint moves into the run folder if it names no folder, or one below the recipe's
@@ -25,28 +23,20 @@ def into_run_folder(
         config: Parsed config, changed in place.
         run: The run folder.
         progress_bar: Whether Lightning's bar is kept; in a log file it would be noise.
-        step: The optimizer step that a resumed run starts from; None for a new one.
-        loggers: Run ids of an interrupted run's loggers, by class name.
+        run_ids: Of an interrupted run's loggers, by class name.
     """
     trainer = config.trainer
     root, trainer.default_root_dir = trainer.default_root_dir, str(run.path)
-    plugins = _as_list(trainer.plugins)
-    if not any(str(getattr(plugin, "class_path", plugin)).endswith("CheckpointIO") for plugin in plugins):
-        trainer.plugins = [*plugins, Namespace(class_path=_CHECKPOINT_IO, init_args=Namespace())]
     for logger in _as_list(trainer.logger):
         name, arguments = logger.class_path.rsplit(".", 1)[-1], _arguments(logger)
-        moves = _is_below(arguments.get("save_dir"), root)
-        if moves and name == "CSVLogger":
-            # Lightning writes to save_dir/name/version/metrics.csv: empty names leave RunFolder.metrics.
-            arguments.update(Namespace(save_dir=str(run.path), name="", version=""))
-        elif moves and name == "TensorBoardLogger":
-            arguments.update(Namespace(save_dir=str(run.path), name="tensorboard", version=""))
-            if step is not None:  # what was logged after the state will be logged again
-                logger.dict_kwargs = {**(logger.get("dict_kwargs") or {}), "purge_step": step}
-        elif name == "WandbLogger" and name in loggers and not arguments.get("id"):
-            arguments.id, arguments.resume = loggers[name], "allow"
-        elif name == "MLFlowLogger" and name in loggers and not arguments.get("run_id"):
-            arguments.run_id = loggers[name]
+        if name in ("CSVLogger", "TensorBoardLogger") and _is_below(arguments.get("save_dir"), root):
+            # Lightning writes to save_dir/name/version: empty names leave RunFolder.metrics.
+            folder = "" if name == "CSVLogger" else "tensorboard"
+            arguments.update(Namespace(save_dir=str(run.path), name=folder, version=""))
+        elif name in run_ids and not arguments.get(_RUN_IDS[name]):
+            arguments[_RUN_IDS[name]] = run_ids[name]
+            if name == "WandbLogger":
+                arguments.resume = "allow"
     trainer.callbacks = _as_list(trainer.callbacks)
     if trainer.enable_checkpointing is not False:
         _keep_best(trainer.callbacks, run, root)
@@ -55,28 +45,17 @@ def into_run_folder(
     _progress(trainer, keep=progress_bar)
 
 
-def monitored(callbacks: list[Namespace]) -> tuple[str, str]:
-    """The score and the mode that a recipe chooses its best weights by: val/loss and min where it names none."""
-    for ending in ("ModelCheckpoint", "EarlyStopping"):
-        for callback in callbacks:
-            arguments = _arguments(callback)
-            if callback.class_path.endswith(ending) and arguments.get("monitor"):
-                return arguments.monitor, arguments.get("mode") or "min"
-    return "val/loss", "min"
+def run_ids_of(loggers: list[Any]) -> dict[str, str]:
+    """Run ids of loggers whose runs live on a server, by class name."""
+    ids = {type(one).__name__: getattr(one, "run_id", None) or one.version for one in loggers}
+    return {name: str(ids[name]) for name in _RUN_IDS if ids.get(name)}
 
 
 def warn_of_wrong_mode(trainer: Namespace) -> None:
     """Warn of a score whose lowest value is kept, or of a loss whose highest is."""
-    for callback in _as_list(trainer.callbacks):
-        monitor = str(_arguments(callback).get("monitor") or "")
-        mode = _arguments(callback).get("mode") or "min"
+    for name, monitor, mode in _monitors(_as_list(trainer.callbacks)):
         is_loss = any(word in monitor.lower() for word in ("loss", "error"))
-        if (
-            monitor
-            and callback.class_path.endswith(("ModelCheckpoint", "EarlyStopping"))
-            and is_loss == (mode == "max")
-        ):
-            name = callback.class_path.rsplit(".", 1)[-1]
+        if is_loss == (mode == "max"):
             console.warn(f"{name} monitors {monitor} with mode: {mode}, which prefers the worst epoch")
 
 
@@ -100,8 +79,7 @@ def without_files(config: Namespace, *, progress_bar: bool) -> None:
     if str(trainer.devices) not in ("1", "auto"):
         console.say(f"a pass runs on one device: devices {trainer.devices} is for training")
     trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
-    trainer.logger = False
-    trainer.enable_checkpointing = False
+    trainer.logger = trainer.enable_checkpointing = False
     trainer.callbacks = [c for c in _as_list(trainer.callbacks) if not c.class_path.endswith(_WRITERS)]
     _progress(trainer, keep=progress_bar)
     forget_pretrained_weights(config)
@@ -116,12 +94,11 @@ def forget_pretrained_weights(config: Namespace) -> None:
 
 def _keep_best(callbacks: list[Namespace], run: RunFolder, root: str | None) -> None:
     """Let the recipe's checkpoint write ``best.ckpt``, or add one where it writes elsewhere or keeps several."""
-    monitor, mode = monitored(callbacks)
-    found = [callback for callback in callbacks if callback.class_path.endswith("ModelCheckpoint")]
+    _, monitor, mode = [*_monitors(callbacks), ("", "val/loss", "min")][0]
     best = None
-    for callback in found:
+    for callback in callbacks:
         arguments = _arguments(callback)
-        if not _is_below(arguments.get("dirpath"), root):
+        if not callback.class_path.endswith("ModelCheckpoint") or not _is_below(arguments.get("dirpath"), root):
             continue
         arguments.dirpath = str(run.checkpoints)
         arguments.enable_version_counter = False  # an epoch that runs again writes the same file, no -v1
@@ -133,6 +110,17 @@ def _keep_best(callbacks: list[Namespace], run: RunFolder, root: str | None) -> 
         arguments = Namespace(monitor=monitor, mode=mode, save_top_k=1, save_weights_only=True, filename=run.best.stem)
         arguments.update(Namespace(dirpath=str(run.checkpoints), enable_version_counter=False))
         callbacks.append(Namespace(class_path=_BEST, init_args=arguments))
+
+
+def _monitors(callbacks: list[Namespace]) -> list[tuple[str, str, str]]:
+    """Class, score and mode of the callbacks that choose by a score, checkpoints first."""
+    found = []
+    for ending in ("ModelCheckpoint", "EarlyStopping"):
+        for callback in callbacks:
+            monitor, mode = (_arguments(callback).get(key) for key in ("monitor", "mode"))
+            if callback.class_path.endswith(ending) and monitor:
+                found.append((callback.class_path.rsplit(".", 1)[-1], monitor, mode or "min"))
+    return found
 
 
 def _arguments(node: Namespace) -> Namespace:

@@ -1,6 +1,7 @@
 """Whether a fit starts, resumes or has nothing to do: decided from files alone, so that all processes decide alike."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 
 import torch
 
+from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.callbacks.exact_resume import newest_state
+from floodrepro.callbacks.exact_resume import LAST, PREVIOUS
 from floodrepro.data.splits import DataState
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, free_name
 
-STATE_KEY = "floodrepro"  # ExactResume keeps the identity under it
+KEY = "floodrepro"  # under which a full state keeps the run's identity
 _PACKAGES = ("torch", "lightning", "terratorch", "torchmetrics", "timm", "segmentation-models-pytorch", "numpy")
 _SHOWN = 3
 
@@ -26,7 +28,6 @@ _MAY_CHANGE = re.compile(
     r"|data\.init_args\.(\w*(root|dir|path|split)(\..+)?|num_workers|prefetch_factor|pin_memory|persistent_workers)"
     r"|predict_output_dir|output_file_prefix|out_dtype|deploy_config_file|custom_modules_path"
 )
-_ONLY_WATCH = ("ProgressBar", "Monitor", "ModelSummary", "ModelCheckpoint", "EarlyStopping", "Timer")
 
 
 def identity(recipe: Recipe, data: DataState) -> dict[str, Any]:
@@ -37,16 +38,8 @@ def identity(recipe: Recipe, data: DataState) -> dict[str, Any]:
         data: What `floodrepro.data.splits.check_data` found.
     """
     kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
-    callbacks = (recipe.get("trainer") or {}).get("callbacks") or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        name = callback["class_path"].rsplit(".", 1)[-1] if isinstance(callback, Mapping) else str(callback)
-        if not name.endswith(_ONLY_WATCH):
-            kept |= dict(recipes.leaves(callback, f"trainer.callbacks.{name}"))
-    return {
-        "recipe": kept,
-        "data": dict(data.digests),
-        "packages": {name: version(name) for name in _PACKAGES},
-    }
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"recipe": kept, "data": dict(data.digests), "packages": packages}
 
 
 def choose_state(
@@ -72,19 +65,12 @@ def choose_state(
         raise UsageError("the folder exists and holds no run of floodrepro", where=run.path, fix="give another --name")
     if run.record.exists() and resume == "never":
         raise UsageError("the run exists already", where=run.path, fix=f"--name {free_name(run.path)} for a new run")
-    if ckpt_path == "best":
-        raise UsageError(
-            "best.ckpt holds weights only and cannot be resumed",
-            where=run.best,
-            fix=f"--ckpt_path last, or --weights {run.best} under another --name",
-        )
-    own = newest_state(run.checkpoints) if run.checkpoints.is_dir() else None
-    state = own or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
+    state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
     if state is None:
         return None, []
     before = read_identity(state)
     changes = [
-        f"{section}.{key}: {old!r} became {new!r}" if section != "recipe" else f"{key}: {old!r} became {new!r}"
+        f"{section}.{key}: {old!r} became {new!r}".removeprefix("recipe.")
         for section in ("recipe", "data", "packages")
         for key, (old, new) in recipes.differences(before[section], now[section]).items()
     ]
@@ -92,9 +78,7 @@ def choose_state(
     if changes and (fixed or not allow_changes):
         shown = fixed or changes
         more = f" (and {len(shown) - _SHOWN} more)" if len(shown) > _SHOWN else ""
-        hint = (
-            f"--weights {state} starts a new run from its weights" if fixed else "or --resume-anyway, which is recorded"
-        )
+        hint = f"--weights {state} starts from its weights alone" if fixed else "or --resume-anyway, which is recorded"
         raise UsageError(
             f"this would not be the same run: {'; '.join(shown[:_SHOWN])}{more}",
             where=state,
@@ -110,6 +94,34 @@ def is_done(recipe: Recipe, record: Mapping[str, Any]) -> bool:
     return record.get("status") == "finished" and not any(longer)
 
 
+def newest_state(folder: Path) -> Path | None:
+    """The newest full state of which every byte is as it was written.
+
+    Returns:
+        ``last.ckpt``; where that is damaged, ``previous.ckpt``, with a warning; None where neither was written yet.
+
+    Raises:
+        CheckpointError: There was one, and none is whole.
+    """
+    found = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+    whole = next((path for path in found if _is_whole(path)), None)
+    if found and whole is None:
+        raise CheckpointError("the full state is damaged", where=found[0], fix="start again under another --name")
+    if whole is not None and whole != found[0]:  # else it would become the previous one
+        aside = found[0].replace(found[0].with_name(f"{LAST}.damaged"))
+        console.warn(f"{found[0]} is damaged and was renamed to {aside.name}; {PREVIOUS} is used instead")
+    return whole
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether the checksums of a file of torch.save, a ZIP archive, are right."""
+    try:
+        with zipfile.ZipFile(state) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        return False
+
+
 def read_identity(state: Path) -> dict[str, Any]:
     """The identity that is stored in a full state.
 
@@ -118,18 +130,9 @@ def read_identity(state: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
-        found: dict[str, Any] = content[STATE_KEY]["identity"]
-    except FileNotFoundError as error:
-        raise CheckpointError("the checkpoint to resume from does not exist", where=state) from error
+        found: dict[str, Any] = content[KEY]["identity"]
     except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
-        raise CheckpointError(
-            "this is no full state that a run can resume from",
-            where=state,
-            fix="give checkpoints/last.ckpt of a run, or start from the weights alone: --weights FILE",
-        ) from error
+        what = "there is no full state here that a run can resume from"
+        fix = "give checkpoints/last.ckpt of a run, or start from the weights alone: --weights FILE"
+        raise CheckpointError(what, where=state, fix=fix) from error
     return found
-
-
-def read_step(state: Path) -> int:
-    """The number of optimizer steps that a full state has behind it."""
-    return int(torch.load(state, map_location="cpu", weights_only=True, mmap=True)["global_step"])

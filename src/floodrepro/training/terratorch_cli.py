@@ -1,15 +1,15 @@
 """A recipe, its layers and overrides merged by TerraTorch's own command-line class, and the objects it describes."""
 # ruff: noqa: E402
 
+import contextlib
+import datetime
 import difflib
-import inspect
 import logging
 import os
 import re
-import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ os.environ.update(LIGHTLY_DID_VERSION_CHECK="True", NO_ALBUMENTATIONS_UPDATE="1"
 import torch
 
 # terratorch 1.2.7 sets the float32 matmul precision and the root logger at import: both are put back below.
-_matmul_precision, _root_level = torch.get_float32_matmul_precision(), logging.getLogger().level
-_root_handlers = list(logging.getLogger().handlers)
+_matmul_precision, _root = torch.get_float32_matmul_precision(), logging.getLogger()
+_root_level, _root_handlers = _root.level, [*_root.handlers]
 with warnings.catch_warnings(), console.stdout_to_stderr():
     warnings.simplefilter("ignore")  # deprecations inside the libraries' own modules
     from terratorch.cli_tools import BaseTask, CustomWriter, MyLightningCLI, MyTrainer, import_custom_modules
@@ -39,8 +39,8 @@ from torchmetrics import Metric, MetricCollection
 from floodrepro.data.datamodule import FloodDataModule
 
 torch.set_float32_matmul_precision(_matmul_precision)
-logging.getLogger().setLevel(_root_level)
-logging.getLogger().handlers[:] = _root_handlers
+_root.setLevel(_root_level)
+_root.handlers[:] = _root_handlers
 # Warnings of every run that nobody can act on: the recipe's optimizer replaces the task's own, which is what a recipe
 # is for; deprecations between the libraries; metrics that torchmetrics has already summed over all processes, or
 # computes in the sanity check; and folders that a resumed run finds as it left them.
@@ -59,10 +59,7 @@ for _name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utiliti
 
 __all__ = ["CustomWriter", "RecipeCLI"]  # TerraTorch's names come from here: what imports them first must be quiet
 
-_COUNT_OR_SHARE = (
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
-    *("overfit_batches", "val_check_interval"),
-)
+_COUNT_OR_SHARE = re.compile(r"trainer\.(limit_\w+_batches|overfit_batches)")
 _BROKEN_METRIC = "Boundary_mIoU"  # depends on the batch size where pixels are ignored (terratorch 1.2.7)
 _SHOWN_LINES = 12
 
@@ -87,7 +84,6 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
 
     def __init__(self, configs: Sequence[Path], overrides: Sequence[str] = ()) -> None:
         self._configs, self._overrides = list(configs), list(overrides)
-        self._building = False
         # The arguments of terratorch.cli_tools.build_lightning_cli, which leaves no way to pass a subclass.
         super().__init__(
             model_class=BaseTask,
@@ -101,52 +97,51 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             run=False,
         )
 
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        """Add TerraTorch's arguments, and let the trainer's limits be read as whole numbers before shares.
+
+        typing keeps one of ``int | float`` and ``float | int`` for both, by which some library wrote first: with
+        jsonargparse 4.53, 1, one batch, would become 1.0, all of them.
+        """
+        super().add_arguments_to_parser(parser)
+        for action in parser._actions:
+            if _COUNT_OR_SHARE.fullmatch(action.dest):
+                action._typehint = int | float | None
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Merge files and overrides into ``recipe``, then let the parser add its defaults in ``config``."""
         contents = [recipes.read_yaml(path) for path in self._configs]
-        given = [key for content in contents for key in content] + [o[2:].split(".")[0] for o in self._overrides]
         where = " ".join([*map(str, self._configs), *self._overrides])
         modules = [c["custom_modules_path"] for c in contents if c.get("custom_modules_path")]
         modules += [value for key, value in _pairs(self._overrides) if key == "custom_modules_path"]
         if modules and not Path(modules[-1]).is_dir():
-            raise UsageError(
-                "custom_modules_path is no folder", where=modules[-1], fix="name the folder of your modules"
-            )
+            fix = "name the folder of your modules"
+            raise UsageError("custom_modules_path is no folder", where=modules[-1], fix=fix)
         import_custom_modules(modules[-1] if modules else None)  # TerraTorch looks for the key below a subcommand only
-        if missing := [name for name in ("model", "data") if name not in given]:
-            raise UsageError(
-                f"the recipe has no section '{missing[0]}'", where=where, fix="floodrepro configs show demo"
-            )
-        arguments = [token for path in self._configs for token in ("--config", str(path))] + self._overrides
+        given = {key for content in contents for key in content} | {o[2:].split(".")[0] for o in self._overrides}
+        for section in {"model", "data"} - given:
+            raise UsageError(f"the recipe has no section '{section}'", where=where, fix="floodrepro configs show demo")
         if "--trainer.help" in self._overrides:  # the parser has such help for classes that can be chosen only
             trainer = ArgumentParser(prog="floodrepro fit")
             trainer.add_class_arguments(MyTrainer, "trainer")
             trainer.print_help()
             raise SystemExit(0)
+        arguments = [token for path in self._configs for token in ("--config", str(path))] + self._overrides
+        help_is_asked_for = any(re.match(r"--(print_config|[\w.]*help)\b", token) for token in self._overrides)
         try:
-            merged = parser.parse_args(arguments, defaults=_asks_for_help(self._overrides))
+            merged = parser.parse_args(arguments, defaults=help_is_asked_for)
             _read_untyped_values(merged, self._overrides)
             merged.pop("config", None)
             self.recipe: Recipe = yaml.safe_load(parser.dump(merged, skip_unset=False, skip_validation=True))
             self.config = parser.parse_object(merged)
         except ArgumentError as error:
             raise _refusal(str(error), parser, contents, where) from error
-        self._counts = _counts(contents, self._overrides)
-        for key, value in self._counts.items():
-            self.recipe["trainer"][key] = self.config.trainer[key] = value
 
     def _set_seed(self) -> None:
-        if self._building:
-            super()._set_seed()
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Pass limits on as they were given: the parser would turn them into shares again."""
-        return super().instantiate_trainer(**{key: self.config.trainer[key] for key in self._counts} | kwargs)
+        """Wait for `build`."""
 
     def instantiate_classes(self) -> None:
-        """Do nothing until `build` asks for the objects."""
-        if self._building:
-            super().instantiate_classes()
+        """Wait for `build`."""
 
     def build(self, wire: Callable[[Namespace], None] | None = None, *, trim: bool = True) -> None:
         """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
@@ -160,12 +155,11 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
         """
         if wire is not None:
             wire(self.config)
-        self._building = True
         refusals = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError)
         try:
             with console.stdout_to_stderr():
                 super()._set_seed()
-                self.instantiate_classes()
+                super().instantiate_classes()
                 if trim:
                     trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
         except (*refusals, MisconfigurationException) as error:  # the last is what Lightning's own constructors raise
@@ -195,32 +189,12 @@ def trim_metrics(task: Any, *, labels_known: bool) -> None:
                 object.__setattr__(metric, "validate_args", False)
 
 
-def _asks_for_help(overrides: Sequence[str]) -> bool:
-    return any(re.match(r"--(print_config|[\w.]*help)\b", token) for token in overrides)
-
-
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Key and text of each override, written ``--key value`` or ``--key=value``."""
     tokens = iter(overrides)
     for token in tokens:
         key, equals, value = token.removeprefix("--").partition("=")
         yield key, value if equals else next(tokens, "")
-
-
-def _counts(contents: Sequence[Recipe], overrides: Sequence[str]) -> dict[str, int]:
-    """The trainer's limits that were given as whole numbers, the last word for each.
-
-    Typed int | float, they come out of jsonargparse 4.53 as either, by which of the two unions some library happened to
-    write first (typing keeps one for both): 1, one batch, would become 1.0, all of them.
-    """
-    given: dict[str, Any] = {}
-    for content in contents:
-        given |= {key: value for key, value in (content.get("trainer") or {}).items() if key in _COUNT_OR_SHARE}
-    for key, text in _pairs(overrides):
-        section, _, name = key.partition(".")
-        if section == "trainer" and name in _COUNT_OR_SHARE:
-            given[name] = _yaml_value(text)
-    return {key: value for key, value in given.items() if type(value) is int}
 
 
 def _read_untyped_values(merged: Namespace, overrides: Sequence[str]) -> None:
@@ -230,35 +204,22 @@ def _read_untyped_values(merged: Namespace, overrides: Sequence[str]) -> None:
     true, and makes ``null`` the string "None": TerraTorch types model_args as a bare dict.
     """
     for key, text in _pairs(overrides):
-        node: Any = merged
-        *parents, leaf = key.rstrip("+").split(".")
-        for name in parents:
-            node = node.get(name) if isinstance(node, dict | Namespace) else None
-        if type(node) is dict and leaf in node and not isinstance(node[leaf], dict | list):
-            node[leaf] = _yaml_value(text)
-
-
-def _yaml_value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a string
-        except ValueError:
-            return value
-    return value if isinstance(value, bool | int | float | list | dict | None) else text  # a date stays text
+        parent, _, leaf = key.rpartition(".")
+        node = merged.get(parent) if parent in merged else None
+        if type(node) is dict and isinstance(node.get(leaf), str):
+            with contextlib.suppress(yaml.YAMLError):
+                value = yaml.safe_load(text)
+                if not isinstance(value, str | datetime.date):  # a date stays text
+                    node[leaf] = value
 
 
 def _refusal(message: str, parser: Any, contents: Sequence[Recipe], where: str) -> UsageError:
     """The parser's own last lines, and the nearest known key for each of the user's keys that they object to."""
     known = {part for action in parser._actions for part in action.dest.split(".")}
-    known |= {*recipes.SECTIONS, "class_path", "init_args", "dict_kwargs"}
-    for content in contents:
-        known |= set(_arguments_of_classes(content))
-    given = {part for content in contents for key, _ in recipes.leaves(content) for part in key.split(".")}
-    given |= {part for token in where.split() if token.startswith("--") for part in token[2:].split("=")[0].split(".")}
+    for path in recipes.shipped().values():
+        known |= _words(recipes.read_yaml(path))
+    given = {part for content in contents for part in _words(content)}
+    given |= {part for key in re.findall(r"--([\w.]+)", where) for part in key.split(".")}
     shown = _last_lines(message)
     unknown = sorted(word for word in given - known if re.search(rf"\b{re.escape(word)}\b", shown))
     close = {word: difflib.get_close_matches(word, known, n=1) for word in unknown}
@@ -267,15 +228,8 @@ def _refusal(message: str, parser: Any, contents: Sequence[Recipe], where: str) 
     return UsageError(f"the recipe is refused: {shown}", where=where, fix=fix)
 
 
-def _arguments_of_classes(node: Any) -> Iterator[str]:
-    """Names of the arguments of every class that a recipe names."""
-    if isinstance(node, Mapping):
-        module, _, name = str(node.get("class_path", "")).rpartition(".")
-        found = getattr(sys.modules.get(module), name, None)
-        for base in inspect.getmro(found) if inspect.isclass(found) else ():
-            yield from inspect.signature(vars(base).get("__init__", object.__init__)).parameters
-    for child in node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ():
-        yield from _arguments_of_classes(child)
+def _words(recipe: Recipe) -> set[str]:
+    return {part for key, _ in recipes.leaves(recipe) for part in key.split(".")}
 
 
 def _last_lines(message: str) -> str:

@@ -1,0 +1,155 @@
+"""Commands in processes of their own, forked from one that has imported TerraTorch: seconds, not minutes.
+
+A child is a real process that runs the real command line, floodrepro's or TerraTorch's, and its signals are real.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["terratorch.cli_tools", "floodrepro.callbacks", "floodrepro.data.datamodule"])
+
+
+class Command:
+    """One command, under way or over.
+
+    Args:
+        argv: Its arguments.
+        log: The file that takes both of its streams.
+        program: ``floodrepro`` or ``terratorch``.
+        strikes: Moments at which a signal hits the command: keyword arguments of `_strike`.
+        limit_file_size: Bytes that no file may exceed: a disk that is full for large files only.
+        environment: Variables that are set.
+    """
+
+    def __init__(
+        self,
+        *argv: object,
+        log: Path,
+        program: str = "floodrepro",
+        strikes: Sequence[dict[str, Any]] = (),
+        limit_file_size: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._log = log
+        arguments = (program, [*map(str, argv)], log, strikes, limit_file_size, environment or {})
+        self._process = CONTEXT.Process(target=_run, args=arguments)
+        self._process.start()
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def wait(self, timeout: float = 180) -> int:
+        """The exit code, negative for a signal."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self.kill(signal.SIGKILL, group=True)
+            raise AssertionError(f"still running after {timeout} s:\n{self.log[-3000:]}")
+        return self._process.exitcode
+
+    def wait_until_stopped(self) -> None:
+        """Wait until a SIGSTOP has hit it."""
+        while Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
+            time.sleep(0.05)
+
+    def kill(self, number: int, *, group: bool = False) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if group else os.kill)(self._process.pid, number)
+
+
+def _run(
+    program: str,
+    argv: list[str],
+    log: Path,
+    strikes: Sequence[dict[str, Any]],
+    limit_file_size: int | None,
+    environment: Mapping[str, str],
+) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as it is in a process of its own
+    os.setpgrp()  # signals for the group are this process's and its loader workers' alone
+    os.environ.update(environment)
+    file = log.open("ab", buffering=0)  # open until the process ends
+    os.dup2(file.fileno(), 1)
+    os.dup2(file.fileno(), 2)
+    import torch
+    from terratorch.cli_tools import build_lightning_cli
+
+    from floodrepro.cli.main import main
+
+    torch.set_num_threads(1)  # more of them wait for each other where cores are shared
+    if limit_file_size is not None:  # Python ignores SIGXFSZ: a write beyond the limit is an OSError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, resource.RLIM_INFINITY))
+    for one in strikes:
+        _strike(**one)
+    code = 0
+    try:
+        if program == "terratorch":
+            build_lightning_cli(argv)
+        else:
+            code = main(argv)
+    except SystemExit:
+        raise
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        code = 1
+    sys.exit(code)
+
+
+def _strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool = False) -> None:
+    """Arrange for a signal in this process, or its process group, the *count*-th time that it comes to a moment."""
+    import torch
+
+    from floodrepro.callbacks import ExactResume, exact_resume
+    from floodrepro.run_folder import RunFolder
+
+    left = count
+
+    def hit() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(0 if group else os.getpid(), number)
+
+    def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_, **__: True) -> None:
+        original = getattr(owner, name)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if when(*args, **kwargs):
+                hit()
+            return original(*args, **kwargs)
+
+        setattr(owner, name, wrapped)
+
+    def half_a_write(content: Any, file: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        file.write(buffer.getvalue()[: buffer.tell() // 2])
+        file.flush()
+        hit()
+        file.write(buffer.getvalue()[buffer.tell() // 2 :])
+
+    match at:
+        case "step":
+            before(ExactResume, "on_train_batch_start")
+        case "validation":
+            before(ExactResume, "on_validation_batch_start", lambda _, trainer, *__: not trainer.sanity_checking)
+        case "epoch end":
+            before(ExactResume, "on_train_epoch_end")
+        case "write":
+            exact_resume.torch = SimpleNamespace(**vars(torch) | {"save": half_a_write})
+        case "rename":
+            before(Path, "replace", lambda path, _: path.parent.name == "checkpoints")
+        case "mark":
+            before(RunFolder, "update_record", lambda *_, **entries: entries.get("status") == "finished")
