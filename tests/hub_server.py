@@ -14,7 +14,7 @@ import hashlib
 import json
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,18 +26,11 @@ BLOCK = 2**14  # bytes written at a time
 
 @dataclass
 class Fault:
-    """What goes wrong with the content of a file, the next `times` times that it is asked for."""
+    """What goes wrong with the content of a file, the next time that it is asked for."""
 
-    times: int = 1
-    status: int = 0  # answer with this status, and no content
-    headers: dict[str, str] = field(default_factory=dict)  # sent along with `status`
     cut_after: int | None = None  # close the connection after so many bytes
-    stall_after: int | None = None  # say nothing more after so many bytes
     rate: int = 0  # bytes a second
     content: bytes | None = None  # give out this instead
-    ignores_range: bool = False
-    wrong_range: bool = False  # answer a range with another one
-    untold_length: bool = False  # no Content-Length: the content ends where the connection does
 
 
 @dataclass
@@ -49,15 +42,6 @@ class Model:
     messages: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Sent:
-    """One answer with content: which file, from which byte, and how many bytes were given to the network so far."""
-
-    path: str
-    start: int
-    size: int = 0
-
-
 class HubServer:
     """One repository with its commits. ``with HubServer() as hub:`` starts it; `url` is what HF_ENDPOINT takes."""
 
@@ -66,12 +50,9 @@ class HubServer:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
         self.faults: dict[str, list[Fault]] = defaultdict(list)
-        self.refusals: dict[str, list[tuple[int, dict[str, str], bytes]]] = defaultdict(list)
-        self.silent_trees = 0  # so many requests for a page of the tree get no answer for 5 s
-        self.page_of_tree = 1000  # entries on a page
-        self.requests: list[tuple[str, str, float]] = []  # (method, address, time.monotonic())
-        self.authorized: dict[str, set[str]] = {"hub": set(), "cdn": set()}  # tokens that each host saw
-        self.sent: list[Sent] = []
+        self.refusals: list[tuple[int, dict[str, str]]] = []  # answers to the next requests for a revision
+        self.requests: list[tuple[str, str]] = []  # (method, address)
+        self.sent: Counter[str] = Counter()  # bytes of each file's content that went out
         self.token = "hf_writer"
         self.models: dict[str, Model] = {}
         self.lfs: dict[str, bytes] = {}
@@ -108,23 +89,8 @@ class HubServer:
         """Plant a fault for a file."""
         self.faults[path].append(Fault(**fault))
 
-    def refuse(
-        self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", on: str = "revision"
-    ) -> None:
-        """Answer the next API request about a `revision` or a `tree` in this way."""
-        self.refusals[on].append((status, headers or {}, body))
-
-    def bytes_of(self, path: str) -> int:
-        """Bytes of a file's content that went out so far."""
-        return sum(sent.size for sent in self.sent if sent.path == path)
-
-    def starts_of(self, path: str) -> list[int]:
-        """From which byte on each answer gave out a file."""
-        return [sent.start for sent in self.sent if sent.path == path]
-
     def forget(self) -> None:
         """Start counting anew."""
-        self.requests.clear()
         self.sent.clear()
 
 
@@ -153,10 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_POST()
 
     def answer(self) -> None:
-        self.hub.requests.append((self.command, self.path, time.monotonic()))
+        self.hub.requests.append((self.command, self.path))
         host = "cdn" if self.headers.get("Host", "").startswith("localhost") else "hub"
-        if token := self.headers.get("Authorization"):
-            self.hub.authorized[host].add(token)
         address = urlsplit(self.path)
         api, resolve = f"/api/datasets/{self.hub.repo}/", f"/datasets/{self.hub.repo}/resolve/"
         with suppress(ConnectionError):
@@ -181,9 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_api(self, parts: list[str]) -> None:
         what, revision = parts[0], unquote(parts[1])
-        if self.hub.refusals[what]:
-            status, headers, body = self.hub.refusals[what].pop(0)
-            return self.send(status, body, headers)
+        if what == "revision" and self.hub.refusals:
+            status, headers = self.hub.refusals.pop(0)
+            return self.send(status, b"", headers)
         sha = self.hub.refs.get(revision, revision)
         if sha not in self.hub.commits:
             return self.send_error_code(404, "RevisionNotFound")
@@ -197,19 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_json([entry for entry in entries if entry["path"] in asked])
         folders = sorted({path.rsplit("/", 1)[0] for path in files if "/" in path})
         entries = [{"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders] + entries
-        return self.send_tree(entries)
-
-    def send_tree(self, entries: list[dict]) -> None:
-        if self.hub.silent_trees:
-            self.hub.silent_trees -= 1
-            time.sleep(5)
-            self.close_connection = True
-            return
-        address = urlsplit(self.path)
-        start = int(parse_qs(address.query).get("cursor", ["0"])[0])
-        stop = start + self.hub.page_of_tree
-        more = {"Link": f'<{self.hub.url}{address.path}?recursive=True&cursor={stop}>; rel="next"'}
-        self.send(200, json.dumps(entries[start:stop]).encode(), more if stop < len(entries) else {})
+        return self.send_json(entries)
 
     def take_upload(self, parts: list[str]) -> None:
         """Answer what huggingface_hub asks on the way to a commit in a model repository."""
@@ -289,53 +241,36 @@ class _Handler(BaseHTTPRequestHandler):
     def send_content(self, sha: str, path: str) -> None:
         content = self.hub.commits[sha][path]
         etag = _description(path, content)["oid"]
-        fault = Fault()
-        if self.command == "GET" and self.hub.faults[path]:
-            fault = self.hub.faults[path][0]
-            fault.times -= 1
-            if fault.times <= 0:
-                self.hub.faults[path].pop(0)
-        if fault.status:
-            return self.send(fault.status, b"", fault.headers)
+        faults = self.hub.faults[path] if self.command == "GET" else []
+        fault = faults.pop(0) if faults else Fault()
         content = content if fault.content is None else fault.content
         start, stop = 0, len(content)
-        asked = self.headers.get("Range", "")
-        if asked.startswith("bytes=") and not fault.ignores_range:
+        if (asked := self.headers.get("Range", "")).startswith("bytes="):
             first, last = asked.removeprefix("bytes=").split("-")
             start, stop = int(first), min(int(last) + 1, stop) if last else stop
             if start >= len(content):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-            start += fault.wrong_range
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
-        if start or stop < len(content) or (asked and not fault.ignores_range):
-            self.send_response(206)
+        self.send_response(206 if asked else 200)
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Content-Length": stop - start}
+        if asked:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        else:
-            self.send_response(200)
-        headers["Connection" if fault.untold_length else "Content-Length"] = (
-            "close" if fault.untold_length else str(stop - start)
-        )
         for name, value in headers.items():
-            self.send_header(name, value)
+            self.send_header(name, str(value))
         self.end_headers()
         if self.command == "GET":
-            self.send_body(path, start, content[start:stop], fault)
+            self.send_body(path, content[start:stop], fault)
         return None
 
-    def send_body(self, path: str, start: int, body: bytes, fault: Fault) -> None:
+    def send_body(self, path: str, body: bytes, fault: Fault) -> None:
         """Write the body block by block, count what goes out, and break off where the fault says so."""
-        end = min(len(body), *(n for n in (fault.cut_after, fault.stall_after, len(body)) if n is not None))
-        sent = Sent(path, start)
-        self.hub.sent.append(sent)
-        while sent.size < end:
-            block = body[sent.size : min(sent.size + BLOCK, end)]
-            sent.size += len(block)  # before it is written: a client that has the last byte may ask at once
+        end = len(body) if fault.cut_after is None else min(len(body), fault.cut_after)
+        for start in range(0, end, BLOCK):
+            block = body[start : min(start + BLOCK, end)]
+            self.hub.sent[path] += len(block)  # before it is written: a client that has the last byte may ask at once
             self.wfile.write(block)
             if fault.rate:
                 time.sleep(len(block) / fault.rate)
-        if fault.stall_after is not None:
-            time.sleep(5)
-        if end < len(body) or fault.untold_length:
+        if end < len(body):
             self.close_connection = True
 
     def send_json(self, data: object) -> None:

@@ -9,10 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 import yaml
-import zarr
 
 from floodrepro.data.audit import FIGURES, MANIFEST, audit
-from floodrepro.data.chips import Chips, unzip
+from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import PROTOCOLS
 from floodrepro.data.splits import check_data, read_split
 from floodrepro.data.synth import VARIANTS, generate, zarr_zip
@@ -38,7 +37,7 @@ def first_chip(root: Path) -> str:
 def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, **attributes: str) -> None:
     """Write a chip's zarr file anew, with other bands or attributes."""
     path = root / "data" / modality / f"{chip}_{modality}.zarr.zip"
-    group = zarr.open_group(unzip(path.read_bytes()), mode="r")
+    group = Chips(root).group(chip, modality)
     masks = {"SCL": group["SCL"][...]} if "SCL" in group else {}
     path.write_bytes(zarr_zip(change(group["bands"][...]), masks, dict(group.attrs) | attributes, VARIANTS["time"]))
 
@@ -177,16 +176,13 @@ def test_only_the_splits_that_are_asked_for_are_read(mine):
     assert audit(mine, PROTOCOLS["v1"], splits=["val"], limit=1, jobs=1)["splits"]["val"]["chips"] == 1
 
 
-def test_statistics_are_those_of_the_valid_pixels_and_are_compared_with_the_recipe(clean):
+def test_statistics_are_those_of_the_valid_pixels(clean):
     manifest = audit(clean, PROTOCOLS["v1"], jobs=1, splits=["train"])
     source = Chips(clean)
     radar = np.stack([source.bands(chip, "S1RTC") for chip in read_split(split(clean, "train"))]).astype(np.float64)
     found = manifest["bands"]["train"]["S1RTC"]
     assert found["mean"] == pytest.approx(np.nanmean(radar, axis=(0, 1, 3, 4)), abs=1e-3)
     assert found["std"] == pytest.approx(np.nanstd(radar, axis=(0, 1, 3, 4)), abs=1e-3)
-    far = ({"S1RTC": [0.0, 0.0]}, {"S1RTC": [4.0, 4.0]})
-    message = found_in(clean, splits=["train"], statistics=far)["statistics differ from the recipe's"]["message"]
-    assert "vv" in message
 
 
 def test_figures_tell_splits_events_and_timesteps_apart(clean):

@@ -38,7 +38,7 @@ def write_chip(root: Path, chip: str, falls: list, mask: list) -> None:
 def model_on(chip: str, truth: list) -> ChipTable:
     """The table of a model that is right everywhere."""
     batch = count(np.array([[truth]]), np.maximum([[truth]], 0), classes=2)
-    return ChipTable.of_batches({chip: chip.split("_")[0]}, [batch], {"split": "test", "protocol": "v0"})
+    return ChipTable.of_batches([(chip, chip.split("_")[0])], [batch], {"split": "test", "protocol": "v0"})
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def make(chips: int = 12, classes: int = 2, seed: int = 0) -> ChipTable:
     ids = [f"EMSR{i // 3}_1_35TMF_x{i}_y{i}" for i in range(chips)]
     metadata = {"split": "test", "protocol": "v0"}
     batch = counted(*drawn(chips, classes, seed))
-    return ChipTable.of_batches({chip: chip.split("_")[0] for chip in ids}, [batch], metadata)
+    return ChipTable.of_batches([(chip, chip.split("_")[0]) for chip in ids], [batch], metadata)
 
 
 @pytest.mark.parametrize(("classes", "positive"), [(2, -1), (3, 1)])
@@ -106,6 +106,10 @@ def test_subset_takes_the_rows_of_its_chips():
     assert (part.metadata["split"], table.metadata["split"]) == ("holdout", "test")
     with pytest.raises(TableError, match="1 chips are not in the chip table, the first is EMSR99"):
         table.subset(["EMSR99"])
+
+
+def test_two_files_of_one_name_are_two_rows():
+    assert len(ChipTable.of_batches([("a", "a")] * 5, [counted(*drawn(5, 2, 0))], {}).events) == 5
 
 
 @pytest.mark.parametrize("keep", [0, 7, 0.5, 0.99])
@@ -180,6 +184,6 @@ def test_published_test_split_makes_a_file_of_a_few_mb(tmp_path: Path):
     noise = generator.integers(0, 50, (14_556, 1, 1)) * (columns["histogram"] > 0)
     columns["histogram"] = 16 * columns["histogram"] + noise
     columns["confidence"] = columns["confidence"] * generator.uniform(15, 17, (14_556, 1))
-    events = {f"EMSR{i % 200}_1_35TMF_x{413905 + i}_y{4537585 + i}": f"EMSR{i % 200}" for i in range(14_556)}
-    write_table(ChipTable.of_batches(events, [columns], {}), tmp_path / "t.parquet")
+    rows = [(f"EMSR{i % 200}_1_35TMF_x{413905 + i}_y{4537585 + i}", f"EMSR{i % 200}") for i in range(14_556)]
+    write_table(ChipTable.of_batches(rows, [columns], {}), tmp_path / "t.parquet")
     assert (tmp_path / "t.parquet").stat().st_size < 4e6

@@ -6,7 +6,10 @@ import pickle
 import random
 import tarfile
 import threading
+import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numcodecs
@@ -24,6 +27,7 @@ from floodrepro.data.protocols import PARTS, suffix_of
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError
 
+FLIPS = 1000
 MADE = {"events": 4, "chips": 8, "size": 32, "protocol": "v0", "seed": 3, "variants": tuple(VARIANTS)}
 
 
@@ -110,7 +114,7 @@ def test_any_zarr_layout_is_read_as_zarr_reads_it(tmp_path, data):
     assert same(ours(path), stock(path))
     place = np.empty(shape, values.dtype.newbyteorder("="))
     with path.open("rb", buffering=0) as stream:
-        assert read_bands(Window(stream), place) is place
+        assert read_bands(Window(stream), lambda *_: place) is place
     assert same(place, stock(path))
 
 
@@ -148,39 +152,19 @@ def outcome(read, path: Path) -> np.ndarray | None:
         return None
 
 
-def count_flips(root: Path, work: Path, flips: int, seed: int = 0) -> dict[str, int]:
-    """Flip single bits: how often both readers see it, and how they differ."""
-    source, counts = Chips(root), {"both raise": 0, "pixels unchanged": 0, "silent where stock raises": 0}
-    counts |= {"we raise, stock is silently wrong": 0, "both silently wrong": 0, "we raise, stock is right": 0}
-    drawn = random.Random(seed)
-    chips = sorted(source.having("DEM"))
-    for number in range(flips):
-        part = PARTS[number % len(PARTS)]
-        path = file_of(root, drawn.choice(chips), part)
-        content = path.read_bytes()
-        damaged = work / path.name
-        damaged.write_bytes(flip(content, drawn.randrange(8 * len(content))))
-        truth, mine, theirs = stock(path), outcome(ours, damaged), outcome(stock, damaged)
-        right, their_right = (found is not None and same(found, truth) for found in (mine, theirs))
-        if mine is None:
-            key = (
-                "both raise"
-                if theirs is None
-                else "we raise, stock is " + ("right" if their_right else "silently wrong")
-            )
-        elif right:
-            key = "pixels unchanged"
-        else:
-            key = "silent where stock raises" if theirs is None else "both silently wrong"
-        counts[key] += 1
-        damaged.unlink()
-    return counts
-
-
 def test_flipped_bit_is_never_a_silently_wrong_pixel_where_stock_raises(folders, tmp_path):
-    counts = count_flips(folders, tmp_path, 240)
-    assert counts["silent where stock raises"] == 0
-    assert counts["both raise"] > 60
+    source, drawn, raised = Chips(folders), random.Random(0), 0
+    chips = sorted(source.having("DEM"))
+    for number in range(FLIPS):
+        path = file_of(folders, drawn.choice(chips), PARTS[number % len(PARTS)])
+        content = path.read_bytes()
+        damaged = tmp_path / path.name
+        damaged.write_bytes(flip(content, drawn.randrange(8 * len(content))))
+        mine, theirs = outcome(ours, damaged), outcome(stock, damaged)
+        assert mine is None or same(mine, stock(path)) or theirs is not None, path.name
+        raised += mine is None
+        damaged.unlink()
+    assert raised > FLIPS / 4
 
 
 def test_flipped_bit_in_any_chunk_is_an_error_that_names_the_chip(folders, tmp_path):
@@ -252,6 +236,30 @@ def test_index_of_a_read_only_folder_lies_in_the_users_cache(tars, tmp_path, mon
     assert len(list((tmp_path / "cache").rglob("*.index.json"))) == 12
 
 
+def test_one_of_several_processes_reads_the_headers_and_the_others_wait(tars, tmp_path, monkeypatch):
+    real = tarfile.open
+
+    def slow(*arguments, **options):
+        with (tmp_path / "opened").open("a") as file:
+            file.write("once\n")
+        time.sleep(0.5)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(reading.tarfile, "open", slow)
+    tar = tars / "train" / "S2L2A.tar"
+    with ProcessPoolExecutor(3, mp_context=get_context("fork")) as pool:
+        first, *others = pool.map(tar_index, [tar] * 3)
+    assert others == [first, first]
+    assert (tmp_path / "opened").read_text() == "once\n"
+
+
+def test_process_is_handed_the_places_of_its_chips_only(tars):
+    source, chip = Chips(tars), min(Chips(tars).having("DEM"))
+    few = pickle.loads(pickle.dumps(source.only([chip])))
+    assert few.having("DEM") == {chip}
+    assert same(few.raster(chip, "DEM"), source.raster(chip, "DEM"))
+
+
 def test_stray_files_in_a_tar_are_passed_over(tars):
     tar = tars / "train" / "DEM.tar"
     before = Chips(tars).having("DEM")
@@ -275,7 +283,7 @@ def test_tar_that_is_cut_short_is_named(tars):
 def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
     source = Chips(folders)
     chip = sorted(source.having("DEM"))[0]
-    truth, real, failures = source.raster(chip, "DEM"), os.pread, [116, 5]  # ESTALE, EIO
+    truth, real, failures = source.raster(chip, "DEM"), os.preadv, [116, 5]  # ESTALE, EIO
 
     def fails(*arguments):
         if failures:
@@ -283,7 +291,7 @@ def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(reading, "_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(reading.os, "pread", fails)
+    monkeypatch.setattr(reading.os, "preadv", fails)
     assert same(source.raster(chip, "DEM"), truth)
     failures += [5, 5, 5]
     with pytest.raises(DataError, match=f"DEM of {chip} cannot be read: hiccup"):
@@ -297,7 +305,7 @@ def test_threads_share_a_source_and_kept_errors_do_no_harm(folders):
     wrong, kept = [], []
 
     def read(number: int) -> None:
-        for key in random.Random(number).choices(list(truth), k=60):
+        for key in random.Random(number).choices(list(truth), k=20):
             if source.bands(*key).tobytes() != truth[key]:
                 wrong.append(key)
             try:
@@ -311,7 +319,7 @@ def test_threads_share_a_source_and_kept_errors_do_no_harm(folders):
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(kept) == 240
+    assert len(kept) == 80
 
 
 def test_infinite_and_unrecognised_no_data_are_counted():

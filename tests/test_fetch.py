@@ -14,6 +14,7 @@ import pytest
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import FETCH_NOTE, read_commit, read_split
 from floodrepro.data.synth import generate
+from floodrepro.data.weights import REFERENCE
 from hub_server import HubServer
 
 REPO = "ibm-esa-geospatial/ImpactMesh-Flood"
@@ -36,11 +37,15 @@ def hub(published):
         yield server
 
 
-def run(hub: HubServer, root: Path, *flags: object, wait: bool = True, **environment: str):
+def run(hub: HubServer, root: Path, *flags: object, wait: bool = True):
     """`floodrepro data fetch` in a process of its own: the client reads its environment when it is imported."""
-    command = [sys.executable, "-m", "floodrepro", "data", "fetch", "--root", root, "--format", "json", *flags]
-    given = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(root.parent / "home"), "HF_XET_HIGH": "0"}
-    given |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": ":".join(sys.path), **environment}
+    return run_data(hub, root.parent, "fetch", "--root", root, "--format", "json", *flags, wait=wait)
+
+
+def run_data(hub: HubServer, folder: Path, *arguments: object, wait: bool = True):
+    command = [sys.executable, "-m", "floodrepro", "data", *arguments]
+    given = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
+    given |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": ":".join(sys.path)}
     process = subprocess.Popen(
         [str(part) for part in command],
         env=os.environ | given,
@@ -71,8 +76,7 @@ def test_all_archives_of_one_commit_arrive_and_a_second_call_fetches_nothing(hub
     hub.forget()
     code, _, err = run(hub, root, "--protocol", "v0")
     assert code == 0, err
-    assert sum(sent.size for sent in hub.sent) == 0
-    assert "checksums" not in err
+    assert hub.sent.total() == 0
 
 
 def test_split_and_modality_choose_archives(hub, tmp_path):
@@ -111,13 +115,13 @@ def test_damaged_archive_is_named_and_the_others_are_kept(hub, published, tmp_pa
     (tmp_path / "a" / "val" / "DEM.tar").unlink()
     hub.forget()
     assert run(hub, tmp_path / "a", *flags)[0] == 0
-    assert hub.bytes_of("val/MASK.tar") == 0
+    assert hub.sent["val/MASK.tar"] == 0
     assert archives(tmp_path / "a")["val/DEM.tar"] == published["val/DEM.tar"]
 
 
 def test_dropped_connection_and_a_busy_hub_are_survived(hub, tmp_path):
     hub.fault("val/S2L2A.tar", cut_after=2**14)
-    hub.refuse(429, {"Retry-After": "1"})
+    hub.refusals.append((429, {"Retry-After": "1"}))
     start = time.monotonic()
     code, _, err = run(hub, tmp_path / "a", "--split", "val", "--modality", "S2L2A")
     assert code == 0, err
@@ -142,7 +146,7 @@ def test_killed_fetch_is_finished_by_the_same_command_and_files_of_others_stay(h
     other.write_bytes(b"x")
     process = run(hub, root, "--split", "train", wait=False)
     deadline = time.monotonic() + 60
-    while not hub.bytes_of("train/S2L2A_1.tar") and time.monotonic() < deadline:
+    while not hub.sent["train/S2L2A_1.tar"] and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -162,7 +166,7 @@ def test_disk_is_looked_at_before_anything_is_fetched(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     with pytest.raises(DataError, match=r"2\.0 GB to fetch, 1\.0 GB free"):
-        fetch._check_disk(tmp_path, {"val/DEM.tar": SimpleNamespace(size=2 * 10**9)}, ["val/DEM.tar"])
+        fetch._check_disk(tmp_path, 2 * 10**9)
 
 
 def test_sample_reads_only_the_chips_that_it_extracts(tmp_path):
@@ -175,7 +179,7 @@ def test_sample_reads_only_the_chips_that_it_extracts(tmp_path):
         root = tmp_path / "sample"
         code, out, err = run(server, root, "--protocol", "v1", "--sample", "6")
         assert code == 0, err
-        read = sum(sent.size for sent in server.sent)
+        read = server.sent.total()
     report = json.loads(out)
     source = Chips(root)
     listed = {s: read_split(root / "split" / f"impactmesh_flood_{s}.txt") for s in ("train", "val", "test")}
@@ -188,3 +192,16 @@ def test_sample_reads_only_the_chips_that_it_extracts(tmp_path):
         for part in ("S2L2A", "S1RTC"):
             assert source.bands(chip, part).tobytes() == Chips(made).bands(chip, part).tobytes()
     assert json.loads((root / FETCH_NOTE).read_text())["sample"] == 6
+
+
+def test_weights_are_fetched_and_another_content_than_the_published_one_is_refused(hub, tmp_path):
+    hub.serve("ibm-esa-geospatial/TerraMind-1.0-tiny", {"TerraMind_v1_tiny.pt": b"weights"})
+    hub.serve(REFERENCE.repo, {REFERENCE.name: b"other"}, REFERENCE.revision)
+    flags = ("weights", "--config", "terramind_v1_tiny_impactmesh_flood_v1")
+    code, out, err = run_data(hub, tmp_path, *flags, "--format", "json")
+    assert code == 0, err
+    assert Path(json.loads(out)["backbone"]).read_bytes() == b"weights"
+    code, _, err = run_data(hub, tmp_path, *flags, "--reference", tmp_path / "ibm.pt")
+    assert code == 1
+    assert "not the published one" in err
+    assert not (tmp_path / "ibm.pt").exists()

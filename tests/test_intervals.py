@@ -103,9 +103,6 @@ def test_equivalence_is_two_one_sided_t_tests():
         assert (word == "equivalent") == (max(below, above) < 0.05)
         words.add(word)
     assert words == {"equivalent", "undecided", "different"}
-    for margin in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="positive"):
-            Result(0, 1, 1, 2).verdict(margin)
 
 
 def test_needed_events_are_the_fewest_that_decide():
@@ -141,7 +138,6 @@ def test_over_seeds_is_a_one_sample_t_test():
     ("call", "message"),
     [
         (lambda: jackknife(of_equal_size([50]), iou), "at least two"),
-        (lambda: jackknife(of_equal_size([50, 60]), iou, other=of_equal_size([50])), "not the same events"),
         (lambda: jackknife(np.zeros((5, 2, 2), np.int64), iou), "undefined over all events"),
         (lambda: jackknife(np.array([[[9, 0], [1, 2]], [[5, 0], [0, 0]]]), iou), "depends on one event"),
         (lambda: mean_over_events(of_equal_size([50])), "at least two"),

@@ -17,7 +17,6 @@ import stac_server
 from floodrepro.data.protocols import S2_BANDS
 from floodrepro.errors import FloodreproError
 from floodrepro.mapping import plan
-from floodrepro.mapping.area import Area
 from floodrepro.mapping.scene import STEPS, opened, read_scene
 from map_scenes import run
 from stac_items import optical, radar, terrain
@@ -135,7 +134,7 @@ def test_limits_can_be_moved(ask):
 
 def test_a_satellite_that_stopped_flying_is_not_expected():
     gone = radar_series((-70, -58, -46), satellite="A") + radar_series((-64, -52, -40, -28, -16, -4), satellite="C")
-    due = plan.expected(plan.list_passes(gone, Area(BOX), "S1RTC"), "S1RTC", EVENT, EVENT)
+    due = plan.expected(plan.list_passes(gone, plan.Area(BOX), "S1RTC"), "S1RTC", EVENT, EVENT)
     assert {satellite for _, _, satellite in due} == {"SENTINEL-1C"}
 
 
@@ -264,16 +263,16 @@ def test_an_area_that_cannot_be_read_is_bad_usage(cli, ask, tmp_path):
 
 def test_a_server_that_keeps_refusing_and_one_that_is_down_are_errors_with_the_address(monkeypatch):
     with StacServer(NORMAL, refusals=[504] * 9) as api, pytest.raises(FloodreproError, match="did not answer"):
-        plan.search(api.url, Area(BOX), EVENT, ["S1RTC"], backoff=0.01)
+        plan.search(api.url, plan.Area(BOX), EVENT, ["S1RTC"], backoff=0.01)
     with pytest.raises(FloodreproError, match="did not answer") as error:
-        plan.search(api.url, Area(BOX), EVENT, ["S1RTC"], backoff=0.01)
+        plan.search(api.url, plan.Area(BOX), EVENT, ["S1RTC"], backoff=0.01)
     assert error.value.where == api.url
 
 
 def test_an_address_that_is_no_stac_api_is_said_so(tmp_path):
     (tmp_path / "page").write_bytes(b"<html>maintenance</html>")
     with StacServer([], folder=tmp_path) as api, pytest.raises(FloodreproError, match="no STAC API"):
-        plan.search(f"{api.root}/data/page", Area(BOX), EVENT, ["S1RTC"])
+        plan.search(f"{api.root}/data/page", plan.Area(BOX), EVENT, ["S1RTC"])
 
 
 def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypatch):

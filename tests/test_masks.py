@@ -119,7 +119,7 @@ def test_no_data_is_not_counted_and_its_share_is_told(recipe, chips, events, fol
     assert 0 < table.unseen[0] <= SIZE**2 // 2
     assert table.unseen[1:].sum() == 0
     assert "1 of 3 chips are not whole" in capsys.readouterr().err
-    whole = tabulate_masks(recipe, [folder], events, name="GFM", values={0: 0, 1: 1, 255: 0})  # named: a class
+    whole = tabulate_masks(recipe, [folder], events, name="GFM", values="0=0,1=1,255=rest")  # named: a class
     assert whole.unseen.sum() == 0
     assert "other chips" not in (refuse_to_compare(whole, table) or "")
     one, other, left_out = on_common_chips(whole, table)
@@ -141,9 +141,8 @@ def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, e
         write(folder / f"{chip}_pred.tif", np.where(values == 1, 5, 7).astype(np.uint8), like)
     with pytest.raises(DataError, match=r"holds 5|holds 7"):
         tabulate_masks(recipe, [folder], events, name="GFM")
-    values = parse_values("5=flood, 7=rest", ["rest", "flood"])
     wrong = {chip: rolled(chips, chip)[0] for chip in events}
-    table = tabulate_masks(recipe, [folder], events, name="GFM", values=values)
+    table = tabulate_masks(recipe, [folder], events, name="GFM", values="5=flood, 7=rest")
     assert np.array_equal(table.counts, expected(chips, events, wrong))
     assert parse_values("1=1,0=none", ["rest", "flood"]) == {1: 1, 0: None}
     for text in ("1=water", "flood", "a=flood"):

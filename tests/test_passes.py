@@ -1,21 +1,25 @@
 """validate, test and predict: plain TerraTorch's figures, the config before the checkpoint's memory, chips by name."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import rasterio
 import torch
 import zarr
+from sklearn.metrics import confusion_matrix
 
 from conftest import CHIPS
+from floodrepro import console
 from floodrepro.data.protocols import EVENT, NO_DATA
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
-from floodrepro.evaluation.metrics import confusion, iou, scores
+from floodrepro.evaluation.metrics import iou, scores
 
 ONE_CHIP = ("--data.init_args.batch_size", "1")
 
@@ -54,7 +58,8 @@ def test_metrics_equal_plain_terratorch_to_six_digits(metrics, trained, tmp_path
     from terratorch.cli_tools import build_lightning_cli  # floodrepro's import of it undoes what it sets globally
 
     monkeypatch.chdir(tmp_path)
-    plain = build_lightning_cli(["test", "--config", str(trained.recipe), "--ckpt_path", str(trained.best)])
+    with mock.patch.dict(os.environ):  # it sets GDAL's variables, with which GDAL makes no ENVI files
+        plain = build_lightning_cli(["test", "--config", str(trained.recipe), "--ckpt_path", str(trained.best)])
     theirs = {name: float(value) for name, value in plain.trainer.callback_metrics.items()}
     for name in ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy", "Class_Accuracy_1", "loss"):
         assert metrics[f"test/{name}"] == pytest.approx(theirs[f"test/{name}"], abs=5e-7), name
@@ -90,13 +95,13 @@ def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by_and_writ
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)["metrics"]["val/loss"]
     assert found == pytest.approx(trained.read_record()["best_val_loss"], abs=1e-6)
-    assert re.search(r"floodrepro: batches: 100%.* 1/1 ", outcome.err), outcome.err
     assert set(trained.path.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
 
 
 def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, trained, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "LOG_EVERY", 0.0)  # a pass of seconds shows nothing
     before = set(trained.path.rglob("*"))
     outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, "--no-baselines", *ONE_CHIP)
     assert re.search(r"floodrepro: batches: 100%.* 3/3 ", outcome.err), outcome.err
@@ -116,7 +121,6 @@ def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, t
 def test_predicted_masks_are_named_after_chips_and_score_what_test_scores(predicted, metrics, chips):
     outcome, masks = predicted
     assert outcome.code == 0, outcome.err
-    assert re.search(r"floodrepro: batches: 100%.* 1/1 ", outcome.err), outcome.err
     counts = np.zeros((2, 2), np.int64)
     for chip in split_of(chips, "test"):
         with (
@@ -128,7 +132,7 @@ def test_predicted_masks_are_named_after_chips_and_score_what_test_scores(predic
             assert (probable.crs, probable.transform, probable.dtypes) == (truth.crs, truth.transform, ("float32",))
             assert np.array_equal(probable.read(1) > 0.5, mine.read(1) == 1)
             assert len(np.unique(probable.read(1))) > 100  # no zeros in a type that cannot hold them
-            counts += confusion(truth.read(1), mine.read(1), 2)
+            counts += confusion_matrix(truth.read(1).ravel(), mine.read(1).ravel(), labels=[0, 1])
     assert len(json.loads(outcome.out)["files"]) == len(list(masks.iterdir())) == 2 * len(split_of(chips, "test"))
     for name, value in scores(counts).items():
         assert metrics[f"test/{name}"] == pytest.approx(value, abs=1e-6)
@@ -264,36 +268,15 @@ def test_several_test_splits_are_tested_in_one_pass(cli, trained, tested, chips,
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
 
 
-def changed_weights(trained, path: Path, ending: str, value: float) -> Path:
-    content = torch.load(trained.best, weights_only=True)
-    name = next(key for key in reversed(content["state_dict"]) if key.endswith(ending))
-    content["state_dict"][name][0] = value
-    torch.save(content, path)
-    return path
-
-
 def test_weights_that_predict_nan_leave_no_table(cli, trained, tmp_path: Path):
-    path = changed_weights(trained, tmp_path / "best.ckpt", "running_var", float("nan"))
-    outcome = cli("test", "--ckpt", path, "--config", trained.recipe)
+    content = torch.load(trained.best, weights_only=True)
+    name = next(key for key in content["state_dict"] if key.endswith("running_var"))
+    content["state_dict"][name][0] = float("nan")
+    torch.save(content, tmp_path / "best.ckpt")
+    outcome = cli("test", "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe)
     assert outcome.code == 1
     assert "not finite for 3 chips, the first is EMSR" in outcome.err
     assert not list((tmp_path / "evaluation").rglob("*.parquet"))
-
-
-def test_table_of_another_checkpoint_is_set_aside_and_of_the_same_one_replaced(cli, trained, tested, tmp_path: Path):
-    path = tmp_path / "test" / "best.parquet"
-    path.parent.mkdir()
-    shutil.copy(trained.evaluation / "test" / "best.parquet", path)
-    first, arguments = path.read_bytes(), ("--output", tmp_path, "--no-baselines")
-    assert cli("test", "--ckpt", trained.best, *arguments).code == 0
-    assert [file.name for file in path.parent.iterdir()] == ["best.parquet"]
-    assert path.read_bytes() != first  # made at another time
-    first = path.read_bytes()
-    other = changed_weights(trained, tmp_path / "best.ckpt", "bias", 1.0)
-    outcome = cli("test", "--ckpt", other, "--config", trained.recipe, *arguments)
-    assert "set aside" in outcome.err
-    assert (path.parent / "best-2.parquet").read_bytes() == first
-    assert path.read_bytes() != first
 
 
 def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):

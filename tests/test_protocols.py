@@ -30,40 +30,26 @@ def events_of(root: Path, split: str) -> set[str]:
     return {line.split("_")[0] for line in lines}
 
 
-def test_generated_v1_tests_on_seen_and_on_held_out_events(v1_chips):
-    assert events_of(v1_chips, "test_seen_events") == events_of(v1_chips, "train")
-    assert events_of(v1_chips, "test_holdout").isdisjoint(events_of(v1_chips, "train") | events_of(v1_chips, "val"))
-    assert events_of(v1_chips, "test") == events_of(v1_chips, "test_seen_events") | events_of(v1_chips, "test_holdout")
-
-
-@pytest.mark.parametrize("size", ["tiny", "base"])
 @pytest.mark.parametrize("protocol", ["v1", "v1_binary"])
-def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_path: Path, size, protocol):
-    name = f"terramind_v1_{size}_impactmesh_flood_{protocol}"
-    # The base model takes seconds a chip.
-    less, some = (
-        ((), ()) if size == "tiny" else (("--trainer.limit_train_batches=1",), ("--trainer.limit_test_batches=1",))
-    )
-    fitted = cli("fit", "--config", name, "--data-root", v1_chips, "--runs-root", tmp_path, *TINY, *SHORT, *less)
+def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_path: Path, protocol):
+    name = f"terramind_v1_tiny_impactmesh_flood_{protocol}"
+    fitted = cli("fit", "--config", name, "--data-root", v1_chips, "--runs-root", tmp_path, *TINY, *SHORT)
     assert fitted.code == 0, fitted.err
-    flags = ("--format", "json", "--data.init_args.num_workers=0", *some)
+    flags = ("--format", "json", "--data.init_args.num_workers=0")
     tested = cli("test", "--ckpt", tmp_path / name / "checkpoints" / "best.ckpt", *flags)
     assert tested.code == 0, tested.err
     metrics = json.loads(tested.out)["metrics"]
-    if protocol == "v1":
-        tables = {split: read_table(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
-        assert {f"test/test/IoU_{k}" for k in range(3)} <= set(metrics)
-        if some:
-            return
-        assert set(tables) == {"test", "seen_events", "holdout"}
-        for split, table in tables.items():
-            assert {f"test/{split}/IoU_{k}" for k in range(3)} <= set(metrics)
-            assert set(table.events) == events_of(v1_chips, "test" if split == "test" else f"test_{split}")
-        parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)
-        assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
-    else:
+    if protocol == "v1_binary":
         assert {"test/IoU_0", "test/IoU_1"} <= set(metrics)
         assert "test/IoU_2" not in metrics
+        return
+    tables = {split: read_table(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
+    assert set(tables) == {"test", "seen_events", "holdout"}
+    for split, table in tables.items():
+        assert {f"test/{split}/IoU_{k}" for k in range(3)} <= set(metrics)
+        assert set(table.events) == events_of(v1_chips, "test" if split == "test" else f"test_{split}")
+    parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)
+    assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
 
 
 def test_v0_recipe_on_v1_data_is_an_error_that_names_the_way_out(cli, v1_chips, tmp_path: Path):

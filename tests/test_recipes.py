@@ -126,12 +126,12 @@ def test_overrides_inside_untyped_arguments_keep_their_type():
     overrides = ["--model.init_args.model_args.backbone_pretrained", "false"]
     overrides += ["--model.init_args.model_args.num_classes=3", "--model.init_args.model_args.head_dropout", "1e-2"]
     overrides += ["--model.init_args.model_args.decoder_channels=[64, 32, 16, 8]", "--trainer.max_epochs=3"]
-    recipe = RecipeCLI([recipes.find(BASE)], overrides).recipe
-    model_args = recipe["model"]["init_args"]["model_args"]
-    assert model_args["backbone_pretrained"] is False
-    assert (model_args["num_classes"], model_args["head_dropout"]) == (3, 0.01)
-    assert model_args["decoder_channels"] == [64, 32, 16, 8]
-    assert recipe["trainer"]["max_epochs"] == 3
+    cli = RecipeCLI([recipes.find(BASE)], overrides)
+    for model_args in (cli.recipe["model"]["init_args"]["model_args"], cli.config.model.init_args.model_args):
+        assert model_args["backbone_pretrained"] is False
+        assert (model_args["num_classes"], model_args["head_dropout"]) == (3, 0.01)
+        assert model_args["decoder_channels"] == [64, 32, 16, 8]
+    assert cli.recipe["trainer"]["max_epochs"] == 3
 
 
 def test_fingerprint_depends_on_values_only(tmp_path: Path):

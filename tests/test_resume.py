@@ -263,10 +263,11 @@ def test_state_of_one_run_starts_another_that_ends_with_the_same_weights(worksho
     assert workshop.fit("third", "--ckpt_path", straight.best).code == 1  # weights only
 
 
-def test_second_fit_in_a_run_folder_is_refused_while_the_first_trains(workshop, broken, straight):
+def test_second_fit_in_a_run_folder_is_refused_while_the_first_trains(workshop, broken, straight, cli, monkeypatch):
     first = workshop.start("broken", strikes=[{"at": "step", "count": 2, "number": signal.SIGSTOP}])
     first.wait_until_stopped()
-    second = workshop.fit("broken")
+    monkeypatch.setattr("floodrepro.training.fit._LOCK_SECONDS", 0.1)
+    second = cli("fit", *RECIPE, "--data-root", workshop.chips, "--runs-root", workshop.runs, "--name", "broken")
     assert second.code == 1
     assert "another fit is running" in second.report[0]
     first.kill(signal.SIGCONT)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,10 @@ def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_pat
     listed = {chip for chips in lists.values() for chip in chips}
     assert {part: source.having(part) for part in PARTS} == dict.fromkeys(PARTS, listed)
     events = [{event_of(chip) for chip in chips} for chips in lists.values()]
-    assert [len(found) for found in events] == list(report.events.values()) == [2, 1, 1]
+    assert [len(found) for found in events] == list(report["events"].values()) == [2, 1, 1]
     assert len(set.union(*events)) == 4
-    assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
-    assert sum(report.class_shares.values()) == pytest.approx(1)
+    assert json.loads(json.dumps(report)) == report
+    assert sum(report["class_shares"].values()) == pytest.approx(1)
 
 
 def test_version_1_tests_on_chips_of_its_training_events_and_says_which(scenes):
@@ -111,10 +112,11 @@ def test_data_set_is_never_overwritten(tmp_path, held):
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])
 def test_full_disk_is_a_data_error_and_leaves_no_split_file(tmp_path, monkeypatch, layout):
-    def full(_path, _target):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(DataError, match="No space left on device"):
         generate(tmp_path, **SMALL, layout=layout)
     assert not (tmp_path / "split").exists()

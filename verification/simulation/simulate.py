@@ -36,7 +36,8 @@ class World:
         tilt: Correlation between an event's log size and what model 1 alone loses on it: above 0 it does worse in
             large floods than in small ones.
         where: In which events model 1 is made worse until the gap is the margin: `everywhere`, `slope` (in proportion
-            to log size), a share of events such as `0.1`, or `above 1` SD of log size.
+            to log size), a share of events such as `0.1`, `above 1` SD of log size (all of them alike), or `beyond 1`
+            (in proportion to what log size is above 1 SD).
     """
 
     size: str = "lognormal"
@@ -86,6 +87,8 @@ def _where(where: str, standard: np.ndarray, rng: Generator) -> np.ndarray:
         return standard - standard.min()
     if where.startswith("above "):
         return (standard > float(where.removeprefix("above "))).astype(float)
+    if where.startswith("beyond "):
+        return np.maximum(standard - float(where.removeprefix("beyond ")), 0)
     return (rng.random(len(standard)) < float(where)).astype(float)
 
 
@@ -137,6 +140,8 @@ UNEVEN = {
     "worse with size, mildly": World(alike=0.9999, where="slope"),
     "worse in floods 1 SD above, sigma 1.5": World(spread=1.5, alike=0.9999, where="above 1"),
     "worse in floods 2 SD above, sigma 1.5": World(spread=1.5, alike=0.9999, where="above 2"),
+    "the worse the larger beyond 1 SD, sigma 1.5": World(spread=1.5, alike=0.9999, where="beyond 1"),
+    "the worse the larger beyond 2 SD, sigma 1.5": World(spread=1.5, alike=0.9999, where="beyond 2"),
     "models alike (0.98), the worse one loses in large floods (tilt 0.8)": World(spread=1.4, tilt=0.8),
     "the same, tilted the other way (-0.8)": World(spread=1.4, tilt=-0.8),
 }

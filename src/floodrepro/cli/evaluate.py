@@ -6,12 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli.shared import (
-    add_checkpoint_flags,
-    add_recipe_flags,
-    parse_recipe,
-    parse_recipe_for_checkpoint,
-)
+from floodrepro.cli.shared import add_checkpoint_flags, add_recipe_flags, parse_recipe, parse_recipe_for_checkpoint
 from floodrepro.errors import UsageError
 
 _MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
@@ -34,12 +29,8 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--ckpt", "--ckpt_path", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
     add_recipe_flags(parser, config_required=False)
-    parser.add_argument(
-        "--split",
-        default="test",
-        metavar="NAME",
-        help="test (default; several test splits in one pass), val, train, or one of the recipe's test splits",
-    )
+    splits = "test (default; several test splits in one pass), val, train, or one of the recipe's test splits"
+    parser.add_argument("--split", default="test", metavar="NAME", help=splits)
     where = "folder of the chip tables (default: evaluation/ of the run folder; of masks, here)"
     parser.add_argument("--output", type=Path, metavar="DIR", help=where)
     parser.add_argument("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
@@ -56,13 +47,8 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add_checkpoint_flags(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
-    parser.add_argument(
-        "--probabilities",
-        nargs="?",
-        const="float32",
-        choices=("float32", "uint8"),
-        help="write the positive class's probability too",
-    )
+    kinds: dict[str, Any] = {"nargs": "?", "const": "float32", "choices": ("float32", "uint8")}
+    parser.add_argument("--probabilities", **kinds, help="write the positive class's probability too")
     parser.epilog = f"{parser.epilog}\n{_FILES}"
 
 
@@ -72,7 +58,7 @@ def run_validate(args: argparse.Namespace) -> int:
     from floodrepro.evaluation.passes import validate
 
     result = validate(cli, args.ckpt)
-    console.emit(result, _main_metrics(result["metrics"]), args.format)
+    console.emit(result, _two_columns(result["metrics"]), args.format)
     return 0
 
 
@@ -84,7 +70,7 @@ def run_test(args: argparse.Namespace) -> int:
     from floodrepro.evaluation.chip_table import read_table
     from floodrepro.evaluation.metrics import which_iou
 
-    text = [_main_metrics(result["metrics"])]
+    text = _two_columns(result["metrics"])
     for split, path in result["tables"].items():
         console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
     if result["tables"]:
@@ -92,8 +78,8 @@ def run_test(args: argparse.Namespace) -> int:
         label = table.class_names[table.positive]
         result["which_iou"] = which_iou(table.counts, table.events, table.positive, label)
         rows = [[one["name"], _shown(one["iou"]), str(one["n"]), one["of"]] for one in result["which_iou"]]
-        text.append(console.columns([["which IoU is this?", "IoU", "n", ""], *rows]))
-    console.emit(result, "\n\n".join(text), args.format)
+        text += "\n\n" + console.columns([["which IoU is this?", "IoU", "n", ""], *rows])
+    console.emit(result, text, args.format)
     return 0
 
 
@@ -111,26 +97,22 @@ def _test_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
     cli = parse_recipe_for_checkpoint(args)
     from floodrepro.evaluation.test import tabulate_checkpoint
 
-    result = tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
-    if result["tables"]:
-        console.say(f"computed again from the table, the metrics differ by at most {result['disagreement']:.1e}")
-    return result
+    return tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
 
 
 def _test_masks(args: argparse.Namespace) -> dict[str, Any]:
     cli = parse_recipe(args)
-    from floodrepro.data.protocols import class_names_of
-    from floodrepro.evaluation.masks import parse_values, tabulate_masks
+    from floodrepro.evaluation.chip_table import write_table
+    from floodrepro.evaluation.masks import tabulate_masks
     from floodrepro.evaluation.metrics import class_scores, scores
-    from floodrepro.evaluation.test import choose_split, keep
+    from floodrepro.evaluation.test import choose_split
 
     chosen = choose_split(cli.recipe, args.split)
     name = args.name or args.masks[0].resolve().stem
-    values = parse_values(args.values, class_names_of(cli.recipe)) if args.values else None
-    table = tabulate_masks(
-        cli.recipe, args.masks, chosen.events, name=name, split=chosen.name, scale=args.probability, values=values
-    )
-    path = keep(table, (args.output or Path("evaluation")) / chosen.name / f"{name}.parquet")
+    given = {"name": name, "split": chosen.name, "scale": args.probability, "values": args.values}
+    table = tabulate_masks(cli.recipe, args.masks, chosen.events, **given)
+    path = (args.output or Path("evaluation")) / chosen.name / f"{name}.parquet"
+    write_table(table, path)
     pooled, label = table.counts.sum(axis=0), table.class_names[table.positive]
     of_class = {f"{label} {key}": value for key, value in class_scores(pooled, table.positive).items() if key != "iou"}
     return {
@@ -142,11 +124,11 @@ def _test_masks(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _main_metrics(metrics: Mapping[str, float | None]) -> str:
-    """TerraTorch's main metrics, or those of masks, in two columns."""
-    mains = [name for main in _MAIN_METRICS for name in metrics if name.rsplit("/", 1)[-1] == main]
-    mains += [name for name in metrics if " " in name]
-    return console.columns([[name, _shown(metrics[name])] for name in mains])
+def _two_columns(metrics: Mapping[str, float | None]) -> str:
+    """TerraTorch's main metrics, and what masks have besides."""
+    shown = [name for main in _MAIN_METRICS for name in metrics if name.rsplit("/", 1)[-1] == main]
+    shown += [name for name in metrics if " " in name]
+    return console.columns([[name, _shown(metrics[name])] for name in shown])
 
 
 def _shown(value: float | None) -> str:

@@ -180,8 +180,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     """Write a scene from a STAC catalogue."""
-    from floodrepro.mapping.area import Area
-    from floodrepro.mapping.plan import PLANETARY_COMPUTER, make_scene, search
+    from floodrepro.mapping.plan import PLANETARY_COMPUTER, Area, make_scene, search
     from floodrepro.mapping.scene import STEPS, parse_time
 
     if args.output.exists():

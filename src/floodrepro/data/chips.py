@@ -13,17 +13,20 @@ import json
 import os
 import tarfile
 import time
+import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
 import numpy as np
 import numpy.typing as npt
+import rasterio
 import zarr
 from numcodecs import Blosc
+from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 from rasterio.io import MemoryFile
 
 from floodrepro import console
@@ -57,27 +60,19 @@ class Chips:
         self.root, self.protocol = root, protocol
         self._places = {part: self._find(part) for part in PARTS}
         if not any(self._places.values()):
-            raise DataError(
-                "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
-                if root.is_dir()
-                else "the data root does not exist",
-                where=root,
-                fix="set --data-root, fetch the data, or make toy data: floodrepro data synth --root DIR",
-            )
+            what = "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
+            fix = "set --data-root, fetch the data, or make toy data: floodrepro data synth --root DIR"
+            raise DataError(what if root.is_dir() else "the data root does not exist", where=root, fix=fix)
 
-    def having(self, part: str) -> frozenset[str]:
+    def having(self, part: str) -> Set[str]:
         """Ids of the chips that have a part."""
-        return frozenset(self._places[part])
+        return self._places[part].keys()
 
     def only(self, chips: Sequence[str]) -> "Chips":
         """The same for a few chips: what a process needs to read them."""
         few = copy.copy(self)
         few._places = {part: {c: held[c] for c in chips if c in held} for part, held in self._places.items()}
         return few
-
-    def has(self, chip: str, part: str) -> bool:
-        """Whether a chip has a part."""
-        return chip in self._places[part]
 
     def path(self, chip: str, part: str) -> str:
         """A path that GDAL opens, named after the chip."""
@@ -93,33 +88,22 @@ class Chips:
         """Sorts chips as they lie on disk."""
         return self._place(chip, part)[:2]
 
-    def read(self, chip: str, part: str) -> bytes:
-        """The whole file of a chip's part.
+    def group(self, chip: str, modality: str) -> zarr.Group:
+        """The whole zarr file of a chip's S2L2A or S1RTC: its attributes and arrays. Raises as `bands` does."""
+        return self._open(chip, modality, read_group)
 
-        Raises:
-            DataError: The chip has no such part, or it cannot be read.
-        """
-        return self._open(chip, part, Window.read)
-
-    def bands(self, chip: str, modality: str, out: Array | None = None) -> Array:
+    def bands(self, chip: str, modality: str, empty: Callable[..., Array] = np.empty) -> Array:
         """A chip's S2L2A (T, C, H, W), int16 reflectance x 10,000, or S1RTC (T, 2, H, W), float16 dB, as on disk.
 
-        Args:
-            chip: Its id.
-            modality: S2L2A or S1RTC.
-            out: Where to decode to; a new array is returned where shape or dtype is another.
+        It is decoded into what `empty(shape, dtype)` returns.
 
         Raises:
             DataError: The part is missing or damaged; the checksum of each chunk is compared.
         """
-        return self._open(chip, modality, functools.partial(read_bands, out=out))
+        return self._open(chip, modality, functools.partial(read_bands, empty=empty))
 
     def raster(self, chip: str, part: str) -> Array:
-        """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk.
-
-        Raises:
-            DataError: The part is missing or damaged.
-        """
+        """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk. Raises as `bands` does."""
         return self._open(chip, part, read_raster)
 
     def _open(self, chip: str, part: str, reader: Callable[["Window"], T]) -> T:
@@ -129,32 +113,24 @@ class Chips:
             try:
                 with open(file, "rb", buffering=0) as stream:  # noqa: PTH123  # as in `size`
                     return reader(Window(stream, offset, size))
-            except FileNotFoundError:
-                raise self._missing(chip, part) from None
-            except OSError as error:
+            except DataError:  # of the memory that it was to be read into
+                raise
+            except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and GDAL raise nearly anything
+                if not isinstance(error, OSError) or isinstance(error, RasterioIOError):
+                    what = f"{chip}{suffix_of(self.protocol, part)} is damaged: {type(error).__name__}: {error}"
+                    fix = "fetch it again; --skip-damaged N leaves out up to N such chips; data audit lists all"
+                    raise DataError(what, where=self.path(chip, part), fix=fix) from error
                 if wait is None:
                     what = f"the {part} of {chip} cannot be read: {error.strerror or error}"
                     raise DataError(what, where=file, fix="check the disk, then run the same command again") from error
                 time.sleep(wait)
-            except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and GDAL raise nearly anything
-                raise self._damaged(chip, part, f"{type(error).__name__}: {error}") from error
         raise AssertionError  # the last try returns or raises
 
     def _place(self, chip: str, part: str) -> Place:
-        try:
-            return self._places[part][chip]
-        except KeyError:
-            raise self._missing(chip, part) from None
-
-    def _missing(self, chip: str, part: str) -> DataError:
-        return DataError(f"{chip} has no {part}", where=self.root, fix="floodrepro data audit lists what is missing")
-
-    def _damaged(self, chip: str, part: str, why: str) -> DataError:
-        return DataError(
-            f"{chip}{suffix_of(self.protocol, part)} is damaged: {why}",
-            where=self.path(chip, part),
-            fix="fetch it again; --skip-damaged N leaves out up to N such chips; floodrepro data audit lists all",
-        )
+        if chip not in self._places[part]:
+            fix = "floodrepro data audit lists what is missing"
+            raise DataError(f"{chip} has no {part}", where=self.root, fix=fix)
+        return self._places[part][chip]
 
     def _find(self, part: str) -> dict[str, Place]:
         suffix = suffix_of(self.protocol, part)
@@ -183,10 +159,11 @@ def radar_faults(bands: Array) -> str | None:
     """
     if bands.dtype == np.float16:  # numpy compares float16 about ten times as slowly as its bits
         bits = bands.view(np.uint16)
-        counts = {"infinite": (bits & 0x7FFF) == 0x7C00, "-10000 (no-data that is not recognised)": bits == 0xF0E2}
+        counts = {"infinite": (0x7C00, 0xFC00), "-10000 (no-data that is not recognised)": (0xF0E2,)}
+        found = {name: sum(np.count_nonzero(bits == value) for value in values) for name, values in counts.items()}
     else:
-        counts = {"infinite": np.isinf(bands)}
-    return ", ".join(f"{flags.sum()} values {name}" for name, flags in counts.items() if flags.any()) or None
+        found = {"infinite": np.count_nonzero(np.isinf(bands))}
+    return ", ".join(f"{count} values {name}" for name, count in found.items() if count) or None
 
 
 def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
@@ -202,43 +179,37 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "floodrepro"
     elsewhere = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{tar.name}.index.json"
     saved = tar.with_name(f"{tar.name}.index.json") if os.access(tar.parent, os.W_OK) else elsewhere
-    lock = filelock.FileLock(saved.with_name(f".{saved.name}.lock"))
-    try:
-        if (known := _read_index(saved, state)) is not None:
-            return known
+    if (known := _read_index(saved, state)) is not None:
+        return known
+    with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):  # no locks, or no cache: every process reads for itself
             saved.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        if (known := _read_index(saved, state)) is not None:
+            stack.enter_context(filelock.FileLock(saved.with_name(f".{saved.name}.lock")))
+        if (known := _read_index(saved, state)) is not None:  # of another process, meanwhile
             return known
         if state[0] > _LARGE:
             console.say(f"reading the headers of {tar}")
-        with tarfile.open(tar, "r:") as archive:
-            members = [member for member in archive if member.isreg()]
-    except (tarfile.TarError, EOFError) as error:
-        what = f"the archive is damaged or cut short: {error}"
-        raise DataError(what, where=tar, fix="fetch it again: delete it, then floodrepro data fetch") from error
-    else:
-        index = {Path(member.name).name: (member.offset_data, member.size) for member in members}
+        try:
+            with tarfile.open(tar, "r:") as archive:
+                index = {Path(m.name).name: (m.offset_data, m.size) for m in archive if m.isreg()}
+        except (tarfile.TarError, EOFError) as error:
+            what = f"the archive is damaged or cut short: {error}"
+            raise DataError(what, where=tar, fix="fetch it again: delete it, then floodrepro data fetch") from error
         with contextlib.suppress(OSError):  # a full disk: the headers are read again next time
             write_atomically(saved, json.dumps({"tar": state, "files": index}))
-        return index
-    finally:
-        lock.release()
+    return index
 
 
 def _read_index(saved: Path, state: list[int]) -> dict[str, tuple[int, int]] | None:
     """A kept index; None where there is none, or it is of another state of the tar."""
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or of another version
         content = json.loads(saved.read_text(encoding="utf-8"))
         if content["tar"] == state:
             return {name: (offset, size) for name, (offset, size) in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or of another version: it is made anew
     return None
 
 
-class Window:
+class Window(io.RawIOBase):
     """A part of an open file, as zipfile wants it. Each read names its place: nothing that a fork shares moves.
 
     Args:
@@ -248,47 +219,51 @@ class Window:
     """
 
     def __init__(self, stream: io.FileIO, offset: int = 0, size: int | None = None) -> None:
+        super().__init__()
         self._descriptor, self._offset, self._at = stream.fileno(), offset, 0
-        self._size = os.fstat(self._descriptor).st_size - offset if size is None else size
+        self.size = os.fstat(self._descriptor).st_size - offset if size is None else size
+
+    def seekable(self) -> bool:
+        """Whether `seek` works: it does."""
+        return True
 
     def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
         """Move to a place, counted from the start, from here, or from the end."""
-        self._at = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
         if self._at < 0:
             raise ValueError("a place before the file's start")
         return self._at
 
-    def tell(self) -> int:
-        """The present place."""
-        return self._at
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def read(self, count: int = -1) -> bytes:
-        """The next bytes, all where `count` is negative; fewer at the end.
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with the next bytes, fewer at the end, and return their number.
 
         Raises:
             EOFError: The file is shorter than the part should be.
         """
-        left = max(self._size - self._at, 0)
-        count = left if count < 0 else min(count, left)
-        content = os.pread(self._descriptor, count, self._offset + self._at)
-        if len(content) != count:
+        wanted = memoryview(buffer)[: max(self.size - self._at, 0)]
+        if os.preadv(self._descriptor, [wanted], self._offset + self._at) != len(wanted):
             raise EOFError("the archive ends inside it")
-        self._at += count
-        return content
+        self._at += len(wanted)
+        return len(wanted)
+
+
+def read_group(file: Window) -> zarr.Group:
+    """The group of a zarr ZIP; the checksums of all files are compared."""
+    with zipfile.ZipFile(file) as archive:
+        return zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
 
 
 def read_raster(file: Window) -> Array:
     """The only band (H, W) of a GeoTIFF, as GDAL reads it: it refuses damage that tifffile takes for pixels."""
-    with MemoryFile(file.read()) as memory, memory.open() as dataset:
-        return np.asarray(dataset.read(1))
+    # Reading the georeference, which nobody asks for here, would take twice as long as the pixels.
+    with rasterio.Env(GDAL_GEOREF_SOURCES="NONE", GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with MemoryFile(file.read(file.size)) as memory, memory.open() as dataset:
+            return np.asarray(dataset.read(1))
 
 
-def read_bands(file: Window, out: Array | None = None) -> Array:
-    """The array `bands` of a zarr ZIP, into `out` where its shape and dtype fit.
+def read_bands(file: Window, empty: Callable[..., Array] = np.empty) -> Array:
+    """The array `bands` of a zarr ZIP, decoded into what `empty(shape, dtype)` returns.
 
     One chunk after the other is read, its checksum compared, and decoded while it is in the processor's cache: zarr
     itself would read all of them first, which takes a quarter longer.
@@ -301,12 +276,11 @@ def read_bands(file: Window, out: Array | None = None) -> Array:
         members = {info.filename: info for info in archive.infolist()}
         array = zarr.open_array({".zarray": archive.read("bands/.zarray")}, mode="r")
         dtype = array.dtype.newbyteorder("=")  # torch takes no big-endian arrays
-        if out is None or (out.shape, out.dtype) != (array.shape, dtype):
-            out = np.empty(array.shape, dtype)
-        blosc = (
-            isinstance(array.compressor, Blosc) and not array.filters and array.order == "C" and array.dtype == dtype
-        )
-        complete, spare = True, np.empty(array.chunks, dtype)
+        out = empty(array.shape, dtype)
+        blosc = isinstance(array.compressor, Blosc) and not array.filters and array.order == "C"
+        spare = np.empty(array.chunks, dtype) if blosc and array.dtype == dtype else None
+        room = np.empty(max(len(info.orig_filename) + info.compress_size for info in members.values()) + 30, np.uint8)
+        complete = True
         for index in itertools.product(*(range(count) for count in array.cdata_shape)):
             place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip(index, array.chunks, strict=True))]
             key = f"bands/{array._chunk_key(index)}"
@@ -315,36 +289,30 @@ def read_bands(file: Window, out: Array | None = None) -> Array:
                     raise ValueError(f"chunk {key} is missing")
                 place[...], complete = array.fill_value, False
                 continue
-            chunk = _read_member(file, archive, members[key])
-            if not blosc:
-                place[...] = array._decode_chunk(chunk)[tuple(slice(edge) for edge in place.shape)]
-                continue
-            direct = place.shape == array.chunks and place.flags.c_contiguous
-            size = int.from_bytes(chunk[4:8], "little")  # of what it holds: README_CHUNK_FORMAT of c-blosc 1
-            if size != spare.nbytes:  # numcodecs 0.15 would leave the end of a larger place as it was
-                raise ValueError(f"chunk {key} has another size")
-            array.compressor.decode(chunk, place if direct else spare)
-            if not direct:
-                place[...] = spare[tuple(slice(edge) for edge in place.shape)]
+            chunk = _read_member(file, archive, members[key], room)
+            if spare is not None:
+                whole = place.shape == array.chunks and place.flags.c_contiguous
+                if int.from_bytes(chunk[4:8], "little") != spare.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
+                    raise ValueError(f"chunk {key} has another size")  # numcodecs 0.15 would leave the rest as it was
+                values = place if whole else spare
+                array.compressor.decode(chunk, values)
+            else:
+                values = array._decode_chunk(chunk)
+            if values is not place:
+                place[...] = values[tuple(slice(edge) for edge in place.shape)]
         for info in () if complete else archive.infolist():
             archive.open(info).close()  # raises for a file of two names: a chunk would be taken for one left out
     return out
 
 
-def _read_member(file: Window, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | memoryview:
-    """A member's content, its checksum compared. Stored ones take one read, where zipfile takes three and a copy."""
+def _read_member(file: Window, archive: zipfile.ZipFile, info: zipfile.ZipInfo, room: Array) -> Any:
+    """A member's content, its checksum compared. A stored one is read at once, into `room`, where zipfile copies it."""
     name = info.orig_filename.encode()
-    before = 30 + len(name)  # a local header's fixed part: APPNOTE.TXT of PKWARE, 4.3.7
+    start, stop = 30 + len(name), 30 + len(name) + info.compress_size  # APPNOTE.TXT of PKWARE, 4.3.7
     file.seek(info.header_offset)
-    content = file.read(before + info.compress_size)
-    if info.compress_type != zipfile.ZIP_STORED or content[28:30] != b"\0\0" or content[30:before] != name:
+    content = memoryview(room)[: file.readinto(room[:stop])]
+    if info.compress_type != zipfile.ZIP_STORED or content[28:30] != b"\0\0" or content[30:start] != name:
         return archive.read(info)
-    if zlib.crc32(memoryview(content)[before:]) != info.CRC or info.file_size != info.compress_size:
+    if zlib.crc32(content[start:]) != info.CRC or info.file_size != info.compress_size:
         raise zipfile.BadZipFile(f"the checksum of {info.filename} differs")
-    return memoryview(content)[before:]
-
-
-def unzip(content: bytes) -> dict[str, bytes]:
-    """All files of a ZIP, their checksums compared: what zarr takes for a store."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+    return content[start:]

@@ -11,11 +11,13 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from numcodecs import blosc
@@ -38,9 +40,8 @@ _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips
 class Batch(dict[str, Any]):
     """What the model is given: `image` (by modality), `mask` and `filename`.
 
-    TerraTorch passes every further key of a batch to the model as an argument, so that chip ids are attributes.
-
-    `chips` holds their ids, `events` the event of each.
+    TerraTorch passes every further key of a batch to the model as an argument. So chip ids (`chips`) and the event of
+    each (`events`) are attributes.
     """
 
     chips: tuple[str, ...] = ()
@@ -48,28 +49,25 @@ class Batch(dict[str, Any]):
 
 
 class ChipDataset(Dataset[RawChip]):
-    """Chips of one split as they are on disk.
+    """Chips of one split as they are on disk, read a batch at a time.
 
     Args:
         source: Where they lie.
-        events: The event of each chip; its order is the dataset's.
+        chips: Their ids.
         modalities: Any of S2L2A, S1RTC, DEM.
         timesteps: Indices on the time axis. As in impactmesh, as many as there are on disk means all, in disk order.
-        bands: Indices of the bands to keep, by modality; all bands of a modality that is not in it.
         label_map: The class of each mask value, from 0 up; the ignore index is kept. None for a split without masks.
     """
 
     def __init__(
         self,
         source: Chips,
-        events: Mapping[str, str],
+        chips: Sequence[str],
         modalities: Sequence[str],
         timesteps: Sequence[int],
-        bands: Mapping[str, Sequence[int]],
         label_map: Sequence[int] | None,
     ) -> None:
-        self.source, self.chips, self.events = source, list(events), dict(events)
-        self.modalities, self._bands = list(modalities), {key: list(value) for key, value in bands.items()}
+        self.source, self.chips, self.modalities = source, list(chips), list(modalities)
         self._timesteps = list(timesteps) if len(timesteps) < len(TIMESTEPS) else None
         self._classes = None
         if label_map is not None:
@@ -81,64 +79,63 @@ class ChipDataset(Dataset[RawChip]):
         """Number of chips."""
         return len(self.chips)
 
-    def __getitem__(self, index: int) -> RawChip:
-        """One chip: each modality (T, C, H, W) in its dtype on disk (DEM with T = 1), mask (H, W) int8, chip id.
-
-        Raises:
-            DataError: The chip is missing, damaged, or its mask holds a value that the label map does not know.
-        """
-        chip = self.chips[index]
-        return {name: torch.from_numpy(array) for name, array in self._read(chip, {}).items()} | {"chip": chip}
-
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
-        """A batch of chips, stacked; `failed` holds the errors of those that are left out, `odd` what is odd in which.
+        """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
 
-        Chips are decoded into the memory that the batch travels in. Errors travel as values: torch makes another
-        exception of one that a worker raises.
+        `chip` holds the ids, `failed` the errors of chips that are left out, `odd` what is odd in which. Chips are
+        decoded into the memory that the batch travels in. Errors travel as values: torch makes another exception of
+        one that a worker raises.
         """
         batch: dict[str, torch.Tensor] = {}
         chips: list[str] = []
         failed: list[tuple[str, DataError]] = []
         odd: list[tuple[str, str]] = []
+
+        def place(name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+            """Memory for a chip's array; that of a batch is made for its first chip."""
+            if name not in batch:
+                batch[name] = _empty((len(indices), *shape), torch.from_numpy(np.empty(0, dtype)).dtype)
+            array: Array = batch[name][len(chips)].numpy()
+            if (array.shape, array.dtype) != (shape, dtype):
+                what = f"{name} of {chip} is {shape} {dtype}, of other chips {array.shape} {array.dtype}"
+                raise DataError(what, where=self.source.root, fix="floodrepro data audit lists all such chips")
+            return array
+
         for chip in (self.chips[index] for index in indices):
-            places = {name: tensor[len(chips)].numpy() for name, tensor in batch.items()}
             try:
-                arrays = self._read(chip, places)
-                for name, place in places.items():
-                    if arrays[name].shape != place.shape:
-                        what = f"{name} of {chip} is {arrays[name].shape}, of other chips {place.shape}"
-                        raise DataError(what, where=self.source.path(chip, name if name != "mask" else LABEL_DIR))
+                faults = self._read(chip, place)
             except DataError as error:
                 failed.append((chip, error))
                 continue
-            for name, array in arrays.items():
-                if name not in batch:
-                    batch[name] = shared_empty((len(indices), *array.shape), torch.from_numpy(array).dtype)
-                if array is not places.get(name):
-                    batch[name][len(chips)] = torch.from_numpy(array)
-            if "S1RTC" in arrays and (faults := radar_faults(arrays["S1RTC"])):
+            if faults:
                 odd.append((chip, faults))
             chips.append(chip)
         whole: RawChip = {name: tensor[: len(chips)] for name, tensor in batch.items()}
         return whole | {"chip": chips, "failed": failed, "odd": odd}
 
-    def _read(self, chip: str, places: Mapping[str, Array]) -> dict[str, Array]:
-        """The arrays of a chip, by modality and `mask`; bands are decoded into their places where these fit."""
-        arrays = {}
+    def _read(self, chip: str, place: Callable[..., Array]) -> str | None:
+        """Read a chip into the arrays that place(name, shape, dtype) gives; what is odd about its radar is returned."""
+        faults = None
         for modality in self.modalities:
             if modality == "DEM":
-                arrays[modality] = self.source.raster(chip, modality)[None, None]
+                elevation = self.source.raster(chip, modality)
+                place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
                 continue
-            whole = self._timesteps is None and modality not in self._bands
-            bands = self.source.bands(chip, modality, places.get(modality) if whole else None)
-            bands = bands if self._timesteps is None else bands[self._timesteps]
-            arrays[modality] = bands[:, self._bands[modality]] if modality in self._bands else bands
-        return arrays if self._classes is None else arrays | {"mask": self._classified(chip, self._classes)}
+            bands = self.source.bands(chip, modality, partial(place, modality) if self._timesteps is None else np.empty)
+            if self._timesteps is not None:
+                bands = bands[self._timesteps]
+                place(modality, bands.shape, bands.dtype)[...] = bands
+            if modality == "S1RTC":
+                faults = radar_faults(bands)
+        if self._classes is not None:
+            mask = self._classified(chip, self._classes)
+            place("mask", mask.shape, mask.dtype)[...] = mask
+        return faults
 
     def _classified(self, chip: str, classes: Array) -> Array:
         values = self.source.raster(chip, LABEL_DIR)
         narrow = values.astype(np.int8)
-        mask: Array = classes[narrow.view(np.uint8)]  # -1 becomes 255: the table's last place
+        mask: Array = classes.take(narrow.view(np.uint8))  # -1 becomes 255: the table's last place
         if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
             known = [IGNORE_INDEX, *np.flatnonzero(classes[:255] != _UNKNOWN).tolist()]
             raise DataError(
@@ -149,7 +146,7 @@ class ChipDataset(Dataset[RawChip]):
         return mask
 
 
-def shared_empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An empty tensor; in a loader's worker in shared memory, as torch's own `default_collate` makes it."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
@@ -165,35 +162,30 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         data_root: Folder in ImpactMesh-Flood's layout, or the `data` folder in it.
         protocol: Name in `floodrepro.data.protocols.PROTOCOLS`. `custom` takes any chips in this layout: the recipe
             then gives class_names, means and stds, and label_map and mask_suffix where they are not the default.
-        train_split: Split file, see `floodrepro.data.splits.read_events`; val_split and predict_split alike.
-        val_split: See train_split.
+        train_split, val_split, predict_split: Split files, see `floodrepro.data.splits.read_events`.
         test_split: One split file, or several by name, in this order (the task's `test_dataloaders_names`).
-        means: By modality, a value for each band that is used. Reflectance x 10,000, dB, metres.
-        stds: The same.
+        means, stds: By modality, a value for each band. Reflectance x 10,000, dB, metres.
         label_map: The class of each mask value on disk, from value 0 up; the ignore index -1 is kept.
         class_names: Of the classes that the label map gives, from 0 up.
         positive_class: The class that reports speak of; the protocol's, or the last, by default.
         mask_suffix: End of a mask's file name, after the chip id.
         modalities: Any of S2L2A, S1RTC, DEM.
         timesteps: Indices: 0 a month before, 1 before, 2 event, 3 after.
-        bands: Indices of the bands to keep, by modality.
         no_data_value: Marks a missing value on disk, besides NaN.
         no_data_replace: What a missing value becomes before normalisation.
         augment: Whether training chips are turned and mirrored.
         seed: Of the order of training chips and of their symmetries. Default: what seed_everything was given.
-        limit: Number of chips of each split to use, at most; whole events where they fit.
-        fraction: Share of the chips of each split to use.
+        limit, fraction: How many chips of each split to use; whole events where they fit.
         strict: Whether an event in two splits is an error.
         skip_damaged: Number of chips that may be left out because they cannot be read.
         batch_size: Chips in a batch.
-        num_workers: Loader processes.
-        prefetch_factor: Batches that each worker holds ready.
-        predict_data_root: See data_root.
+        num_workers, prefetch_factor: Loader processes, and the batches that each holds ready.
+        predict_data_root: The chips to predict, where they lie elsewhere.
 
     Attributes `failed_chips` and `odd_chips`: by chip, why it was left out, and what is odd about its radar.
 
     Raises:
-        ValueError: Protocol, statistics, bands, label map and class names do not fit each other.
+        ValueError: Protocol, statistics, label map and class names do not fit each other.
     """
 
     def __init__(
@@ -212,7 +204,6 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         mask_suffix: str | None = None,
         modalities: list[str] | None = None,
         timesteps: list[int] | None = None,
-        bands: dict[str, list[int]] | None = None,
         no_data_value: float = -9999,
         no_data_replace: float = 0,
         augment: bool = True,
@@ -231,6 +222,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         given_means, given_stds = means or self.protocol.means, stds or self.protocol.stds
         if absent := [name for name in modalities if name not in given_means or name not in given_stds]:
             raise ValueError(f"means or stds lack {', '.join(absent)}; protocol {protocol} has none of its own")
+        if any(std <= 0 for name in modalities for std in given_stds[name]):
+            raise ValueError("stds hold a value that is not above 0: every pixel would become infinite")
         super().__init__(
             data_root=data_root,
             batch_size=batch_size,
@@ -248,17 +241,11 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             no_data_replace=no_data_replace,
             disaster_type="flood",  # else guessed from the path; nothing here depends on it
         )
-        self.bands = bands or {}
         self.augment, self.seed, self.limit, self.fraction = augment, seed, limit, fraction
         self.skip_damaged, self.prefetch_factor = skip_damaged, prefetch_factor
         self.failed_chips: dict[str, str] = {}
         self.odd_chips: dict[str, str] = {}
         self._events: dict[str, str] = {}
-        for modality, chosen in self.bands.items():
-            if len(chosen) != len(self.means[modality]):
-                raise ValueError(
-                    f"{modality}: {len(chosen)} bands are used, but {len(self.means[modality])} means given"
-                )
 
     def setup(self, stage: str) -> None:
         """Open the chips and list those of the stage's splits."""
@@ -337,16 +324,14 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
     def _filename(self, chip: str) -> str:
         """A file that TerraTorch's writer can take a georeference from; a chip without one has its first modality."""
         parts = ("DEM", LABEL_DIR, *self.modalities)
-        return self.source.path(chip, next(part for part in parts if self.source.has(chip, part)))
+        return self.source.path(chip, next(part for part in parts if chip in self.source.having(part)))
 
     def _datasets(self, split: str) -> list[ChipDataset]:
         keys = {f"{split}_split": getattr(self, f"{split}_split"), "limit": self.limit, "fraction": self.fraction}
         splits = read_splits(keys, split).values()
         self._events |= {chip: event for events in splits for chip, event in events.items()}
         labels = self.protocol.label_map if split != "predict" else None
-        return [
-            ChipDataset(self.source, events, self.modalities, self.timesteps, self.bands, labels) for events in splits
-        ]
+        return [ChipDataset(self.source, list(chips), self.modalities, self.timesteps, labels) for chips in splits]
 
     def _dataloader_factory(self, split: str) -> DataLoader[RawChip]:
         """As torchgeo's, with pinned memory and prefetching; in training shuffled, without a last short batch."""

@@ -4,52 +4,23 @@ import json
 import re
 import shutil
 import tarfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote
 
 from floodrepro import console
 from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
-from floodrepro.data.splits import FETCH_NOTE, read_split
+from floodrepro.data.splits import FETCH_NOTE, read_commit, read_split
 from floodrepro.errors import DataError
-from floodrepro.run_folder import sha256_of, write_atomically
+from floodrepro.run_folder import write_atomically
 
-if TYPE_CHECKING:
-    from huggingface_hub import RepoFile
-
-_WAITS = (1, 2, 4, 8)  # seconds between tries of a request that the hub refused for the moment
 _BLOCK = 2**12  # bytes that are read ahead of a remote tar
 _SEEN_A_CHIP = 20  # members of a remote tar whose headers are read for each chip of a sample, at most
-
-
-@dataclass
-class FetchReport:
-    """What lies in the folder now.
-
-    Args:
-        root: The folder.
-        commit: Of the hub's repository.
-        version: `v0`, `v1`, or `unknown` where the counts are of neither.
-        chips: Number of chips that each split file lists.
-        files: Bytes of each file, by its path.
-    """
-
-    root: Path
-    commit: str
-    version: str
-    chips: dict[str, int]
-    files: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
-        return vars(self) | {"root": str(self.root)}
 
 
 def fetch(
@@ -61,10 +32,10 @@ def fetch(
     parts: Sequence[str] = PARTS,
     protocol: str | None = None,
     sample: int | None = None,
-) -> FetchReport:
+) -> dict[str, Any]:
     """Fetch the archives of some splits and parts, or a sample of chips, after the split files.
 
-    Run it again after an interruption: whole files are not fetched again, nor hashed again while they stay unchanged.
+    Run it again after an interruption: whole files are not fetched again.
 
     Args:
         root: Folder to fill; it holds one commit.
@@ -76,43 +47,49 @@ def fetch(
         sample: Number of chips to extract in place of fetching archives, shared by the splits; a few of each event
             where the order in the archives allows it.
 
+    Returns:
+        `commit`; `version` (`v0`, `v1`, or `unknown` where the counts are of neither); `chips`, by split; `files`,
+        the bytes of each by its path.
+
     Raises:
         DataError: The hub cannot be read, lacks a part, holds another version than the protocol's; the folder holds
             another commit; the disk is too small; a file is not what the hub says it is.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        commit, remote = _list_files(repo, revision)
-        note = _read_note(root)
-        if note and note["commit"] != commit:
-            what = f"the folder holds commit {note['commit']}, and {revision} is {commit}"
-            raise DataError(what, where=root, fix=f"--revision {note['commit']}, or another --root")
-        wanted = _choose(remote, splits, parts, where=f"{repo}@{commit}")
-        lists = [path for path in remote if path.startswith("split/") and path.endswith(".txt")]
-        root.mkdir(parents=True, exist_ok=True)
-        get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
+        commit, sizes = _list_files(repo, revision)
+        where = f"{repo}@{commit}"
+        if (held := read_commit(root) or commit) != commit:
+            what = f"the folder holds commit {held}, and {revision} is {commit}"
+            raise DataError(what, where=root, fix=f"--revision {held}, or another --root")
+        wanted = _choose(sizes, splits, parts, where)
+        lists = [path for path in sizes if path.startswith("split/") and path.endswith(".txt")]
         if sample is None:
-            _check_disk(root, remote, wanted)
-            get(local_dir=root, allow_patterns=lists)
-            report = FetchReport(root, commit, *check_version(root / "split", protocol, where=f"{repo}@{commit}"))
-            note = {"repo": repo, "commit": commit, "asked": revision, "verified": (note or {}).get("verified", {})}
-            _write_note(root, note)  # before the archives: a folder with any of them says of which commit
+            _check_disk(root, sum(sizes[path] for path in wanted if not (root / path).is_file()))
+        whole = root if sample is None else root / ".fetch"  # in a sample, `split/` lists the chips of the sample only
+        get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
+        get(local_dir=whole, allow_patterns=lists)
+        version, chips = check_version(whole / "split", protocol, where=where)
+        # Before the archives: a folder with any of them says of which commit.
+        note = {"repo": repo, "commit": commit, "asked": revision, "sample": sample}
+        write_atomically(root / FETCH_NOTE, json.dumps(note, indent=2) + "\n")
+        if sample is None:
             get(local_dir=root, allow_patterns=wanted)
-            _verify(root, remote, wanted, note)
-            report.files = {path: remote[path].size for path in [*lists, *wanted]}
-            return report
-        hidden = root / ".fetch"  # whole lists: the folder's own name the chips of the sample only
-        get(local_dir=hidden, allow_patterns=lists)
-        version, _ = check_version(hidden / "split", protocol, where=f"{repo}@{commit}")
-        _write_note(root, {"repo": repo, "commit": commit, "asked": revision, "sample": sample})
-        chips, files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
-        counts = _write_lists(hidden / "split", root / "split", chips)
-        return FetchReport(root, commit, version, counts, files)
+            console.say("comparing checksums")
+            found = HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=root)
+            if bad := [mismatch["path"] for mismatch in found.mismatches]:
+                what = f"not what the hub says it is: {', '.join(bad)}"
+                raise DataError(what, where=root, fix="delete what is named, then fetch again")
+            files = {path: sizes[path] for path in [*lists, *wanted]}
+        else:
+            files = _extract_sample(root, f"datasets/{where}", wanted, splits, parts, sample)
+            chips = _write_lists(whole / "split", root / "split", {_chip_of(name) for name in files})
     except (HfHubHTTPError, OSError, tarfile.TarError) as error:
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
         raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error
+    return {"root": str(root), "commit": commit, "version": version, "chips": chips, "files": files}
 
 
 def check_version(folder: Path, protocol: str | None, *, where: str) -> tuple[str, dict[str, int]]:
@@ -123,94 +100,59 @@ def check_version(folder: Path, protocol: str | None, *, where: str) -> tuple[st
     """
     chips = {}
     for split in SPLITS:
-        found = next(iter(sorted(folder.glob(f"*_{split}.txt"))), None)
-        if found is None:
+        found = sorted(folder.glob(f"*_{split}.txt"))
+        if not found:
             raise DataError(f"there is no split file of {split}", where=where, fix="check --repo and --revision")
-        chips[split] = len(read_split(found))
-    known = {rules.data_version: dict(rules.counts) for rules in PROTOCOLS.values() if rules.data_version}
-    version = next((str(name) for name, counts in known.items() if counts == chips), "unknown")
+        chips[split] = len(read_split(found[0]))
+    known = {str(rules.data_version): rules.counts for rules in PROTOCOLS.values() if rules.counts}
+    version = next((name for name, counts in known.items() if counts == chips), "unknown")
     needed = PROTOCOLS[protocol].data_version if protocol else None
     like = "v1" if any(folder.glob("*_test_holdout.txt")) else "v0"  # a subset, or generated chips
     if needed and (like if version == "unknown" else version) != needed:
+        what = f"protocol {protocol} needs {needed} data, this is {version if version != 'unknown' else f'like {like}'}"
         fix = f"--revision of a commit that holds {needed}, or another --protocol"
         fix += "; v1-binary reads version 1 as version 0's two classes" if needed == "v0" else ""
-        what = f"protocol {protocol} needs {needed} data, this is {version if version != 'unknown' else f'like {like}'}"
         raise DataError(f"{what}: {', '.join(f'{n:,} {s}' for s, n in chips.items())}", where=where, fix=fix)
     return version, chips
 
 
-def _list_files(repo: str, revision: str) -> tuple[str, dict[str, "RepoFile"]]:
-    """Commit of a revision, and its files by path. A hub that is busy is asked again, after what it says."""
+def _list_files(repo: str, revision: str) -> tuple[str, dict[str, int]]:
+    """Commit of a revision, and the size of each of its files by path. A busy hub is asked again when it says so."""
     from huggingface_hub import HfApi, RepoFile
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
     api = HfApi()
-    for wait in (*_WAITS, None):
-        try:
-            commit = str(api.dataset_info(repo, revision=revision, timeout=30).sha)
-            tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
-            return commit, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else 0
-            if wait is None or (status != 429 and status < 500):
-                raise
-            told = error.response.headers.get("Retry-After", "")
-            time.sleep(min(float(told), 300) if told.isdigit() else wait)
-    raise AssertionError  # the last try returns or raises
+    address = f"{api.endpoint}/api/datasets/{repo}/revision/{quote(revision, safe='')}"
+    answer = http_backoff("GET", address, headers=build_hf_headers(), timeout=30)
+    hf_raise_for_status(answer)
+    commit = str(answer.json()["sha"])
+    tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
+    return commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
 
-def _choose(remote: dict[str, "RepoFile"], splits: Sequence[str], parts: Sequence[str], where: str) -> list[str]:
+def _choose(sizes: Mapping[str, int], splits: Sequence[str], parts: Sequence[str], where: str) -> list[str]:
     """Paths of the archives, `<split>/<PART>*.tar`, the small ones first."""
     chosen: list[str] = []
-    for split in splits:
-        for part in parts:
-            found = [path for path in remote if path.startswith(f"{split}/{part}") and path.endswith(".tar")]
-            if not found:
-                raise DataError(
-                    f"the commit has no {split}/{part}*.tar", where=where, fix="--split, --modality, --repo"
-                )
-            chosen += found
-    return sorted(chosen, key=lambda path: (remote[path].size, path))
+    for start in (f"{split}/{part}" for split in splits for part in parts):
+        found = [path for path in sizes if path.startswith(start) and path.endswith(".tar")]
+        if not found:
+            raise DataError(f"the commit has no {start}*.tar", where=where, fix="--split, --modality, --repo")
+        chosen += found
+    return sorted(chosen, key=lambda path: (sizes[path], path))
 
 
-def _check_disk(root: Path, remote: dict[str, "RepoFile"], wanted: Sequence[str]) -> None:
-    needed = sum(remote[path].size for path in wanted if not (root / path).is_file())
+def _check_disk(root: Path, needed: int) -> None:
+    root.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(root).free):
         what = f"the disk is too small: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free"
         raise DataError(what, where=root, fix="--split, --modality, --sample, or another --root")
     console.say(f"{needed / 1e9:.1f} GB to fetch, {free / 1e9:.0f} GB free")
 
 
-def _read_note(root: Path) -> dict[str, Any] | None:
-    path = root / FETCH_NOTE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write_note(root: Path, note: dict[str, Any]) -> None:
-    write_atomically(root / FETCH_NOTE, json.dumps(note, indent=2) + "\n")
-
-
-def _verify(root: Path, remote: dict[str, "RepoFile"], wanted: Sequence[str], note: dict[str, Any]) -> None:
-    """Compare archives with the hub's sha256; those that were compared before and are unchanged are left out."""
-    states = {path: [(root / path).stat().st_size, (root / path).stat().st_mtime_ns] for path in wanted}
-    new = [path for path in wanted if note["verified"].get(path) != states[path]]
-    if new:
-        console.say(f"comparing {len(new)} checksums")
-    with ThreadPoolExecutor(4) as pool:
-        digests = dict(zip(new, pool.map(lambda path: sha256_of(root / path), new), strict=True))
-    bad = [path for path, digest in digests.items() if (lfs := remote[path].lfs) and digest != lfs.sha256]
-    note["verified"] |= {path: states[path] for path in new if path not in bad}
-    _write_note(root, note)
-    if bad:
-        what = f"not what the hub says it is: {', '.join(bad)}"
-        raise DataError(what, where=root, fix=f"delete {'it' if len(bad) == 1 else 'them'}, then fetch again")
-
-
 def _extract_sample(
     root: Path, where: str, wanted: Sequence[str], splits: Sequence[str], parts: Sequence[str], sample: int
-) -> tuple[set[str], dict[str, int]]:
-    """Copy chips out of remote tars by range reads into `data/<PART>/`: their ids, and the bytes of each file."""
-    chips: set[str] = set()
+) -> dict[str, int]:
+    """Copy chips out of remote tars by range reads into `data/<PART>/`, and return the bytes of each file."""
     files: dict[str, int] = {}
     for number, split in enumerate(splits):
         count = (sample + len(splits) - 1 - number) // len(splits)
@@ -219,25 +161,23 @@ def _extract_sample(
         for part in sorted(
             parts, key=lambda part: part != LABEL_DIR
         ):  # masks are small: they tell what chips there are
+            left = count
             for path in sorted(path for path in wanted if path.startswith(f"{split}/{part}")):
                 with _remote_tar(f"{where}/{path}") as archive:
-                    if not chosen:
-                        chosen = _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
+                    chosen = chosen or _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
                     for member in archive:
                         if (chip := _chip_of(member.name)) in chosen and (file := archive.extractfile(member)):
                             contents.setdefault(chip, {})[f"data/{part}/{Path(member.name).name}"] = file.read()
                             console.say(f"{split} {part}: {chip}")
-                        if sum(any(name.startswith(f"data/{part}/") for name in c) for c in contents.values()) == count:
+                            left -= 1
+                        if not left:
                             break
-        for chip, held in contents.items():
-            if len(held) < len(parts):
-                continue  # a chip that lacks a part is of no use
-            chips.add(chip)
-            for name, content in held.items():
+        for held in contents.values():
+            for name, content in held.items() if len(held) == len(parts) else ():  # without a part it is of no use
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
                 (root / name).write_bytes(content)
                 files[name] = len(content)
-    return chips, files
+    return files
 
 
 @contextmanager
@@ -266,7 +206,7 @@ def _spread(chips: Sequence[str], count: int) -> list[str]:
 
 
 def _write_lists(whole: Path, folder: Path, chips: set[str]) -> dict[str, int]:
-    """Write each split file with those of its chips that are in the sample: number of chips by split."""
+    """Write each split file with those of its chips that are in the sample, and return their number by split."""
     folder.mkdir(exist_ok=True)
     counts = {}
     for file in sorted(whole.glob("*.txt")):

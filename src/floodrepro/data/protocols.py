@@ -81,8 +81,8 @@ class Protocol:
 
     name: str
     title: str
-    class_names: tuple[str, ...]
-    label_map: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+    label_map: tuple[int, ...] = ()
     data_version: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     mask_suffix: str = "_annotation_flood.tif"
@@ -99,57 +99,42 @@ class Protocol:
         return f"impactmesh_{self.hazard}_{split}.txt"
 
 
-_FLOOD_REPO = "ibm-esa-geospatial/ImpactMesh-Flood"
-_V1_COUNTS = {"train": 19_448, "val": 2_171, "test": 2_959}
-
-PROTOCOLS: dict[str, Protocol] = {
-    "v0": Protocol(
-        name="v0",
-        title="ImpactMesh-Flood version 0, two classes: the data of the published figures",
-        class_names=("rest", "flood"),
-        label_map=(0, 1),
-        data_version="v0",
-        counts={"train": 57_067, "val": 9_028, "test": 14_556},
-        means=MEANS_0_1_2,
-        stds=STDS_0_1_2,
-        repo=_FLOOD_REPO,
-        size_gb=210,  # inferred from the sizes of chips; no published figure
-        recipe="impactmesh_flood",
-    ),
-    "v1-binary": Protocol(
-        name="v1-binary",
-        title="ImpactMesh-Flood version 1, permanent water counted as rest",
-        class_names=("rest", "flood"),
-        label_map=(0, 0, 1),
-        data_version="v1",
-        counts=_V1_COUNTS,
-        means=MEANS_0_1_2,
-        stds=STDS_0_1_2,
-        repo=_FLOOD_REPO,
-        size_gb=72,  # inferred from the sizes of chips; no published figure
-        recipe="impactmesh_flood_v1_binary",
-    ),
-    "v1": Protocol(
-        name="v1",
-        title="ImpactMesh-Flood version 1, three classes",
-        class_names=("no water", "permanent water", "flood water"),
-        label_map=(0, 1, 2),
-        data_version="v1",
-        counts=_V1_COUNTS,
-        means=MEANS_0_2_0,
-        stds=STDS_0_2_0,
-        positive_class=2,
-        repo=_FLOOD_REPO,
-        size_gb=72,  # inferred from the sizes of chips; no published figure
-        recipe="impactmesh_flood_v1",
-    ),
-    "custom": Protocol(
-        name="custom",
-        title="your own chips, with the classes and statistics of the recipe",
-        class_names=(),
-        label_map=(),
-    ),
-}
+_V0 = Protocol(
+    name="v0",
+    title="ImpactMesh-Flood version 0, two classes: the data of the published figures",
+    class_names=("rest", "flood"),
+    label_map=(0, 1),
+    data_version="v0",
+    counts={"train": 57_067, "val": 9_028, "test": 14_556},
+    means=MEANS_0_1_2,
+    stds=STDS_0_1_2,
+    repo="ibm-esa-geospatial/ImpactMesh-Flood",
+    size_gb=210,  # inferred from the sizes of chips; no published figure
+    recipe="impactmesh_flood",
+)
+_V1_BINARY = replace(
+    _V0,
+    name="v1-binary",
+    title="ImpactMesh-Flood version 1, permanent water counted as rest",
+    label_map=(0, 0, 1),
+    data_version="v1",
+    counts={"train": 19_448, "val": 2_171, "test": 2_959},
+    size_gb=72,  # inferred in the same way
+    recipe="impactmesh_flood_v1_binary",
+)
+_V1 = replace(
+    _V1_BINARY,
+    name="v1",
+    title="ImpactMesh-Flood version 1, three classes",
+    class_names=("no water", "permanent water", "flood water"),
+    label_map=(0, 1, 2),
+    means=MEANS_0_2_0,
+    stds=STDS_0_2_0,
+    positive_class=2,
+    recipe="impactmesh_flood_v1",
+)
+_CUSTOM = Protocol(name="custom", title="your own chips, with the classes and statistics of the recipe")
+PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (_V0, _V1_BINARY, _V1, _CUSTOM)}
 
 
 def data_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,18 +150,22 @@ def uses_flood_data_module(recipe: Mapping[str, Any]) -> bool:
 def protocol_of(recipe: Mapping[str, Any]) -> Protocol:
     """The protocol that a recipe names.
 
-    A recipe that names none, and one with another data module, is `custom`: its classes are the recipe's own.
+    A recipe that names none, and one with another data module, is `custom`. Its classes are the recipe's own, else the
+    model's `class_names`, else `class 0` and so on.
 
     Raises:
         UsageError: The recipe names one that is not in `PROTOCOLS`, or keys that are not that protocol's.
     """
     arguments = data_arguments(recipe) if uses_flood_data_module(recipe) else {}
-    name = arguments.get("protocol") or "custom"
-    names = arguments.get("class_names") if name != "custom" else class_names_of(recipe)
+    keys = ("protocol", "class_names", "label_map", "positive_class", "mask_suffix")
+    name, names, *others = (arguments.get(key) for key in keys)
+    if (name or "custom") == "custom":
+        task = (recipe.get("model") or {}).get("init_args") or {}
+        count = (task.get("model_args") or {}).get("num_classes") or 0
+        names = data_arguments(recipe).get("class_names") or task.get("class_names")
+        names = names or [f"class {number}" for number in range(count)]
     try:
-        return fill_protocol(
-            name, names, *(arguments.get(key) for key in ("label_map", "positive_class", "mask_suffix"))
-        )
+        return fill_protocol(name or "custom", names, *others)
     except ValueError as error:
         raise UsageError(str(error), where="data.init_args", fix="see docs/protocols.md") from error
 
@@ -196,37 +185,24 @@ def fill_protocol(
     if name not in PROTOCOLS:
         raise ValueError(f"protocol is {name!r}, expected one of {', '.join(PROTOCOLS)}")
     protocol = PROTOCOLS[name]
-    given = {"class_names": class_names, "label_map": label_map, "mask_suffix": mask_suffix}
-    for key, value in given.items():
-        if name != "custom" and value is not None and list(value) != list(getattr(protocol, key)):
-            raise ValueError(f"{key} is {value}, protocol {name} has {getattr(protocol, key)}; protocol custom is free")
     if name == "custom":
         names = tuple(class_names or ())
         labels = tuple(label_map) if label_map else tuple(range(len(names)))
         if set(labels) != set(range(len(names))):
             raise ValueError(f"label_map gives {sorted(set(labels))}, class_names has {list(names)}")
-        suffix, hazard = mask_suffix or protocol.mask_suffix, protocol.hazard
-        positive = len(names) - 1 if positive_class is None else positive_class
-        if names:
-            hazard = names[positive]
+        positive_class = len(names) - 1 if positive_class is None else positive_class
+        hazard, suffix = names[positive_class] if names else protocol.hazard, mask_suffix or protocol.mask_suffix
         protocol = replace(protocol, class_names=names, label_map=labels, mask_suffix=suffix, hazard=hazard)
-        positive_class = positive
+    given = {"class_names": class_names, "label_map": label_map, "mask_suffix": mask_suffix}
+    for key, value in given.items():
+        if value and list(value) != list(getattr(protocol, key)):
+            raise ValueError(f"{key} is {value}, protocol {name} has {getattr(protocol, key)}; protocol custom is free")
     return protocol if positive_class is None else replace(protocol, positive_class=positive_class)
 
 
 def class_names_of(recipe: Mapping[str, Any]) -> list[str]:
-    """Names of a recipe's classes, from 0 up: the recipe's own, its protocol's, or `class 0` and so on."""
-    arguments = data_arguments(recipe)
-    if arguments.get("class_names"):
-        return list(arguments["class_names"])
-    named = PROTOCOLS.get(arguments.get("protocol") or "custom") if uses_flood_data_module(recipe) else None
-    if named is not None and named.class_names:
-        return list(named.class_names)
-    task = (recipe.get("model") or {}).get("init_args") or {}
-    if task.get("class_names"):
-        return list(task["class_names"])
-    count = (task.get("model_args") or {}).get("num_classes") or 0
-    return [f"class {number}" for number in range(count)]
+    """Names of a recipe's classes, from 0 up. See `protocol_of`."""
+    return list(protocol_of(recipe).class_names)
 
 
 def positive_class_of(recipe: Mapping[str, Any]) -> int:

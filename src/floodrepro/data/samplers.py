@@ -18,8 +18,7 @@ class ShuffledByEpoch(DistributedSampler[int]):
         count: Number of chips.
         seed: The run's.
         batch_size: Chips in the batch of one process.
-        world: Number of processes.
-        rank: This process's number, from 0.
+        world, rank: Number of processes, and this one's, from 0.
         resumed: The epoch of a resumed run and the number of its batches that were trained before. That epoch begins
             after them; every other epoch is whole.
     """
@@ -54,15 +53,10 @@ class ShuffledByEpoch(DistributedSampler[int]):
 
 
 class EachOnce(DistributedSampler[int]):
-    """Every chip of an evaluation once, spread over several processes; some may have one chip more than others.
+    """Every one of `count` chips of an evaluation once; some processes may have one chip more than others.
 
     torch's own sampler repeats chips until all processes have as many, and counts them twice. DDP does not need it:
     without gradients torch 2.14 synchronises in the first forward only.
-
-    Args:
-        count: Number of chips.
-        world: Number of processes.
-        rank: This process's number, from 0.
     """
 
     def __init__(self, count: int, *, world: int, rank: int) -> None:

@@ -75,13 +75,10 @@ def read_events(path: Path) -> dict[str, str]:
     rows = [[cell.strip() for cell in line.split(",", 1)] for line in lines if line.strip()]
     if rows and [cell.lower() for cell in rows[0]] == ["chip", "event"]:
         rows = rows[1:]
-    doubles = [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]
-    if doubles:
-        raise DataError(
-            f"{_count(doubles)} listed twice: {_examples(doubles)}", where=path, fix="keep one line of each"
-        )
     if not rows:
         raise DataError("the split file names no chip", where=path, fix="list one chip id a line")
+    if doubles := [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]:
+        raise DataError(f"chips listed twice: {_examples(doubles)}", where=path, fix="keep one line of each")
     return {row[0]: row[1] if len(row) > 1 and row[1] else event_of(row[0]) for row in rows}
 
 
@@ -135,9 +132,7 @@ def choose_chips(
     if (limit is not None and limit < 1) or (fraction is not None and not 0 < fraction <= 1):
         raise UsageError("a part of the data needs a limit of at least 1 and a fraction above 0 and at most 1")
     wanted = len(events) if fraction is None else max(1, round(fraction * len(events)))
-    wanted = min(wanted, len(events) if limit is None else limit)
-    if wanted == len(events):
-        return dict(events)
+    wanted = min(wanted, limit or wanted)
 
     def draw(name: str) -> bytes:
         return hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -145,17 +140,16 @@ def choose_chips(
     sizes = Counter(events.values())
     order = sorted(sizes, key=draw)
     kept: set[str] = set()
-    room = wanted
     for event in order:
-        if sizes[event] <= room:
+        if sizes[event] + sum(sizes[other] for other in kept) <= wanted:
             kept.add(event)
-            room -= sizes[event]
-    rest = sorted((c for c, e in events.items() if e not in kept), key=lambda c: (order.index(events[c]), draw(c)))
-    part = set(rest[:room])
-    return {chip: event for chip, event in events.items() if event in kept or chip in part}
+    chosen = {chip for chip, event in events.items() if event in kept}
+    rest = sorted(events.keys() - chosen, key=lambda chip: (order.index(events[chip]), draw(chip)))
+    chosen.update(rest[: wanted - len(chosen)])
+    return {chip: event for chip, event in events.items() if chip in chosen}
 
 
-def check_data(recipe: Mapping[str, Any], splits: Sequence[str], *, strict: bool = False) -> DataState:
+def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
     """Check that every chip of the named splits has the files that a recipe reads; no pixel is read.
 
     impactmesh finds a missing file only when its turn comes, hours into an epoch.
@@ -163,15 +157,14 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str], *, strict: bool
     Args:
         recipe: A resolved recipe. One with another data module than floodrepro's is not looked at.
         splits: Any of train, val, test, predict; masks are not needed for predict.
-        strict: Whether an event in two splits is an error; `data.init_args.strict` asks for it as well.
 
     Returns:
         What a run's record keeps.
 
     Raises:
         UsageError: The recipe names no such split.
-        DataError: Chips, a split file or a chip's part are missing, a chip is in two splits, or, where it is strict, an
-            event is.
+        DataError: Chips, a split file or a chip's part are missing, a chip is in two splits, or, where the recipe is
+            `strict`, an event is.
     """
     protocol = protocol_of(recipe)
     if not uses_flood_data_module(recipe):
@@ -185,7 +178,12 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str], *, strict: bool
         source = sources.setdefault(place, Chips(place, protocol))
         parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if split != "predict" else [])]
         for name, chips in read_splits(arguments, split).items():
-            check_parts(source, list(chips), parts, split=name)
+            for part in parts:
+                lacking = [f"{c}{suffix_of(protocol, part)}" for c in chips if c not in source.having(part)]
+                if lacking:
+                    what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file: {_examples(lacking)}"
+                    fix = "fetch or extract the missing files, or take the chips out of the split"
+                    raise DataError(what, where=source.root, fix=fix)
             state.chips[name] = len(chips)
             state.digests[name] = digest_of(source, list(chips), parts)
             published = protocol.counts.get(name, len(chips))
@@ -194,22 +192,9 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str], *, strict: bool
     state.warnings.extend(shared_events(_splits_on_disk(arguments), splits))
     for warning in state.warnings:
         console.warn(warning)
-    if state.warnings and (strict or arguments.get("strict")):
+    if state.warnings and arguments.get("strict"):
         raise DataError(state.warnings[0], where=root, fix="keep each event in one split, or leave --strict out")
     return state
-
-
-def check_parts(source: Chips, chips: Sequence[str], parts: Sequence[str], *, split: str) -> None:
-    """Raise `DataError` if a chip of a split lacks a part (S2L2A, S1RTC, DEM or MASK)."""
-    for part in parts:
-        having = source.having(part)
-        missing = [f"{chip}{suffix_of(source.protocol, part)}" for chip in chips if chip not in having]
-        if missing:
-            raise DataError(
-                f"{len(missing)} of {len(chips)} chips of {split} have no {part} file: {_examples(missing)}",
-                where=source.root,
-                fix="fetch or extract the missing files, or take the chips out of the split",
-            )
 
 
 def digest_of(source: Chips, chips: Sequence[str], parts: Sequence[str]) -> str:
@@ -236,21 +221,18 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] 
         kinds = {one.split("/")[0], other.split("/")[0]}
         if len(kinds) == 1 or not kinds & set(asked):
             continue
-        if both := sorted(set(chips) & set(others)):
-            what = f"{_count(both)} in {one} and in {other}: {_examples(both)}"
+        if both := sorted(chips.keys() & others.keys()):
+            what = f"the same chips are in {one} and in {other}: {_examples(both)}"
             raise DataError(what, where=f"{one}, {other}", fix="take the chips out of one of the splits")
         if events := sorted(set(chips.values()) & set(others.values())):
-            number = "1 event is" if len(events) == 1 else f"{len(events)} events are"
-            sentences.append(f"{number} in {one} and in {other}: {_examples(events)}")
+            sentences.append(f"events in {one} and in {other}: {len(events)}, {_examples(events)}")
     return sentences
 
 
 def read_commit(root: Path) -> str | None:
     """The hub's commit that `data fetch` noted beside the chips; None where there is no note."""
-    for folder in (root, root.parent):
-        if (note := folder / FETCH_NOTE).is_file():
-            return str(json.loads(note.read_text(encoding="utf-8"))["commit"])
-    return None
+    notes = [note for note in (root / FETCH_NOTE, root.parent / FETCH_NOTE) if note.is_file()]
+    return str(json.loads(notes[0].read_text(encoding="utf-8"))["commit"]) if notes else None
 
 
 def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:
@@ -260,13 +242,9 @@ def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         given = arguments.get(f"{split}_split") or {}
         files = given.values() if isinstance(given, Mapping) else [given]
         if files and all(Path(file).is_file() for file in files):
-            chosen = read_splits(arguments, split)
-            found |= {name if name == split else f"{split}/{name}": chips for name, chips in chosen.items()}
+            for name, chips in read_splits(arguments, split).items():
+                found[name if name == split else f"{split}/{name}"] = chips
     return found
-
-
-def _count(chips: Sequence[str]) -> str:
-    return "1 chip is" if len(chips) == 1 else f"{len(chips)} chips are"
 
 
 def _examples(names: Sequence[str]) -> str:

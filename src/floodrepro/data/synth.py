@@ -15,7 +15,8 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -56,39 +57,21 @@ TURBID = np.array((640, 780, 1050, 1120, 1150, 860, 820, 760, 620, 480, 230, 160
 BURNT = np.array((350, 380, 430, 480, 600, 750, 820, 880, 950, 1000, 1700, 1650))
 CLOUD = np.array((6300, 6200, 6000, 5900, 6100, 6200, 6300, 6400, 6500, 6600, 4300, 3200))
 
-# How chips may be stored: a zarr chunk as a share of (T, C, H, W), rounded up, its compressor and byte order, and
-# GDAL's options for the TIFFs.
+# How chips may be stored: a zarr chunk as a share of (T, C, H, W), rounded up, its compressor and byte order where
+# it is another than this machine's, and GDAL's options for the TIFFs.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "time": {"chunk": (0.25, 1, 1, 1), "codec": Blosc("lz4"), "order": "=", "tiff": {}},
-    "quarters": {  # zarr 2.18's own default for 256 px: chunks (2, 6, 128, 128)
-        **{"chunk": (0.5, 0.5, 0.5, 0.5), "codec": Blosc("lz4"), "order": "="},
-        "tiff": {"compress": "deflate", "predictor": 2},
-    },
-    "whole": {"chunk": (1, 1, 1, 1), "codec": Blosc("zstd", shuffle=0), "order": "=", "tiff": {"compress": "lzw"}},
-    "uneven": {"chunk": (0.75, 1, 0.8, 0.3), "codec": Zlib(), "order": "=", "tiff": {"compress": "zstd"}},
+    "time": {"chunk": (0.25, 1, 1, 1), "codec": Blosc("lz4"), "tiff": {}},
+    # zarr 2.18's own default for 256 px: chunks (2, 6, 128, 128)
+    "quarters": {"chunk": (0.5, 0.5, 0.5, 0.5), "codec": Blosc("lz4"), "tiff": {"compress": "deflate", "predictor": 2}},
+    "whole": {"chunk": (1, 1, 1, 1), "codec": Blosc("zstd", shuffle=0), "tiff": {"compress": "lzw"}},
+    "uneven": {"chunk": (0.75, 1, 0.8, 0.3), "codec": Zlib(), "tiff": {"compress": "zstd"}},
     "big-endian": {
-        **{"chunk": (0.25, 0.08, 1, 1), "codec": None, "order": ">"},
+        "chunk": (0.25, 0.08, 1, 1),
+        "codec": None,
+        "order": ">",
         "tiff": {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"},
     },
 }
-
-
-@dataclass(frozen=True)
-class SynthReport:
-    """What was generated: counts by split, and shares by class name over the pixels that are not ignored."""
-
-    root: Path
-    layout: str
-    protocol: str
-    seed: int
-    events: dict[str, int]
-    chips: dict[str, int]
-    class_shares: dict[str, float]
-    ignored_share: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self) | {"root": str(self.root)}
 
 
 @dataclass(frozen=True)
@@ -118,8 +101,8 @@ def generate(
     seed: int,
     layout: str = "extracted",
     variants: Sequence[str] = ("time", "quarters"),
-    progress: Callable[[int, int], None] | None = None,
-) -> SynthReport:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
     """Write a generated data set; the same arguments give the same bytes.
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
@@ -137,11 +120,27 @@ def generate(
         variants: How chips are stored, names of `VARIANTS`; chips take them in turn.
         progress: Called after each chip with the number of chips done and the number of all.
 
+    Returns:
+        The arguments; `events` and `chips` by split; `class_shares` by name, and the `ignored_share`, of the pixels.
+
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
         DataError: `root` cannot be written.
     """
-    _check_arguments(events, chips, size, protocol, seed, layout, variants)
+    held = [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
+    known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
+    demands = (
+        (not held, f"{root} holds a data set already ({', '.join(held)}), and nothing is overwritten"),
+        (3 <= events <= MAX_EVENTS, f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}"),
+        (chips >= events, f"--chips is {chips}, expected at least one an event, {events}"),
+        (size % 16 == 0 and 32 <= size <= 512, f"--size is {size}, expected a multiple of 16 from 32 to 512"),
+        (protocol in known, f"--protocol is {protocol!r}, expected {', '.join(known)}"),
+        (seed >= 0, f"--seed is {seed}, expected 0 or more"),
+        (layout in ("extracted", "hub"), f"--layout is {layout!r}, expected extracted or hub"),
+        (set(variants) <= set(VARIANTS), f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}"),
+    )
+    if problems := [problem for met, problem in demands if not met]:
+        raise UsageError("; ".join(problems), fix="change the flags named above, or name a new folder")
     rules = PROTOCOLS[protocol]
     held_out = (events + 2) // 5
     event_counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
@@ -149,8 +148,12 @@ def generate(
     subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
     pixels = np.zeros(1 + len(rules.label_map), np.int64)
     try:
-        _check_vacant(root)
-        with _Writer(root, layout) as writer:
+        with ExitStack() as stack:
+            tars: dict[tuple[str, str], tarfile.TarFile] = {}
+            for split, part in product(SPLITS, PARTS) if layout == "hub" else ():
+                (root / split).mkdir(parents=True, exist_ok=True)
+                tar = tarfile.open(root / split / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                tars[split, part] = stack.enter_context(tar)
             for event, split in enumerate(np.repeat(SPLITS, list(event_counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
                 made = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
@@ -159,13 +162,18 @@ def generate(
                     seen = rules.data_version == "v1" and split == "train" and number == 1
                     target = "test" if seen else split
                     for part, content in files.items():
-                        writer.put(target, part, f"{chip}{suffix_of(rules, part)}", content)
+                        name = f"{part}/{chip}{suffix_of(rules, part)}"
+                        if tars:
+                            member = tarfile.TarInfo(name)  # its defaults: mode 0644, owner 0, dated 1970-01-01
+                            member.size = len(content)
+                            tars[target, part].addfile(member, io.BytesIO(content))
+                        else:
+                            _write(root / "data" / name, content)
                     listed[target].append(chip)
                     if target == "test":
                         subsets["test_seen_events" if seen else "test_holdout"].append(chip)
                     pixels += np.bincount(mask.ravel() - IGNORE_INDEX, minlength=len(pixels))
-                    if progress is not None:
-                        progress(sum(map(len, listed.values())), chips)
+                    progress(sum(map(len, listed.values())), chips)
         for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
             _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
     except OSError as error:
@@ -173,11 +181,16 @@ def generate(
         fix = "delete what was written, if anything, and name a folder that can be written"
         raise DataError(problem, where=error.filename or root, fix=fix) from error
     shares = np.bincount(rules.label_map, pixels[1:], len(rules.class_names)) / pixels[1:].sum()
-    return SynthReport(
-        *(root, layout, protocol, seed, event_counts, {split: len(ids) for split, ids in listed.items()}),
-        class_shares=dict(zip(rules.class_names, shares.tolist(), strict=True)),
-        ignored_share=float(pixels[0] / pixels.sum()),
-    )
+    return {
+        "root": str(root),
+        "layout": layout,
+        "protocol": protocol,
+        "seed": seed,
+        "events": event_counts,
+        "chips": {split: len(ids) for split, ids in listed.items()},
+        "class_shares": dict(zip(rules.class_names, shares.tolist(), strict=True)),
+        "ignored_share": float(pixels[0] / pixels.sum()),
+    }
 
 
 def draw_scene(rng: np.random.Generator, shape: tuple[int, int], *, hazard: str = "flood", edge: str = "") -> Scene:
@@ -295,7 +308,7 @@ def zarr_zip(
     threads, blosc.use_threads = blosc.use_threads, False
     try:
         chunks = [math.ceil(share * edge) for share, edge in zip(variant["chunk"], bands.shape, strict=True)]
-        stored = bands.astype(bands.dtype.newbyteorder(variant["order"]))
+        stored = bands.astype(bands.dtype.newbyteorder(variant.get("order", "=")))
         group.array("bands", stored, chunks=chunks, compressor=variant["codec"], fill_value=None)
         group.array("band", np.array(names), fill_value=None)
         for name, mask in masks.items():
@@ -320,65 +333,6 @@ def _geotiff(values: Array, east: int, north: int, no_data: int, options: Mappin
         return bytes(memory.read())
 
 
-class _Writer:
-    """Puts files into folders, or into archives that get their names once all of them are complete."""
-
-    def __init__(self, root: Path, layout: str) -> None:
-        self._root = root
-        self._tars: dict[Path, tarfile.TarFile] = {}
-        self._stack = ExitStack()
-        if layout == "hub":
-            for path in (root / split / f"{part}.tar" for split in SPLITS for part in PARTS):
-                tar = self._stack.enter_context(tarfile.open(_partial(path), "w", format=tarfile.USTAR_FORMAT))  # noqa: SIM115
-                self._tars[path] = tar
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def put(self, split: str, part: str, name: str, content: bytes) -> None:
-        if not self._tars:
-            return _write(self._root / "data" / part / name, content)
-        member = tarfile.TarInfo(f"{part}/{name}")  # its defaults: mode 0644, owner 0, dated 1970-01-01
-        member.size = len(content)
-        return self._tars[self._root / split / f"{part}.tar"].addfile(member, io.BytesIO(content))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stack.close()
-        for path in self._tars if kind is None else ():
-            _partial(path).replace(path)
-
-
-def _partial(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.partial")
-
-
 def _write(path: Path, content: bytes) -> None:
-    """Write beside `path`, then rename: a file that is there is complete."""
-    _partial(path).write_bytes(content)
-    _partial(path).replace(path)
-
-
-def _check_arguments(
-    events: int, chips: int, size: int, protocol: str, seed: int, layout: str, variants: Sequence[str]
-) -> None:
-    known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
-    demands = (
-        (3 <= events <= MAX_EVENTS, f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}"),
-        (chips >= events, f"--chips is {chips}, expected at least one an event, {events}"),
-        (size % 16 == 0 and 32 <= size <= 512, f"--size is {size}, expected a multiple of 16 from 32 to 512"),
-        (protocol in known, f"--protocol is {protocol!r}, expected {', '.join(known)}"),
-        (seed >= 0, f"--seed is {seed}, expected 0 or more"),
-        (layout in ("extracted", "hub"), f"--layout is {layout!r}, expected extracted or hub"),
-        (set(variants) <= set(VARIANTS), f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}"),
-    )
-    if problems := [problem for met, problem in demands if not met]:
-        raise UsageError("; ".join(problems), fix="change the flags named above")
-
-
-def _check_vacant(root: Path) -> None:
-    if root.exists() and not root.is_dir():
-        raise DataError("the data set's folder is a file", where=root, fix="name a folder that is new or empty")
-    if held := [name for name in ("data", "split", *SPLITS) if (root / name).exists()]:
-        problem = f"the folder holds a data set already ({', '.join(held)}), and nothing is overwritten"
-        raise UsageError(problem, where=root, fix="name a folder that is new or empty, or delete this one first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

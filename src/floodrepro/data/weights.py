@@ -1,27 +1,19 @@
 """The weights that a reproduction needs besides chips: the pretrained backbone and IBM's checkpoint, on the hub."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from floodrepro.errors import CheckpointError, DataError
 from floodrepro.run_folder import sha256_of
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a model repository on the Hugging Face hub.
-
-    Args:
-        repo: The repository's id.
-        name: The file's.
-        revision: Branch or commit; None for `main`, as TerraTorch asks for it.
-        sha256: Of the content; None where none was published.
-    """
+class HubFile(NamedTuple):
+    """A file of a model repository on the Hugging Face hub; its sha256 where one was published."""
 
     repo: str
     name: str
-    revision: str | None = None
+    revision: str | None = None  # None: `main`, as TerraTorch asks for it
     sha256: str | None = None
 
     @property
@@ -45,12 +37,11 @@ def backbone_weights(backbone: str) -> HubFile | None:
     return HubFile(f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}", f"TerraMind_v1_{size[1]}.pt") if size else None
 
 
-def in_cache(file: HubFile) -> Path | None:
-    """A file that was fetched before; None where it is not in huggingface_hub's cache."""
+def in_cache(file: HubFile) -> bool:
+    """Whether a file was fetched before and lies in huggingface_hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(file.repo, file.name, revision=file.revision)
-    return Path(found) if isinstance(found, str) else None
+    return isinstance(try_to_load_from_cache(file.repo, file.name, revision=file.revision), str)
 
 
 def fetch_file(file: HubFile) -> Path:

@@ -31,31 +31,26 @@ DARKNESS_DB = tuple(range(14, 26))
 """VH at the event below minus these values in dB, likewise: open water is at about -21 dB, land at about -15 dB."""
 TRAIN_CHIPS = 1_000
 """Chips of the training split that the thresholds are chosen on, evenly spaced: two numbers need no more."""
+_BOTH = "VV and VH fall by more than {:g} dB on average, and VH at the event is below -{:g} dB"
 RULES: dict[str, tuple[int, tuple[float, ...], str]] = {
     "vv-drop": (1, (-np.inf,), "VV falls by more than {:g} dB"),
-    "vv-vh-change": (
-        2,
-        DARKNESS_DB,
-        "VV and VH fall by more than {:g} dB on average, and VH at the event is below -{:g} dB",
-    ),
+    "vv-vh-change": (2, DARKNESS_DB, _BOTH),
 }
-"""By name: how many of VV and VH have to fall, the darkness of VH, and the rule in words."""
+"""By name: how many of VV and VH have to fall, the thresholds of VH's darkness, and the rule in words."""
 _NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is -10000 in float16
 
 
 def write_baselines(recipe: Recipe, table: ChipTable, folder: Path) -> dict[str, Path]:
-    """Write the baselines' chip tables on the chips of a model's table: everything, nothing, vv-drop, vv-vh-change.
+    """Write ``baselines/<split>/NAME.parquet`` on the chips of a model's table: everything, nothing and the RULES.
 
-    The thresholds of the last two are chosen on the training split by IoU of the positive class. They need the radar
-    images of floodrepro's own data module. Tables of the same data that are there already are kept.
-
-    Args:
-        recipe: Says where the chips are and what their classes are.
-        table: A model's chip table.
-        folder: Where ``baselines/<split>/NAME.parquet`` goes.
+    The rules need the radar images of floodrepro's own data module. Tables of the same data that are there already are
+    kept.
 
     Returns:
         The files by name.
+
+    Raises:
+        RunFolderError: A table cannot be written.
     """
     place, k = folder / "baselines" / str(table.metadata.get("split", "test")), table.positive
     paths = {name: place / f"{name}.parquet" for name in ("everything", "nothing", *RULES)}
@@ -76,7 +71,7 @@ def write_baselines(recipe: Recipe, table: ChipTable, folder: Path) -> dict[str,
 
 
 def radar_baselines(recipe: Recipe, table: ChipTable) -> dict[str, ChipTable]:
-    """Chip tables of the two radar rules, thresholds chosen on the training split.
+    """Chip tables of the two radar rules, thresholds chosen on the training split by IoU of the positive class.
 
     Raises:
         UsageError: The recipe has another data module, or names no training split.

@@ -4,7 +4,7 @@ N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from floodrepro.data.protocols import event_of
-from floodrepro.errors import TableError
+from floodrepro.errors import RunFolderError, TableError
 from floodrepro.evaluation.metrics import Counts
 
 SCHEMA = 2
@@ -69,19 +69,16 @@ class ChipTable:
 
     @classmethod
     def of_batches(
-        cls, events: Mapping[str, str], batches: Sequence[Mapping[str, npt.NDArray[Any]]], metadata: dict[str, Any]
+        cls,
+        rows: Iterable[tuple[str, str]],
+        batches: Sequence[Mapping[str, npt.NDArray[Any]]],
+        metadata: dict[str, Any],
     ) -> Self:
-        """The table of batches as `floodrepro.evaluation.counting.count` counts them.
-
-        Args:
-            events: The event of each chip, in the order of the batches.
-            batches: Columns by name.
-            metadata: Of the table.
-        """
+        """The table of batches that `floodrepro.evaluation.counting.count` counted; each row's chip and its event."""
         columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
         columns |= {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-        chips, names = (np.array(list(part), dtype=np.str_) for part in (events, events.values()))
-        return cls(chips, **columns, metadata=metadata, events=names)
+        chips, events = np.array(list(rows), dtype=np.str_).T
+        return cls(chips, **columns, metadata=metadata, events=events)
 
     def __len__(self) -> int:
         """Number of chips."""
@@ -132,7 +129,7 @@ def write_table(table: ChipTable, path: Path) -> None:
     """Write a table as Parquet; a pass that is killed leaves nothing under this name.
 
     Raises:
-        OSError: The folder cannot be written.
+        RunFolderError: The folder cannot be written.
     """
     columns = {
         name: pa.array(ids.tolist(), pa.string()) for name, ids in (("chip", table.chips), ("event", table.events))
@@ -145,10 +142,13 @@ def write_table(table: ChipTable, path: Path) -> None:
             columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
     shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": BINS}
     content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata)})
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
+        partial.replace(path)
+    except OSError as error:
+        raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
 
 
 def read_table(path: Path) -> ChipTable:

@@ -18,14 +18,7 @@ from rasterio.warp import transform_bounds
 
 from floodrepro import console
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import (
-    IGNORE_INDEX,
-    LABEL_DIR,
-    SPLITS,
-    data_arguments,
-    protocol_of,
-    uses_flood_data_module,
-)
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, data_arguments, protocol_of, uses_flood_data_module
 from floodrepro.data.splits import check_data
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable
@@ -47,7 +40,7 @@ def tabulate_masks(
     name: str,
     split: str = "test",
     scale: float | None = None,
-    values: Mapping[int, int | None] | None = None,
+    values: str | None = None,
 ) -> ChipTable:
     """Count masks against the truth of a split.
 
@@ -61,10 +54,11 @@ def tabulate_masks(
         name: What the table is called in reports.
         split: Its name.
         scale: For masks of probabilities of the positive class: the value that means 1. None for masks of classes.
-        values: Class of each value of the masks; None leaves a value out. By default a value is a class.
+        values: The class of each value, as `parse_values` reads it. By default a value is a class.
 
     Raises:
-        UsageError: The recipe has another data module, or probabilities are given for more than two classes.
+        UsageError: The recipe has another data module, probabilities are given for more than two classes, or `values`
+            does not parse.
         DataError: A file cannot be read, holds values that are not known, or no mask covers any chip.
     """
     protocol, arguments = protocol_of(recipe), data_arguments(recipe)
@@ -73,17 +67,18 @@ def tabulate_masks(
         raise UsageError("masks are compared on chips of floodrepro's own data module", where="data.class_path")
     if scale is not None and classes != 2:
         raise UsageError(f"the protocol has {classes} classes: masks of probabilities need two", fix="give classes")
-    data = check_data(recipe, (split if split in SPLITS else "test",))
+    data = check_data(recipe, (split if split in ("train", "val") else "test",))
     source, files = Chips(Path(arguments["data_root"]), protocol), _raster_files(masks)
     by_chip = _named_after_chips(files, chips, "prob" if scale is not None else "pred")
-    known = dict(values) if values else {k: k for k in range(classes)}
+    named = parse_values(values, protocol.class_names) if values else {}
+    known = named or {k: k for k in range(classes)}
     batches = []
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
         for done, chip in enumerate(chips, 1):
             with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR)) as grid:
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
-                found = _on_chip(rasters, grid, () if values is None else values)
+                found = _on_chip(rasters, grid, named)
             if scale is None:
                 prediction, probability = _classes_of(found, known, chip), None
             else:
@@ -105,9 +100,19 @@ def tabulate_masks(
         "metrics": {},
         "made": timestamp(),
     }
-    table = ChipTable.of_batches(chips, batches, metadata)
-    with _open(files[0]) as first:
-        _tell_unseen(table, masks[0], zero=values is None and first.nodata == 0)
+    table = ChipTable.of_batches(chips.items(), batches, metadata)
+    unseen, counted = int(table.unseen.sum()), int(table.counts.sum())
+    if not counted:
+        raise DataError(f"no mask covers any of the {len(table)} chips", where=masks[0], fix=_ADVICE)
+    if unseen:
+        with _open(files[0]) as first:
+            zero = values is None and first.nodata == 0
+        console.warn(
+            f"{100 * unseen / (unseen + counted):.2g} % of the pixels have no mask and are not counted, "
+            f"{int((table.unseen > 0).sum())} of {len(table)} chips are not whole"
+            + "; no-data is 0 in these files, --values 0=rest,1=flood counts zeros as rest"
+            * zero
+        )
     return table
 
 
@@ -117,8 +122,9 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int | None]
     Raises:
         UsageError: It does not parse, or names a class that the recipe does not have.
     """
-    classes: dict[str, int | None] = {str(k): k for k in range(len(class_names))}
-    classes |= {name: k for k, name in enumerate(class_names)} | {LEFT_OUT: None}
+    classes: dict[str, int | None] = {LEFT_OUT: None}
+    for k, name in enumerate(class_names):
+        classes |= {str(k): k, name: k}
     try:
         pairs = [part.split("=") for part in text.split(",")]
         return {int(value): classes[label.strip()] for value, label in pairs}
@@ -140,19 +146,6 @@ def read_truth(source: Chips, chip: str) -> npt.NDArray[np.int64]:
         what = f"the mask of {chip} holds {unknown}, expected {IGNORE_INDEX} to {len(labels) - 1}"
         raise DataError(what, where=source.root, fix="take the recipe of this data's protocol")
     return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, np.array(labels)[np.maximum(mask, 0)])
-
-
-def _tell_unseen(table: ChipTable, where: Path, *, zero: bool) -> None:
-    """Say how much of the truth no mask covers, and raise if that is all of it."""
-    unseen, counted = int(table.unseen.sum()), int(table.counts.sum())
-    if not counted:
-        raise DataError(f"no mask covers any of the {len(table)} chips", where=where, fix=_ADVICE)
-    if unseen:
-        hint = "; no-data is 0 in these files, --values 0=rest,1=flood counts zeros as rest" if zero else ""
-        console.warn(
-            f"{100 * unseen / (unseen + counted):.2g} % of the pixels have no mask and are not counted, "
-            f"{int((table.unseen > 0).sum())} of {len(table)} chips are not whole{hint}"
-        )
 
 
 def _open(file: Path) -> DatasetReader:
@@ -188,12 +181,9 @@ def _named_after_chips(files: Sequence[Path], chips: Mapping[str, str], preferre
 
 
 def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Container[float]) -> npt.NDArray[np.float64]:
-    """Values (H, W) on a chip's grid, NaN where no raster has data; the first raster that has some counts.
+    """Values (H, W) on a chip's grid, NaN without data; of several rasters the first that has some counts.
 
-    Args:
-        rasters: Masks.
-        grid: The chip.
-        named: Values that are no no-data, whatever a raster says.
+    A value that is `named` is data, whatever a raster says.
     """
     found = np.full(grid.shape, np.nan)
     for raster in rasters:
@@ -219,11 +209,9 @@ def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int | None],
     prediction = np.full(found.shape, -1)
     for value in np.unique(found[~np.isnan(found)]).tolist():
         if value not in known:
-            raise DataError(
-                f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}",
-                fix=f"--values VALUE=CLASS,... names the values of your masks; {value:g}={LEFT_OUT} leaves one out, "
-                "and --probability is for probabilities",
-            )
+            what = f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}"
+            fix = f"--values VALUE=CLASS,... names them, {value:g}={LEFT_OUT} leaves one out; or --probability"
+            raise DataError(what, fix=fix)
         place = known[value]
         prediction[found == value] = -1 if place is None else place
     return prediction
@@ -234,8 +222,6 @@ def _probability(found: npt.NDArray[np.float64], scale: float, chip: str) -> npt
     probability: npt.NDArray[np.float64] = found / scale
     wrong = probability[(probability < 0) | (probability > 1)]
     if wrong.size:
-        raise DataError(
-            f"the mask over {chip} holds probabilities such as {wrong[0]:g}, expected 0 to 1",
-            fix="--probability 100 or --probability 255 says which value means 1",
-        )
+        what = f"the mask over {chip} holds probabilities such as {wrong[0]:g}, expected 0 to 1"
+        raise DataError(what, fix="--probability 100 or --probability 255 says which value means 1")
     return probability

@@ -18,28 +18,6 @@ MIN_FLOOD_PIXELS = 100
 field decides its IoU."""
 
 
-def confusion(
-    truth: npt.NDArray[Any], prediction: npt.NDArray[Any], num_classes: int, ignore_index: int = -1
-) -> Counts:
-    """Confusion counts (K, K) of one or more chips, rows = truth, columns = prediction.
-
-    Args:
-        truth: Class of each pixel, integers of any shape.
-        prediction: Predicted class of each pixel, same shape; integers or booleans.
-        num_classes: K. Classes are 0 to K - 1.
-        ignore_index: Truth of the pixels that are not counted.
-
-    Raises:
-        ValueError: The shapes differ, or a counted pixel's truth or prediction is not a class.
-    """
-    if truth.shape != prediction.shape:
-        raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} differ in shape")
-    pairs = np.stack([truth, prediction])[:, truth != ignore_index].astype(np.int64)
-    if pairs.size and not 0 <= pairs.min() <= pairs.max() < num_classes:
-        raise ValueError(f"classes from {pairs.min()} to {pairs.max()}, expected 0 to {num_classes - 1}")
-    return np.bincount(num_classes * pairs[0] + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def scores(counts: Counts) -> dict[str, float | None]:
     """The scores that TerraTorch reports, under its names, from counts (K, K) summed over a split.
 
@@ -128,19 +106,11 @@ class Reliability(NamedTuple):
 
 
 def reliability(histogram: npt.NDArray[np.int64], confidence: Floats, bins: int = 10) -> Reliability:
-    """The reliability diagram over all pixels of a chip table.
-
-    Args:
-        histogram: `ChipTable.histogram` (N, 2, B).
-        confidence: `ChipTable.confidence` (N, B).
-        bins: M, equally wide; each is made of whole bins of the table.
+    """The reliability diagram over all pixels of a chip table, from its histogram (N, 2, B) and confidence (N, B).
 
     Raises:
         ValueError: `bins` does not divide the table's bins.
     """
-    fine = histogram.shape[-1]
-    if bins < 1 or fine % bins:
-        raise ValueError(f"{bins} bins cannot be made of the table's {fine}: choose a divisor")
     rest, positive = histogram.sum(axis=0).reshape(2, bins, -1).sum(axis=2)
     summed = confidence.sum(axis=0).reshape(bins, -1).sum(axis=1)
     pixels = rest + positive
@@ -172,8 +142,6 @@ def threshold_sweep(histogram: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
 
 def _margins(counts: Counts) -> tuple[Floats, Floats, Floats]:
     """Pixels (..., K) that are right, that are of the class, and that are predicted as it."""
-    if counts.ndim < 2 or counts.shape[-1] != counts.shape[-2]:
-        raise ValueError(f"confusion counts end in two axes of K classes, these are {counts.shape}")
     values = counts.astype(np.float64)
     return np.diagonal(values, axis1=-2, axis2=-1), values.sum(axis=-1), values.sum(axis=-2)
 

@@ -17,19 +17,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback
 from torch import Tensor
 
 from floodrepro import console
+from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import (
-    EVENT,
-    LABEL_DIR,
-    MODALITIES,
-    NO_DATA,
-    PROTOCOLS,
-    data_arguments,
-    positive_class_of,
-    protocol_of,
-    suffix_of,
-    uses_flood_data_module,
-)
 from floodrepro.data.splits import DataState, check_data
 from floodrepro.errors import DataError, UsageError
 from floodrepro.recipe import check_precision
@@ -42,7 +31,7 @@ UNSEEN = -1
 PROBABILITY_TYPES = {"float32": (1, np.nan), "uint8": (250, 255)}
 """How probabilities may be written: the value that means 1, and the one that means that nothing was seen."""
 _SATELLITES = ("S2L2A", "S1RTC")
-_SUFFIXES = [suffix_of(p, part) for p in PROTOCOLS.values() for part in (*MODALITIES, LABEL_DIR)]
+_SUFFIXES = [protocols.suffix_of(p, part) for p in protocols.PROTOCOLS.values() for part in protocols.PARTS]
 
 
 class ChipWriter(BasePredictionWriter):
@@ -78,11 +67,9 @@ class ChipWriter(BasePredictionWriter):
             profile |= {"transform": grid.transform, "height": grid.height, "width": grid.width}
             unseen = self._unseen(file, grid)
         if unseen.shape != logits.shape[1:]:
-            raise DataError(
-                f"the prediction has {tuple(logits.shape[1:])} pixels, the chip {unseen.shape}",
-                where=file,
-                fix="leave transforms that crop or resize out of the recipe's predict_transform",
-            )
+            what = f"the prediction has {tuple(logits.shape[1:])} pixels, the chip {unseen.shape}"
+            fix = "leave transforms that crop or resize out of the recipe's predict_transform"
+            raise DataError(what, where=file, fix=fix)
         layers: dict[str, tuple[Any, str, float]] = {"pred": (logits.argmax(dim=0).numpy(), "int16", UNSEEN)}
         if self._type:
             scale, no_data = PROBABILITY_TYPES[self._type]
@@ -99,11 +86,11 @@ class ChipWriter(BasePredictionWriter):
             return np.asarray(grid.dataset_mask() == 0)
         seen, chip = np.zeros(grid.shape, np.bool_), chip_of(file)
         for modality in _SATELLITES:
-            if self._source.has(chip, modality):
+            if chip in self._source.having(modality):
                 bands = self._source.bands(chip, modality)
-                event = bands[min(EVENT, len(bands) - 1)].astype(np.float32)
+                event = bands[min(protocols.EVENT, len(bands) - 1)].astype(np.float32)
                 # float16 has no -9999: ImpactMesh stores it as -10000
-                seen |= ((event > NO_DATA) & np.isfinite(event)).any(axis=0)
+                seen |= ((event > protocols.NO_DATA) & np.isfinite(event)).any(axis=0)
         return ~seen
 
 
@@ -126,17 +113,11 @@ def watched(cli: RecipeCLI) -> Iterator[None]:
 def validate(cli: RecipeCLI, checkpoint: Path) -> dict[str, Any]:
     """Run TerraTorch's own validation loop once.
 
-    Args:
-        cli: The parsed recipe.
-        checkpoint: Weights to measure.
-
     Returns:
         JSON types: `stage`, `checkpoint`, `chips` by split, and `metrics` of TerraTorch by its names.
 
     Raises:
-        UsageError: The recipe does not build or run here.
-        DataError: Chips are missing.
-        CheckpointError: The weights cannot be read or do not fit.
+        UsageError, DataError, CheckpointError: As `prepare`.
     """
     data = prepare(cli, checkpoint, "val")
     with watched(cli):
@@ -158,7 +139,8 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: st
         The files.
 
     Raises:
-        UsageError: The folder is not empty or cannot be made; otherwise as `validate`.
+        UsageError: The folder is not empty or cannot be made.
+        UsageError, DataError, CheckpointError: As `prepare`.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -170,22 +152,18 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: st
     prepare(cli, checkpoint, "predict")
     # The writer needs logits, whatever output_on_inference says (terratorch 1.2.7 writes probabilities as int16 zeros).
     cli.model.select_classes = cli.model.operation_map["logits"]
-    arguments, source = data_arguments(cli.recipe), None
-    if uses_flood_data_module(cli.recipe):
+    arguments, source = protocols.data_arguments(cli.recipe), None
+    if protocols.uses_flood_data_module(cli.recipe):
         root = arguments.get("predict_data_root") or arguments["data_root"]
-        source = Chips(Path(root), protocol_of(cli.recipe))
-    cli.trainer.callbacks.append(ChipWriter(output, positive_class_of(cli.recipe), probabilities, source))
+        source = Chips(Path(root), protocols.protocol_of(cli.recipe))
+    cli.trainer.callbacks.append(ChipWriter(output, protocols.positive_class_of(cli.recipe), probabilities, source))
     with watched(cli):
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     return sorted(output.glob("*.tif"))
 
 
 def prepare(
-    cli: RecipeCLI,
-    checkpoint: Path,
-    split: str,
-    *,
-    wire: Callable[[Namespace], None] = lambda config: None,
+    cli: RecipeCLI, checkpoint: Path, split: str, *, wire: Callable[[Namespace], None] = lambda config: None
 ) -> DataState:
     """Look at data and weights, build the recipe's objects, and put the weights in.
 
@@ -194,9 +172,6 @@ def prepare(
         checkpoint: The weights.
         split: train, val, test or predict.
         wire: Changes the parsed config before anything is built from it.
-
-    Returns:
-        What is known of the data.
 
     Raises:
         UsageError: The recipe does not build or run here.
@@ -218,13 +193,7 @@ def prepare(
 
 
 def chip_files(batch: Any, loader: Any, done: int) -> list[str]:
-    """A file of each chip of a batch, from the batch or, where it names none, from the data set's own list.
-
-    Args:
-        batch: What the model was given.
-        loader: The loader that it came from, in the data set's order.
-        done: Chips before it.
-    """
+    """A file of each chip of a batch, after `done` others: from the batch or, where it names none, the data set."""
     names = batch.get("filename")
     if names is None:
         image = batch["image"]

@@ -1,7 +1,4 @@
-"""``floodrepro test``: TerraTorch's own test loop, run once, and the chip table that it leaves.
-
-B = chips of a batch, K = classes, H, W = pixels.
-"""
+"""``floodrepro test``: TerraTorch's own test loop, run once, and the chip table that it leaves."""
 
 import time
 from collections.abc import Mapping
@@ -16,24 +13,16 @@ from torch import Tensor
 from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.callbacks.run_record import peak_memory, percentiles, reset_peaks
-from floodrepro.data.protocols import (
-    IGNORE_INDEX,
-    SPLITS,
-    class_names_of,
-    data_arguments,
-    positive_class_of,
-    protocol_of,
-    uses_flood_data_module,
-)
+from floodrepro.data import protocols
 from floodrepro.data.splits import read_splits
-from floodrepro.errors import CheckpointError, FloodreproError, RunFolderError, TableError, UsageError
+from floodrepro.errors import CheckpointError, FloodreproError, RunFolderError, UsageError
 from floodrepro.evaluation.baselines import write_baselines
-from floodrepro.evaluation.chip_table import ChipTable, read_table, write_table
+from floodrepro.evaluation.chip_table import ChipTable, write_table
 from floodrepro.evaluation.counting import count, largest_class
 from floodrepro.evaluation.metrics import scores
 from floodrepro.evaluation.passes import chip_files, chip_of, prepare, watched
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import RunFolder, free_name, sha256_of, timestamp
+from floodrepro.run_folder import RunFolder, sha256_of, timestamp
 from floodrepro.system.environment import environment
 from floodrepro.training.terratorch_cli import RecipeCLI
 
@@ -42,7 +31,6 @@ AGREEMENT = 1e-6
 
 _WARM_UP = 3  # batches: allocators and autotuning settle
 _SEEN = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_replace")
-_SAME = ("checkpoint", "recipe_sha256", "data", "precision", "device")
 
 
 class ChipCounts(Callback):
@@ -59,10 +47,9 @@ class ChipCounts(Callback):
         self._logits: Tensor | None = None
         self._chips: list[str] = []
         self._batches: list[dict[str, Any]] = []
-        self._seconds: list[float] = []
         self._rates: list[float] = []
         self._memory: dict[str, float] = {}
-        self._start = self._end = 0.0
+        self._last = 0.0
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Listen where a task turns images into logits, tiled or whole: the test step hands them to no callback."""
@@ -75,11 +62,7 @@ class ChipCounts(Callback):
             return output
 
         pl_module.handle_full_or_tiled_inference = listen
-        self._end = time.perf_counter()
-
-    def on_test_batch_start(self, *args: Any) -> None:
-        """Begin the batch's clock."""
-        self._start = time.perf_counter()
+        self._last = time.perf_counter()
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
         """Count the batch; fetching the counts waits for the device, so that the clock has seen all of its work."""
@@ -89,42 +72,32 @@ class ChipCounts(Callback):
         finite = logits.flatten(1).isfinite().all(dim=1)
         if not bool(finite.all()):
             bad = [chip for chip, fine in zip(chips, finite.tolist(), strict=True) if not fine]
-            raise CheckpointError(
-                f"the model predicts values that are not finite for {len(bad)} chips, the first is {bad[0]}",
-                where=self._checkpoint,
-                fix="floodrepro verify names weights and buffers that are not finite; no chip table was written",
+            what = f"the model predicts values that are not finite for {len(bad)} chips, the first is {bad[0]}"
+            fix = "floodrepro verify names weights and buffers that are not finite; no chip table was written"
+            raise CheckpointError(what, where=self._checkpoint, fix=fix)
+        self._batches.append(
+            count(
+                pl_module.squeeze_ground_truth(batch["mask"]),
+                largest_class(logits),
+                logits.float().softmax(dim=1)[:, self._positive],
+                classes=logits.shape[1],
+                positive=self._positive,
+                ignore_index=self._ignore_index,
             )
-        counted = count(
-            pl_module.squeeze_ground_truth(batch["mask"]),
-            largest_class(logits),
-            logits.float().softmax(dim=1)[:, self._positive],
-            classes=logits.shape[1],
-            positive=self._positive,
-            ignore_index=self._ignore_index,
         )
-        self._batches.append(counted)
         self._chips += chips
         now = time.perf_counter()
-        self._seconds.append(now - self._start)
-        self._rates.append(len(chips) / (now - self._end))
-        self._end = now
-        self._memory = peak_memory(pl_module.device)
+        self._rates.append(len(chips) / (now - self._last))
+        self._last, self._memory = now, peak_memory(pl_module.device)
 
     def speed(self) -> dict[str, Any]:
-        """Seconds a batch and chips per second with waiting for data (median, p10, p90, n), and memory in GiB.
-
-        The first batches are left out where there are enough others.
-        """
-        skip = _WARM_UP if len(self._seconds) > 2 * _WARM_UP else 0
-        return {
-            "batch_seconds": percentiles(self._seconds[skip:]),
-            "chips_per_second": percentiles(self._rates[skip:]),
-            "memory_gib": self._memory,
-        }
+        """Chips per second of the batches after the first few, waiting for data included, and peak memory in GiB."""
+        return {"chips_per_second": percentiles(self._rates[_WARM_UP:] or self._rates), "memory_gib": self._memory}
 
     def table(self, metadata: dict[str, Any], events: Mapping[str, str] | None = None) -> ChipTable:
         """All chips seen so far; a chip that `events` does not name is its own event."""
-        return ChipTable.of_batches({c: (events or {}).get(c, c) for c in self._chips}, self._batches, metadata)
+        rows = [(chip, (events or {}).get(chip, chip)) for chip in self._chips]
+        return ChipTable.of_batches(rows, self._batches, metadata)
 
 
 class ChosenSplit(NamedTuple):
@@ -141,16 +114,12 @@ def tabulate_checkpoint(
 ) -> dict[str, Any]:
     """Run TerraTorch's own test loop over a split and write the chip table.
 
-    A table that is there already is replaced if it was made from the same checkpoint, recipe, data and device;
-    otherwise it is set aside under a free name.
-
     Args:
         cli: The parsed recipe, with any TerraTorch data module.
         checkpoint: Weights to measure.
         split: `test`, `val`, `train`, or one of the recipe's test splits by name.
-        folder: Where `<split>/<checkpoint>.parquet` goes. Default: `evaluation` of the checkpoint's run folder, or
-            beside the checkpoint.
-        baselines: Whether ``baselines/<split>/NAME.parquet`` are written too, where they are not there yet.
+        folder: As `table_path` has it.
+        baselines: Whether the baselines' tables are written too, where they are not there yet.
 
     Returns:
         JSON types: `stage`, `checkpoint`, `chips` by split, `metrics` of TerraTorch by its names (those of subsets are
@@ -158,8 +127,7 @@ def tabulate_checkpoint(
         metrics and the table's. No tables where the trainer was told to leave batches out.
 
     Raises:
-        UsageError: The recipe does not build or run here, or has no such split.
-        DataError: Chips are missing.
+        UsageError, DataError: As `prepare`, or the recipe has no such split.
         CheckpointError: The weights cannot be read, do not fit, or predict values that are not finite.
         RunFolderError: The table cannot be written.
         FloodreproError: TerraTorch's metrics and the table's differ.
@@ -176,13 +144,13 @@ def tabulate_checkpoint(
         if chosen.file is not None:
             config.data.init_args.test_split = chosen.file
             if "test_dataloaders_names" in config.model.init_args:
-                several = chosen.subsets or chosen.name not in SPLITS
+                several = chosen.subsets or chosen.name not in protocols.SPLITS
                 config.model.init_args.test_dataloaders_names = [chosen.name] if several else None
 
     data = prepare(cli, checkpoint, split if split in ("train", "val") else "test", wire=one_split)
-    arguments, positive = data_arguments(cli.recipe), positive_class_of(cli.recipe)
+    arguments, positive = protocols.data_arguments(cli.recipe), protocols.positive_class_of(cli.recipe)
     ignored = cli.model.hparams["ignore_index"]
-    counter = ChipCounts(checkpoint, IGNORE_INDEX if ignored is None else ignored, positive)
+    counter = ChipCounts(checkpoint, protocols.IGNORE_INDEX if ignored is None else ignored, positive)
     cli.trainer.callbacks.append(counter)
     with watched(cli):
         results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
@@ -190,113 +158,84 @@ def tabulate_checkpoint(
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
     surroundings = environment(str(cli.trainer.precision))
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
-    table = counter.table(
-        {
-            "split": chosen.name,
-            "class_names": class_names_of(cli.recipe),
-            "positive_class": positive,
-            "protocol": protocol_of(cli.recipe).name,
-            "predictor": {"kind": "model", "name": checkpoint.name},
-            "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
-            "recipe_sha256": recipes.fingerprint(cli.recipe),
-            "recipe_changes": _changes(cli.recipe, checkpoint),
-            "inputs": {key: arguments[key] for key in _SEEN if key in arguments},
-            "data": data.as_dict(),
-            "failed_chips": failed,
-            "precision": str(cli.trainer.precision),
-            "device": surroundings["cpu"]["model"] if on_cpu else surroundings["accelerator"]["name"],
-            "environment": surroundings,
-            "metrics": metrics,
-            "speed": counter.speed(),
-            "made": timestamp(),
-        },
-        chosen.events,
-    )
+    metadata = {
+        "split": chosen.name,
+        "class_names": protocols.class_names_of(cli.recipe),
+        "positive_class": positive,
+        "protocol": protocols.protocol_of(cli.recipe).name,
+        "predictor": {"kind": "model", "name": checkpoint.name},
+        "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
+        "recipe_sha256": recipes.fingerprint(cli.recipe),
+        "recipe_changes": _changes(cli.recipe, checkpoint),
+        "inputs": {key: arguments[key] for key in _SEEN if key in arguments},
+        "data": data.as_dict(),
+        "failed_chips": failed,
+        "precision": str(cli.trainer.precision),
+        "device": surroundings["cpu"]["model"] if on_cpu else surroundings["accelerator"]["name"],
+        "environment": surroundings,
+        "metrics": dict(metrics),
+        "speed": counter.speed(),
+        "made": timestamp(),
+    }
+    table = counter.table(metadata, chosen.events)
     chips: dict[str, int] = {chosen.name: len(table)}
     tables: dict[str, str] = {}
     found = {"stage": "test", "checkpoint": str(checkpoint), "chips": chips, "metrics": metrics, "tables": tables}
     wanted = len(cli.trainer.test_dataloaders.dataset) - len(failed)
     if len(table) != wanted:
-        console.warn(
-            f"{len(table)} of {wanted} chips were tested (trainer.limit_test_batches): no chip table is written"
-        )
+        console.warn(f"{len(table)} of {wanted} chips were tested (trainer.limit_test_batches): no table is written")
         return found
-    if not uses_flood_data_module(cli.recipe):
+    if not chosen.events:
         console.warn("this data module names no flood events: each file counts as an event of its own")
     disagreement = _disagreement(table, metrics)
     if not disagreement <= AGREEMENT:
-        raise FloodreproError(
-            f"TerraTorch's metrics and those from the chips' counts differ by {disagreement:g}; no table was written",
-            where=checkpoint,
-            fix="this is an error in floodrepro, or in a library of another version: please report it",
-        )
-    tables[chosen.name] = str(keep(table, path))
+        what = f"TerraTorch's metrics and those from the chips' counts differ by {disagreement:g}"
+        fix = "this is an error in floodrepro, or in a library of another version: please report it"
+        raise FloodreproError(f"{what}; no table was written", where=checkpoint, fix=fix)
+    write_table(table, path)
+    tables[chosen.name] = str(path)
     for name, listed in chosen.subsets.items():
         part = table.subset([c for c in listed if c not in failed], split=name, subset_of=chosen.name, metrics={})
         by_name = scores(part.counts.sum(axis=0))
         metrics |= {f"test/{name}/{metric}": value for metric, value in by_name.items() if value is not None}
-        tables[name] = str(keep(part, table_path(checkpoint, name, folder)))
-        chips[name] = len(part)
+        write_table(part, table_path(checkpoint, name, folder))
+        chips[name], tables[name] = len(part), str(table_path(checkpoint, name, folder))
     if baselines:
         write_baselines(cli.recipe, table, path.parent.parent)
     return found | {"disagreement": disagreement}
 
 
 def choose_split(recipe: Recipe, split: str) -> ChosenSplit:
-    """What a pass over a split reads, and which other test splits lie within it.
+    """What a pass over a split reads. Of several test splits, `test` is the one that holds all the others.
 
     Raises:
         UsageError: The recipe names no such split, or none of its test splits holds all the others.
     """
-    arguments = data_arguments(recipe)
-    if not uses_flood_data_module(recipe):
+    if not protocols.uses_flood_data_module(recipe):
         if split != "test":
             raise UsageError(f"this data module has no split {split!r} for a test", fix="leave --split out")
         return ChosenSplit(split)
-    several = isinstance(arguments.get("test_split"), dict)
-    if split in ("train", "val") or not several:
-        if split not in SPLITS:
-            raise UsageError(f"the recipe names no split {split!r}", fix=f"--split {', '.join(SPLITS)}")
-        return ChosenSplit(split, arguments.get(f"{split}_split"), read_splits(arguments, split)[split])
-    files, chips = arguments["test_split"], read_splits(arguments, "test")
-    if split in chips and split != "test":
-        return ChosenSplit(split, files[split], chips[split])
-    whole = next((name for name in chips if all(set(other) <= set(chips[name]) for other in chips.values())), None)
-    if whole is None or split != "test":
-        problem = f"names no split {split!r}" if whole else "has no test split that holds all the others"
+    arguments, kind = protocols.data_arguments(recipe), split if split in ("train", "val") else "test"
+    given, chips = arguments.get(f"{kind}_split"), read_splits(arguments, kind)
+    name: str | None = split
+    if split == "test":
+        name = next((one for one in chips if all(set(other) <= set(chips[one]) for other in chips.values())), None)
+    if name not in chips:
+        problem = f"names no split {split!r}" if name else "has no test split that holds all the others"
         raise UsageError(f"the recipe {problem}", where="data.init_args.test_split", fix=f"--split {', '.join(chips)}")
-    subsets = {name: list(others) for name, others in chips.items() if name != whole}
-    return ChosenSplit(whole, files[whole], chips[whole], subsets)
+    subsets = {other: list(listed) for other, listed in chips.items() if split == "test" and other != name}
+    return ChosenSplit(name, given[name] if isinstance(given, Mapping) else given, chips[name], subsets)
 
 
 def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path:
-    """Where a checkpoint's chip table over a split lies."""
+    """Where a checkpoint's chip table over a split lies: ``<split>/<checkpoint>.parquet`` in a folder.
+
+    By default the folder is `evaluation` of the checkpoint's run folder, or beside the checkpoint.
+    """
     if folder is None:
         run = RunFolder.of_checkpoint(checkpoint)
         folder = run.evaluation if run else checkpoint.resolve().parent / RunFolder.evaluation_name
     return folder / split / f"{checkpoint.stem}.parquet"
-
-
-def keep(table: ChipTable, path: Path) -> Path:
-    """Write a table; one of another checkpoint, recipe, data or device is set aside first, under a free name.
-
-    Raises:
-        RunFolderError: The table cannot be written.
-    """
-    try:
-        old = read_table(path).metadata
-        replaces = all(old.get(key) == table.metadata.get(key) for key in _SAME)
-    except TableError:  # there is none, or it is damaged
-        replaces = not path.exists()
-    try:
-        if not replaces:
-            aside = path.with_name(f"{free_name(path.with_suffix(''))}.parquet")
-            path.replace(aside)
-            console.say(f"a chip table of another checkpoint, recipe, data or device was set aside as {aside}")
-        write_table(table, path)
-    except OSError as error:
-        raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
-    return path
 
 
 def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:

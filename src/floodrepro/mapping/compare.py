@@ -51,4 +51,4 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     metadata = {"split": "map", "class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata |= {"protocol": "custom", "checkpoint": {"name": record["weights"]["file"]} | record["weights"]}
     metadata["recipe_sha256"] = record["recipe_sha256"]
-    return ChipTable.of_batches(events, counted, metadata)
+    return ChipTable.of_batches(events.items(), counted, metadata)

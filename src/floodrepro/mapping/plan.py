@@ -9,14 +9,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import shapely
-from shapely.geometry import shape
+from shapely.geometry import box, shape
 
 from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.mapping.area import Area
-from floodrepro.mapping.scene import BANDS, SCL, STEPS
+from floodrepro.mapping.scene import BANDS, DEGREES, SCL, STEPS, in_one_piece, read_polygons, to_crs
 
 DAY = timedelta(days=1)
 CYCLE = {"S1RTC": 12 * DAY, "S2L2A": 10 * DAY}  # one satellite's exact repeat; a second one flies half-way between
@@ -37,6 +37,38 @@ class NoPassYet(FloodreproError):
     exit_code = 4
 
 
+class Area:
+    """Where a flood is looked for.
+
+    Args:
+        source: A file of polygons, or a box (west, south, east, north) in degrees; across 180 its west is greater.
+
+    Attributes:
+        whole: All of it, in metres in a local equal-area projection.
+    """
+
+    def __init__(self, source: Path | Sequence[float]) -> None:
+        self._parts = read_polygons(source) if isinstance(source, Path) else in_one_piece([box(*source)])
+        west, south, east, north = shapely.total_bounds(self._parts)
+        self._local = f"+proj=laea +lat_0={(south + north) / 2} +lon_0={(west + east) / 2} +datum=WGS84 +units=m"
+        self.whole = shapely.union_all([self.project(part) for part in self._parts])
+
+    def project(self, geometry: Any) -> Any:
+        """A geometry in metres; one split at 180, drawn around it or going beyond it all become the same."""
+        return shapely.make_valid(to_crs(shapely.segmentize(in_one_piece(geometry), 0.1), DEGREES, self._local))
+
+    def search_shape(self) -> Any:
+        """A simple shape within ±180 degrees that the footprint of every item over the area intersects."""
+        west, south, east, north = shapely.total_bounds(self._parts)
+        if max(-west, east) < 170:
+            return shapely.union_all(self._parts).convex_hull
+        # Planetary Computer keeps a footprint across 180 in one piece that goes beyond ±180, where a search may not
+        # reach (microsoft/PlanetaryComputer#296): ask on both sides of it, from wherever the area is.
+        longitudes = shapely.get_coordinates(self._parts)[:, 0] % 360
+        west, east = min(longitudes.min(), 179.99), max(longitudes.max() - 360, -179.99)
+        return shapely.union_all([box(west, south, 180, north), box(-180, south, east, north)])
+
+
 def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backoff: float = 1) -> dict[str, list[Item]]:
     """Every item over the area, from 90 days before the event to 45 after it; terrain of any date.
 
@@ -44,10 +76,7 @@ def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backof
         FloodreproError: The server cannot be reached, keeps refusing, or is no STAC API.
     """
     try:
-        from pystac_client import Client
-        from pystac_client.errors import ClientTypeError
-        from pystac_client.exceptions import APIError
-        from pystac_client.stac_api_io import StacApiIO
+        import pystac_client as stac
         from urllib3 import Retry
     except ImportError as error:
         raise UsageError("map plan needs pystac-client", fix="pip install 'floodrepro[stac]'") from error
@@ -57,14 +86,14 @@ def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backof
     window = f"{event - _LOOK_BACK:%Y-%m-%dT%H:%M:%SZ}/{event + _LOOK_AHEAD:%Y-%m-%dT%H:%M:%SZ}"
     where, found = json.loads(shapely.to_geojson(area.search_shape())), {}
     try:
-        client = Client.open(url, stac_io=StacApiIO(max_retries=retry, timeout=60))
+        client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor in sensors:
             dates = None if sensor == "DEM" else window
             pages = client.search(collections=[_COLLECTIONS[sensor]], intersects=where, datetime=dates, limit=100)
             found[sensor] = list({item["id"]: item for item in pages.items_as_dicts()}.values())
-    except APIError as error:
+    except stac.exceptions.APIError as error:
         raise FloodreproError(f"the server did not answer: {str(error)[:300]}", where=url, fix="try again") from error
-    except (ClientTypeError, ValueError) as error:
+    except (stac.errors.ClientTypeError, ValueError) as error:
         fix = "--stac is the address of its landing page"
         raise FloodreproError(f"this is no STAC API: {error}", where=url, fix=fix) from error
     return found

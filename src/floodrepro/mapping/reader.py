@@ -27,8 +27,7 @@ from rasterio.windows import transform as window_transform
 from shapely.geometry import box
 
 from floodrepro.data.protocols import NO_DATA
-from floodrepro.mapping.area import read_polygons
-from floodrepro.mapping.scene import EVENT_STEP, SCL, Acquisition, Grid, Scene, Source, opened
+from floodrepro.mapping.scene import EVENT_STEP, SCL, Acquisition, Grid, Scene, Source, opened, read_polygons
 from floodrepro.mapping.tiles import Array, Tile
 
 RESAMPLING = {"S2L2A": "bilinear", "S1RTC": "bilinear", "DEM": "bilinear", SCL: "nearest"}  # radar: in the file's unit

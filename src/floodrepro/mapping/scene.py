@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyogrio
 import rasterio
+import rasterio.warp
 import shapely
 from rasterio import Affine, DatasetReader
 from rasterio.crs import CRS
@@ -19,8 +21,8 @@ from shapely.geometry import box
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.errors import DataError, UsageError
-from floodrepro.mapping.area import DEGREES, in_one_piece, read_polygons, to_crs
 
+DEGREES = "EPSG:4326"
 STEPS = ("month_before", "before", "event", "after")  # the data set's timesteps 0 to 3
 EVENT_STEP = 2
 SCL = "SCL"  # Sen2Cor's scene classification, optional
@@ -170,6 +172,39 @@ def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
     baseline = entry.get("baseline")
     offset = entry.get("offset", baseline and (-1000 if float(baseline) >= 4 else 0))
     return Source(bands, offset)
+
+
+def to_crs(geometry: Any, source: Any, target: Any) -> Any:
+    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex."""
+    return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
+
+
+def in_one_piece(geometry: Any) -> Any:
+    """Geometries in degrees; what lies on both sides of 180 gets longitudes from 0 to 360."""
+    west, _, east, _ = shapely.total_bounds(geometry)
+    if east - west <= 180:
+        return geometry
+    return shapely.transform(geometry, lambda xy: np.stack([xy[:, 0] % 360, xy[:, 1]], axis=1))
+
+
+def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
+    """The polygons of a GeoJSON, GeoPackage or other vector file as an array, in *crs*.
+
+    Raises:
+        UsageError: The file cannot be read or holds no polygon.
+    """
+    try:
+        meta, _, wkb, _ = pyogrio.raw.read(path, columns=[], force_2d=True)
+        found = shapely.make_valid(shapely.from_wkb(wkb))
+    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:
+        raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
+    parts = shapely.get_parts(shapely.get_parts(found))  # twice: a MultiPolygon may lie in a collection
+    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+    if not len(parts):
+        raise UsageError("the file holds no polygon", where=path)
+    if not meta["crs"] and (np.abs(shapely.get_coordinates(parts)) > [360, 90]).any():
+        raise UsageError("the coordinates are not degrees", where=path, fix="GeoJSON is longitude, latitude")
+    return to_crs(in_one_piece(parts) if meta["crs"] in (None, DEGREES) else parts, meta["crs"] or DEGREES, crs)
 
 
 def parse_time(value: Any, where: Path | str) -> datetime:

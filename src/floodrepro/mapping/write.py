@@ -39,7 +39,8 @@ class WorkRasters:
         for name in (*_RESAMPLING, *COLOURS):
             if not self.path(name).with_suffix(".hdr").is_file():
                 no_data = NOT_SEEN if name in ("class", "probability") else None
-                rasterio.open(self.path(name), "w", **profile, nodata=no_data).close()
+                with _beside(), rasterio.open(self.path(name), "w", **profile, nodata=no_data):
+                    pass
 
     def path(self, name: str) -> Path:
         """The file of a raster."""
@@ -50,12 +51,18 @@ class WorkRasters:
         return np.memmap(self.path(name), np.uint8, mode, shape=(self.grid.height, self.grid.width))
 
 
+def _beside() -> rasterio.Env:
+    """GDAL finds a raster's header only where it may list the folder; what reads over HTTP often forbids it that."""
+    return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="FALSE")
+
+
 def write_cogs(work: WorkRasters, output: Path) -> None:
     """Write class.tif, probability.tif and quality.tif, each with overviews."""
     options = {"driver": "COG", "compress": "DEFLATE", "bigtiff": "IF_SAFER", "num_threads": "1"}
     for name, resampling in _RESAMPLING.items():
         partial = work.folder / f"{name}.tif"
-        rasterio.shutil.copy(work.path(name), partial, overview_resampling=resampling, **options)
+        with _beside():
+            rasterio.shutil.copy(work.path(name), partial, overview_resampling=resampling, **options)
         partial.replace(output / partial.name)
 
 

@@ -344,10 +344,11 @@ def check_backbone(recipe: Recipe) -> list[Finding]:
     file = backbone_weights(_of(recipe, f"{_ARGUMENTS}.backbone", "")) if wanted else None
     if file is None:
         return []
-    cached, offline = in_cache(file) is not None, constants.HF_HUB_OFFLINE
-    detail = f"{file.name} is {'' if cached else 'not '}in {constants.HF_HUB_CACHE}"
+    offline = constants.HF_HUB_OFFLINE
+    held = in_cache(file)
+    detail = f"{file.name} is {'' if held else 'not '}in {constants.HF_HUB_CACHE}"
     fix = shlex.join(file.command) + ("  # where there is a network; then copy the cache" if offline else "")
-    return [_judge("backbone", cached, detail, fix, "fail" if offline else "warn")]
+    return [_judge("backbone", held, detail, fix, "fail" if offline else "warn")]
 
 
 def check_chips(recipe: Recipe) -> Finding:

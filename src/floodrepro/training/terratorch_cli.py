@@ -207,9 +207,10 @@ def _read_untyped_values(merged: Namespace, overrides: Sequence[str]) -> None:
         parent, _, leaf = key.rpartition(".")
         node = merged.get(parent) if parent in merged else None
         if type(node) is dict and isinstance(node.get(leaf), str):
-            with contextlib.suppress(yaml.YAMLError):
+            with contextlib.suppress(yaml.YAMLError, ValueError):
                 value = yaml.safe_load(text)
-                if not isinstance(value, str | datetime.date):  # a date stays text
+                value = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as text
+                if not isinstance(value, datetime.date):  # a date stays text
                     node[leaf] = value
 
 
