@@ -11,8 +11,8 @@ out=$(realpath "$1"); work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
 flood() { "${PYTHON:-python3}" -m floodrepro "$@"; }
-config=terramind_v1_base_impactmesh_flood_amd; size=256; batch=8; bench=()
-if [ -n "$tiny" ]; then config=demo; size=32; batch=2; bench=(--steps 2 --rounds 1 --size 32 --batch 2); fi
+config=terramind_v1_base_impactmesh_flood_amd; size=256; batch=8; chips=64; bench=()
+if [ -n "$tiny" ]; then config=demo; size=32; batch=2; chips=24; bench=(--steps 2 --rounds 1 --size 32 --batch 2); fi
 
 flood doctor --format json >"$out/doctor.json" || true
 for action in train test data; do flood bench "$action" "${bench[@]}" --output "$out"; done
@@ -36,7 +36,7 @@ class Overflow(Callback):
 
             hook = layer.register_forward_hook(plant)
 PYTHON
-flood data synth --root "$work/chips" --events 8 --chips 64 --size "$size" --protocol v0 --seed 1 >&2
+flood data synth --root "$work/chips" --events 8 --chips "$chips" --size "$size" --protocol v0 --seed 1 >&2
 fit=(fit --config "$config" --data-root "$work/chips" --runs-root "$work/runs" --save-every 2 --trainer.max_epochs 2
   --data.init_args.batch_size "$batch" --model.init_args.model_args.backbone_pretrained false)
 flood "${fit[@]}" --name overflow --on-overflow rollback --trainer.callbacks+=planted.Overflow

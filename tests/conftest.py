@@ -40,7 +40,7 @@ class Outcome:
 
 
 # Handed out first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_demo", "test_resume", "test_reproduce", "test_ddp")
+LONGEST = ("test_demo", "test_resume", "test_ddp", "test_bench")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

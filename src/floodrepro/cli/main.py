@@ -33,11 +33,9 @@ _TAKES_OVERRIDES = ("fit", "validate", "test", "predict", "doctor", "reproduce")
 EXAMPLES = """\
 examples:
   floodrepro reproduce --demo
-  floodrepro configs ls
   floodrepro data synth --root chips --events 8 --chips 128 --size 64 --protocol v0 --seed 42
   floodrepro fit --config demo --data-root chips --name first --trainer.max_epochs 3
   floodrepro test --ckpt runs/first/checkpoints/best.ckpt
-  floodrepro export --run runs/first
 
 exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit,
 4 map plan: no pass yet, 130 and 143 stopped by a signal

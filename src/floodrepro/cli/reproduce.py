@@ -27,11 +27,6 @@ Generated chips show that every stage works, not how well floods are mapped. Thr
 a model by, and after so short a training its probabilities are not calibrated: that is why some checks do not pass.
 """
 
-_EPILOG = """\
-Any key of the recipe can be overridden as in fit. A finished stage is skipped while its command, floodrepro's version
-and its outputs stay the same. The exit code is that of the first stage that fails.
-"""
-
 
 class Stage(NamedTuple):
     """One of STAGES, perhaps with a seed; the arguments after ``floodrepro``; files that say whether it is done."""
@@ -59,7 +54,9 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--until", dest="last", choices=STAGES, metavar="STAGE", help="the last stage to run")
     add("--dry-run", action="store_true", help="print the commands and stop")
     add_format(parser)
-    parser.epilog = _EPILOG
+    parser.epilog = """\
+Any key of the recipe can be overridden as in fit. A finished stage is skipped while its command, floodrepro's version
+and its outputs stay the same. The exit code is that of the first stage that fails."""
 
 
 def run_reproduce(args: argparse.Namespace) -> int:

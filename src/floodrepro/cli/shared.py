@@ -49,14 +49,11 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_recipe(args: argparse.Namespace, found: Path | None = None) -> tuple[list[Path], list[str], Recipe]:
-    """Find the files and overrides that the flags ask for; this takes no time, so that mistakes are answered at once.
+    """The files and overrides that the flags ask for, and what they fold into; it takes no time.
 
     Args:
         args: With ``config``, ``data_root``, ``precision`` and ``overrides``, and perhaps other flags of a recipe.
         found: The config to use where none was given.
-
-    Returns:
-        The files, the overrides, and what they fold into.
 
     Raises:
         UsageError: A file is missing or does not parse.

@@ -1,7 +1,4 @@
-"""Prints as JSON what torch makes of this machine. The doctor runs this file as a process of its own.
-
-A broken torch may end its process; here it ends no more than the answer.
-"""
+"""Prints as JSON what torch makes of this machine. The doctor runs it apart: a broken torch may end its process."""
 
 import json
 from typing import Any
@@ -11,8 +8,8 @@ def probe() -> dict[str, Any]:
     """Import torch and torchvision and multiply on each device.
 
     Returns:
-        ``torch``, ``cuda``, ``hip``, ``nms`` as far as they were reached; ``devices``, each with ``name``, ``memory``
-        and ``free`` in bytes, ``float16`` and ``bfloat16``, or with ``error``; ``error`` where an import failed.
+        ``torch``, ``cuda``, ``hip``, ``nms`` as far as they were reached, ``error`` where an import failed;
+        ``devices``, each with ``name``, ``memory`` and ``free`` in bytes, ``float16`` and ``bfloat16``, or ``error``.
     """
     devices: list[dict[str, Any]] = []
     found: dict[str, Any] = {"devices": devices}
