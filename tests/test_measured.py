@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +22,15 @@ from floodrepro.data.synth import generate
 from floodrepro.errors import CheckpointError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.publishing.export import export, read_exported
-from floodrepro.run_folder import RunFolder
+from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.training.terratorch_cli import RecipeCLI
 from floodrepro.verification import measure, pictures
-from floodrepro.verification.check import Check
-from floodrepro.verification.checks import artefacts
-from verification_fixtures import gather, make_table, with_counts
+from floodrepro.verification.battery import CHECKS, MEASURED
+from floodrepro.verification.check import Check, Value
+from verification_fixtures import gather, make_run, make_table, with_counts
 
 VARIANCE = "decoder.decoder.blocks.2.conv1.1.running_var"
 FILTERS = "decoder.decoder.blocks.2.conv1.0.weight"
-
-
-def judged(run: RunFolder, **measured) -> Check:
-    """What the check of a measurement says, once that has been through JSON."""
-    [name] = measured
-    kept = json.loads(json.dumps(measured, allow_nan=False))
-    return getattr(artefacts, name)(replace(gather(run), measured=kept))
 
 
 @pytest.fixture(scope="module")
@@ -50,24 +43,28 @@ def table(trained: RunFolder) -> Path:
     return measure.table_of(trained, trained.best, "test", None)
 
 
-@pytest.mark.parametrize("check", [artefacts.weights, artefacts.load_back, artefacts.round_trip, artefacts.panels])
-def test_what_was_not_measured_is_a_skip_and_what_could_not_be_measured_a_failure(trained: RunFolder, check):
-    nothing = replace(gather(trained), measured={})
-    assert check(nothing).status == "skip"
-    name = check.__name__
-    assert check(replace(nothing, absent={name: ("fail", "damaged")})).status == "fail"
-    assert check(replace(nothing, measured={name: {"problem": "it does not load"}})).finding == "it does not load"
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_was_not_measured_is_a_skip_and_a_hollow_or_damaged_answer_a_failure(tmp_path: Path, name: str):
+    run = make_run(tmp_path / "mine")
+    assert CHECKS[name](gather(run)).status == "skip"
+    (run.verification / "evidence").mkdir(parents=True)
+    for content in ("{", "[]", json.dumps({"measured_on": sha256_of(run.best)})):
+        (run.verification / "evidence" / f"{name}.json").write_text(content)
+        assert CHECKS[name](gather(run)).status == "fail", content
+    answer = asdict(Check("fail", "it does not load", [Value("a", 1, at_most=0)], code="its.maker"))
+    kept = {"measured_on": sha256_of(run.best), "check": answer}
+    (run.verification / "evidence" / f"{name}.json").write_text(json.dumps(kept))
+    found = CHECKS[name](gather(run))
+    assert (found.finding, found.code, found.id, found.values[0].ok) == ("it does not load", "its.maker", name, False)
 
 
 # Weights
 
 
 def test_trained_weights_are_sound_and_all_of_them_have_moved(trained: RunFolder):
-    found = measure.measure_weights(trained.recipe, trained.best, trained.checkpoints / "last.ckpt")
-    answer = judged(trained, weights=found)
-    assert answer.status == "pass", answer.finding
-    assert (found["tensors"], found["parameters"]) == (216, 13_992_066)
-    assert (found["trained"], found["unmoved"]) == (161, [])
+    answer = measure.weights(trained.recipe, trained.best, trained.checkpoints / "last.ckpt")
+    assert answer.finding == "216 tensors, all finite; 161 trained tensors, all moved"
+    assert (answer.status, answer.values[2].value) == ("pass", 13_992_066)
 
 
 def test_spoilt_tensors_fail_and_are_named(trained: RunFolder, tmp_path: Path):
@@ -82,7 +79,7 @@ def test_spoilt_tensors_fail_and_are_named(trained: RunFolder, tmp_path: Path):
     del state[f"model.{missing}"]
     state["model.stray.weight"] = torch.zeros(2)
     torch.save(content, tmp_path / "spoilt.ckpt")
-    answer = judged(trained, weights=measure.measure_weights(trained.recipe, tmp_path / "spoilt.ckpt", tmp_path / "no"))
+    answer = measure.weights(trained.recipe, tmp_path / "spoilt.ckpt", tmp_path / "no")
     assert answer.status == "fail"
     for name in (FILTERS, VARIANCE, half, missing, shape, "stray.weight"):
         assert name in answer.finding, name
@@ -96,21 +93,21 @@ def test_tensor_that_never_moved_fails_and_is_named(trained: RunFolder, tmp_path
     number = [key for key, _ in cli.model.model.named_parameters()].index(FILTERS)
     states["optimizer_states"][0]["state"][number]["exp_avg_sq"].zero_()
     torch.save(states, tmp_path / "last.ckpt")
-    answer = judged(trained, weights=measure.measure_weights(trained.recipe, trained.best, tmp_path / "last.ckpt"))
+    answer = measure.weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
     assert (answer.status, FILTERS in answer.finding) == ("fail", True), answer.finding
 
 
 def test_full_state_that_cannot_be_used_is_an_error(trained: RunFolder, tmp_path: Path):
     (tmp_path / "last.ckpt").write_text("{")
     with pytest.raises(CheckpointError, match="full state"):
-        measure.measure_weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
+        measure.weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
 
 
 # The exported pair
 
 
 def test_exported_pair_is_the_checkpoint_and_of_no_machine(trained: RunFolder, pair):
-    answer = judged(trained, round_trip=measure.measure_round_trip(trained.best, pair, "this one"))
+    answer = measure.round_trip(trained.recipe, trained.best, pair, "this one")
     assert answer.status == "pass", answer.finding
     source = torch.load(trained.best, weights_only=True)["state_dict"]
     written = load_file(pair.path)
@@ -142,7 +139,7 @@ def test_pair_that_is_not_the_checkpoints_fails(trained: RunFolder, pair, tmp_pa
     save_file(tensors, tmp_path / "pair.safetensors", metadata)
     shutil.copy(pair.config, tmp_path / "pair.yaml")
     spoilt = read_exported(tmp_path / "pair.safetensors")
-    answer = judged(trained, round_trip=measure.measure_round_trip(trained.best, spoilt, "spoilt"))
+    answer = measure.round_trip(trained.recipe, trained.best, spoilt, "spoilt")
     assert answer.status == "fail"
     assert {"a flipped bit": FILTERS, "another recipe": "recipe_sha256"}.get(plant, "source_sha256") in answer.finding
 
@@ -156,10 +153,8 @@ def test_pair_with_other_statistics_predicts_otherwise_also_through_a_twin(
     recipe = recipes.read_yaml(pair.config)
     recipe["data"]["init_args"]["means"]["S1RTC"] = [-9.871, -15.993]  # impactmesh 0.2.0's
     config.write_text(yaml.safe_dump(recipe))
-    found = measure.measure_load_back(trained.recipe, trained.best, replace(pair, config=config), "changed")
-    answer = judged(trained, load_back=found)
-    assert (answer.status, found["through"]) == ("fail", "pt")
-    assert "twin" in answer.notes[0]
+    answer = measure.load_back(trained.recipe, trained.best, replace(pair, config=config), "changed")
+    assert (answer.status, "a .pt twin was loaded" in answer.notes[1]) == ("fail", True)
 
 
 def test_pair_of_another_decoder_does_not_load(trained: RunFolder, pair, tmp_path: Path):
@@ -167,7 +162,7 @@ def test_pair_of_another_decoder_does_not_load(trained: RunFolder, pair, tmp_pat
     recipe["model"]["init_args"]["model_args"]["decoder_channels"] = [128, 64, 32, 16]
     (tmp_path / "pair.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(CheckpointError, match="does not load"):
-        measure.measure_load_back(trained.recipe, trained.best, replace(pair, config=tmp_path / "pair.yaml"), "changed")
+        measure.load_back(trained.recipe, trained.best, replace(pair, config=tmp_path / "pair.yaml"), "changed")
 
 
 IN_ANOTHER_INTERPRETER = """
@@ -230,10 +225,9 @@ def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(
 
 
 def test_pictures_are_predicted_as_in_the_table(trained: RunFolder, table: Path, tmp_path: Path):
-    found = pictures.measure_panels(RecipeCLI([trained.recipe]), trained.best, table, tmp_path)
-    answer = judged(trained, panels=found)
+    answer = pictures.panels(RecipeCLI([trained.recipe]), trained.best, table, tmp_path)
     assert answer.status == "pass", answer.finding
-    assert [panel["differing_pixels"] for panel in found["panels"]] == [0] * len(found["panels"])
+    assert [row[-1] for row in answer.tables[0].rows] == [0] * len(answer.tables[0].rows)
     assert (tmp_path / "panels.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -254,8 +248,7 @@ def test_pictures_of_another_input_than_the_tables_are_found(trained: RunFolder,
     recipe = recipes.read_yaml(trained.recipe)
     recipe["data"]["init_args"]["stds"]["S1RTC"] = [1.0, 1.0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    found = pictures.measure_panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)
-    answer = judged(trained, panels=found)
+    answer = pictures.panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)
     assert (answer.status, "predicted otherwise than in the chip table" in answer.finding) == ("fail", True)
 
 
@@ -264,7 +257,7 @@ def test_table_of_another_checkpoint_has_no_pictures(trained: RunFolder, table: 
     other = replace(made, metadata=made.metadata | {"checkpoint": {"name": "x", "sha256": "0" * 64}})
     chip_table.write_table(other, tmp_path / "other.parquet")
     with pytest.raises(TableError, match="another checkpoint"):
-        pictures.measure_panels(RecipeCLI([trained.recipe]), trained.best, tmp_path / "other.parquet", tmp_path)
+        pictures.panels(RecipeCLI([trained.recipe]), trained.best, tmp_path / "other.parquet", tmp_path)
 
 
 def test_chips_to_show_are_chosen_by_rule():

@@ -3,7 +3,7 @@
 import pytest
 
 from floodrepro.data.protocols import PROTOCOLS
-from floodrepro.verification.battery import CHECKS, load_published, load_thresholds
+from floodrepro.verification.battery import CHECKS, load_criteria, load_published
 
 PUBLISHED = load_published()
 
@@ -49,7 +49,7 @@ def test_best_epoch_of_run_a_is_the_lowest_of_its_curve():
     assert min(range(10), key=lambda epoch: losses[epoch]) == PUBLISHED["published_amd_run_a"]["best_epoch"] == 9
 
 
-def test_criteria_are_of_checks_that_exist():
-    thresholds = load_thresholds()
-    assert set(thresholds["required"]) <= set(CHECKS)
-    assert set(thresholds) - {"required"} <= set(CHECKS)
+def test_checks_are_those_of_the_file_in_its_order():
+    criteria = load_criteria()
+    assert [name for name in criteria if name != "required"] == list(CHECKS)
+    assert set(criteria["required"]) <= set(CHECKS)

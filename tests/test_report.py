@@ -16,7 +16,8 @@ import pytest
 
 from floodrepro.errors import FloodreproError, TableError
 from floodrepro.verification import results as results_file
-from floodrepro.verification.check import Evidence
+from floodrepro.verification.battery import MEASURED
+from floodrepro.verification.check import Check, Evidence, Plot, Value
 from floodrepro.verification.figures import panels_png, png
 from floodrepro.verification.report import draw, md, render, to_html, write_report
 from verification_fixtures import WITHOUT_TORCH, demo_recipe, gather, make_run, make_table, missed, summarise
@@ -40,27 +41,13 @@ def panel() -> dict[str, Any]:
 PICTURE = panels_png([panel()], ["rest", "flood"], 1, 10.0)
 
 
-def measured(weights: str, recipe: str) -> dict[str, Any]:
-    """What `verification.measure` leaves of sound artefacts."""
-    pair = {"pair": "as it lies in export/"}
-    hashes = {"recipe_sha256": recipe, "source_sha256": weights}
-    sizes = {"tensors": 216, "parameters": 13_992_066, "expected_parameters": 13_992_066, "trained": 161}
-    shown = {"kind": "worst", "chip": "EMSR9001", "score": 0.3, "pixels": 896}
-    made = {"min_share": 0.01, "made_on": "cpu in 32-true", "table_made_on": "a CPU in 32-true"}
-    same = {"chips": 3, "pixels": 4096, "logit_difference": 0.0, "equal_argmax": 1.0}
-    return {
-        "weights": {"sha256": weights, "other_than_model": [], "not_finite": [], "unmoved": []} | sizes,
-        "load_back": {"through": "safetensors", "torch": "2.14"} | same | pair,
-        "round_trip": {"tensors": 216, "differing": [], "metadata": hashes, "checkpoint_sha256": weights} | pair,
-        "panels": {"panels": [shown | {"differing_pixels": 0, "differing_share": 0.0}]} | made,
-    }
-
-
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     """A sound run with a reference and everything measured; shared, for no test changes it."""
     found = gather(make_run(tmp_path_factory.mktemp("runs") / "mine"))
-    artefacts = measured(found.table.metadata["checkpoint"]["sha256"], found.record["recipe_sha256"])
+    artefacts = {name: Check("pass", "as it should be", code=f"measure.{name}") for name in MEASURED}
+    pictures = [Plot("panels", "panels", "Pictures", caption="A row a chip")]
+    artefacts["panels"] = replace(artefacts["panels"], plots=pictures)
     other = make_table(6, 3, seed=1, checkpoint=OTHER)
     return replace(found, measured=artefacts, reference=other, reference_name="IBM's model")
 
@@ -103,13 +90,13 @@ def test_report_has_the_order_that_a_reviewer_wants(pages: tuple[str, str]):
 
 
 def test_worst_checks_come_first_and_every_one_names_the_function_that_made_it(evidence: Evidence):
-    bad = evidence.measured["weights"] | {"not_finite": [{"name": "a.b", "kind": "buffer", "nan": 1, "inf": 0}]}
+    bad = Check("fail", "not finite (a.b): 1", [Value("not finite (a.b)", 1, at_most=0)])
     results = summarise(replace(evidence, measured=evidence.measured | {"weights": bad}))
     markdown = text_of(results)
     table = markdown.split("## Checks")[1].split("<details")[0]
     statuses = re.findall(r'<span class="(\w+)">', table)
     assert statuses == sorted(statuses, key=["fail", "undecided", "skip", "pass"].index)
-    assert "values that are not finite (a.b): 1" in table
+    assert "not finite (a.b): 1" in table
     for check in results["checks"]:
         assert f"`{check['code']}`" in markdown
     assert results["verdict"]["word"] == "failed"

@@ -41,7 +41,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference", type=Path, metavar="FILE", help="compare with: a checkpoint, or a chip table (.parquet)")
     add("--reference-name", default="", metavar="NAME", help="what the report calls it")
     add("--split", default="test", metavar="NAME", help="whose chip table is judged (default: test)")
-    add("--require", metavar="all|ID,ID,…", help="checks that are required (default: those of thresholds.yaml)")
+    add("--require", metavar="all|ID,ID,…", help="checks that are required (default: those of checks.yaml)")
     add("--output", type=Path, metavar="DIR", help="default: verification/ of the run folder")
     add("--data-root", type=Path, metavar="DIR", help="the chips, if they are not where the recipe says")
     how = parser.add_mutually_exclusive_group()

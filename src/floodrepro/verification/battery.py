@@ -12,12 +12,26 @@ from floodrepro.errors import TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.run_folder import DECLARATION, RunFolder, sha256_of
-from floodrepro.verification.check import Check, Evidence, SeedRun, Status
-from floodrepro.verification.checks import artefacts, comparison, run, scores
+from floodrepro.verification.check import Answer, Check, Evidence, SeedRun, Status, check, from_json
+from floodrepro.verification.checks import comparison, run, scores
 
+
+def _measured(name: str) -> Answer:
+    """A check whose answer `measure` has kept."""
+
+    def kept(evidence: Evidence) -> Check:
+        if name not in evidence.measured:
+            raise evidence.without(name, "it was not measured: floodrepro verify without --no-measure does so")
+        return evidence.measured[name]
+
+    kept.__name__ = name
+    return check(kept)
+
+
+MEASURED = {name: _measured(name) for name in ("weights", "load_back", "round_trip", "panels")}
 CHECKS = {
-    check.__name__: check
-    for check in (
+    one.__name__: one
+    for one in (
         comparison.parity,
         comparison.head_to_head,
         comparison.variance,
@@ -29,29 +43,24 @@ CHECKS = {
         run.throughput,
         run.data,
         run.provenance,
-        artefacts.weights,
-        artefacts.load_back,
-        artefacts.round_trip,
-        artefacts.panels,
     )
-}
-_MEASURED = ("weights", "load_back", "round_trip", "panels")
+} | MEASURED
 _Absent = dict[str, tuple[Status, str]]
 
 
 def run_checks(evidence: Evidence) -> list[Check]:
     """Every check's answer."""
-    return [check(evidence) for check in CHECKS.values()]
+    return [ask(evidence) for ask in CHECKS.values()]
 
 
 def required_checks(asked: str | None) -> list[str]:
-    """Which checks are required: "all", ids with commas, or None for those of thresholds.yaml.
+    """Which checks are required: "all", ids with commas, or None for those of checks.yaml.
 
     Raises:
         UsageError: There is no such check.
     """
     if asked is None:
-        return list(load_thresholds()["required"])
+        return list(load_criteria()["required"])
     wanted = list(CHECKS) if asked == "all" else asked.split(",")
     if unknown := [name for name in wanted if name not in CHECKS]:
         known = f"one of {', '.join(CHECKS)}, or all"
@@ -59,9 +68,9 @@ def required_checks(asked: str | None) -> list[str]:
     return wanted
 
 
-def load_thresholds() -> dict[str, Any]:
-    """The criteria by check id, and `required`: verification/thresholds.yaml of the package."""
-    return recipes.read_yaml(Path(__file__).parent / "thresholds.yaml")
+def load_criteria() -> dict[str, Any]:
+    """What each check claims, and `required`: verification/checks.yaml of the package."""
+    return recipes.read_yaml(Path(__file__).parent / "checks.yaml")
 
 
 def load_published() -> dict[str, dict[str, Any]]:
@@ -84,7 +93,7 @@ def gather(
         home: The run folder.
         split: Whose chip table is judged.
         reference: Chip table to compare with.
-        measured: Folder of the measurements, `<name>.json`.
+        measured: Folder of the answers that `measure` kept.
         name: What to call the reference; by default what its table is of.
         data_root: Where the chips lie, if not where the recipe says: their audit is looked for there.
 
@@ -94,12 +103,9 @@ def gather(
     """
     absent: _Absent = {}
     recipe, other, there = recipes.read_yaml(home.recipe), None, None
-    if reference is None:
-        absent["reference"] = ("skip", "no reference was given")
-    else:
-        other, there = chip_table.read_table(reference), RunFolder(reference.resolve().parents[2])
-    if there is None or not there.recipe.is_file():  # the table lies in no run folder
-        there = None
+    if reference is not None:
+        other, there = chip_table.read_table(reference), RunFolder(reference.resolve().parent.parent.parent)
+        there = there if there.recipe.is_file() else None  # the table may lie in no run folder
     weights = sha256_of(home.best) if home.best.is_file() else None
     table = _own_table(home, split, weights, absent)
     subsets = {
@@ -116,7 +122,7 @@ def gather(
         run=home,
         record=_json(home.record, "record", absent),
         recipe=recipe,
-        thresholds=load_thresholds(),
+        criteria=load_criteria(),
         class_name=names[positive] if positive < len(names) else f"class {positive}",
         positive=positive,
         metrics=_metrics(home, absent),
@@ -127,7 +133,7 @@ def gather(
         reference_record=_json(there.record, "reference_record", absent) if there else {},
         reference_metrics=_metrics(there, {}) if there else (),
         baselines={path.stem: one for path in baselines if (one := _table(path, absent))},
-        measured=_measurements(measured, weights, absent),
+        measured=_answers(measured, weights, absent),
         seeds=_seeds(home, split, absent),
         audit=_json(manifest, "audit", absent) if manifest else {},
         published=load_published(),
@@ -162,6 +168,8 @@ def _metrics(home: RunFolder, absent: _Absent) -> list[dict[str, str]]:
     """The rows of metrics.csv, every value a number; none where it is missing or damaged."""
     try:
         rows = home.read_metrics()
+        if home.metrics.is_file() and not rows:
+            raise ValueError("it holds no rows")
         [float(text) for row in rows for text in row.values() if text]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         absent["metrics"] = ("fail", f"metrics.csv cannot be read: {error}")
@@ -169,18 +177,18 @@ def _metrics(home: RunFolder, absent: _Absent) -> list[dict[str, str]]:
     return rows
 
 
-def _measurements(folder: Path, weights: str | None, absent: _Absent) -> dict[str, dict[str, Any]]:
-    """What was measured on these weights; that of an earlier checkpoint counts as missing."""
+def _answers(folder: Path, weights: str | None, absent: _Absent) -> dict[str, Check]:
+    """What `measure` found of these weights; that of an earlier checkpoint counts as missing."""
     found = {}
-    again = "floodrepro verify without --no-measure does so"
-    for name in _MEASURED:
+    for name in MEASURED:
         entry = _json(folder / f"{name}.json", name, absent)
         if entry and weights and entry.get("measured_on") != weights:
-            absent[name] = ("skip", f"it was measured on other weights and not on these: {again}")
+            absent[name] = ("skip", "it was measured on other weights, and not on these")
         elif entry:
-            found[name] = entry
-        else:
-            absent.setdefault(name, ("skip", f"it was not measured: {again}"))
+            try:
+                found[name] = from_json(entry["check"])
+            except (KeyError, TypeError, AttributeError) as error:
+                absent[name] = ("fail", f"{name}.json holds no answer of a check: {error}")
     return found
 
 

@@ -98,7 +98,7 @@ class Check:
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()  # to be read with the figures
     outcome: Outcome | None = None  # of a comparison
-    # The rest is filled in by `check`.
+    # The rest is filled in by the decorator `check`.
     id: str = ""
     title: str = ""
     claim: str = ""  # what passing means, one sentence
@@ -130,7 +130,7 @@ class Evidence:
     run: RunFolder
     record: Mapping[str, Any]  # run.json; empty where there is none
     recipe: Recipe
-    thresholds: Mapping[str, Any]  # thresholds.yaml
+    criteria: Mapping[str, Any]  # checks.yaml
     class_name: str = "class 1"  # of the positive class
     positive: int = 1  # its number
     metrics: Sequence[Mapping[str, str]] = ()  # rows of metrics.csv
@@ -141,7 +141,7 @@ class Evidence:
     reference_record: Mapping[str, Any] = field(default_factory=dict)
     reference_metrics: Sequence[Mapping[str, str]] = ()
     baselines: Mapping[str, ChipTable] = field(default_factory=dict)
-    measured: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # verification/evidence/*.json by name
+    measured: Mapping[str, Check] = field(default_factory=dict)  # answers of `measure`, by check
     seeds: Sequence[SeedRun] = ()  # all runs declared together with this one
     audit: Mapping[str, Any] = field(default_factory=dict)  # data-manifest.json; empty where there is none
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # reference/*.yaml by stem
@@ -172,38 +172,38 @@ class Evidence:
 Answer = Callable[[Evidence], Check]
 
 
-def check(title: str, claim: str, *files: str) -> Callable[[Answer], Answer]:
-    """Make a function a check, whose id is its name.
+def check(function: Answer) -> Answer:
+    """Make a function a check: its name is the id, and checks.yaml has what it claims."""
 
-    Args:
-        title: What the report calls it.
-        claim: What passing means; may name `{iou}`, `{positive}`, `{margin}` and its own criteria in thresholds.yaml.
-        files: What it rests on, relative to the run folder; `{split}` is the table's.
+    @functools.wraps(function)
+    def ask(evidence: Evidence) -> Check:
+        try:
+            found = function(evidence)
+        except Unanswered as unanswered:
+            found = Check(*unanswered.args)
+        about = evidence.criteria[function.__name__]
+        margin = evidence.criteria["parity"]["margin_pp"]
+        split = evidence.table.metadata.get("split", "test") if evidence.table else "test"
+        return replace(
+            found,
+            id=function.__name__,
+            title=about["title"],
+            claim=about["claim"].format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **about),
+            evidence=[file.format(split=split) for file in about["files"]],
+            code=found.code or f"{function.__module__}.{function.__name__}",
+        )
+
+    return ask
+
+
+def from_json(entry: Mapping[str, Any]) -> Check:
+    """A check's answer that was kept as JSON.
+
+    Raises:
+        TypeError, AttributeError: It is no answer.
     """
-
-    def wrap(function: Answer) -> Answer:
-        @functools.wraps(function)
-        def ask(evidence: Evidence) -> Check:
-            try:
-                found = function(evidence)
-            except Unanswered as unanswered:
-                found = Check(*unanswered.args)
-            criteria = evidence.thresholds.get(function.__name__, {})
-            margin, split = evidence.thresholds["parity"]["margin_pp"], "test"
-            if evidence.table is not None:
-                split = evidence.table.metadata.get("split", split)
-            return replace(
-                found,
-                id=function.__name__,
-                title=title,
-                claim=claim.format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **criteria),
-                evidence=[file.format(split=split) for file in files],
-                code=f"{function.__module__}.{function.__name__}",
-            )
-
-        return ask
-
-    return wrap
+    kinds: dict[str, Any] = {"values": Value, "tables": Table, "plots": Plot}
+    return Check(**{**entry, **{key: [kind(**one) for one in entry.get(key, ())] for key, kind in kinds.items()}})
 
 
 def judge(values: Sequence[Value], found: str, skip: str = "", **parts: Any) -> Check:

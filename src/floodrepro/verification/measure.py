@@ -1,4 +1,6 @@
-"""What the checks rest on and torch has to measure: missing chip tables, and `verification/evidence/`.
+"""What needs torch: chip tables that are missing, and the checks of weights, exported pair and pictures.
+
+Their answers are kept in `verification/evidence/`, from which `battery.gather` reads them.
 
 Shape suffixes: N = chips, C = bands, T = timesteps, H, W = pixels.
 """
@@ -9,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -28,7 +30,9 @@ from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_ato
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.layout import without_files
 from floodrepro.training.terratorch_cli import RecipeCLI
-from floodrepro.verification.pictures import measure_panels
+from floodrepro.verification.battery import load_criteria
+from floodrepro.verification.check import Check, Table, Value, judge
+from floodrepro.verification.pictures import panels
 
 _READS_SAFETENSORS = (2, 13)  # torch from this version on: its torch.load opens them
 # Runs in an interpreter of its own, where nothing of floodrepro can be imported. The chips are raw, so that the
@@ -75,11 +79,11 @@ def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | Non
 
 
 def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None) -> None:
-    """Measure weights, exported pair and pictures; each leaves its file, whatever happens to the others.
+    """Make the checks of weights, exported pair and pictures, and keep each answer, whatever the others say.
 
     Args:
         run: The run folder.
-        folder: Where the measurements go, `<name>.json` and `panels.png`.
+        folder: Where the answers go, `<check>.json`, and `panels.png`.
         split: Whose chip table the pictures are compared with.
         data_root: Where the chips are, if not where the recipe says.
 
@@ -87,34 +91,37 @@ def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None
         RunFolderError: The folder cannot be written.
     """
     digest, table = sha256_of(run.best), table_path(run.best, split)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the evidence cannot be written: {error.strerror}"
+        raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
 
-    def keep(name: str, measure: Callable[[], dict[str, Any]]) -> None:
+    def keep(name: str, check: Callable[[], Check]) -> None:
         console.say(f"measuring {name.replace('_', ' ')}")
         path = folder / f"{name}.json"
         try:
-            found = measure()
+            answer = check()
         except DataError as error:  # the chips are elsewhere: nothing is wrong with the run
             console.warn(f"{name} is left out: {error.what}")
             path.unlink(missing_ok=True)
             return
         except FloodreproError as error:
-            found = {"problem": error.what}
-        write_atomically(path, json.dumps({"measured_on": digest} | found, indent=1) + "\n")
+            answer = Check("fail", error.what)
+        kept = {"measured_on": digest, "check": asdict(replace(answer, code=f"{__name__}.{name}"))}
+        write_atomically(path, json.dumps(kept, indent=1) + "\n")
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            keep("weights", lambda: measure_weights(run.recipe, run.best, run.checkpoints / "last.ckpt"))
-            keep("load_back", lambda: measure_load_back(run.recipe, run.best, *_pair(run, digest, Path(scratch))))
-            keep("round_trip", lambda: measure_round_trip(run.best, *_pair(run, digest, Path(scratch))))
-            keep("panels", lambda: measure_panels(_readable_here(run.recipe, data_root), run.best, table, folder))
-    except OSError as error:
-        what = f"the evidence cannot be written: {error.strerror}"
-        raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        keep("weights", lambda: weights(run.recipe, run.best, run.checkpoints / "last.ckpt"))
+        keep("load_back", lambda: load_back(run.recipe, run.best, *_pair(run, digest, Path(scratch))))
+        keep("round_trip", lambda: round_trip(run.recipe, run.best, *_pair(run, digest, Path(scratch))))
+    keep("panels", lambda: panels(_readable_here(run.recipe, data_root), run.best, table, folder))
 
 
-def measure_weights(recipe: Path, checkpoint: Path, state: Path) -> dict[str, Any]:
-    """Every parameter and buffer of a checkpoint against the recipe's model, and which of them never had a gradient.
+def weights(recipe: Path, checkpoint: Path, state: Path) -> Check:
+    """Every tensor of a checkpoint against the recipe's model, and which of them never had a gradient.
+
+    Parameters alone do not tell: one overflow can leave NaN in a BatchNorm buffer only.
 
     Args:
         recipe: The recipe whose model the checkpoint holds.
@@ -128,37 +135,33 @@ def measure_weights(recipe: Path, checkpoint: Path, state: Path) -> dict[str, An
     found = read_checkpoint(checkpoint).weights
     model = _build_on_cpu(recipe).model.model
     expected: dict[str, Tensor] = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters()}  # one name where two share a tensor
-    kinds = [
-        {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in one.items()} for one in (found, expected)
+    parameters = [name for name, _ in model.named_parameters()]  # one name where two share a tensor
+    ours, theirs = ({k: f"{v.dtype} {tuple(v.shape)}" for k, v in one.items()} for one in (found, expected))
+    other = [
+        f"{name}: {ours.get(name, 'missing')} for {theirs.get(name, 'nothing')}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
     ]
-    return {
-        "sha256": sha256_of(checkpoint),
-        "tensors": len(found),
-        "parameters": sum(tensor.numel() for name, tensor in found.items() if name in parameters),
-        "expected_parameters": sum(tensor.numel() for name, tensor in expected.items() if name in parameters),
-        "other_than_model": [
-            f"{name}: {kinds[0].get(name, 'missing')} for {kinds[1].get(name, 'nothing')}"
-            for name in sorted(found.keys() | expected.keys())
-            if kinds[0].get(name) != kinds[1].get(name)
-        ],
-        "not_finite": [
-            {
-                "name": name,
-                "kind": "parameter" if name in parameters else "buffer",
-                "nan": int(tensor.isnan().sum()),
-                "inf": int(tensor.isinf().sum()),
-            }
-            for name, tensor in found.items()
-            if not bool(torch.isfinite(tensor).all())
-        ],
-        **_movement([name for name, _ in model.named_parameters()], state),
-    }
+    bad = {name: tensor for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())}
+    sizes = [sum(one[name].numel() for name in parameters if name in one) for one in (found, expected)]
+    values = [
+        _named("tensors with values that are not finite", list(bad)),
+        _named("tensors that differ from the recipe's model", other),
+        Value("parameters", sizes[0], expected=sizes[1]),
+    ]
+    moved = "how far they moved is unknown"
+    if (unmoved := _unmoved(parameters, state)) is not None:
+        values.append(_named("trained tensors that never moved", unmoved, load_criteria()["weights"]["unmoved"]))
+        moved = f"{len(parameters)} trained tensors, all moved"
+    rows = [
+        [name, "parameter" if name in parameters else "buffer", int(tensor.isnan().sum()), int(tensor.isinf().sum())]
+        for name, tensor in bad.items()
+    ]
+    tables = [Table("Values that are not finite", ["tensor", "kind", "NaN", "inf"], rows)]
+    return judge(values, f"{len(found)} tensors, all finite; {moved}", tables=tables)
 
 
-def measure_load_back(
-    recipe: Path, checkpoint: Path, pair: ExportedWeights, which: str, size: int = 64
-) -> dict[str, Any]:
+def load_back(recipe: Path, checkpoint: Path, pair: ExportedWeights, which: str, size: int = 64) -> Check:
     """Predict fixed chips with the run's model and with the exported pair in plain TerraTorch.
 
     The other side is a fresh process in which floodrepro cannot be imported:
@@ -175,36 +178,34 @@ def measure_load_back(
     Raises:
         CheckpointError: The checkpoint does not fit, or the pair does not load in plain TerraTorch.
     """
-    cli = _build_on_cpu(recipe)
+    cli, asked = _build_on_cpu(recipe), load_criteria()["load_back"]
     load_strictly(read_checkpoint(checkpoint), cli.model, cli.recipe)
     chips = _raw_chips(cli.recipe, size)
     with torch.inference_mode():
         ours: Tensor = cli.model.model.eval()(cli.datamodule.aug({"image": dict(chips)})["image"]).output
-    reads = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= _READS_SAFETENSORS
+    notes = [f"The pair that was measured: {which}."]
     with tempfile.TemporaryDirectory() as folder:
-        weights = pair.path
-        if not reads:
-            weights = Path(folder) / "twin.pt"
-            torch.save({f"model.{k}": v for k, v in read_checkpoint(pair.path).weights.items()}, weights)
-        theirs = _predict_without_floodrepro(pair.config, weights, chips, Path(folder))
+        file = pair.path
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _READS_SAFETENSORS:
+            file = Path(folder) / "twin.pt"
+            torch.save({f"model.{k}": v for k, v in read_checkpoint(pair.path).weights.items()}, file)
+            notes.append(f"torch {torch.__version__} cannot load safetensors (2.13 can): a .pt twin was loaded.")
+        theirs = _predict_without_floodrepro(pair.config, file, chips, Path(folder))
     if theirs.shape != ours.shape:
         what = f"plain TerraTorch predicts {tuple(theirs.shape)} where the run's model predicts {tuple(ours.shape)}"
         raise CheckpointError(what, where=pair.config)
     finite = bool((ours.isfinite() & theirs.isfinite()).all())
+    gap = float((ours - theirs).abs().max()) if finite else None
     equal = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double().mean(dim=(1, 2))
-    return {
-        "chips": len(ours),
-        "logit_difference": float((ours - theirs).abs().max()) if finite else None,
-        "equal_argmax": float(equal.min()),
-        "pixels": size * size,
-        "through": "safetensors" if reads else "pt",
-        "torch": str(torch.__version__),
-        "pair": which,
-    }
+    values = [
+        Value("largest difference of logits", gap, at_most=asked["logit_difference"]),
+        Value("smallest share of equal pixels", float(equal.min()), at_least=asked["equal_argmax"]),
+    ]
+    return judge(values, f"{len(ours)} chips of {size * size:,} pixels predicted the same", notes=notes)
 
 
-def measure_round_trip(checkpoint: Path, pair: ExportedWeights, which: str) -> dict[str, Any]:
-    """Compare exported tensors with the checkpoint's bit for bit.
+def round_trip(recipe: Path, checkpoint: Path, pair: ExportedWeights, which: str) -> Check:
+    """The exported file against the checkpoint: tensors to the bit, and the hashes in its header.
 
     Raises:
         CheckpointError: One of the two cannot be read.
@@ -216,16 +217,23 @@ def measure_round_trip(checkpoint: Path, pair: ExportedWeights, which: str) -> d
         return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
 
     both = source.keys() & written.keys()
-    return {
-        "tensors": len(source),
-        "differing": sorted((source.keys() ^ written.keys()) | {k for k in both if not same(source[k], written[k])}),
-        "metadata": {key: value for key, value in pair.metadata.items() if key.endswith("_sha256")},
-        "checkpoint_sha256": sha256_of(checkpoint),
-        "pair": which,
-    }
+    differing = (source.keys() ^ written.keys()) | {name for name in both if not same(source[name], written[name])}
+    hashes = {"recipe_sha256": recipes.fingerprint(recipes.read_yaml(recipe)), "source_sha256": sha256_of(checkpoint)}
+    values = [
+        _named("tensors that differ from the checkpoint's", sorted(differing)),
+        *(Value(f"{key} in the header", pair.metadata.get(key), expected=sha) for key, sha in hashes.items()),
+    ]
+    notes = [f"The pair that was measured: {which}."]
+    return judge(values, f"{len(source)} tensors, bit for bit", notes=notes)
 
 
-def _movement(names: Sequence[str], state: Path) -> dict[str, Any]:
+def _named(what: str, names: Sequence[str], allowed: int = 0) -> Value:
+    """How many there are, and the first of them by name."""
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    return Value(f"{what} ({shown})" if names else what, len(names), at_most=allowed)
+
+
+def _unmoved(names: Sequence[str], state: Path) -> list[str] | None:
     """Which parameters never had a gradient: their second moments in Adam's state are zero. None for other optimizers.
 
     Args:
@@ -233,7 +241,7 @@ def _movement(names: Sequence[str], state: Path) -> dict[str, Any]:
         state: The run's full state.
     """
     if not state.is_file():
-        return {"trained": None, "unmoved": None}
+        return None
     try:
         (optimizer,) = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["optimizer_states"]
         moments, numbers = optimizer["state"], [n for group in optimizer["param_groups"] for n in group["params"]]
@@ -241,10 +249,9 @@ def _movement(names: Sequence[str], state: Path) -> dict[str, Any]:
         what = f"the full state is damaged or another optimizer's: {type(error).__name__} {error}"
         raise CheckpointError(what, where=state) from error
     if len(numbers) != len(names) or any("exp_avg_sq" not in entry for entry in moments.values()):
-        return {"trained": None, "unmoved": None}
+        return None
     named = dict(zip(numbers, names, strict=True))
-    unmoved = [name for n, name in named.items() if n not in moments or not moments[n]["exp_avg_sq"].any()]
-    return {"trained": len(names), "unmoved": unmoved}
+    return [name for n, name in named.items() if n not in moments or not moments[n]["exp_avg_sq"].any()]
 
 
 def _raw_chips(recipe: Recipe, size: int) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ from floodrepro.evaluation.passes import prepare, watched
 from floodrepro.evaluation.test import ChipCounts
 from floodrepro.run_folder import sha256_of
 from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.verification.battery import load_criteria
+from floodrepro.verification.check import Cell, Check, Plot, Table, Value, judge
 from floodrepro.verification.figures import panels_png
 
 MIN_SHARE = 0.01
@@ -32,10 +34,8 @@ MIN_SHARE = 0.01
 _NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is not -9999 in float16
 
 
-def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> dict[str, Any]:
-    """Run TerraTorch's test loop over a few chips of a table and draw `panels.png`.
-
-    `differing_pixels` are the fewest that must have been predicted otherwise in the pass that made the table.
+def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> Check:
+    """Run TerraTorch's test loop over a few chips of a table, compare their counts with it, and draw `panels.png`.
 
     Args:
         cli: The parsed recipe of the checkpoint.
@@ -51,32 +51,48 @@ def measure_panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: P
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
         raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
     positive = protocols.positive_class_of(cli.recipe)
-    rows, name = choose_chips_to_show(table, positive), table.class_names[positive]
-    chips = [str(table.chips[row]) for row in rows.values()]
+    shown, name = choose_chips_to_show(table, positive), table.class_names[positive]
+    chips = [str(table.chips[row]) for row in shown.values()]
     maps = _predict_chips(cli, checkpoint, chips)
     again = maps.table({}).subset(chips).counts
     source = Chips(Path(protocols.data_arguments(cli.recipe)["data_root"]), protocols.protocol_of(cli.recipe))
     drawn: list[dict[str, Any]] = []
-    panels = []
-    for n, (kind, row) in enumerate(rows.items()):
+    rows: list[list[Cell]] = []
+    worst = 0.0
+    for n, (kind, row) in enumerate(shown.items()):
         counts, pixels = table.counts[row], int(table.counts[row].sum())
-        moved = (int(np.abs(again[n] - counts).sum()) + 1) // 2  # a pixel leaves one count, enters another
+        # The fewest that must have been predicted otherwise: a pixel leaves one count and enters another.
+        moved = (int(np.abs(again[n] - counts).sum()) + 1) // 2
+        worst = max(worst, moved / pixels)
         score, alarms = float(iou(counts, positive)), 100 * counts[:, positive].sum() / pixels
         says = f"{name} IoU {score:.3f}" if kind != "empty" else f"no {name} in truth, {alarms:.1f} % predicted"
         title = f"{kind}: {chips[n]}, {says}"
         drawn.append({"title": title, **maps.seen[chips[n]], **take_pictures(source, chips[n])})
-        figures = {"score": None if np.isnan(score) else score, "pixels": pixels, "differing_pixels": moved}
-        panels.append({"kind": kind, "chip": chips[n], "differing_share": moved / pixels} | figures)
+        rows.append([kind, chips[n], None if np.isnan(score) else score, pixels, moved])
     with rasterio.open(source.path(chips[0], protocols.LABEL_DIR)) as mask:
         metres = float(abs(mask.transform.a))
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "panels.png").write_bytes(panels_png(drawn, table.class_names, positive, metres))
-    return {
-        "min_share": MIN_SHARE,
-        "made_on": f"{cli.trainer.strategy.root_device.type} in {cli.trainer.precision}",
-        "table_made_on": f"{table.metadata.get('device')} in {table.metadata.get('precision')}",
-        "panels": panels,
-    }
+    notes = [
+        f"Best, median and worst by {name} IoU among chips whose truth has at least {100 * MIN_SHARE:g} % {name}; the "
+        "empty chip is the one without any that has the most false alarms."
+    ]
+    if worst:
+        here = f"{cli.trainer.strategy.root_device.type} in {cli.trainer.precision}"
+        there = f"{table.metadata.get('device')} in {table.metadata.get('precision')}"
+        notes.append(f"Predicted on {here}; the table: {there}.")
+    allowed = load_criteria()["panels"]["differing_share"]
+    columns = ["kind", "chip", f"{name} IoU", "pixels", "differing from the table"]
+    caption = (
+        "A row a chip: Sentinel-2 in true colour and Sentinel-1 VV before and at the event, the truth, the prediction, "
+        "and where they differ."
+    )
+    return judge(
+        [Value("largest share of pixels predicted otherwise than in the chip table", worst, at_most=allowed)],
+        f"{', '.join(shown)} chip shown, " + (f"{worst:.2g} differ" if worst else "as in the table"),
+        tables=[Table("Chips shown", columns, rows)],
+        plots=[Plot("panels", "panels", "What was seen, what is true, what is predicted", caption=caption)],
+        notes=notes,
+    )
 
 
 def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:

@@ -7,7 +7,9 @@ The same input gives the same bytes, and neither torch nor a GPU is needed.
 import base64
 import json
 import re
+import statistics
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import write_atomically
 from floodrepro.verification.check import NOTHING, number
-from floodrepro.verification.checks.run import device_of, hours_of, step_seconds
+from floodrepro.verification.checks.run import device_of
 from floodrepro.verification.figures import png
 from floodrepro.verification.results import COMPARISONS
 
@@ -145,7 +147,9 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     environment, progress = run.get("environment") or {}, run.get("progress") or {}
     packages = environment.get("packages") or {}
     named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
-    chips, hours, step = (run.get("data") or {}).get("chips") or {}, hours_of(run), step_seconds(run)
+    chips = (run.get("data") or {}).get("chips") or {}
+    steps = [epoch["seconds"] / epoch["steps"] for epoch in run.get("epoch_times") or [] if epoch.get("steps")]
+    started, ended = (datetime.fromisoformat(run[key]) if run.get(key) else None for key in ("started", "ended"))
     memory = (run.get("memory_gib") or {}).get("after_warm_up") or {}
     rate, skipped = run.get("chips_per_second"), progress.get("skipped_steps")
     facts = {
@@ -157,9 +161,9 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "val/loss of that epoch": score(run["best_val_loss"]) if run.get("best_val_loss") is not None else "",
         "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
         "seed": run.get("seed"),
-        "time": f"{hours:.1f} h from start to end" if hours is not None and hours >= 0.1 else "",
+        "from start to end": ended - started if started and ended else "",
         "speed": f"{rate['median']:g} chips/s (median epoch)" if rate else "",
-        "a step": f"{step:.3g} s (median epoch)" if step else "",
+        "a step": f"{statistics.median(steps):.3g} s (median epoch)" if steps else "",
         "peak memory": ", ".join(f"{name} {value:g} GiB" for name, value in memory.items()),
         "versions": ", ".join(f"{name} {packages[name]}" for name in named if name in packages),
     }

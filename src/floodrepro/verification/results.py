@@ -18,7 +18,6 @@ from floodrepro.evaluation.metrics import class_scores, scores, which_iou
 from floodrepro.recipe import beside_shipped
 from floodrepro.verification.battery import required_checks
 from floodrepro.verification.check import Check, Evidence, Plot
-from floodrepro.verification.checks.scores import terratorch_scores
 
 SCHEMA = 2
 COMPARISONS = ("parity", "head_to_head", "variance", "reference")
@@ -36,7 +35,7 @@ def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, 
         evidence: What the checks were given.
         checks: Their answers.
         require: What --require names, "all" or ids; a comparison among them has to be equivalent. None: what
-            thresholds.yaml requires.
+            checks.yaml requires.
         made: The time, ISO 8601.
     """
     by_id = {check.id: check for check in checks}
@@ -66,10 +65,6 @@ def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, 
         "banner": _banner(evidence),
         "warnings": _warnings(evidence),
         "scores": _score_table(evidence),
-        "subsets": {
-            name: {"n_chips": len(table), "n_events": len(set(table.events))} | terratorch_scores(table)
-            for name, table in evidence.subsets.items()
-        },
         "forest": asdict(_forest(evidence, checks)),
         "checks": [
             asdict(one)
@@ -143,7 +138,7 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> Plot:
     """All differences to the reference that have an interval."""
     values = [v for check in checks if check.id in COMPARISONS for v in check.values if v.level]
     values.sort(key=lambda value: value.name.startswith("mIoU"))  # the figures that are tested first
-    margin, level = (float(evidence.thresholds["parity"][key]) for key in ("margin_pp", "level"))
+    margin, level = (float(evidence.criteria["parity"][key]) for key in ("margin_pp", "level"))
     columns = {"x": "value", "y": "name", "low": "low", "high": "high"}
     series = {axis: [getattr(value, key) for value in values] for axis, key in columns.items()}
     return Plot(
@@ -188,7 +183,8 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     table, k, name = evidence.table, evidence.positive, evidence.class_name
     if table is None:
         return {"rows": [], "columns": []}
-    models = [(evidence.run.path.resolve().name, table)]
+    own = evidence.run.path.resolve().name
+    models = [(own, table), *((f"{own}, {split}", part) for split, part in evidence.subsets.items())]
     if evidence.reference is not None:
         models.append((evidence.reference_name or "the reference", evidence.reference))
     figures = [_figures(one, k) for _, one in models]

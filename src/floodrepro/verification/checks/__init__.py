@@ -1,1 +1,1 @@
-"""The checks: pure functions from the evidence to an answer, by what they look at: scores, the run, its artefacts."""
+"""The checks: pure functions from the evidence to an answer, by what they look at: scores, a reference, the run."""

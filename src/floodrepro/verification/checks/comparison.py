@@ -10,18 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from floodrepro import recipe as recipes
+from floodrepro.errors import TableError
 from floodrepro.evaluation import intervals
 from floodrepro.evaluation.chip_table import ChipTable, on_common_chips, refuse_to_compare
 from floodrepro.evaluation.metrics import Counts, iou, mean_iou, pool_by_event
-from floodrepro.verification.check import Check, Evidence, Table, Unanswered, Value, check, judge, number, points
+from floodrepro.verification.check import Cell, Check, Evidence, Table, Unanswered, Value, check, judge, number, points
 from floodrepro.verification.checks.scores import ROWS, terratorch_scores
 
 
-@check(
-    "Equal to the reference",
-    "{iou} over all pixels is equivalent to the reference's within ±{margin:g} pp, or better.",
-    "evaluation/{split}/best.parquet",
-)
+@check
 def parity(evidence: Evidence) -> Check:
     """The pooled score against the reference's: two one-sided tests over events (`evaluation.intervals.jackknife`)."""
     k, name = evidence.positive, evidence.iou_name
@@ -36,7 +33,7 @@ def parity(evidence: Evidence) -> Check:
         printed = intervals.jackknife(ours, mean_iou, other=theirs, positive=k)
     except ValueError as error:
         raise Unanswered("skip", str(error)) from error
-    notes, enough = list(pair.notes), evidence.thresholds["parity"]["enough_events"]
+    notes, enough = list(pair.notes), evidence.criteria["parity"]["enough_events"]
     if len(ours) < enough:
         notes.append(f"{len(ours)} events are few: with fewer than {enough} the interval is rough.")
     without = iou(ours.sum(axis=0) - ours, k) - iou(theirs.sum(axis=0) - theirs, k)
@@ -56,11 +53,7 @@ def parity(evidence: Evidence) -> Check:
     return _decide(evidence, primary, "events", values=values, notes=notes)
 
 
-@check(
-    "Events won and lost",
-    "The mean over events of {iou} is equivalent to the reference's within ±{margin:g} pp, or better.",
-    "evaluation/{split}/best.parquet",
-)
+@check
 def head_to_head(evidence: Evidence) -> Check:
     """The mean of the events' own differences to the reference, each event once, with a paired t interval."""
     k, name, least = evidence.positive, evidence.iou_name, intervals.MIN_FLOOD_PIXELS
@@ -94,19 +87,16 @@ def head_to_head(evidence: Evidence) -> Check:
     )
 
 
-@check(
-    "Spread over seeds",
-    "Every declared run is reported and is a training of its own, and their mean is equivalent to the reference's "
-    "score within ±{margin:g} pp, or better.",
-)
+@check
 def variance(evidence: Evidence) -> Check:
     """All runs that were declared together, their spread, and their mean against the reference."""
-    runs, least, name = evidence.seeds, evidence.thresholds["variance"]["min_seeds"], evidence.iou_name
+    runs, least, name = evidence.seeds, evidence.criteria["variance"]["min_seeds"], evidence.iou_name
     if len(runs) < 2:
         raise evidence.without("seeds", "one run: its spread over seeds is unknown")
-    figures = [float(iou(run.table.counts.sum(axis=0), evidence.positive)) for run in runs if run.table]
-    shown = iter(figures)
-    listed = [[run.run, run.seed, run.status, next(shown) if run.table else None] for run in runs]
+    figures = [float(iou(run.table.counts.sum(axis=0), evidence.positive)) if run.table else np.nan for run in runs]
+    listed: list[list[Cell]] = [
+        [run.run, run.seed, run.status, figure] for run, figure in zip(runs, figures, strict=True)
+    ]
     parts: dict[str, Any] = {"tables": [Table("All declared runs", ["run", "seed", "status", name], listed)]}
     if problem := _not_independent(evidence):
         return Check("fail", problem, **parts)
@@ -122,17 +112,15 @@ def variance(evidence: Evidence) -> Check:
         return Check("skip", f"{spread}; at least {least} seeds are needed", values, **parts)
     if evidence.reference is None:
         return Check("pass", f"{spread}; there is no reference to compare their mean with", values, **parts)
-    theirs = float(iou(evidence.reference.counts.sum(axis=0), evidence.positive))
-    result = intervals.over_seeds(figures, theirs)
+    pairs = [_on_common_chips(run.table, evidence.reference) for run in runs if run.table]
+    ours = [float(iou(one.counts.sum(axis=0), evidence.positive)) for one, _, _ in pairs]
+    result = intervals.over_seeds(ours, float(iou(pairs[0][1].counts.sum(axis=0), evidence.positive)))
     values.append(_difference(evidence, f"{name}, mean over {len(runs)} seeds", result))
     note = "Over seeds, chips and the reference's score are taken as they are: for events see the check of parity."
     return _decide(evidence, result, "seeds", values=values, notes=[note], **parts)
 
 
-@check(
-    "Published figures reproduced",
-    "A reference with published figures reproduces them here, on the published chips, within their rounding.",
-)
+@check
 def reference(evidence: Evidence) -> Check:
     """A reference whose sha256 is known, measured here, against its published figures on the published chips.
 
@@ -176,9 +164,7 @@ def _pair(evidence: Evidence) -> _Pair:
     table, other = evidence.usable_table(), evidence.reference
     if other is None:
         raise evidence.without("reference", "no reference was given")
-    ours, theirs, left_out = on_common_chips(table, other)
-    if reason := refuse_to_compare(ours, theirs):
-        raise Unanswered("fail", f"wrong reference: {reason}")
+    ours, theirs, left_out = _on_common_chips(table, other)
     if _same_model(table, other):
         raise Unanswered("skip", "the reference is this very model: a comparison with itself shows nothing")
     notes = [f"{left_out} chips that one of the two did not see in full are left out."] if left_out else []
@@ -186,9 +172,20 @@ def _pair(evidence: Evidence) -> _Pair:
     return _Pair(events, counts, pool_by_event(theirs.counts, theirs.events)[1], len(ours), notes)
 
 
+def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
+    """Both tables on the chips that both have seen in full, and how many chips were left out."""
+    try:
+        ours, theirs, left_out = on_common_chips(table, other)
+    except TableError as error:
+        raise Unanswered("skip", error.what) from error
+    if reason := refuse_to_compare(ours, theirs):
+        raise Unanswered("fail", f"wrong reference: {reason}")
+    return ours, theirs, left_out
+
+
 def _decide(evidence: Evidence, result: intervals.Result, counted: str, more: str = "", **parts: Any) -> Check:
     """The answer that a difference to the reference gives."""
-    margin, level = (evidence.thresholds["parity"][key] for key in ("margin_pp", "level"))
+    margin, level = (evidence.criteria["parity"][key] for key in ("margin_pp", "level"))
     tests = (margin / 100, (1 - level) / 2)
     word = result.verdict(*tests)
     low, high = (points(100 * end, margin) for end in result.interval(level))
@@ -206,7 +203,7 @@ def _decide(evidence: Evidence, result: intervals.Result, counted: str, more: st
 
 
 def _difference(evidence: Evidence, name: str, result: intervals.Result, chips: int | None = None) -> Value:
-    level = evidence.thresholds["parity"]["level"]
+    level = evidence.criteria["parity"]["level"]
     low, high = result.interval(level)
     events = result.n if chips else None  # else seeds
     return Value(name, 100 * result.estimate, "pp", 100 * low, 100 * high, level, chips, events)
@@ -216,16 +213,15 @@ def _not_independent(evidence: Evidence) -> str:
     """Which declared runs have no result, are copies, are of other chips, or have another recipe than was declared."""
     if dropped := [f"{run.run} ({run.status})" for run in evidence.seeds if run.table is None]:
         return f"declared, but without a chip table: {', '.join(dropped)}"
-    tables = [(run.run, run.table) for run in evidence.seeds if run.table is not None]
-    if evidence.reference is not None:
-        tables.append(("the reference", evidence.reference))
-    for (one, table), (other, another) in itertools.combinations(tables, 2):
-        if reason := refuse_to_compare(table, another):
-            return f"{one} and {other} do not compare: {reason}"
-        if _same_model(table, another):
+    tables = {run.run: run.table for run in evidence.seeds if run.table is not None}
+    named = tables | ({"the reference": evidence.reference} if evidence.reference else {})
+    for one, other in itertools.combinations(named, 2):
+        if _same_model(named[one], named[other]):
             return f"{other} is a copy of {one}"
+        if other in tables and (reason := refuse_to_compare(tables[one], tables[other])):
+            return f"{one} and {other} do not compare: {reason}"
     wrong = []
-    for run, (_, table) in zip(evidence.seeds, tables, strict=False):
+    for run, table in zip(evidence.seeds, tables.values(), strict=True):
         expected = recipes.fingerprint({**evidence.recipe, "seed_everything": run.seed})
         changed = table.metadata.get("recipe_changes")  # a table made with overrides does not name its run's recipe
         if not changed and table.metadata.get("recipe_sha256", expected) != expected:

@@ -2,10 +2,8 @@
 
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from floodrepro import recipe as recipes
@@ -20,15 +18,10 @@ _HARMLESS = re.compile(
 )
 
 
-@check(
-    "Training log",
-    "The validation loss fell after the first epoch, all logged values are finite, and run.json names the best.",
-    "metrics.csv",
-    "run.json",
-)
+@check
 def convergence(evidence: Evidence) -> Check:
     """The training's own log: losses, values that are not finite, and the best epoch that run.json names."""
-    asked, record, rows = evidence.thresholds["convergence"], evidence.record, evidence.metrics
+    asked, record, rows = evidence.criteria["convergence"], evidence.record, evidence.metrics
     if not rows:
         raise evidence.without("metrics", "there is no metrics.csv")
     logged = [(key, row.get("step"), text) for row in rows for key, text in row.items() if key and text]
@@ -65,10 +58,10 @@ def convergence(evidence: Evidence) -> Check:
     return judge(values, found, plots=[plot], notes=notes)
 
 
-@check("Speed and memory", "Training speed was measured over {min_steps} steps or more.", "run.json")
+@check
 def throughput(evidence: Evidence) -> Check:
     """Chips per second in training and test; the report's facts have device, memory and hours."""
-    asked, record = evidence.thresholds["throughput"]["min_steps"], evidence.record
+    asked, record = evidence.criteria["throughput"]["min_steps"], evidence.record
     rate = record.get("chips_per_second")
     if not rate:
         raise evidence.without("record", "no epoch of training was timed")
@@ -85,11 +78,7 @@ def throughput(evidence: Evidence) -> Check:
     return judge(values, f"{values[0].text} in training, {device_of(record)}", few)
 
 
-@check(
-    "Data",
-    "Training, test, audit and reference had the same chips by ids and file sizes; the audit found no error.",
-    "run.json",
-)
+@check
 def data(evidence: Evidence) -> Check:
     """Digests of training, test, audit and reference, the audit's findings, and the number of chips.
 
@@ -134,12 +123,7 @@ def data(evidence: Evidence) -> Check:
     return judge(values, found, skip, tables=tables, notes=notes)
 
 
-@check(
-    "Provenance",
-    "A finished run of committed code, whose recipe and weights are those of the table; declared runs are reported.",
-    "run.json",
-    "recipe.yaml",
-)
+@check
 def provenance(evidence: Evidence) -> Check:
     """Code, recipe, weights and table by their hashes, and every run that was declared."""
     record, table = evidence.record, evidence.table
@@ -189,20 +173,6 @@ def device_of(record: Mapping[str, Any]) -> str:
     part = (record.get("environment") or {}).get("accelerator" if gpu else "cpu") or {}
     name, count = str(part.get("name") or part.get("model") or "unknown device"), record.get("processes") or 1
     return f"{count} x {name}" if count > 1 else name
-
-
-def step_seconds(record: Mapping[str, Any]) -> float | None:
-    """Seconds of a step in the median epoch; None where no epoch was timed."""
-    seconds = [epoch["seconds"] / epoch["steps"] for epoch in record.get("epoch_times") or [] if epoch.get("steps")]
-    return statistics.median(seconds) if seconds else None
-
-
-def hours_of(record: Mapping[str, Any]) -> float | None:
-    """Hours from start to end, pauses included; None where the record does not say."""
-    started, ended = record.get("started"), record.get("ended")
-    if not started or not ended:
-        return None
-    return (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds() / 3600
 
 
 def digests_of(holder: Mapping[str, Any]) -> dict[str, str]:

@@ -11,17 +11,12 @@ from floodrepro.verification.check import Cell, Check, Evidence, Plot, Table, Un
 
 ROWS = 40  # events that one plot or table shows
 _BINS = 10  # of the reliability diagram
-_TOLERANCE = 1e-6  # TerraTorch divides in float32
 
 
-@check(
-    "Event by event",
-    "At most a share of {max_share_of_zero_iou_events:g} of the events with {positive} have {iou} below {zero_iou:g}.",
-    "evaluation/{split}/best.parquet",
-)
+@check
 def events(evidence: Evidence) -> Check:
     """The score of each event's pooled counts; false alarms where an event has none of the class in its truth."""
-    asked, k, name = evidence.thresholds["events"], evidence.positive, evidence.iou_name
+    asked, k, name = evidence.criteria["events"], evidence.positive, evidence.iou_name
     class_name, zero = evidence.class_name, asked["zero_iou"]
     table = evidence.usable_table()
     names, counts = pool_by_event(table.counts, table.events)
@@ -32,7 +27,7 @@ def events(evidence: Evidence) -> Check:
         raise Unanswered("skip", f"no event has {asked['min_pixels']} pixels of {class_name} or more")
     order = large[np.argsort(figures[large], kind="stable")].tolist()
     missed = [names[n] for n in order if figures[n] < zero]
-    share, most = len(missed) / len(large), asked["max_share_of_zero_iou_events"]
+    share, most = len(missed) / len(large), asked["max_zero_iou_share"]
     values = [
         Value(f"share of events with {name} below {zero:g}", share, at_most=most),
         Value(f"{name}, mean over events", float(figures[large].mean()), n_events=len(large)),
@@ -60,15 +55,10 @@ def events(evidence: Evidence) -> Check:
     return replace(answer, finding=f"{answer.finding}: {', '.join(missed[:5])}") if missed else answer
 
 
-@check(
-    "Probabilities and area",
-    "Probabilities of {positive} are near its frequencies, its area is predicted {area_ratio[0]:g} to "
-    "{area_ratio[1]:g} times as large as it is, and chips with both are not predicted as one class.",
-    "evaluation/{split}/best.parquet",
-)
+@check
 def calibration(evidence: Evidence) -> Check:
     """Probabilities of the class against its frequencies, its area, and collapse to one class."""
-    asked, k, class_name = evidence.thresholds["calibration"], evidence.positive, evidence.class_name
+    asked, k, class_name = evidence.criteria["calibration"], evidence.positive, evidence.class_name
     table = evidence.usable_table()
     true, pixels = table.counts[:, k].sum(axis=1), table.counts.sum(axis=(1, 2))
     called = table.counts[:, :, k].sum(axis=1)
@@ -110,21 +100,17 @@ def calibration(evidence: Evidence) -> Check:
     return judge(values, found, plots=[plot])
 
 
-@check(
-    "Scores recomputed",
-    "TerraTorch's metrics of run and reference are those that the chip table's counts give.",
-    "evaluation/{split}/best.parquet",
-)
+@check
 def identities(evidence: Evidence) -> Check:
     """TerraTorch's own metrics against the same figures from the chip table's counts, for run and reference."""
-    gaps = {}
     tables = {"run": evidence.usable_table()} | ({"reference": evidence.reference} if evidence.reference else {})
+    most, gaps = evidence.criteria["identities"]["difference"], {}
     for name, table in tables.items():
         found, metrics_there = terratorch_scores(table), table.metadata.get("metrics") or {}
         stored = {key.rsplit("/", 1)[-1]: value for key, value in metrics_there.items()}
         if both := found.keys() & stored.keys():
             gaps[name] = max(abs(float(stored[key]) - (found[key] or 0.0)) for key in both)
-    values = [Value(f"{name}: largest difference of a metric", gap, at_most=_TOLERANCE) for name, gap in gaps.items()]
+    values = [Value(f"{name}: largest difference of a metric", gap, at_most=most) for name, gap in gaps.items()]
     damaged = {name: why for name, (status, why) in evidence.absent.items() if status == "fail" and "table" in name}
     values += [Value(name, why, expected="readable") for name, why in damaged.items()]
     skip = "" if "run" in gaps else "the chip table holds none of TerraTorch's metrics"
