@@ -50,5 +50,5 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
                 counted.append(count(wet[part][None], called[None], share[part][None], classes=2))
     metadata = {"split": "map", "class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata |= {"protocol": "custom", "checkpoint": {"name": record["weights"]["file"]} | record["weights"]}
-    metadata["recipe_sha256"] = record["recipe_sha256"]
+    metadata["recipe_sha256"] = record.get("recipe_sha256")  # of maps made before 0.2 none is known
     return ChipTable.of_batches(events.items(), counted, metadata)
