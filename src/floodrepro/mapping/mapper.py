@@ -135,7 +135,8 @@ def _classes(probability: Array, positive: int, threshold: float | None) -> Arra
 
 def _colours(reader: Reader, tile: Tile) -> dict[str, Array]:
     """The event in colours (h, W) from 0 to 255: optical where there is some, else VV in grey."""
-    event, grey = {m: steps.index(EVENT_STEP) for m, steps in reader.steps.items() if m != "DEM"}, np.float32(0)
+    event = {modality: steps.index(EVENT_STEP) for modality, steps in reader.steps.items() if modality != "DEM"}
+    grey: Array = np.zeros(tile[2:], np.float32)
     if "S1RTC" in event:
         vv = reader.cut("S1RTC", tile, np.s_[event["S1RTC"], :1])[0].astype(np.float32)
         grey = np.nan_to_num((vv + 25) * 10.2)  # -25 dB is black, 0 dB white

@@ -27,7 +27,7 @@ Item = dict[str, Any]
 Pass = dict[str, Any]
 _COLLECTIONS = {"S1RTC": "sentinel-1-rtc", "S2L2A": "sentinel-2-l2a", "DEM": "cop-dem-glo-30"}
 # The borders of Planetary Computer's radar hold 0: microsoft/PlanetaryComputer#307, #493.
-_PIXELS = {"S1RTC": {"unit": "power", "nodata": [-32768, 0]}, "S2L2A": {"nodata": [0]}}
+_PIXELS: dict[str, dict[str, Any]] = {"S1RTC": {"unit": "power", "nodata": [-32768, 0]}, "S2L2A": {"nodata": [0]}}
 _LOOK_BACK, _LOOK_AHEAD = 90 * DAY, 45 * DAY  # what is searched: a month before `before`, and an `after`
 
 
@@ -234,7 +234,7 @@ def _choose_orbit(found: Sequence[Pass], event: datetime, late: timedelta) -> di
     """Four radar passes of one relative orbit: of those that see most of the area, the one that came first."""
 
     def reach(plan: Mapping[str, Pass | None]) -> float:
-        return min(p["coverage"] for step, p in plan.items() if p and step != "after")
+        return min(float(p["coverage"]) for step, p in plan.items() if p and step != "after")
 
     orbits = [[p for p in found if p["orbit"] == orbit] for orbit in sorted({p["orbit"] for p in found})]
     plans = [plan for own in orbits if (plan := choose(own, event, event, late, _LOOK_AHEAD, late))]
