@@ -249,8 +249,10 @@ def break_chip(root: Path, chip: str) -> None:
 def test_damaged_chip_is_named_where_it_lies_and_what_to_do(own_chips, workers):
     chip = read_split(own_chips / "split" / "impactmesh_flood_test.txt")[1]
     break_chip(own_chips, chip)
+    module = ours(own_chips, num_workers=workers)
+    read = list(module.test_dataloader())  # an error kept by pytest would keep the worker, and end it by a timeout
     with pytest.raises(DataError, match=f"{chip}_S1RTC.zarr.zip is damaged") as error:
-        batches(ours(own_chips, num_workers=workers))
+        [module.on_before_batch_transfer(batch, 0) for batch in read]
     assert error.value.where.endswith(f"{chip}_S1RTC.zarr.zip")
     assert "--skip-damaged" in error.value.fix
 
@@ -296,7 +298,18 @@ def test_mask_value_that_the_protocol_does_not_know_is_named_with_its_chip(own_c
         mask = file.read(1)
         mask[0, 0] = 2
         file.write(mask, 1)
-    with pytest.raises(DataError, match=rf"mask of {chip} holds \[2\]"):
+    with pytest.raises(DataError, match=rf"mask of {chip} holds \[2\], expected \[-1, 0, 1\]") as error:
+        batches(ours(own_chips))
+    assert "v1-binary" in error.value.fix
+
+
+def test_chip_of_another_size_than_the_others_of_its_batch_is_named(own_chips):
+    chip = read_split(own_chips / "split" / "impactmesh_flood_test.txt")[1]
+    with rasterio.open(own_chips / "data" / "DEM" / f"{chip}_DEM.tif", "r+") as file:
+        profile = dict(file.profile) | {"height": 16}
+    with rasterio.open(own_chips / "data" / "DEM" / f"{chip}_DEM.tif", "w", **profile) as file:
+        file.write(np.zeros((16, 32), np.int16), 1)
+    with pytest.raises(DataError, match=rf"DEM of {chip} is \(1, 1, 16, 32\) int16, of other chips \(1, 1, 32, 32\)"):
         batches(ours(own_chips))
 
 

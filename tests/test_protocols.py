@@ -52,15 +52,6 @@ def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_pat
     assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
 
 
-def test_v0_recipe_on_v1_data_is_an_error_that_names_the_way_out(cli, v1_chips, tmp_path: Path):
-    name = "terramind_v1_tiny_impactmesh_flood"
-    workers = ("--data.init_args.num_workers=0",)
-    outcome = cli("fit", "--config", name, "--data-root", v1_chips, "--runs-root", tmp_path, *TINY, *SHORT, *workers)
-    assert outcome.code == 1
-    assert "holds [2], expected [-1, 0, 1]" in outcome.err
-    assert "v1-binary" in outcome.err
-
-
 # ImpactMesh-Fire, with the statistics of impactmesh 0.1.2 (impactmesh_datamodule.datasets_stats["fire"]).
 FIRE = Protocol(
     name="fire",

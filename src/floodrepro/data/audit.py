@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import (
@@ -184,7 +183,7 @@ def check_chip(source: Chips, row: ChipRow) -> ChipRow:
             row.add("error", f"{part}: dtype", str(arrays[part].dtype))
         if arrays[part].shape != wanted:
             row.add("error", f"{part}: shape", f"{arrays.pop(part).shape}, expected {wanted}")
-    if "DEM" in arrays and LABEL_DIR in arrays and _grid(source, row.chip, "DEM") != _grid(source, row.chip, LABEL_DIR):
+    if "DEM" in arrays and LABEL_DIR in arrays and source.grid(row.chip, "DEM") != source.grid(row.chip, LABEL_DIR):
         row.add("error", "DEM and MASK on different grids")
     _check_dates(row, attributes)
     if "S2L2A" in arrays:
@@ -238,11 +237,6 @@ def _read_lists(
         except DataError as error:
             findings.append(("error", "split file", f"{files[name].name}: {error.what}", ""))
     return listed, findings
-
-
-def _grid(source: Chips, chip: str, part: str) -> tuple[Any, Any]:
-    with rasterio.open(source.path(chip, part)) as file:
-        return file.crs, file.transform
 
 
 def _check_dates(row: ChipRow, attributes: dict[str, dict[str, Any]]) -> None:

@@ -106,6 +106,10 @@ class Chips:
         """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk. Raises as `bands` does."""
         return self._open(chip, part, read_raster)
 
+    def grid(self, chip: str, part: str) -> tuple[Any, Any]:
+        """CRS and transform of a chip's DEM or MASK. Raises as `bands` does."""
+        return self._open(chip, part, read_grid)
+
     def _open(self, chip: str, part: str, reader: Callable[["Window"], T]) -> T:
         """Let a reader read a chip's file, three times where the disk fails: a network disk's hiccup passes."""
         file, offset, size = self._place(chip, part)
@@ -253,6 +257,12 @@ def read_group(file: Window) -> zarr.Group:
         return zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
 
 
+def read_grid(file: Window) -> tuple[Any, Any]:
+    """CRS and transform of a GeoTIFF."""
+    with MemoryFile(file.read(file.size)) as memory, memory.open() as dataset:
+        return dataset.crs, dataset.transform
+
+
 def read_raster(file: Window) -> Array:
     """The only band (H, W) of a GeoTIFF, as GDAL reads it: it refuses damage that tifffile takes for pixels."""
     # Reading the georeference, which nobody asks for here, would take twice as long as the pixels.
@@ -310,7 +320,7 @@ def _read_member(file: Window, archive: zipfile.ZipFile, info: zipfile.ZipInfo, 
     name = info.orig_filename.encode()
     start, stop = 30 + len(name), 30 + len(name) + info.compress_size  # APPNOTE.TXT of PKWARE, 4.3.7
     file.seek(info.header_offset)
-    content = memoryview(room)[: file.readinto(room[:stop])]
+    content: Any = room[: file.readinto(room[:stop])].data
     if info.compress_type != zipfile.ZIP_STORED or content[28:30] != b"\0\0" or content[30:start] != name:
         return archive.read(info)
     if zlib.crc32(content[start:]) != info.CRC or info.file_size != info.compress_size:

@@ -107,19 +107,21 @@ def check_version(folder: Path, protocol: str | None, *, where: str) -> tuple[st
     known = {str(rules.data_version): rules.counts for rules in PROTOCOLS.values() if rules.counts}
     version = next((name for name, counts in known.items() if counts == chips), "unknown")
     needed = PROTOCOLS[protocol].data_version if protocol else None
-    like = "v1" if any(folder.glob("*_test_holdout.txt")) else "v0"  # a subset, or generated chips
-    if needed and (like if version == "unknown" else version) != needed:
-        what = f"protocol {protocol} needs {needed} data, this is {version if version != 'unknown' else f'like {like}'}"
+    kind = version
+    if version == "unknown":  # a subset, or generated chips
+        kind = "like v1" if any(folder.glob("*_test_holdout.txt")) else "like v0"
+    if needed and not kind.endswith(needed):
+        counts = ", ".join(f"{count:,} {split}" for split, count in chips.items())
         fix = f"--revision of a commit that holds {needed}, or another --protocol"
         fix += "; v1-binary reads version 1 as version 0's two classes" if needed == "v0" else ""
-        raise DataError(f"{what}: {', '.join(f'{n:,} {s}' for s, n in chips.items())}", where=where, fix=fix)
+        raise DataError(f"protocol {protocol} needs {needed} data, this is {kind}: {counts}", where=where, fix=fix)
     return version, chips
 
 
 def _list_files(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     """Commit of a revision, and the size of each of its files by path. A busy hub is asked again when it says so."""
     from huggingface_hub import HfApi, RepoFile
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
     api = HfApi()
     address = f"{api.endpoint}/api/datasets/{repo}/revision/{quote(revision, safe='')}"

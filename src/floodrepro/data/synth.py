@@ -15,7 +15,6 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -72,23 +71,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tiff": {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"},
     },
 }
-
-
-@dataclass(frozen=True)
-class Scene:
-    """An event as the satellites and the mappers saw it.
-
-    `elevation` (H, W) int16 metres; `s1` (T, 2, H, W) float16 dB, NaN where missing; `s2` (T, 12, H, W) int16, NO_DATA
-    where missing; `scl` (T, H, W) uint8; (H, W) bool each: `permanent` water, `hit` by the event, and `mapped`.
-    """
-
-    elevation: Array
-    s1: Array
-    s2: Array
-    scl: Array
-    permanent: Array
-    hit: Array
-    mapped: Array
 
 
 def generate(
@@ -193,14 +175,18 @@ def generate(
     }
 
 
-def draw_scene(rng: np.random.Generator, shape: tuple[int, int], *, hazard: str = "flood", edge: str = "") -> Scene:
-    """A whole event's scene.
+def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], hazard: str, edge: str) -> dict[str, Array]:
+    """A whole event of (H, W) pixels, as the satellites and the mappers saw it.
 
     Args:
         rng: The event's own generator; the same state gives the same scene.
         shape: Height and width in pixels.
         hazard: `flood`, or `fire`, which burns what a flood would cover.
-        edge: Whose swath ends inside the scene, so that pixels are missing: `S1RTC`, `S2L2A` or both, as one text.
+        edge: Whose swath ends inside the scene, so that pixels are missing: `S1RTC`, `S2L2A` or neither.
+
+    Returns:
+        `DEM` (H, W) int16 metres; `S1RTC` (T, 2, H, W) float16 dB, NaN where missing; `S2L2A` (T, 12, H, W) int16,
+        NO_DATA where missing; `SCL` (T, H, W) uint8; (H, W) bool each: `permanent` water, `hit`, and `mapped`.
     """
     rows, columns = np.mgrid[: shape[0], : shape[1]] / min(shape)
     river = 0.25 * shape[1] / min(shape) + 0.1 * np.sin(4 * rows + 6 * rng.random())
@@ -236,13 +222,14 @@ def draw_scene(rng: np.random.Generator, shape: tuple[int, int], *, hazard: str 
     s2 = np.rint(np.clip(s2, 1, 16000)).astype(np.int16)
     beyond = rows * rng.uniform(-1, 1) + columns
     far = beyond > np.quantile(beyond, 0.93)  # the far side of a slanting line: beyond a swath or a mapped area
-    if "S1RTC" in edge:
+    if edge == "S1RTC":
         s1[EVENT, :, far] = np.nan
-    if "S2L2A" in edge:
+    if edge == "S2L2A":
         s2[0, :, far], scl[0, far] = NO_DATA, NOT_SEEN
-    mapped = ~(far if "S1RTC" in edge else beyond < np.quantile(beyond, 0.05))
+    mapped = ~(far if edge == "S1RTC" else beyond < np.quantile(beyond, 0.05))
     elevation = np.rint(60 + 40 * np.maximum(height, 0) + 4 * woods + rng.normal(0, 0.6, shape)).astype(np.int16)
-    return Scene(elevation, s1.astype(np.float16), s2, scl, permanent, hit, mapped)
+    images = {"DEM": elevation, "S1RTC": s1.astype(np.float16), "S2L2A": s2, "SCL": scl}
+    return images | {"permanent": permanent, "hit": hit, "mapped": mapped}
 
 
 def _field(rng: np.random.Generator, shape: tuple[int, int], smooth: float) -> Array:
@@ -259,18 +246,18 @@ def _event_chips(
     columns = int(np.ceil(np.sqrt(chips)))
     shape = (-(-chips // columns) * size, columns * size)
     # In turn, so that the smallest data set has both kinds of missing pixels and an event without any.
-    scene = draw_scene(rng, shape, hazard=protocol.hazard, edge=("", "S1RTC", "S2L2A")[event % 3])
-    truth = np.where(scene.hit, len(protocol.label_map) - 1, 0).astype(np.int8)
+    scene = _draw_scene(rng, shape, protocol.hazard, edge=("", "S1RTC", "S2L2A")[event % 3])
+    truth = np.where(scene["hit"], len(protocol.label_map) - 1, 0).astype(np.int8)
     if len(protocol.label_map) == 3:  # version 1 tells permanent water from the rest
-        truth[scene.permanent] = 1
-    truth[~scene.mapped] = IGNORE_INDEX
+        truth[scene["permanent"]] = 1
+    truth[~scene["mapped"]] = IGNORE_INDEX
     time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
     orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
     for number in range(chips):
         row, column = (place * size for place in divmod(number, columns))
         east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row
         window = np.s_[..., row : row + size, column : column + size]
-        s1, s2, scl, mask = scene.s1[window], scene.s2[window], scene.scl[window], truth[window]
+        s1, s2, scl, mask = scene["S1RTC"][window], scene["S2L2A"][window], scene["SCL"][window], truth[window]
         variant = variants[number % len(variants)]
         yield (
             f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}",
@@ -278,7 +265,7 @@ def _event_chips(
             {
                 "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, _attributes(time, "S2L2A"), variant),
                 "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, _attributes(time, "S1RTC") | orbits, variant),
-                "DEM": _geotiff(scene.elevation[window], east, north, NO_DATA, variant["tiff"]),
+                "DEM": _geotiff(scene["DEM"][window], east, north, NO_DATA, variant["tiff"]),
                 LABEL_DIR: _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
             },
         )
