@@ -1,6 +1,5 @@
 """What is distributed: the wheel, the sdist, and the layers of the package inside."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -12,34 +11,6 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-
-LAYERS = [  # nothing imports what stands further down; "system" is its environment and machine, its top is below
-    ("errors", "console", "__init__", "system.environment", "system.machine", "system.torch_probe"),
-    ("recipe", "run_folder", "callbacks"),
-    ("data",),
-    ("training",),
-    ("evaluation",),
-    ("mapping", "verification", "publishing"),
-    ("system",),
-    ("cli", "__main__"),
-]
-RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-
-
-def rank_of(module: str) -> int:
-    package, _, rest = module.removeprefix("floodrepro").lstrip(".").partition(".")
-    return RANKS.get(f"{package}.{rest.split('.')[0]}", RANKS.get(package, 0))
-
-
-def test_no_module_imports_a_layer_above_its_own():
-    upward = []
-    for path in (ROOT / "src/floodrepro").rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("floodrepro"):
-                wanted = [f"{node.module}.{alias.name}" for alias in node.names]
-                upward += [f"{module} -> {name}" for name in wanted if rank_of(name) > rank_of(module)]
-    assert upward == []
 
 
 @pytest.fixture(scope="module")
