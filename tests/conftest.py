@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -44,10 +45,17 @@ class Outcome:
 LONGEST = ("test_demo", "test_resume", "test_ddp", "test_bench")
 
 
+FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
+
+
+@pytest.hookimpl(tryfirst=True)  # -m chooses in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest before the others, in their own order; what was asked for by name stays as asked."""
+    """Files that take longest before the others, in their own order; the faults of docs/reliability.md get a mark."""
     place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    for item in items:
+        if item.originalname in FAULTS:
+            item.add_marker("faults")
 
 
 def pytest_collection_finish() -> None:

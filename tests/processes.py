@@ -107,8 +107,11 @@ def _run(
     sys.exit(code)
 
 
-def _strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool = False) -> None:
-    """Arrange for a signal in this process, or its process group, the *count*-th time that it comes to a moment."""
+def _strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool = False, worker: bool = False) -> None:
+    """Arrange for a signal the *count*-th time that this process comes to a moment.
+
+    It hits the process, its process group, or one of its loader workers.
+    """
     import torch
 
     from floodrepro.callbacks import ExactResume, exact_resume
@@ -120,7 +123,8 @@ def _strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool =
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(0 if group else os.getpid(), number)
+            target = multiprocessing.active_children()[0].pid if worker else os.getpid()
+            os.kill(0 if group else target, number)
 
     def before(owner: Any, name: str, when: Callable[..., bool] = lambda *_, **__: True) -> None:
         original = getattr(owner, name)

@@ -264,7 +264,12 @@ def test_stray_files_in_a_tar_are_passed_over(tars):
     tar = tars / "train" / "DEM.tar"
     before = Chips(tars).having("DEM")
     with tarfile.open(tar, "a") as archive:
-        for name in ("DEM/.DS_Store", "DEM/._EMSR9001_1_30TXM_x1_y1_DEM.tif", "README.md"):
+        for name in (
+            "DEM/.DS_Store",
+            "DEM/._EMSR9001_1_30TXM_x1_y1_DEM.tif",
+            "README.md",
+            "../DEM/../../EMSR1_1_DEM.tif",
+        ):
             archive.addfile(tarfile.TarInfo(name))
         link = tarfile.TarInfo("DEM/EMSR1_1_DEM.tif")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"

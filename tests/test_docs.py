@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import floodrepro
+from conftest import FAULTS
 from doc_commands import DOCUMENTS, ROOT, Command, blocks, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
 from floodrepro.cli.main import COMMANDS, Parser, main
@@ -134,3 +135,9 @@ def test_every_yaml_parses_those_in_documents_too():
     texts = [file.read_text(encoding="utf-8") for file in files]
     texts += [body for text in DOCUMENTS.values() for body in blocks(text, "yaml")]
     assert all(yaml.safe_load(text) for text in texts)
+
+
+def test_every_fault_of_the_reliability_page_is_planted_by_a_test():
+    source = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(FAULTS) >= 24
+    assert [name for name in sorted(FAULTS) if f"def {name}(" not in source] == []

@@ -20,6 +20,7 @@ from floodrepro.data.protocols import EVENT, NO_DATA
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.metrics import iou, scores
+from processes import Command
 
 ONE_CHIP = ("--data.init_args.batch_size", "1")
 
@@ -285,6 +286,18 @@ def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_p
     assert outcome.code == 1
     assert "cannot be written" in outcome.err
     assert "batches" not in outcome.err
+
+
+def test_full_disk_is_a_clear_error_and_leaves_the_table_that_is_there(tested, trained, tmp_path: Path):
+    folder = tmp_path / "tables"
+    shutil.copytree(Path(json.loads(tested.out)["tables"]["test"]).parent, folder / "test")
+    before = {path.name: path.read_bytes() for path in (folder / "test").iterdir()}
+    command = ("test", "--ckpt", trained.best, "--output", folder, "--no-baselines")
+    full = Command(*command, log=tmp_path / "log", limit_file_size=8_000)
+    assert full.wait() == 1
+    assert "cannot be written" in full.log
+    assert "Traceback" not in full.log
+    assert {path.name: path.read_bytes() for path in (folder / "test").iterdir()} == before
 
 
 def test_test_of_some_batches_leaves_no_table_that_looks_whole(cli, trained, tmp_path: Path):

@@ -146,11 +146,15 @@ def content(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def test_run_killed_at_every_kind_of_moment_resumes_to_the_same_weights(workshop, straight):
-    """One kill after the other: a wrong bit of any resume would stay in the weights."""
+    """One kill after the other: a wrong bit of any resume would stay in the weights.
+
+    TMPDIR lies on another filesystem, where a file that is renamed from there would be copied, and could be torn.
+    """
     moments = [("step", 1), ("step", 4), ("epoch end", 1), ("step", 1), ("rename", 4), ("write", 1), ("validation", 2)]
     moments += [("mark", 1)]  # after all work, and before the mark of a finished run
     for at, count in moments:
-        assert workshop.fit("broken", strikes=[{"at": at, "count": count}]).code == KILLED, at
+        strikes, elsewhere = [{"at": at, "count": count}], {"TMPDIR": "/dev/shm"}
+        assert workshop.fit("broken", strikes=strikes, environment=elsewhere).code == KILLED, at
         assert status(workshop.run("broken")) == "running"
     workshop.finish("broken")
     assert_same_bits(workshop.run("broken"), straight)
@@ -174,6 +178,17 @@ def test_signals_save_the_state_of_that_very_step_with_loader_workers_and_withou
         assert load(run.checkpoints / LAST)["global_step"] == step
     workshop.finish("broken", "--data.init_args.num_workers", 0)
     assert_same_bits(run, straight)
+
+
+def test_death_of_a_loader_worker_ends_the_fit_and_the_same_command_finishes_it(workshop, broken, straight):
+    strike = {"at": "step", "count": 2, "worker": True}
+    outcome = workshop.fit("broken", "--data.init_args.num_workers", 2, strikes=[strike])
+    assert outcome.code == 1
+    assert "DataLoader worker" in outcome.err
+    assert "is killed by signal: Killed" in outcome.err
+    assert status(broken) == "failed"
+    workshop.finish("broken")
+    assert_same_bits(broken, straight)
 
 
 def test_run_with_accumulated_gradients_resumes_to_the_same_weights(workshop):

@@ -60,7 +60,8 @@ class RunRecord(Callback):
         self._epochs, self._epoch, self._energy = (state_dict[key] for key in ("epochs", "epoch", "energy"))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to measure."""
+        """Begin to measure. An epoch that is resumed in its middle has no start of its own."""
+        self._began = self._last = time.perf_counter()
         if trainer.is_global_zero:
             self._meter = EnergyMeter(find_sources(trainer.device_ids if pl_module.device.type == "cuda" else []))
             self._meter.start()
