@@ -284,7 +284,7 @@ def read_bands(file: Window, empty: Callable[..., Array] = np.empty) -> Array:
     """
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
-        array = zarr.open_array({".zarray": archive.read("bands/.zarray")}, mode="r")
+        array = _open_array(archive.read("bands/.zarray"))
         dtype = array.dtype.newbyteorder("=")  # torch takes no big-endian arrays
         out = empty(array.shape, dtype)
         blosc = isinstance(array.compressor, Blosc) and not array.filters and array.order == "C"
@@ -313,6 +313,12 @@ def read_bands(file: Window, empty: Callable[..., Array] = np.empty) -> Array:
         for info in () if complete else archive.infolist():
             archive.open(info).close()  # raises for a file of two names: a chunk would be taken for one left out
     return out
+
+
+@functools.lru_cache(16)
+def _open_array(metadata: bytes) -> zarr.Array:
+    """An array without chunks: how they are stored. zarr takes half a millisecond for it, and most chips share it."""
+    return zarr.open_array({".zarray": metadata}, mode="r")
 
 
 def _read_member(file: Window, archive: zipfile.ZipFile, info: zipfile.ZipInfo, room: Array) -> Any:
