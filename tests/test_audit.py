@@ -37,9 +37,8 @@ def first_chip(root: Path) -> str:
 def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, **attributes: str) -> None:
     """Write a chip's zarr file anew, with other bands or attributes."""
     path = root / "data" / modality / f"{chip}_{modality}.zarr.zip"
-    group = Chips(root).group(chip, modality)
-    masks = {"SCL": group["SCL"][...]} if "SCL" in group else {}
-    path.write_bytes(zarr_zip(change(group["bands"][...]), masks, dict(group.attrs) | attributes, VARIANTS["time"]))
+    held, arrays = Chips(root).extras(chip, modality, "bands", "SCL")
+    path.write_bytes(zarr_zip(change(arrays.pop("bands")), arrays, held | attributes, VARIANTS["time"]))
 
 
 def retouch(root: Path, chip: str, part: str, change) -> None:

@@ -168,14 +168,12 @@ def check_chip(source: Chips, row: ChipRow) -> ChipRow:
         try:
             if part in _SHAPES:
                 arrays[part] = source.bands(row.chip, part)
-                group = source.group(row.chip, part)
-                attributes[part] = dict(group.attrs)
-                if "SCL" in group:
-                    arrays["SCL"] = group["SCL"][...]
+                attributes[part], masks = source.extras(row.chip, part, "SCL")
+                arrays |= masks
             else:
                 arrays[part] = source.raster(row.chip, part)
-        except Exception as error:  # DataError, or what zarr raises for damage beside the bands
-            row.add("error", f"{part} is damaged", getattr(error, "what", None) or str(error))
+        except DataError as error:
+            row.add("error", f"{part} is damaged", error.what)
     edge = arrays.get(LABEL_DIR, arrays.get("DEM", np.empty((0, 0)))).shape
     for part in [part for part in PARTS if part in arrays]:
         wanted = (*_SHAPES.get(part, ()), *edge)

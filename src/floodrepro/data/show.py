@@ -23,11 +23,10 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
 
     facts: dict[str, dict[str, str]] = {}
     for part in [part for part in ("S2L2A", "S1RTC") if chip in source.having(part)]:
-        group = source.group(chip, part)
-        facts[part] = {key: str(group.attrs[key]) for key in _FACTS if key in group.attrs}
-        if "cloud_mask" in group:
-            shares = group["cloud_mask"][...].astype(bool).mean(axis=(1, 2))
-            facts[part]["cloud"] = ";".join(f"{share:.0%}" for share in shares)
+        attributes, masks = source.extras(chip, part, "cloud_mask")
+        facts[part] = {key: str(attributes[key]) for key in _FACTS if key in attributes}
+        for mask in masks.values():
+            facts[part]["cloud"] = ";".join(f"{share:.0%}" for share in mask.astype(bool).mean(axis=(1, 2)))
     panels: list[tuple[str, Any, dict[str, Any]]] = []
     if "S2L2A" in facts:
         dates = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")
