@@ -144,6 +144,9 @@ def test_own_chips_of_any_name_and_classes_are_custom(own_chips):
 def test_commit_of_the_fetch_is_in_the_state(own_chips):
     (own_chips / FETCH_NOTE).write_text(json.dumps({"repo": "a/b", "commit": "0" * 40}))
     assert check_data(recipe_of(own_chips), ("val",)).commit == "0" * 40
+    for damaged in ("", "[]", "{}"):
+        (own_chips / FETCH_NOTE).write_text(damaged)
+        assert check_data(recipe_of(own_chips), ("val",)).commit is None
 
 
 def test_other_data_modules_are_not_looked_at():

@@ -39,6 +39,7 @@ from floodrepro.data.protocols import (
     Protocol,
     suffix_of,
 )
+from floodrepro.data.splits import data_in
 from floodrepro.errors import DataError, UsageError
 
 Array = npt.NDArray[Any]
@@ -109,7 +110,7 @@ def generate(
         UsageError: An argument is out of range, or `root` holds a data set already.
         DataError: `root` cannot be written.
     """
-    held = [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
+    held = data_in(root)
     known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
     demands = (
         (not held, f"{root} holds a data set already ({', '.join(held)}), and nothing is overwritten"),
