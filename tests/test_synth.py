@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,25 @@ def test_data_set_is_never_overwritten(tmp_path, held):
     with pytest.raises(UsageError, match=held):
         generate(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == [held]
+
+
+@pytest.mark.parametrize("layout", ["extracted", "hub"])
+def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, layout):
+    barrier = threading.Barrier(2)
+
+    def start(seed: int) -> bool:
+        barrier.wait()
+        try:
+            generate(tmp_path / "one", **SMALL | {"seed": seed}, layout=layout)
+        except (DataError, UsageError):
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(start, (7, 8)))
+    assert sorted(done) == [False, True]
+    generate(tmp_path / "alone", **SMALL | {"seed": 7 if done[0] else 8}, layout=layout)
+    assert digests(tmp_path / "one") == digests(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])

@@ -131,6 +131,8 @@ def generate(
     subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
     pixels = np.zeros(1 + len(rules.label_map), np.int64)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ("data" if layout == "extracted" else SPLITS[0])).mkdir()  # of two at a time, one is stopped here
         with ExitStack() as stack:
             tars: dict[tuple[str, str], tarfile.TarFile] = {}
             for split, part in product(SPLITS, PARTS) if layout == "hub" else ():
