@@ -27,7 +27,7 @@ from floodrepro.data.protocols import (
     Protocol,
 )
 from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events
-from floodrepro.errors import DataError
+from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
@@ -103,9 +103,15 @@ def audit(
         The manifest.
 
     Raises:
-        DataError: There are no chips, or no such split file.
+        UsageError: The protocol has no classes.
+        DataError: There are no chips, or no such split file, or the root cannot be written.
     """
+    if not protocol.label_map:
+        raise UsageError(f"protocol {protocol.name} has no classes of its own", fix="--config YAML of a recipe")
     source = Chips(root, protocol)
+    if not os.access(root, os.W_OK):
+        fix = "--root of a folder that holds links to what is in this one"
+        raise DataError("the audit is written into the root, which is read-only", where=root, fix=fix)
     listed, findings = _read_lists(root, splits, limit, fraction)
     try:
         # Further lists of a split, as `test_holdout`, may share chips with it.
@@ -138,9 +144,12 @@ def audit(
         "findings": group_findings(findings),
         "bands": bands,
     }
-    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    if rows:
-        _write_figures(root / FIGURES, list(rows.values()))
+    try:
+        write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        if rows:
+            _write_figures(root / FIGURES, list(rows.values()))
+    except OSError as error:
+        raise DataError(f"the audit cannot be written: {error}", where=root, fix="check the disk") from error
     return manifest
 
 

@@ -7,16 +7,17 @@ import numpy as np
 
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import BEFORE, EVENT, LABEL_DIR, S2_BANDS, TIMESTEPS
-from floodrepro.errors import DataError
+from floodrepro.errors import DataError, UsageError
 
 _FACTS = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
 _RGB = [S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
 
 
 def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]:
-    """Write a PNG and return dates, orbits and clouds by modality, each a text of four values.
+    """Write a picture and return dates, orbits and clouds by modality, each a text of four values.
 
     Raises:
+        UsageError: The picture cannot be written, or its suffix names no format.
         DataError: The chip is not there, or is damaged.
     """
     from matplotlib.figure import Figure
@@ -46,5 +47,8 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
     figure.suptitle(chip, fontsize=9)
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the picture cannot be written: {error}", where=path, fix="--output FILE.png") from error
     return facts
