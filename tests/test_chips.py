@@ -272,6 +272,14 @@ def test_index_of_a_read_only_folder_lies_in_the_users_cache(tars, tmp_path, mon
     assert len(list((tmp_path / "cache").rglob("*.index.json"))) == 12
 
 
+def test_index_needs_no_home(tars, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # nobody's, as in a container
+    assert len(Chips(tars).having("DEM")) == 8
+    assert len(list(tars.rglob("*.index.json"))) == 12
+
+
 def test_one_of_several_processes_reads_the_headers_and_the_others_wait(tars, tmp_path, monkeypatch):
     real = tarfile.open
 

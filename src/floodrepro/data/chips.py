@@ -186,7 +186,7 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
         DataError: The tar is damaged.
     """
     state = [tar.stat().st_size, tar.stat().st_mtime_ns]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "floodrepro"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache") / "floodrepro"
     elsewhere = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{tar.name}.index.json"
     saved = tar.with_name(f"{tar.name}.index.json") if os.access(tar.parent, os.W_OK) else elsewhere
     if (known := _read_index(saved, state)) is not None:

@@ -138,13 +138,15 @@ def choose_chips(
         return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
     sizes = Counter(events.values())
-    order = sorted(sizes, key=draw)
+    rank = {event: place for place, event in enumerate(sorted(sizes, key=draw))}
     kept: set[str] = set()
-    for event in order:
-        if sizes[event] + sum(sizes[other] for other in kept) <= wanted:
+    room = wanted
+    for event in rank:
+        if sizes[event] <= room:
             kept.add(event)
+            room -= sizes[event]
     chosen = {chip for chip, event in events.items() if event in kept}
-    rest = sorted(events.keys() - chosen, key=lambda chip: (order.index(events[chip]), draw(chip)))
+    rest = sorted(events.keys() - chosen, key=lambda chip: (rank[events[chip]], draw(chip)))
     chosen.update(rest[: wanted - len(chosen)])
     return {chip: event for chip, event in events.items() if chip in chosen}
 
