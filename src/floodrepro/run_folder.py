@@ -1,5 +1,6 @@
 """The run folder: where everything of one run lies, and the record that the run keeps of itself."""
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -149,4 +150,5 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as on a read-only disk, whose first error is the one to tell
+            partial.unlink(missing_ok=True)

@@ -138,13 +138,15 @@ def choose_chips(
         return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
     sizes = Counter(events.values())
-    order = sorted(sizes, key=draw)
+    rank = {event: place for place, event in enumerate(sorted(sizes, key=draw))}
     kept: set[str] = set()
-    for event in order:
-        if sizes[event] + sum(sizes[other] for other in kept) <= wanted:
+    room = wanted
+    for event in rank:
+        if sizes[event] <= room:
             kept.add(event)
+            room -= sizes[event]
     chosen = {chip for chip, event in events.items() if event in kept}
-    rest = sorted(events.keys() - chosen, key=lambda chip: (order.index(events[chip]), draw(chip)))
+    rest = sorted(events.keys() - chosen, key=lambda chip: (rank[events[chip]], draw(chip)))
     chosen.update(rest[: wanted - len(chosen)])
     return {chip: event for chip, event in events.items() if chip in chosen}
 
@@ -230,9 +232,19 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] 
 
 
 def read_commit(root: Path) -> str | None:
-    """The hub's commit that `data fetch` noted beside the chips; None where there is no note."""
-    notes = [note for note in (root / FETCH_NOTE, root.parent / FETCH_NOTE) if note.is_file()]
-    return str(json.loads(notes[0].read_text(encoding="utf-8"))["commit"]) if notes else None
+    """The hub's commit that `data fetch` noted beside the chips; None where there is no note, or a damaged one."""
+    for note in (root / FETCH_NOTE, root.parent / FETCH_NOTE):
+        if note.is_file():
+            try:
+                return str(json.loads(note.read_text(encoding="utf-8"))["commit"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                console.warn(f"{note} cannot be read, so the data's commit is not known: {error!r}")
+    return None
+
+
+def data_in(root: Path) -> list[str]:
+    """Those folders of a data set, `data`, `split` and one for each split, that are there."""
+    return [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
 
 
 def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -39,6 +39,7 @@ from floodrepro.data.protocols import (
     Protocol,
     suffix_of,
 )
+from floodrepro.data.splits import data_in
 from floodrepro.errors import DataError, UsageError
 
 Array = npt.NDArray[Any]
@@ -109,7 +110,7 @@ def generate(
         UsageError: An argument is out of range, or `root` holds a data set already.
         DataError: `root` cannot be written.
     """
-    held = [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
+    held = data_in(root)
     known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
     demands = (
         (not held, f"{root} holds a data set already ({', '.join(held)}), and nothing is overwritten"),
@@ -130,6 +131,8 @@ def generate(
     subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
     pixels = np.zeros(1 + len(rules.label_map), np.int64)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ("data" if layout == "extracted" else SPLITS[0])).mkdir()  # of two at a time, one is stopped here
         with ExitStack() as stack:
             tars: dict[tuple[str, str], tarfile.TarFile] = {}
             for split, part in product(SPLITS, PARTS) if layout == "hub" else ():

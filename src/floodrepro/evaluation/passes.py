@@ -62,7 +62,7 @@ class ChipWriter(BasePredictionWriter):
 
     def _write(self, file: str, logits: Tensor) -> None:
         """One chip, from its logits (K, H, W)."""
-        with rasterio.open(file) as grid:
+        with rasterio.open(file, driver="GTiff" if self._source else None) as grid:
             profile = {"driver": "GTiff", "count": 1, "compress": "deflate", "crs": grid.crs}
             profile |= {"transform": grid.transform, "height": grid.height, "width": grid.width}
             unseen = self._unseen(file, grid)

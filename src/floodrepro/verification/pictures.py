@@ -69,7 +69,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
         title = f"{kind}: {chips[n]}, {says}"
         drawn.append({"title": title, **maps.seen[chips[n]], **take_pictures(source, chips[n])})
         rows.append([kind, chips[n], None if np.isnan(score) else score, pixels, moved])
-    with rasterio.open(source.path(chips[0], protocols.LABEL_DIR)) as mask:
+    with rasterio.open(source.path(chips[0], protocols.LABEL_DIR), driver="GTiff") as mask:
         metres = float(abs(mask.transform.a))
     (folder / "panels.png").write_bytes(panels_png(drawn, table.class_names, positive, metres))
     notes = [
