@@ -124,6 +124,20 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    "argv", [("validate",), ("test",), ("predict", "--output", "new"), ("export", "--output", "new")]
+)
+def test_code_beside_a_downloaded_export_runs_only_where_its_config_is_given(cli, tmp_path: Path, argv, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mods").mkdir()
+    (tmp_path / "mods" / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (tmp_path / "model.yaml").write_text("custom_modules_path: mods\nmodel: {}\ndata: {}\n")
+    torch.save(model().state_dict(), tmp_path / "model.pt")
+    outcome = cli(*argv, "--ckpt", "model.pt")
+    assert (outcome.code, "custom_modules_path" in outcome.err, "--config model.yaml" in outcome.err) == (1, True, True)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):
     path = tmp_path / "trained.pt"
     torch.save({"state_dict": {"model.w": torch.ones(1)}, "config": Config()}, path)
