@@ -131,8 +131,8 @@ def timestamp() -> str:
 
 
 def free_name(path: Path) -> str:
-    """The first of NAME-2, NAME-3, … that is not taken beside *path*."""
-    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    """The first of NAME-2, NAME-3, … that is not taken beside *path*, with the suffix that it has."""
+    names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
     return next(name for name in names if not path.with_name(name).exists())
 
 

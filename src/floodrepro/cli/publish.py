@@ -133,6 +133,8 @@ def run_export(args: argparse.Namespace) -> int:
     output = args.output or (run.export if run else None)
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
+    if run and output.resolve().is_relative_to(run.verification.resolve()):
+        raise UsageError("this folder is for what verify writes", where=output, fix="another --output DIR")
     recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
     if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
         raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")
