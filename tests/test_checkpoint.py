@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from floodrepro.errors import CheckpointError
+from floodrepro.publishing.export import export
 from floodrepro.training.checkpoint import load_weights, read_checkpoint
 
 
@@ -74,6 +75,18 @@ def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path,
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="not this model's"):
         load_weights(model(), read_checkpoint(tmp_path / "other.pt"), strict=False)
+
+
+@pytest.mark.parametrize("name", ["1.weight", "1.running_var"])
+def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Path, name: str):
+    weights = model().state_dict()
+    weights[name][0] = float("nan")
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=f"not finite: {name}"):
+        load_weights(model(), read_checkpoint(tmp_path / "w.pt"))
+    with pytest.raises(CheckpointError, match=f"not finite: {name}"):
+        export(tmp_path / "w.pt", {"model": {}}, tmp_path / "out", "mine")
+    assert not (tmp_path / "out").exists()
 
 
 def safetensors_bytes(folder: Path) -> bytes:

@@ -268,15 +268,17 @@ def test_several_test_splits_are_tested_in_one_pass(cli, trained, tested, chips,
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
 
 
-def test_weights_that_predict_nan_leave_no_table(cli, trained, tmp_path: Path):
+@pytest.mark.parametrize(("command", "says"), [("test", "3 chips, the first is EMSR"), ("predict", "EMSR")])
+def test_finite_weights_that_predict_nan_leave_no_table_and_no_mask(cli, trained, tmp_path: Path, command, says):
     content = torch.load(trained.best, weights_only=True)
     name = next(key for key in content["state_dict"] if key.endswith("running_var"))
-    content["state_dict"][name][0] = float("nan")
+    content["state_dict"][name][0] = -1.0  # its root is NaN
     torch.save(content, tmp_path / "best.ckpt")
-    outcome = cli("test", "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe)
+    flags = ("--config", trained.recipe, "--output", tmp_path / "out")
+    outcome = cli(command, "--ckpt", tmp_path / "best.ckpt", *flags)
     assert outcome.code == 1
-    assert "not finite for 3 chips, the first is EMSR" in outcome.err
-    assert not list((tmp_path / "evaluation").rglob("*.parquet"))
+    assert f"not finite for {says}" in outcome.err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):

@@ -20,7 +20,7 @@ from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import DataState, check_data
-from floodrepro.errors import DataError, UsageError
+from floodrepro.errors import CheckpointError, DataError, UsageError
 from floodrepro.recipe import check_precision
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.layout import without_files
@@ -62,6 +62,9 @@ class ChipWriter(BasePredictionWriter):
 
     def _write(self, file: str, logits: Tensor) -> None:
         """One chip, from its logits (K, H, W)."""
+        if not bool(logits.isfinite().all()):
+            what = f"the model predicts values that are not finite for {chip_of(file)}"
+            raise CheckpointError(what, fix="--precision bf16 or fp32")
         with rasterio.open(file) as grid:
             profile = {"driver": "GTiff", "count": 1, "compress": "deflate", "crs": grid.crs}
             profile |= {"transform": grid.transform, "height": grid.height, "width": grid.width}

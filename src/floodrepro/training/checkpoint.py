@@ -83,6 +83,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, kept, content.get("hyper_parameters") or {})
 
 
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Refuse weights to be used or passed on that are not finite: a network with NaN predicts class 0 everywhere.
+
+    Raises:
+        CheckpointError: A weight or a buffer holds NaN or an infinity.
+    """
+    floats = {name: tensor for name, tensor in checkpoint.weights.items() if tensor.is_floating_point()}
+    bad = [name for name, tensor in floats.items() if not bool(tensor.double().isfinite().all())]
+    if bad:
+        what = f"{len(bad)} tensors of the checkpoint are not finite: {', '.join(bad[:3])}"
+        raise CheckpointError(what, where=checkpoint.path, fix="train again, or give an earlier checkpoint")
+
+
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool = True) -> str:
     """Put a file's weights into a model; what is left out is told as a warning.
 
@@ -95,8 +108,9 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
         What did not fit and was left out: counts and first names; empty where all did.
 
     Raises:
-        CheckpointError: With `strict`, something does not fit; without, nothing fits.
+        CheckpointError: A value is not finite. With `strict`, something does not fit; without, nothing fits.
     """
+    check_finite(checkpoint)
     own, given = model.state_dict(), checkpoint.weights
     fitting = {name: tensor for name, tensor in given.items() if name in own and tensor.shape == own[name].shape}
     misfits = {
@@ -123,7 +137,7 @@ def load_strictly(checkpoint: Checkpoint, task: Any, recipe: Recipe) -> None:
         recipe: The recipe that the task was built from.
 
     Raises:
-        CheckpointError: The weights belong to another model.
+        CheckpointError: The weights belong to another model, or are not finite.
     """
     differences = list_differences(checkpoint.hyper_parameters, recipe["model"].get("init_args") or {})
     try:
