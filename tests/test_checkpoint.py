@@ -89,6 +89,25 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_integer_and_complex_weights_are_refused(tmp_path: Path, kind: torch.dtype):
+    torch.save({name: tensor.to(kind) for name, tensor in model().state_dict().items()}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"6 not of floats \(0.weight"):
+        load_weights(model(), read_checkpoint(tmp_path / "w.pt"))
+
+
+def test_names_that_become_one_without_their_prefixes_are_refused(tmp_path: Path):
+    torch.save({"model.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="two tensors are both named a"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+def test_hyper_parameters_of_other_kinds_are_not_a_recipes(tmp_path: Path):
+    for remembered in ([1], "text", {"model_args": "text"}):
+        torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": remembered}, tmp_path / "w.pt")
+        assert read_checkpoint(tmp_path / "w.pt").hyper_parameters == {}
+
+
 def safetensors_bytes(folder: Path) -> bytes:
     save_file(model().state_dict(), folder / "whole.safetensors")
     return (folder / "whole.safetensors").read_bytes()
@@ -164,7 +183,7 @@ def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):
 
 
 def test_file_without_weights_is_refused(tmp_path: Path):
-    for content in ({"epoch": 3}, [1, 2], {"state_dict": {}}):
+    for content in ({"epoch": 3}, [1, 2], {"state_dict": {}}, {1: torch.ones(1)}):
         torch.save(content, tmp_path / "w.pt")
         with pytest.raises(CheckpointError, match=r"without a state dict|no weights"):
             read_checkpoint(tmp_path / "w.pt")
