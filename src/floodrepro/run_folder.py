@@ -55,7 +55,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"the run folder cannot be made: {error.strerror}"
-            raise RunFolderError(what, where=path, fix="--runs-root DIR puts it elsewhere") from error
+            raise RunFolderError(what, where=path, fix="--runs-root or --run-dir DIR puts it elsewhere") from error
         return cls(path)
 
     @classmethod
