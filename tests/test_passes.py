@@ -16,10 +16,13 @@ from sklearn.metrics import confusion_matrix
 
 from conftest import CHIPS
 from floodrepro import console
-from floodrepro.data.protocols import EVENT, NO_DATA
+from floodrepro.data.chips import Chips
+from floodrepro.data.protocols import EVENT, NO_DATA, PROTOCOLS
+from floodrepro.errors import RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.metrics import iou, scores
+from floodrepro.evaluation.passes import ChipWriter
 
 ONE_CHIP = ("--data.init_args.batch_size", "1")
 
@@ -207,6 +210,17 @@ def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
     assert outcome.code == 2
     assert "not empty" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_mask_that_finds_the_disk_full_is_an_error(chips, tmp_path: Path):
+    chip = split_of(chips, "test")[0]
+    (tmp_path / f"{chip}_pred.tif").symlink_to("/dev/full")
+    file = next((chips / "data" / "DEM").glob(f"{chip}*"))
+    writer = ChipWriter(tmp_path, 1, None, Chips(chips / "data", PROTOCOLS["v0"]))
+    logits = torch.zeros(1, 2, CHIPS["size"], CHIPS["size"])
+    batch = {"filename": [str(file)]}
+    with pytest.raises(RunFolderError, match="No space left"):
+        writer.write_on_batch_end(mock.Mock(), None, ((logits, None), None), None, batch)
 
 
 def test_config_wins_over_the_checkpoint_and_the_difference_is_named(cli, trained, tested, metrics, tmp_path: Path):
