@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
 from floodrepro.publishing.export import export
 from floodrepro.training.checkpoint import load_weights, read_checkpoint
@@ -85,7 +86,7 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
     with pytest.raises(CheckpointError, match=f"not finite: {name}"):
         load_weights(model(), read_checkpoint(tmp_path / "w.pt"))
     with pytest.raises(CheckpointError, match=f"not finite: {name}"):
-        export(tmp_path / "w.pt", {"model": {}}, tmp_path / "out", "mine")
+        export(tmp_path / "w.pt", recipes.read_yaml(recipes.find("demo")), tmp_path / "out", "mine")
     assert not (tmp_path / "out").exists()
 
 

@@ -76,6 +76,9 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
     """
     from floodrepro.training.checkpoint import check_finite, list_differences, read_checkpoint
 
+    for section in ("data", "model"):
+        if "class_path" not in (recipe.get(section) or {}):
+            raise UsageError(f"the recipe's section '{section}' names no class_path", fix="--config YAML")
     checkpoint = read_checkpoint(checkpoint_path)
     check_finite(checkpoint)
     given = recipe["model"].get("init_args") or {}
