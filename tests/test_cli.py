@@ -110,6 +110,28 @@ def test_runs_are_listed_with_recipe_status_score_and_age(cli, trained):
     assert "trained" in cli("runs", "ls", "--runs-root", trained.path.parent).out
 
 
+@pytest.mark.parametrize(
+    "record", [{"started": "soon"}, {"started": 5}, {"recipe_sha256": None}, {"status": None}, {"best_metrics": [1]}]
+)
+def test_one_odd_record_does_not_hide_the_other_runs(cli, tmp_path: Path, record: dict):
+    for name, content in (("odd", record), ("good", {"status": "finished"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(content))
+    outcome = cli("runs", "ls", "--runs-root", tmp_path)
+    assert (outcome.code, "good" in outcome.out, "odd" in outcome.out) == (0, True, True), outcome.err
+
+
+@pytest.mark.parametrize("argv", [("--version",), ("configs", "show", "demo"), ("runs", "ls", "--format", "json")])
+def test_full_disk_behind_stdout_is_told_in_a_line(argv):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "floodrepro", *argv]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("floodrepro: error: ")
+    assert "No space left" in done.stderr.splitlines()[0]
+    assert "Traceback" not in done.stderr
+
+
 def test_an_error_of_a_loader_worker_keeps_what_where_and_what_to_do():
     """torch raises the class again with the worker's traceback as its only argument."""
     original = DataError("chip A is damaged", where="data/A.zip", fix="fetch it again")
