@@ -138,12 +138,21 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_p
 # The card is the author's
 
 
-def test_edited_card_is_set_aside_and_never_lost(run: RunFolder):
+def test_card_results_and_picture_of_others_are_set_aside_and_never_lost(run: RunFolder):
     card_of(run)
-    (run.export / "README.md").write_text("my own words")
+    for name in ("README.md", "results.json", "panels.png"):
+        (run.export / name).write_text("my own")
     write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
-    assert (run.export / "README-2.md").read_text() == "my own words"
+    for name in ("README-2.md", "results-2.json", "panels-2.png"):
+        assert (run.export / name).read_text() == "my own"
     assert (run.export / "README.md").read_text().startswith("---")
+
+
+def test_export_never_writes_among_the_records_of_verify(cli, run: RunFolder):
+    verified(run)
+    before = run.results.read_bytes()
+    outcome = cli("export", "--run", run.path, "--output", run.verification)
+    assert (outcome.code, run.results.read_bytes()) == (2, before), outcome.err
 
 
 # Records of one run, or none

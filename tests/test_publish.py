@@ -208,6 +208,14 @@ def test_card_in_the_authors_own_words_is_published_as_it_is(cli, exported: Path
     assert dry(cli, exported)["licence"] == ""
 
 
+@pytest.mark.parametrize("card", [b"---\nlicense: [mit\n---\nwords\n", b"---\nlicense: mit\n---\n\xff\xfe\n"])
+def test_card_that_cannot_be_read_is_named(cli, exported: Path, card: bytes):
+    (exported / "README.md").write_bytes(card)
+    outcome = cli("publish", "--export", exported, "--repo", REPO, "--dry-run")
+    assert (outcome.code, "README.md" in outcome.report[1]) == (1, True)
+    assert "Traceback" not in outcome.err
+
+
 def test_results_of_other_weights_are_refused(cli, exported: Path):
     results = json.loads((exported / "results.json").read_text())
     results["run"]["checkpoint"]["sha256"] = "a" * 64

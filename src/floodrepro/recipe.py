@@ -22,6 +22,9 @@ SECTIONS = (
     *("output_file_prefix", "out_dtype", "deploy_config_file", "custom_modules_path"),
 )
 
+# What every command may look into before TerraTorch's parser has seen it, outer ones first.
+_MAPPINGS = ("trainer", "data", "data.init_args", "model", "model.init_args", "model.init_args.model_args")
+
 # Lightning's names for what --precision chooses.
 PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -54,7 +57,7 @@ def read_yaml(path: Path) -> Recipe:
     """Read a YAML and check that it parses.
 
     Raises:
-        UsageError: The file cannot be read, or is no YAML mapping.
+        UsageError: The file cannot be read, or it or one of its sections is no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -66,6 +69,12 @@ def read_yaml(path: Path) -> Recipe:
         raise UsageError(f"the config cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
         raise UsageError("the YAML holds no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
+    for key in _MAPPINGS:
+        value: Any = content
+        for part in key.split("."):
+            value = (value or {}).get(part)
+        if not isinstance(value, dict | None):
+            raise UsageError(f"{key} is no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
     return content
 
 

@@ -1,6 +1,7 @@
 """The model card: what run.json, results.json and the recipe say, for a reader of the hub.
 
-A card is written once. From then on it is its author's: another one never replaces it, the old one is set aside.
+A card is written once. From then on it is its author's: another one never replaces it, the old one is set aside, as is
+any other results.json or picture.
 """
 
 import re
@@ -71,12 +72,9 @@ def write_card(
     copies = {target: source for target, source in copies.items() if source.is_file()}
     text = _card_text(name, weights, recipe, record, results, licence, factors, picture=PICTURE in copies)
     try:
-        if (folder / CARD).exists():
-            aside = folder / f"{free_name(folder / 'README')}.md"
-            (folder / CARD).replace(aside)
-            console.say(f"the card that was there is now {aside.name}")
-        for target in (RESULTS, PICTURE):
-            (folder / target).unlink(missing_ok=True)  # of an earlier export of this run
+        for old in filter(Path.exists, (folder / target for target in (CARD, RESULTS, PICTURE))):
+            aside = old.replace(old.with_name(free_name(old)))
+            console.say(f"{old.name}, which was there, is now {aside.name}")
         for target, source in copies.items():
             shutil.copyfile(source, folder / target)
         (folder / CARD).write_text(text, encoding="utf-8")
