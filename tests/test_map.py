@@ -13,6 +13,7 @@ import pytest
 import rasterio
 import shapely
 import yaml
+from filelock import FileLock
 from matplotlib.image import imread
 from rasterio import Affine
 from scipy import ndimage
@@ -255,6 +256,42 @@ def test_a_finished_map_is_left_as_it_is_and_another_one_is_refused(made, tmp_pa
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="not empty"):
         run(scene, tmp_path)
+
+
+def test_what_was_begun_of_another_scene_is_refused_and_nothing_of_it_gets_into_the_map(tmp_path, monkeypatch):
+    first, second = make_scene(tmp_path / "a", 80, 80), make_scene(tmp_path / "b", 60, 70, seed=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RadarNetwork, "probabilities", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(first, tmp_path / "m")  # stopped before its first strip
+    with pytest.raises(RunFolderError, match="other files, weights or options"):
+        run(second, tmp_path / "m")
+    run(first, tmp_path / "m")
+    assert read(tmp_path / "m", "class").shape == (80, 80) and not (tmp_path / "m" / ".work").exists()
+
+
+def test_two_maps_in_one_folder_are_told_apart(tmp_path):
+    (tmp_path / "m" / ".work").mkdir(parents=True)
+    with FileLock(tmp_path / "m" / ".work" / ".lock"), pytest.raises(RunFolderError, match="another map is being made"):
+        run(make_scene(tmp_path / "s", 40, 40), tmp_path / "m")
+    run(tmp_path / "s" / "scene.yaml", tmp_path / "m")
+
+
+def test_what_others_have_put_where_a_map_is_made_stays(tmp_path):
+    scene = make_scene(tmp_path / "s", 40, 40)
+    for folder in ("m", "linked", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "m" / ".work").mkdir()
+    (tmp_path / "m" / ".work" / "class.raw").write_text("mine")
+    (tmp_path / "linked" / ".work").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "broken" / ".work").mkdir(parents=True)
+    (tmp_path / "broken" / ".work" / "journal.json").touch()
+    for name in ("m", "linked", "file", "broken"):
+        with pytest.raises(RunFolderError):
+            run(scene, tmp_path / name)
+    assert (tmp_path / "m" / ".work" / "class.raw").read_text() == "mine" and not any(
+        (tmp_path / "elsewhere").iterdir()
+    )
 
 
 def test_the_quicklook_is_a_picture_of_the_event_and_map_json_says_what_was_made_of_what(made):
