@@ -11,6 +11,7 @@ import numpy as np
 import pyogrio
 import pytest
 import rasterio
+import rasterio.warp
 import shapely
 import yaml
 from filelock import FileLock
@@ -33,6 +34,10 @@ def read(folder: Path, name: str):
 
 def digests(folder: Path):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def to_degrees(xy):
+    return np.stack(rasterio.warp.transform(CRS, "EPSG:4326", *xy.T), axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +272,26 @@ def test_what_was_begun_of_another_scene_is_refused_and_nothing_of_it_gets_into_
         run(second, tmp_path / "m")
     run(first, tmp_path / "m")
     assert read(tmp_path / "m", "class").shape == (80, 80) and not (tmp_path / "m" / ".work").exists()
+
+
+def test_another_area_or_permanent_water_under_the_same_name_is_another_map(tmp_path, monkeypatch):
+    area, river = shapely.box(LEFT, TOP - 400, LEFT + 300, TOP), np.ones((1, 40, 40), np.uint8)
+    (tmp_path / "a.geojson").write_text(shapely.to_geojson(shapely.transform(area, to_degrees)))
+    scene = make_scene(tmp_path / "s", 40, 40, area={"file": "../a.geojson"}, crs=CRS)
+    options = {"names": ["rest", "flood", "permanent water"], "permanent": 2}
+    options["permanent_file"] = str(tmp_path / save(tmp_path / "river.tif", river))
+    run(scene, tmp_path / "m", **options)
+    monkeypatch.chdir(tmp_path)
+    run(Path("s/scene.yaml"), Path("m"), **options | {"permanent_file": "river.tif"})  # the same from another folder
+    for area in (shapely.box(LEFT, TOP - 400, LEFT + 400, TOP), shapely.box(LEFT + 5, TOP - 400, LEFT + 300, TOP)):
+        (tmp_path / "a.geojson").write_text(shapely.to_geojson(shapely.transform(area, to_degrees)))
+        with pytest.raises(RunFolderError, match="other files"):
+            run(scene, tmp_path / "m", **options)
+    save(tmp_path / "river.tif", river * 0)
+    run(scene, tmp_path / "n", **options)
+    save(tmp_path / "river.tif", river)
+    with pytest.raises(RunFolderError, match="other files"):
+        run(scene, tmp_path / "n", **options)
 
 
 def test_two_maps_in_one_folder_are_told_apart(tmp_path):

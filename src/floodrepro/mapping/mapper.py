@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
 from filelock import FileLock, Timeout
 
 from floodrepro import console
@@ -123,11 +124,14 @@ def _map(
 
 
 def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
-    """A hash of all that a map depends on; of the scene's files, names, sizes and dates."""
-    places = sorted({place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()})
-    stats = [Path(place).stat() for place in places if Path(place).is_file()]
-    files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-    parts = [record, plan, scene.content, scene.grid.transform.to_gdal(), places, files]
+    """A hash of all that a map depends on; of files, absolute paths, sizes and dates."""
+    places = {place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()}
+    files = []
+    for place in sorted(filter(None, [*places, plan["permanent_file"]])):
+        path, stat = Path(place).resolve(), Path(place).stat() if Path(place).is_file() else None
+        files.append([str(path), stat.st_size, stat.st_mtime_ns] if stat else place)
+    options = dict(plan, permanent_file=None)  # a path: it depends on where the command is called
+    parts = [record, options, scene.content, shapely.to_wkb(scene.polygons, hex=True).tolist(), scene.grid, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
