@@ -3,8 +3,10 @@
 import hashlib
 import json
 import multiprocessing
+import resource
 import runpy
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -249,6 +251,30 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path
         codes.append(process.exitcode)
     run(scene, tmp_path / "killed")
     assert codes.count(-signal.SIGKILL) >= 3 and digests(tmp_path / "whole") == digests(tmp_path / "killed")
+
+
+def run_with_little_room(scene, folder, room):
+    """End with 7 where the error says that the map cannot be written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        run(scene, folder)
+    except RunFolderError as error:
+        sys.exit(7 if "cannot be written" in str(error) else 1)
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_an_error_and_with_room_the_same_command_ends_with_the_same_bytes(made, tmp_path):
+    names = ("water.gpkg", "probability.tif", "quicklook.png")
+    rooms = [(made[1] / name).stat().st_size - 500 for name in names]
+    for room in (100, 5_000, 25_000, *rooms):  # the journal, the first strip, a later one, and each kind of file
+        process = multiprocessing.get_context("fork").Process(
+            target=run_with_little_room, args=(made[0], tmp_path / "m", room)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 7, room
+    run(made[0], tmp_path / "m")
+    assert digests(made[1]) == digests(tmp_path / "m")
 
 
 def test_a_finished_map_is_left_as_it_is_and_another_one_is_refused(made, tmp_path):

@@ -61,8 +61,9 @@ def map_scene(
                 _map(network, scene, plan, output, record, identity)
         except Timeout as error:
             raise RunFolderError("another map is being made here", where=output, fix="wait for it") from error
-        except OSError as error:
-            raise RunFolderError(f"the map cannot be written: {error}", where=output) from error
+        except write.ERRORS as error:
+            fix = "make room or name another --output; the same command continues"
+            raise RunFolderError(f"the map cannot be written: {error}", where=output, fix=fix) from error
     content = read_map_record(output / RECORD, identity)
     if _is_ours(work):
         with suppress(OSError):  # the map is whole
@@ -167,9 +168,7 @@ def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: P
             classes[~seen] = percent[~seen] = write.NOT_SEEN
             values = {"class": classes, "probability": percent, "quality": bits}
             for name, value in (values | _colours(reader, (row, 0, *bits.shape))).items():
-                mapped = rasters.array(name, "r+")
-                mapped[row : row + height] = value
-                mapped.flush()
+                rasters.write(name, row, value)
             inside = bits & OUTSIDE == 0
             counts = {"area": inside, "seen": seen}
             counts |= {name: classes == number for number, name in enumerate(plan["names"])}
