@@ -186,3 +186,10 @@ def test_flags_that_cannot_be_carried_out_are_bad_usage(cli, random_weights, map
     assert cli("map", "--scene", scene, "--output", "x").code == 1
     flags = ("--scene", scene, "--output", "x", "--crop", 33, "--max-gap", 9)
     assert cli("map", "--ckpt", random_weights, *flags).code == 2
+
+
+@pytest.mark.parametrize("flag", ["--threshold", "--min-seen", "--max-gap", "--min-hectares", "--batch", "--stride"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "many"])
+def test_numbers_out_of_range_are_bad_usage(cli, flag, value):
+    outcome = cli("map", flag, value)
+    assert outcome.code == 2 and f"{flag}: " in outcome.err

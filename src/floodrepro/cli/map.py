@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ The scene and the files of a map are described in docs/mapping.md. If it is inte
 """
 
 
+def _from(low: float, high: float = 1e5, kind: type = float) -> Callable[[str], Any]:
+    """A flag's type: a number from *low* to *high*, and not NaN."""
+
+    def number(text: str) -> Any:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low:g} to {high:g}")
+        return kind(text)
+
+    return number
+
+
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of map and of its actions."""
     parser.epilog = _EXAMPLES
@@ -47,14 +59,19 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
-    add("--max-gap", type=float, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-seen", type=float, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
-    add("--threshold", type=float, metavar="P", help="probability of the positive class (default: argmax)")
+    add("--max-gap", type=_from(0), default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--min-seen", type=_from(0, 1), default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--threshold", type=_from(0, 1), metavar="P", help="probability of the positive class (default: argmax)")
     add("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
-    add("--min-hectares", type=float, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
-    add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
-    add("--stride", type=int, metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
-    add("--batch", type=int, metavar="N", help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)")
+    add("--min-hectares", type=_from(0), default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
+    add("--crop", type=_from(32, kind=int), metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
+    add("--stride", type=_from(1, kind=int), metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
+    add(
+        "--batch",
+        type=_from(1, kind=int),
+        metavar="N",
+        help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)",
+    )
     add_format(parser)
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
     check = actions.add_parser("check", prog=f"{parser.prog} check", help="compare a map with a truth")
@@ -74,7 +91,8 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sensors", nargs="+", choices=_SENSORS, default=list(_SENSORS), help="default: both")
     add("--output", type=Path, default=Path("scene.yaml"), metavar="YAML", help="default: scene.yaml")
     for name, (value, text) in _LIMITS.items():
-        add(f"--{name.replace('_', '-')}", type=float, default=value, metavar="N", help=f"{text} (default: {value:g})")
+        kind = _from(0, 1) if name == "min_coverage" else _from(0)
+        add(f"--{name.replace('_', '-')}", type=kind, default=value, metavar="N", help=f"{text} (default: {value:g})")
     add_format(plan)
 
 
