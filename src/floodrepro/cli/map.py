@@ -177,14 +177,21 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path)
     return plan | {"permanent_file": str(args.permanent) if args.permanent else None}
 
 
+def _refuse_output(path: Path | None) -> None:
+    """Say before the work that a file cannot be written."""
+    if path and path.exists():
+        raise UsageError("the file exists already and is not overwritten", where=path, fix="--output FILE")
+    if path and not path.parent.is_dir():
+        raise UsageError("there is no such folder", where=path.parent, fix="--output FILE")
+
+
 def _check(args: argparse.Namespace) -> int:
     """Compare a map with a truth."""
     from floodrepro.evaluation import chip_table
     from floodrepro.evaluation.metrics import class_scores
     from floodrepro.mapping.compare import compare_map
 
-    if args.output and args.output.exists():
-        raise UsageError("the file exists already and is not overwritten", where=args.output)
+    _refuse_output(args.output)
     table = compare_map(args.map, args.truth, args.truth_value)
     counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
@@ -198,16 +205,15 @@ def _check(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     """Write a scene from a STAC catalogue."""
-    from floodrepro.mapping.plan import PLANETARY_COMPUTER, Area, make_scene, search
+    from floodrepro.mapping.plan import PLANETARY_COMPUTER, Area, make_scene, public, search
     from floodrepro.mapping.scene import STEPS, parse_time
 
-    if args.output.exists():
-        raise UsageError("the file exists already and is not overwritten", where=args.output, fix="--output FILE")
+    _refuse_output(args.output)
     event, area, url = parse_time(args.event, "--event"), Area(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
     items = search(url, area, event, [*args.sensors, "DEM"])
     limits = {name: getattr(args, name) for name in _LIMITS}
     where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
-    scene: dict[str, Any] = {"area": where, "stac": url}
+    scene: dict[str, Any] = {"area": where, "stac": public(url)}
     scene |= make_scene(items, area, event, datetime.now(UTC), limits)
     text = yaml.safe_dump(scene, sort_keys=False, width=1000, allow_unicode=True)
     write_atomically(args.output, f"# Written by floodrepro map plan; change what you like.\n{text}")

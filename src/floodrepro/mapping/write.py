@@ -62,7 +62,13 @@ class WorkRasters:
         """Write the ENVI header with which GDAL reads a raster."""
         os.truncate(self.path(name), max(self.grid.height * self.grid.width, 2))  # GDAL opens no file of one byte
         grid, no_data = self.grid, {"data ignore value": NOT_SEEN} if name in ("class", "probability") else {}
-        header = {"samples": grid.width, "lines": grid.height, "bands": 1, "data type": 1, "interleave": "bsq"}
+        header: dict[str, Any] = {
+            "samples": grid.width,
+            "lines": grid.height,
+            "bands": 1,
+            "data type": 1,
+            "interleave": "bsq",
+        }
         header["map info"] = f"{{Arbitrary, 1, 1, {grid.transform.c}, {grid.transform.f}, {PIXEL}, {PIXEL}}}"
         header |= {"coordinate system string": f"{{{grid.crs.to_wkt(version=WktVersion.WKT1_ESRI)}}}"} | no_data
         self.path(name).with_suffix(".hdr").write_text("\n".join(["ENVI", *(f"{k} = {v}" for k, v in header.items())]))
