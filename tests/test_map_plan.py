@@ -255,7 +255,11 @@ def test_a_busy_server_is_asked_again(ask):
 
 
 def test_an_area_that_cannot_be_read_is_bad_usage(cli, ask, tmp_path):
-    for text in ("{", '{"type": "Point", "coordinates": [12, 48]}'):
+    empty = (
+        '{"type": "Polygon", "coordinates": []}',
+        '{"type": "Polygon", "coordinates": [[[1,2],[1,2],[1,2],[1,2]]]}',
+    )
+    for text in ("{", '{"type": "Point", "coordinates": [12, 48]}', *empty):
         (tmp_path / "aoi.geojson").write_text(text)
         code, scene, said, _ = ask(NORMAL, "--aoi", tmp_path / "aoi.geojson", box=None)
         assert (code, scene) == (2, None) and "aoi.geojson" in said

@@ -127,10 +127,11 @@ def _map(
 def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
     """A hash of all that a map depends on; of files, absolute paths, sizes and dates."""
     places = {place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()}
-    files = []
-    for place in sorted(filter(None, [*places, plan["permanent_file"]])):
-        path, stat = Path(place).resolve(), Path(place).stat() if Path(place).is_file() else None
-        files.append([str(path), stat.st_size, stat.st_mtime_ns] if stat else place)
+    files: list[list[Any]] = []
+    for place in filter(None, [*places, plan["permanent_file"]]):
+        stat = Path(place).stat() if Path(place).is_file() else None
+        files.append([str(Path(place).resolve()), stat.st_size, stat.st_mtime_ns] if stat else [place])
+    files.sort()
     options = dict(plan, permanent_file=None)  # a path: it depends on where the command is called
     parts = [record, options, scene.content, shapely.to_wkb(scene.polygons, hex=True).tolist(), scene.grid, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
