@@ -201,7 +201,8 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
             console.say(f"reading the headers of {tar}")
         try:
             with tarfile.open(tar, "r:") as archive:
-                index = {Path(m.name).name: (m.offset_data, m.size) for m in archive if m.isreg()}
+                files = [m for m in archive if m.isreg() and ".." not in m.name.split("/")]
+                index = {Path(m.name).name: (m.offset_data, m.size) for m in files}
         except (tarfile.TarError, EOFError) as error:
             what = f"the archive is damaged or cut short: {error}"
             raise DataError(what, where=tar, fix="fetch it again: delete it, then floodrepro data fetch") from error
