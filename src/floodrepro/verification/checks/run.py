@@ -101,16 +101,19 @@ def data(evidence: Evidence) -> Check:
     for key in ("protocol", "commit"):
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
-    found = f"{len(values)} comparisons of protocol, commit and digests, all the same"
+    found = f"the same: {', '.join(value.name for value in values)}"
+    skip = "" if values else "there are no two records of the data to compare"
     notes, tables = [], []
     if "audit" in evidence.absent:
         values.append(Value("the audit's manifest", evidence.absent["audit"][1], expected="readable"))
     elif not audit:
+        found += "; not audited"
         notes.append("There is no audit of the data (floodrepro data audit): ids and sizes were compared, no pixel.")
     else:
         findings = sorted(audit["findings"], key=lambda one: _SEVERITIES.index(one["severity"]))
         errors = Counter(one["severity"] for one in findings)["error"]
         depth = "all chips read" if audit.get("deep") else "no pixel read"
+        found += f"; no error in the audit ({depth})"
         values.append(Value(f"errors of the audit ({depth})", errors, at_most=0))
         columns = ["severity", "check", "message"]
         rows = [[one[key] for key in columns] for one in findings[:_FINDINGS]]
@@ -119,7 +122,8 @@ def data(evidence: Evidence) -> Check:
         split = str(tested.get("split", "test"))
         whole = (ours.get("chips") or {}).get(split)
         values.append(Value(f"chips in the table of {split}", len(table), expected=whole))
-    skip = "" if sides["training"] and sides["test"] else "the digests of training or test are not recorded"
+    if not (sides["training"] and sides["test"]):
+        skip = "the digests of training or test are not recorded"
     return judge(values, found, skip, tables=tables, notes=notes)
 
 
