@@ -84,7 +84,7 @@ def test_metadata_has_scores_emissions_in_grams_and_the_chosen_licence(run: RunF
     assert data.co2_eq_emissions["emissions"] == pytest.approx(1000 * 0.0085 * 1.5 * 0.4)
     assert data.co2_eq_emissions["hardware_used"] == "AMD Instinct MI300X"
     scores = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert scores["flood IoU, pooled"] == results["scores"]["rows"][0]["values"][0]
+    assert scores["flood IoU, pooled (primary)"] == results["scores"]["rows"][0]["values"][0]
     assert data.eval_results[0].dataset_type == "other"  # 18 chips are not the published split
     assert data.get("datasets") is None
 

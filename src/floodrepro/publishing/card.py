@@ -197,6 +197,7 @@ def _metadata(
     if results and results["scores"]["rows"]:
         whole, count = not results["banner"] and protocol.repo, results["run"]["n_chips"]
         other = "generated chips (floodrepro data synth)" if _generated(record) else f"{count} chips ({protocol.name})"
+        names = _METRICS | {"f1": f"f1_{positive_class_of(recipe)}"}  # f1 is the mean of classes
         data["model_name"] = name
         data["eval_results"] = [
             EvalResult(
@@ -205,7 +206,7 @@ def _metadata(
                 dataset_name=protocol.title if whole else other,
                 dataset_config=protocol.name,
                 dataset_split=results["run"].get("split") or "test",
-                metric_type=_METRICS.get(row["metric"], row["metric"].lower()),
+                metric_type=names.get(row["metric"], row["metric"].lower()),
                 metric_name=row["label"],
                 metric_value=row["values"][0],
             )

@@ -163,7 +163,7 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "chips": ", ".join(f"{count:,} {split}" for split, count in chips.items()),
         "events": _events(run.get("data") or {}),
         "epochs": progress.get("epochs"),
-        "epoch of the weights, from 0": run.get("best_epoch"),
+        "epoch of the weights": run["best_epoch"] + 1 if run.get("best_epoch") is not None else "",
         "val/loss of that epoch": score(run["best_val_loss"]) if run.get("best_val_loss") is not None else "",
         "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
         "seed": run.get("seed"),

@@ -143,10 +143,11 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
 def _forest(evidence: Evidence, checks: Sequence[Check]) -> Plot:
     """All differences to the reference that have an interval."""
     values = [v for check in checks if check.id in COMPARISONS for v in check.values if v.level]
-    values.sort(key=lambda value: value.name.startswith("mIoU"))  # the figures that are tested first
+    values.sort(key=lambda value: "mIoU" in value.name)  # the figures that are tested first
     margin, level = (float(evidence.criteria["parity"][key]) for key in ("margin_pp", "level"))
     columns = {"x": "value", "y": "name", "low": "low", "high": "high"}
     series = {axis: [getattr(value, key) for value in values] for axis, key in columns.items()}
+    series["y"] = [name.removeprefix("difference in ") for name in series["y"]]
     return Plot(
         "forest",
         "forest",
@@ -234,11 +235,12 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     if table is None:
         return {"rows": [], "columns": []}
     own = evidence.run.path.resolve().name
-    models = [(own, table), *((f"{own}, {split}", part) for split, part in evidence.subsets.items())]
+    models = [(own, "this run", table)]
+    models += [(f"{own}, {split}", "this run", part) for split, part in evidence.subsets.items()]
     if evidence.reference is not None:
-        models.append((evidence.reference_name or "the reference", evidence.reference))
-    figures = [_figures(one, k) for _, one in models]
-    columns = [(label, f"{one.name}, {len(one):,} chips of {len(set(one.events)):,} events") for label, one in models]
+        models.append((evidence.reference_name or "the reference", "the reference", evidence.reference))
+    figures = [_figures(one, k) for *_, one in models]
+    columns = [(label, f"{what}, {len(one):,} chips of {len(set(one.events)):,} events") for label, what, one in models]
     for label, one in evidence.baselines.items():
         figures.append(_figures(one, k))
         columns.append((label, f"baseline: {one.metadata.get('detail')}"))
@@ -251,11 +253,11 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
             columns.append((entry["name"], f"published: {entry['source']}{found}"))
     _, chips, floods = which_iou(table.counts, table.events, k)
     labels = {
-        f"IoU_{k}": f"{name} IoU, pooled",
+        f"IoU_{k}": f"{name} IoU, pooled (primary)",
         "precision": f"{name} precision",
         f"Class_Accuracy_{k}": f"{name} recall",
         "f1": f"{name} F1",
-        "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with it",
+        "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with {name}",
         "iou_events": f"{name} IoU, mean over {floods['n']:,} events",
         "mIoU": "mIoU",
         **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.class_names) if j != k},

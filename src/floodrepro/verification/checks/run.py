@@ -33,12 +33,13 @@ def convergence(evidence: Evidence) -> Check:
         return judge(values, "", f"{len(losses)} validations: a trajectory needs two")
     best = min(losses, key=lambda epoch: losses[epoch])  # the first of equals, as ModelCheckpoint keeps it
     first, last = next(iter(losses)), next(reversed(losses))
+    named = None if record.get("best_epoch") is None else record["best_epoch"] + 1  # run.json counts from 0
     by_loss = record.get("monitor", "val/loss") == "val/loss"  # a recipe may choose its best epoch by another score
     values += [
         Value("val/loss, first epoch", losses[first]),
         Value("val/loss, best epoch", losses[best]),
         Value("fall of val/loss to the best epoch", losses[first] - losses[best], at_least=asked["min_fall"]),
-        Value("best epoch (from 0) in run.json", record.get("best_epoch"), expected=best if by_loss else None),
+        Value("best epoch in run.json", named, expected=best if by_loss else None),
     ]
     if rates := [float(text) for key, _, text in logged if key.startswith("lr-")]:
         values.append(Value("learning rate, first and last", f"{rates[0]:g}, {rates[-1]:g}"))
@@ -185,8 +186,8 @@ def digests_of(holder: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _validation_losses(rows: Sequence[Mapping[str, str]]) -> dict[int, float]:
-    """val/loss by epoch, where it is finite."""
-    found = {int(float(row["epoch"])): float(row["val/loss"]) for row in rows if row.get("val/loss")}
+    """val/loss by epoch, counted from 1, where it is finite."""
+    found = {int(float(row["epoch"])) + 1: float(row["val/loss"]) for row in rows if row.get("val/loss")}
     return {epoch: loss for epoch, loss in found.items() if math.isfinite(loss)}
 
 
@@ -202,7 +203,7 @@ def _other_curve(evidence: Evidence) -> tuple[str, dict[int, float], bool] | Non
         return None
     chips, counts = (evidence.record.get("data") or {}).get("chips") or {}, PROTOCOLS["v0"].counts
     whole = all(chips.get(split) == counts[split] for split in ("train", "val"))
-    return published["name"], {n: loss for n, loss in enumerate(published["val_loss"]) if loss is not None}, whole
+    return published["name"], {n: loss for n, loss in enumerate(published["val_loss"], 1) if loss is not None}, whole
 
 
 def _same(name: str, one: Any, other: Any) -> Value:
