@@ -169,8 +169,8 @@ def test_hub_that_is_not_there_is_told(exported: Path, publish, monkeypatch):
 @pytest.mark.parametrize(
     ("summary", "says"),
     [
-        ({"not_met": ["weights"], "ok": False}, "Required and not met: weights"),
-        ({"left_out": ["parity", "data"]}, "shortened: parity, data"),
+        ({"not_met": ["weights"], "ok": False}, "Required and not met: Weights and buffers"),
+        ({"left_out": ["parity", "data"]}, "not asked for: Equal to the reference, Data"),
     ],
 )
 def test_required_check_that_is_not_met_or_not_asked_for_has_to_be_forced(

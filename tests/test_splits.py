@@ -157,6 +157,12 @@ def test_commit_of_the_fetch_is_in_the_state(own_chips):
         assert check_data(recipe_of(own_chips), ("val",)).commit is None
 
 
+def test_generated_chips_are_known_by_the_command_that_made_them(chips):
+    state = check_data(recipe_of(chips), ("val",))
+    assert str(state.generated).startswith("floodrepro data synth --events")
+    assert {"train", "val", "test"} <= state.events.keys()
+
+
 def test_other_data_modules_are_not_looked_at():
     recipe = {
         "data": {"class_path": "terratorch.datamodules.X", "init_args": {"data_root": "/none", "protocol": "v0"}},

@@ -72,7 +72,7 @@ def run_verify(args: argparse.Namespace) -> int:
     summary, verdict = found["summary"], found["verdict"]
     lines = [console.columns(rows, right_from=3), "", f"{verdict['word']}: {verdict['sentence']}", verdict["not_shown"]]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
-    lines += [report.required_sentence(summary), summary["text"], f"report  {page}"]
+    lines += [report.required_sentence(found), summary["text"], f"report  {page}"]
     console.emit(found, "\n".join(lines), args.format)
     return 0 if summary["ok"] else 1
 

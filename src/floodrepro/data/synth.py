@@ -39,7 +39,7 @@ from floodrepro.data.protocols import (
     Protocol,
     suffix_of,
 )
-from floodrepro.data.splits import data_in
+from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
 Array = npt.NDArray[Any]
@@ -89,8 +89,8 @@ def generate(
     """Write a generated data set; the same arguments give the same bytes.
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
-    `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. The split files are written last: where
-    they are, everything else is.
+    `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. `SYNTH_NOTE` says that the chips are
+    generated. The split files are written last: where they are, everything else is.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -159,6 +159,10 @@ def generate(
                         subsets["test_seen_events" if seen else "test_holdout"].append(chip)
                     pixels += np.bincount(mask.ravel() - IGNORE_INDEX, minlength=len(pixels))
                     progress(sum(map(len, listed.values())), chips)
+        flags = {"events": events, "chips": chips, "size": size, "protocol": protocol, "seed": seed, "layout": layout}
+        words = [f"--{name} {value}" for name, value in flags.items()]
+        words.append(f"--layout-variant {','.join(variants)}")
+        _write(root / SYNTH_NOTE, f"floodrepro data synth {' '.join(words)}\n".encode())
         for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
             _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
     except OSError as error:

@@ -68,7 +68,8 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> UploadP
             what = "results.json is of another checkpoint than the weights were exported from"
             raise CheckpointError(what, where=folder, fix="verify the run, then floodrepro export --card-only")
         verdict = "{word}. {sentence}".format(**results["verdict"])
-        objection = required_sentence(results["summary"] | {"required": []})  # without what is met
+        unmet = results["summary"] | {"required": []}  # without what is met
+        objection = required_sentence(results | {"summary": unmet})
     try:
         licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license") or ""
     except (ValueError, yaml.YAMLError) as error:  # the first where it is not UTF-8
