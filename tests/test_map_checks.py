@@ -30,6 +30,12 @@ def edit_pixels(scene: Path, pattern: str, change):
             raster.write(change(raster.read()).astype(raster.dtypes[0]))
 
 
+def with_gap(values, value):
+    values = values.copy()
+    values[:, :, :10] = value
+    return values
+
+
 def swap(content, one="before", other="event"):
     radar = content["S1RTC"]
     radar[one]["time"], radar[other]["time"] = radar[other]["time"], radar[one]["time"]
@@ -59,6 +65,9 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
             *(lambda c: c["S2L2A"]["event"]["files"][0].pop("offset"), "neither offset nor baseline is given"),
         ),
         (None, lambda c: c["S2L2A"]["event"]["files"][0].update(offset=-1000), "was it taken off already?"),
+        (("s1_before.tif", lambda db: with_gap(db, -9999)), None, "12.5% of the pixels are no radar (such as -9999)"),
+        (("s1_event.tif", lambda db: with_gap(db, 3e38)), None, "12.5% of the pixels are no radar (such as 3e+38)"),
+        (("s2_event.tif", lambda bands: bands + 50_000), None, "no reflectance x 10,000"),
         (("dem.tif", lambda metres: metres * 100), None, "DEM: heights from 10000 to 10900 are no metres"),
         (("s2_event.tif", lambda bands: bands / 200), None, "no reflectance x 10,000"),
     ],
