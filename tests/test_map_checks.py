@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
+import shapely
 import yaml
 
 from floodrepro.errors import DataError, UsageError
@@ -151,6 +153,21 @@ def test_a_raster_that_is_missing_or_cut_short_is_named_by_its_path(scene):
     with pytest.raises(DataError, match="CRS") as error:
         list_problems(read_scene(scene), 5)
     assert error.value.where.endswith("s1_event.tif")
+
+
+def test_an_area_of_several_layers_is_refused_and_empty_polygons_are_none(scene):
+    file = scene.parent / "area.gpkg"
+    edit(scene, lambda c: c.update(area={"file": file.name}))
+    options = {"field_data": [], "fields": [], "crs": CRS, "geometry_type": "Polygon"}
+    square = shapely.to_wkb(np.array([shapely.box(LEFT, TOP - 500, LEFT + 500, TOP), shapely.Polygon()]))
+    pyogrio.raw.write(file, square[1:], layer="one", **options)
+    with pytest.raises(UsageError, match="holds no polygon"):
+        read_scene(scene)
+    pyogrio.raw.write(file, square, layer="one", **options)
+    assert (read_scene(scene).grid.height, read_scene(scene).grid.width) == (50, 50)
+    pyogrio.raw.write(file, square, layer="two", append=True, **options)
+    with pytest.raises(UsageError, match=r"several layers \(one, two\)"):
+        read_scene(scene)
 
 
 def test_bands_may_be_files_in_a_folder(scene):

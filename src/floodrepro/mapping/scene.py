@@ -243,7 +243,11 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
         UsageError: The file cannot be read or holds no polygon.
     """
     try:
-        meta, _, wkb, _ = pyogrio.raw.read(path, columns=[], force_2d=True)
+        layers = [name for name, kind in pyogrio.list_layers(path) if kind]  # a GeoPackage has tables without shapes
+        if len(layers) > 1:
+            told = f"the file has several layers ({', '.join(layers)}), and it is not known which is meant"
+            raise UsageError(told, where=path, fix="save one of them to a file of its own")
+        meta, _, wkb, _ = pyogrio.raw.read(path, *layers, columns=[], force_2d=True)
         found = shapely.make_valid(shapely.from_wkb(wkb))
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:
         raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
