@@ -7,6 +7,7 @@ import resource
 import runpy
 import signal
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ import yaml
 from filelock import FileLock
 from matplotlib.image import imread
 from rasterio import Affine
+from rasterio.windows import Window
 from scipy import ndimage
 
 from floodrepro.errors import RunFolderError
 from floodrepro.mapping import write
-from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader
+from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene
 from floodrepro.mapping.tiles import starts, strips
 from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, save
@@ -103,6 +105,31 @@ def test_blocks_hold_the_values_of_the_files_bit_for_bit(tmp_path, monkeypatch):
     with rasterio.open(tmp_path / "s2_event.tif") as s2, rasterio.open(tmp_path / "s1_before.tif") as s1:
         assert np.array_equal(reader.cut("S2L2A", (30, 5, 100, 150))[2], s2.read()[:, 30:130, 5:155])
         assert np.array_equal(reader.cut("S1RTC", (30, 5, 100, 150))[1], s1.read()[:, 30:130, 5:155].astype(np.float16))
+
+
+def test_a_raster_may_lie_south_up_and_its_infinite_values_are_missing(tmp_path):
+    grid = read_scene(make_scene(tmp_path, 50, 40)).grid
+    values = np.random.default_rng(0).random((1, 50, 40)).astype(np.float32)
+    values[0, 3, 4] = np.inf
+    save(tmp_path / "flipped.tif", values[:, ::-1], transform=Affine(10, 0, LEFT, 0, 10, TOP - 500))
+    with rasterio.open(tmp_path / "flipped.tif") as raster:
+        out = read_window(raster, [1], grid, Window(2, 1, 30, 40), [], "bilinear")
+    assert np.array_equal(np.argwhere(np.isnan(out[0])), [[2, 2]])
+    assert np.array_equal(np.nan_to_num(out), np.where(np.isinf(values), 0, values)[:, 1:41, 2:32])
+
+
+@pytest.mark.parametrize("no_data", [[], [7]])  # a value that the file does not declare must not be averaged
+def test_a_raster_much_finer_than_the_grid_is_not_read_pixel_by_pixel(tmp_path, no_data):
+    grid = read_scene(make_scene(tmp_path, 50, 40)).grid
+    heights = np.tile(np.arange(0, 80, 0.1, dtype=np.float32), (1, 1000, 1))  # 1 m to the east is 0.2 m up
+    save(tmp_path / "dem.tif", heights, transform=Affine(0.5, 0, LEFT, 0, -0.5, TOP), nodata=-9999, compress="deflate")
+    window = Window(0, 0, 40, 50)
+    with rasterio.open(tmp_path / "dem.tif") as raster:
+        tracemalloc.start()
+        out = read_window(raster, [1], grid, window, no_data, "bilinear")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert abs(out[0, :, 1:-1] - (np.arange(1, 39) * 2 + 1)).max() < 0.6 and peak < heights.nbytes / 10
 
 
 def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):

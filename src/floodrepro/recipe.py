@@ -53,6 +53,17 @@ def find(name_or_path: str) -> Path:
     raise UsageError(what, where=name_or_path, fix=fix)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.composer.ComposerError(None, None, f"'{twice[0]}' stands there twice", node.start_mark)
+        return node
+
+
 def read_yaml(path: Path) -> Recipe:
     """Read a YAML and check that it parses.
 
@@ -60,12 +71,12 @@ def read_yaml(path: Path) -> Recipe:
         UsageError: The file cannot be read, or it or one of its sections is no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         raise UsageError(f"the YAML does not parse: {error.problem}", where=place) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
         raise UsageError(f"the config cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
         raise UsageError("the YAML holds no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
