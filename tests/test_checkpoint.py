@@ -171,6 +171,17 @@ def test_code_beside_a_downloaded_export_runs_only_where_its_config_is_given(cli
     assert not (tmp_path / "ran").exists()
 
 
+def test_class_path_beside_a_download_finds_no_code_in_the_working_folder(tmp_path: Path):
+    """``python -m`` would look there, as the installed script does not."""
+    (tmp_path / "mods.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    (tmp_path / "model.yaml").write_text("model: {class_path: mods.Model}\ndata: {class_path: mods.Data}\n")
+    torch.save(model().state_dict(), tmp_path / "model.pt")
+    argv = [sys.executable, "-m", "floodrepro", "test", "--ckpt", "model.pt"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "No module named 'mods'" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):
     path = tmp_path / "trained.pt"
     torch.save({"state_dict": {"model.w": torch.ones(1)}, "config": Config()}, path)
