@@ -135,7 +135,7 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
     limits = [] if len(evidence.seeds) > 1 else ["another seed"]
     limits.append("other events, regions and chips")
     if (evidence.record.get("data") or {}).get("generated"):
-        limits.append("real floods, or IBM's model: being equal to a model of generated chips says nothing about it")
+        limits.append("real floods or IBM's model: the chips are generated")
     numbered = ", ".join(f"({n}) {limit}" for n, limit in enumerate(limits, 1))
     return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {numbered}."}
 
@@ -165,7 +165,7 @@ def _run(evidence: Evidence) -> dict[str, Any]:
     table, record = evidence.table, evidence.record
     metadata = table.metadata if table else {}
     data, tested = record.get("data") or {}, metadata.get("data") or {}
-    digests = (tested.get("digests") or {}) | (data.get("digests") or {})
+    digests = (data.get("digests") or {}) | (tested.get("digests") or {})
     return {key: without_folders(value) for key, value in record.items() if key not in _NOT_COPIED} | {
         "data": without_folders(data | {"digests": digests}),
         "model": [*architecture(evidence.recipe), start_of_weights(evidence.recipe, record)],
