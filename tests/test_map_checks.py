@@ -55,6 +55,7 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
         (("s1_*.tif", abs), lambda c: c["S1RTC"].update(unit="power"), "look like neither dB nor linear power"),
         (None, lambda c: c["S1RTC"].update(unit="power"), "said to be power, and the values look like dB"),
         (("s1_before.tif", lambda db: db[::-1]), None, "S1RTC.before: vh is stronger than vv in most pixels"),
+        (None, lambda c: c.update(area={"box": [0, 60, 0.1, 60.1]}), "S1RTC.event: none of its files touches the area"),
         (None, swap, "S1RTC.before (2026-08-28) is not before S1RTC.event (2026-08-16): are the dates swapped?"),
         (None, lambda c: c.update(event="2026-08-29"), "is on the wrong side of the event (2026-08-29)"),
         (None, lambda c: c["S2L2A"]["event"].update(time="2026-09-03"), "are 6.0 days apart (limit 5, --max-gap)"),

@@ -97,7 +97,7 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_map(args: argparse.Namespace) -> int:
-    """Run the command or one of its actions."""
+    """Map a whole scene, compare a map with a truth, or plan a scene."""
     if args.action:
         return {"check": _check, "plan": _plan}[args.action](args)
     for name in ("scene", "output"):
@@ -115,7 +115,8 @@ def run_map(args: argparse.Namespace) -> int:
         console.warn(problem)
     if problems and not args.anyway:
         fix = "mend scene.yaml, or map it --anyway: map.json will list them"
-        raise DataError(f"the scene has {len(problems)} problems: {problems[0]}", where=args.scene, fix=fix)
+        many = "a problem, named" if len(problems) == 1 else f"{len(problems)} problems, listed"
+        raise DataError(f"the scene has {many} above", where=args.scene, fix=fix)
     configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(files[0])]
     overrides = [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
     console.say("loading TerraTorch (10 to 20 s)")
@@ -148,7 +149,11 @@ def run_map(args: argparse.Namespace) -> int:
     text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
     console.emit(result, f"{text}\n{args.output}", args.format)
     if seen < args.min_seen:
-        raise DataError(f"only {seen:.0%} of the area was seen (--min-seen {args.min_seen:g})", where=args.output)
+        why = ", ".join(f"{name} {share:.0%}" for name, share in result["shares_of_area"].items() if name != "seen")
+        what = f"only {seen:.0%} of the area was seen (--min-seen {args.min_seen:g}; {why})"
+        raise DataError(
+            what, where=args.output, fix="find a pass that shows it; the map is there and says what was seen"
+        )
     return 0
 
 
