@@ -112,6 +112,7 @@ def test_a_file_with_a_baseline_or_dark_pixels_needs_no_offset(scene):
         (lambda c: c.update(area={"box": [13, 46, 14]}), "is not a list of 4"),
         (lambda c: c.update(area={"box": [13, 46, 14, float("nan")]}), "nan is not a number"),
         (lambda c: c.update(area={"box": [13, 94, 14, 95]}), "the area lies nowhere on Earth"),
+        (lambda c: c.update(area={"box": [0, 0, 1e9, 1e9], "crs": CRS}), "the area lies nowhere on Earth"),
         (lambda c: c.update(area={"box": [13, 46, 13, 46]}), "the area lies nowhere on Earth"),
         (lambda c: c["S1RTC"]["event"].update(ordit=66), "unknown name 'ordit'"),
         (lambda c: c["S1RTC"].update(unit="amplitude"), r"'amplitude' is not dB\|power"),
@@ -131,9 +132,12 @@ def test_a_scene_that_nobody_understands_is_bad_usage(scene, change, said):
         read_scene(scene)
 
 
-def test_a_key_that_stands_twice_is_bad_usage(scene):
+def test_a_key_that_stands_twice_and_a_day_that_never_was_are_bad_usage(scene):
     scene.write_text(scene.read_text() + "area: {box: [1, 2, 3, 4]}\narea: {box: [5, 6, 7, 8]}\n")
     with pytest.raises(UsageError, match="'area' stands there twice"):
+        read_scene(scene)
+    scene.write_text("event: 2026-13-45")
+    with pytest.raises(UsageError, match="month must be in"):
         read_scene(scene)
 
 

@@ -15,6 +15,7 @@ import rasterio
 import rasterio.warp
 import shapely
 from rasterio import Affine, DatasetReader
+from rasterio._err import CPLE_BaseError  # PROJ's own errors have no other name
 from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from shapely.geometry import box
@@ -124,7 +125,7 @@ def opened(place: str) -> Iterator[DatasetReader]:
             rasterio.open(link) as raster,
         ):
             yield raster
-    except (RasterioError, CRSError, IndexError) as error:  # IndexError: there is no such band
+    except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
         problem = str(error).replace(link, place)[:200]
         raise DataError(f"the raster cannot be read: {problem}", where=place, fix="look at scene.yaml") from error
 
@@ -224,8 +225,15 @@ def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
 
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
-    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex."""
-    return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
+    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex.
+
+    Raises:
+        UsageError: They lie where the CRS does not reach.
+    """
+    try:
+        return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
+    except CPLE_BaseError as error:
+        raise UsageError(f"the area lies nowhere on Earth: {error}", fix="look at its coordinates and CRS") from error
 
 
 def in_one_piece(geometry: Any) -> Any:
