@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -189,7 +190,12 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
             published = protocol.counts.get(name, len(chips))
             if state.commit and len(chips) != published:  # a sample of what was published
                 console.say(f"{name} has {len(chips):,} chips; {protocol.name} was published with {published:,}")
-    state.warnings.extend(shared_events(_splits_on_disk(arguments), splits))
+    listed: dict[str, dict[str, str]] = {}
+    for split in SPLITS:
+        with suppress(UsageError, DataError):  # one that is not looked at here may not be named, or not fetched yet
+            found = read_splits(arguments, split)
+            listed |= {name if name == split else f"{split}/{name}": chips for name, chips in found.items()}
+    state.warnings.extend(shared_events(listed, splits))
     for warning in state.warnings:
         console.warn(warning)
     if state.warnings and arguments.get("strict"):
@@ -233,18 +239,6 @@ def read_commit(root: Path) -> str | None:
     """The hub's commit that `data fetch` noted beside the chips; None where there is no note."""
     notes = [note for note in (root / FETCH_NOTE, root.parent / FETCH_NOTE) if note.is_file()]
     return str(json.loads(notes[0].read_text(encoding="utf-8"))["commit"]) if notes else None
-
-
-def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Those of train, val and test that the recipe names and that are there: the test split may not be fetched yet."""
-    found: dict[str, dict[str, str]] = {}
-    for split in SPLITS:
-        given = arguments.get(f"{split}_split") or {}
-        files = given.values() if isinstance(given, Mapping) else [given]
-        if files and all(Path(file).is_file() for file in files):
-            for name, chips in read_splits(arguments, split).items():
-                found[name if name == split else f"{split}/{name}"] = chips
-    return found
 
 
 def _examples(names: Sequence[str]) -> str:
