@@ -29,7 +29,7 @@ from floodrepro.data.protocols import (
     Protocol,
 )
 from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events
-from floodrepro.errors import DataError
+from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
@@ -81,9 +81,15 @@ def audit(
         The manifest.
 
     Raises:
-        DataError: There are no chips, or no such split file.
+        UsageError: The protocol has no classes.
+        DataError: There are no chips, or no such split file, or the root cannot be written.
     """
+    if not protocol.label_map:
+        raise UsageError(f"protocol {protocol.name} has no classes of its own", fix="--config YAML of a recipe")
     source = Chips(root, protocol)
+    if not os.access(root, os.W_OK):
+        fix = "--root of a folder that holds links to what is in this one"
+        raise DataError("the audit is written into the root, which is read-only", where=root, fix=fix)
     listed, findings = _read_lists(root, splits, limit, fraction)
     try:
         # Further lists of a split, as `test_holdout`, may share chips with it.
@@ -119,9 +125,12 @@ def audit(
         "findings": group_findings(findings),
         "bands": {one: _statistics([facts for (split, _), facts in totals.items() if split == one]) for one in listed},
     }
-    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    if totals:
-        _write_figures(root / FIGURES, totals)
+    try:
+        write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        if totals:
+            _write_figures(root / FIGURES, totals)
+    except OSError as error:
+        raise DataError(f"the audit cannot be written: {error}", where=root, fix="check the disk") from error
     return manifest
 
 
@@ -153,14 +162,12 @@ def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Facts, float]:
         try:
             if part in _SATELLITES:
                 arrays[part] = source.bands(chip, part)
-                group = source.group(chip, part)
-                attributes[part] = dict(group.attrs)
-                if "SCL" in group:
-                    arrays["SCL"] = group["SCL"][...]
+                attributes[part], masks = source.extras(chip, part, "SCL")
+                arrays |= masks
             else:
                 arrays[part] = source.raster(chip, part)
-        except Exception as error:  # DataError, or what zarr raises for damage beside the bands
-            found.append(("error", f"{part} is damaged", getattr(error, "what", None) or str(error)))
+        except DataError as error:
+            found.append(("error", f"{part} is damaged", error.what))
     edge = arrays.get(LABEL_DIR, arrays.get("DEM", np.empty((0, 0)))).shape
     for part in [part for part in PARTS if part in arrays]:
         bands, dtypes = _LAYOUT[part]
@@ -307,13 +314,13 @@ def _compare_events(groups: Sequence[Facts], darkest: Mapping[str, float], proto
     findings: list[Finding] = []
     changes = {value: _add_up(groups, f"_change_{value}") for value in range(len(protocol.label_map))}
     falls = {value: total / count for value, (total, count) in changes.items() if count >= _FEW * len(TIMESTEPS)}
-    struck = protocol.label_map.index(protocol.positive_class) if protocol.label_map else 0
+    struck = protocol.label_map.index(protocol.positive_class)
     if protocol.hazard.startswith("flood") and struck in falls and len(falls) > 1 and falls[struck] > -_FALL:
         lowest = min(falls, key=lambda value: falls[value])
         swapped = f"; it falls most where the mask is {lowest}: are classes swapped?" if lowest != struck else ""
         text = f"VV changes by {falls[struck]:+.2f} dB from before to event where the mask says flood{swapped}"
         findings.append(("error" if swapped else "warning", "no flood signature", text, ""))
-    lifted = sorted(event for event, value in darkest.items() if value > _OFFSET)
+    lifted = sorted(event for event, value in darkest.items() if _OFFSET < value < np.inf)
     if 0 < len(lifted) < len(darkest):
         text = f"{', '.join(lifted[:_EXAMPLES])}: darkest B11 above {_OFFSET}, in other events below"
         findings.append(("warning", "optical offset of 1000 in some events", text, ""))

@@ -14,6 +14,7 @@ from floodrepro.mapping.tiles import Array
 _WINDOW, _ALONG = 256, 3  # pixels of a window of the sample, and windows along each side
 # Gamma naught of land and water in VV: the data set's mean is -10 dB, calm water -25, cities above 0.
 _DB = (-32.0, 4.0)
+_NO_RADAR = (-60.0, 1e6)  # what lies outside is neither dB nor linear power
 _OFFSET = 1000  # baseline 04.00 of Sentinel-2 adds it (microsoft/PlanetaryComputer#134)
 
 
@@ -87,6 +88,10 @@ def _values(a: Acquisition, source: Source, grid: Grid) -> str | None:
 
 
 def _radar(values: Array, unit: str) -> str | None:
+    strange = (values < _NO_RADAR[0]) | (values > _NO_RADAR[1])
+    if (share := strange.any(axis=0).mean()) > 0.001:  # less may be speckle
+        odd = values[strange]
+        return f"{share:.1%} of the pixels are no radar (such as {odd[abs(odd).argmax()]:g}): say 'nodata: [...]'"
     middle = float(np.median(values[0]))
     is_db = _DB[0] < middle < _DB[1] and (values < 0).mean() > 0.5
     is_power = (values >= 0).all() and _DB[0] < 10 * np.log10(max(middle, 1e-9)) < _DB[1]
@@ -100,7 +105,7 @@ def _radar(values: Array, unit: str) -> str | None:
 
 def _optical(values: Array, offset: float | None) -> str | None:
     lowest = np.quantile(values, 0.01)
-    if np.quantile(values, 0.99) <= 20:
+    if not 20 < np.quantile(values, 0.99) <= 30_000:  # clouds and snow reach 20,000
         return f"values up to {values.max():.4g} are no reflectance x 10,000"
     if offset is None and lowest > 0.9 * _OFFSET:
         return (
