@@ -3,14 +3,15 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import (
@@ -18,6 +19,7 @@ from floodrepro.data.protocols import (
     EVENT,
     IGNORE_INDEX,
     LABEL_DIR,
+    MODALITIES,
     NO_DATA,
     PARTS,
     S1_BANDS,
@@ -34,46 +36,22 @@ MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
 SCHEMA = 2
 
 Finding = tuple[str, str, str, str]  # severity, kind, what was found, chip
+Facts = dict[str, Array]  # by name, a sum and a number for each timestep (2, T): they add up over chips; see `_measure`
 
-_BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
-_SHAPES = {"S2L2A": (4, 12), "S1RTC": (4, 2)}
-_DTYPES = {
-    "S2L2A": ("int16",),
-    "S1RTC": ("float16", "float32"),
-    "DEM": ("int16", "float32"),
-    LABEL_DIR: ("int8", "uint8"),
+_LAYOUT: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # by part its bands, and what dtypes are right
+    "S2L2A": (S2_BANDS, ("int16",)),
+    "S1RTC": (S1_BANDS, ("float16", "float32")),
+    "DEM": (("elevation",), ("int16", "float32")),
+    LABEL_DIR: ((), ("int8", "uint8")),
 }
-_SHARES = ("cloud", "no_optical", "no_radar")
+_SATELLITES = ("S2L2A", "S1RTC")
 _CLOUDY = (8, 9, 10)  # Sen2Cor's scene classification: medium and high probability of cloud, thin cirrus
 _DAYS = 5  # between the radar and the optical image of the event
 _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
 _FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
 _FEW = 1000  # pixels that are too few for a mean
 _EXAMPLES = 3
-
-
-@dataclass
-class ChipRow:
-    """What one chip was found to hold; small, so that processes can hand it on.
-
-    `classes` is the number of pixels by mask value; `sums` by modality what `_sums` returns; `shares` the share of
-    pixels at each timestep (cloud, no_optical, no_radar); `change` by mask value the number of pixels seen before and
-    at the event, and their sum of changes of VV in dB; `darkest` the first percentile of the optical band B11.
-    """
-
-    chip: str
-    split: str
-    event: str
-    findings: list[Finding] = field(default_factory=list)
-    classes: dict[int, int] = field(default_factory=dict)
-    sums: dict[str, Array] = field(default_factory=dict)
-    shares: dict[str, list[float]] = field(default_factory=dict)
-    change: dict[int, tuple[int, float]] = field(default_factory=dict)
-    darkest: float = float("nan")
-
-    def add(self, severity: str, kind: str, what: str = "") -> None:
-        """Note what is wrong with the chip."""
-        self.findings.append((severity, kind, what, self.chip))
+_AT_ONCE = 16  # chips that a process is given
 
 
 def audit(
@@ -119,35 +97,38 @@ def audit(
         findings += [("error" if strict else "warning", "shared events", text, "") for text in shared_events(kinds)]
     except DataError as error:
         findings.append(("error", "chip in two splits", error.what, ""))
-    rows: dict[str, ChipRow] = {}  # a chip of several test lists is read once
+    whole: dict[str, list[tuple[str, str]]] = defaultdict(list)  # by chip, its lists and events
     for split, chips in listed.items():
         for chip, event in chips.items():
             if missing := [part for part in PARTS if chip not in source.having(part)]:
                 findings.append(("error", f"no {', '.join(missing)}", "", chip))
             else:
-                rows.setdefault(chip, ChipRow(chip, split, event))
-    unread = sorted(rows.values(), key=lambda row: source.order(row.chip, PARTS[0]))  # as they lie on disk
-    for done, row in enumerate(_read_all(source, unread, jobs or min(len(os.sched_getaffinity(0)), 32)), start=1):
-        rows[row.chip] = row
-        findings += row.findings
-        progress(done, len(rows))
-    findings += _compare_rows(list(rows.values()), protocol)
-    bands = {split: _statistics([rows[chip] for chip in chips if chip in rows]) for split, chips in listed.items()}
+                whole[chip].append((split, event))
+    totals: dict[tuple[str, str], Facts] = defaultdict(dict)  # by split and event
+    darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
+    ordered = sorted(whole, key=lambda chip: source.order(chip, PARTS[0]))  # as they lie on disk
+    read = _read_all(source, ordered, jobs or min(len(os.sched_getaffinity(0)), 32))
+    for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, read, strict=True), start=1):
+        findings += found
+        for split, event in whole[chip]:
+            darkest[event] = min(darkest[event], dark)
+            held = totals[split, event]
+            held |= {name: held.get(name, 0) + pair for name, pair in facts.items()}
+        progress(done, len(ordered))
+    findings += _compare_events(list(totals.values()), darkest, protocol)
     manifest = {
         "schema": SCHEMA,
         "protocol": protocol.name,
         "deep": True,
         "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
-        "digests": {
-            split: digest_of(source, [c for c in chips if c in rows], PARTS) for split, chips in listed.items()
-        },
+        "digests": {split: digest_of(source, [c for c in held if c in whole], PARTS) for split, held in listed.items()},
         "findings": group_findings(findings),
-        "bands": bands,
+        "bands": {one: _statistics([facts for (split, _), facts in totals.items() if split == one]) for one in listed},
     }
     try:
         write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if rows:
-            _write_figures(root / FIGURES, list(rows.values()))
+        if totals:
+            _write_figures(root / FIGURES, totals)
     except OSError as error:
         raise DataError(f"the audit cannot be written: {error}", where=root, fix="check the disk") from error
     return manifest
@@ -169,74 +150,72 @@ def group_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def check_chip(source: Chips, row: ChipRow) -> ChipRow:
-    """Read all parts of a chip and fill its row; nothing is raised for a chip that is wrong."""
+def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Facts, float]:
+    """What is wrong with a chip, its facts, and the first percentile of its optical band B11 (inf where it has none).
+
+    Nothing is raised for a chip that is wrong.
+    """
     arrays: dict[str, Array] = {}
     attributes: dict[str, dict[str, Any]] = {}
+    found: list[tuple[str, str, str]] = []
     for part in PARTS:
         try:
-            if part in _SHAPES:
-                arrays[part] = source.bands(row.chip, part)
-                attributes[part], masks = source.extras(row.chip, part, "SCL")
+            if part in _SATELLITES:
+                arrays[part] = source.bands(chip, part)
+                attributes[part], masks = source.extras(chip, part, "SCL")
                 arrays |= masks
             else:
-                arrays[part] = source.raster(row.chip, part)
+                arrays[part] = source.raster(chip, part)
         except DataError as error:
-            row.add("error", f"{part} is damaged", error.what)
+            found.append(("error", f"{part} is damaged", error.what))
     edge = arrays.get(LABEL_DIR, arrays.get("DEM", np.empty((0, 0)))).shape
     for part in [part for part in PARTS if part in arrays]:
-        wanted = (*_SHAPES.get(part, ()), *edge)
-        if arrays[part].dtype.name not in _DTYPES[part]:
-            row.add("error", f"{part}: dtype", str(arrays[part].dtype))
+        bands, dtypes = _LAYOUT[part]
+        wanted = (len(TIMESTEPS), len(bands), *edge) if part in _SATELLITES else edge
+        if arrays[part].dtype.name not in dtypes:
+            found.append(("error", f"{part}: dtype", str(arrays[part].dtype)))
         if arrays[part].shape != wanted:
-            row.add("error", f"{part}: shape", f"{arrays.pop(part).shape}, expected {wanted}")
-    if "DEM" in arrays and LABEL_DIR in arrays and source.grid(row.chip, "DEM") != source.grid(row.chip, LABEL_DIR):
-        row.add("error", "DEM and MASK on different grids")
-    _check_dates(row, attributes)
+            found.append(("error", f"{part}: shape", f"{arrays.pop(part).shape}, expected {wanted}"))
+    if "DEM" in arrays and LABEL_DIR in arrays and source.grid(chip, "DEM") != source.grid(chip, LABEL_DIR):
+        found.append(("error", "DEM and MASK on different grids", ""))
+    found += _check_dates(attributes)
+    dark = np.inf
     if "S2L2A" in arrays:
-        _measure_optical(row, arrays["S2L2A"], arrays.get("SCL"))
+        band = arrays["S2L2A"][:, S2_BANDS.index("B11")]
+        dark = float(np.percentile(band[band != NO_DATA], 1)) if (band != NO_DATA).any() else dark
     if "S1RTC" in arrays:
-        _measure_radar(row, arrays["S1RTC"], arrays.get(LABEL_DIR))
-    if "DEM" in arrays:
-        row.sums["DEM"] = _sums(arrays["DEM"][None, None], arrays["DEM"][None, None] != NO_DATA)
+        if faults := radar_faults(arrays["S1RTC"]):
+            found.append(("error" if "infinite" in faults else "warning", "radar values that become inputs", faults))
+        seen = arrays["S1RTC"][_valid(arrays["S1RTC"])].astype(np.float64)
+        if seen.size >= _FEW and (seen < 0).mean() < 0.5:
+            found.append(("error", "radar is linear, not in dB", f"mean {seen.mean():.3g}"))
     if LABEL_DIR in arrays:
-        values, counts = np.unique(arrays[LABEL_DIR], return_counts=True)
-        row.classes = dict(zip(values.tolist(), counts.tolist(), strict=True))
         known = {IGNORE_INDEX, *range(len(source.protocol.label_map))}
-        if strange := sorted(set(row.classes) - known):
+        if strange := sorted(set(np.unique(arrays[LABEL_DIR]).tolist()) - known):
             hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
-            row.add("error", "mask values", f"{strange}, expected {sorted(known)}{hint}")
-    return row
+            found.append(("error", "mask values", f"{strange}, expected {sorted(known)}{hint}"))
+    return [(*finding, chip) for finding in found], _measure(arrays, source.protocol), dark
 
 
-def _read_all(source: Chips, rows: Sequence[ChipRow], jobs: int) -> Iterator[ChipRow]:
-    """The rows of all chips, filled, in their order. A process is given the places of a few chips at a time."""
-    few = [rows[start : start + 16] for start in range(0, len(rows), 16)]
-    packs = [(source.only([row.chip for row in pack]), pack) for pack in few]
-    if jobs == 1 or len(packs) < 2:
-        for pack in packs:
-            yield from _check_pack(pack)
+def _read_all(source: Chips, chips: Sequence[str], jobs: int) -> Iterator[tuple[list[Finding], Facts, float]]:
+    """What `check_chip` returns for each chip. A process is given the places of its chips only."""
+    few = (source.only([chip]) for chip in chips)
+    if jobs == 1 or len(chips) < 2 * _AT_ONCE:
+        yield from map(check_chip, few, chips)
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # a fork would copy locks of threads
-        for filled in pool.map(_check_pack, packs):
-            yield from filled
-
-
-def _check_pack(pack: tuple[Chips, Sequence[ChipRow]]) -> list[ChipRow]:
-    source, rows = pack
-    return [check_chip(source, row) for row in rows]
+        yield from pool.map(check_chip, few, chips, chunksize=_AT_ONCE)
 
 
 def _read_lists(
     root: Path, splits: Sequence[str] | None, limit: int | None, fraction: float | None
 ) -> tuple[dict[str, dict[str, str]], list[Finding]]:
     """Chips and events by split, train, val and test first, and what is wrong with the split files."""
-    folder = root / "split"
-    files = {file.stem.split("_", 2)[-1]: file for file in sorted(folder.glob("*.txt"))}
+    files = {file.stem.split("_", 2)[-1]: file for file in sorted((root / "split").glob("*.txt"))}
     names = sorted(splits or files, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
-    if not names or (strange := [name for name in names if name not in files]):
-        what = f"there is no split file of {strange[0]}" if names else "there are no split files"
-        raise DataError(what, where=folder, fix=f"--split {','.join(files)}" if files else "floodrepro data fetch")
+    if strange := set(names) - set(files) or ({"any split"} if not files else set()):
+        fix = f"--split {','.join(files)}" if files else "floodrepro data fetch"
+        raise DataError(f"there is no split file of {', '.join(sorted(strange))}", where=root / "split", fix=fix)
     listed, findings = {}, []
     for name in names:
         try:
@@ -246,7 +225,7 @@ def _read_lists(
     return listed, findings
 
 
-def _check_dates(row: ChipRow, attributes: dict[str, dict[str, Any]]) -> None:
+def _check_dates(attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     times: dict[str, Array] = {}
     for part, held in attributes.items():
         text = str(held.get("datetime", ""))
@@ -257,113 +236,106 @@ def _check_dates(row: ChipRow, attributes: dict[str, dict[str, Any]]) -> None:
             times[part] = np.array(["NaT"], "datetime64[s]")
         known = times[part][~np.isnat(times[part])]
         if len(times[part]) != len(TIMESTEPS) or len(known) < len(TIMESTEPS):
-            row.add("warning", f"{part}: a date is missing", text)
+            yield "warning", f"{part}: a date is missing", text
         if len(set(known.tolist())) < len(known):
-            row.add("warning", f"{part}: a date is there twice", text)
+            yield "warning", f"{part}: a date is there twice", text
         elif (np.diff(known) < np.timedelta64(0)).any():
-            row.add("warning", f"{part}: dates out of order", text)
-    if [len(found) for found in times.values()] == [len(TIMESTEPS)] * len(_SHAPES):
+            yield "warning", f"{part}: dates out of order", text
+    if [len(found) for found in times.values()] == [len(TIMESTEPS)] * len(_SATELLITES):
         days = abs(times["S1RTC"][EVENT] - times["S2L2A"][EVENT]) / np.timedelta64(1, "D")
         if days > _DAYS:
-            row.add("warning", f"radar and optical event more than {_DAYS} days apart", f"{days:.0f} days")
+            yield "warning", f"radar and optical event more than {_DAYS} days apart", f"{days:.0f} days"
     for key in ("sat_orbit_state", "sat_relative_orbit"):
         orbits = str(attributes.get("S1RTC", {}).get(key, "")).split(";")
         if len(orbits) == len(TIMESTEPS) and orbits[BEFORE].strip() != orbits[EVENT].strip():
-            row.add("warning", "radar orbit changed between before and event", ";".join(orbits))
+            yield "warning", "radar orbit changed between before and event", ";".join(orbits)
             break
 
 
-def _measure_optical(row: ChipRow, bands: Array, scl: Array | None) -> None:
-    valid = bands != NO_DATA
-    row.sums["S2L2A"] = _sums(bands, valid)
-    row.shares["no_optical"] = (1 - valid.all(axis=1).mean(axis=(1, 2))).tolist()
-    if scl is not None and scl.shape == (len(bands), *bands.shape[2:]):
-        row.shares["cloud"] = np.isin(scl, _CLOUDY).mean(axis=(1, 2)).tolist()
-    dark = S2_BANDS.index("B11")
-    if (seen := bands[:, dark][valid[:, dark]]).size:
-        row.darkest = float(np.percentile(seen, 1))
+def _valid(values: Array) -> Array:
+    return np.isfinite(values) & (values > NO_DATA)
 
 
-def _measure_radar(row: ChipRow, bands: Array, mask: Array | None) -> None:
-    if faults := radar_faults(bands):
-        row.add("error" if "infinite" in faults else "warning", "radar values that become inputs", faults)
-    valid = np.isfinite(bands) & (bands > NO_DATA)
-    decibels = np.where(valid, bands, 0).astype(np.float64)
-    row.sums["S1RTC"] = _sums(decibels, valid)
-    row.shares["no_radar"] = (1 - valid.all(axis=1).mean(axis=(1, 2))).tolist()
-    seen = decibels[valid]
-    if seen.size >= _FEW and (seen < 0).mean() < 0.5:
-        row.add("error", "radar is linear, not in dB", f"mean {seen.mean():.3g}")
-    if mask is not None and mask.shape == bands.shape[2:]:
-        both = valid[BEFORE, 0] & valid[EVENT, 0]
-        fall = decibels[EVENT, 0] - decibels[BEFORE, 0]
-        for value in np.unique(mask).tolist():
-            chosen = both & (mask == value)
-            row.change[value] = (int(chosen.sum()), float(fall[chosen].sum()))
+def _pair(values: Array, among: Array) -> Array:
+    """The sum of some values (T, H, W) and their number, for each timestep: (2, T); of a single one, for all."""
+    pair = np.stack([values.sum(axis=(1, 2)), among.sum(axis=(1, 2))]).astype(np.float64)
+    return np.broadcast_to(pair, (2, len(TIMESTEPS)))
 
 
-def _sums(values: Array, valid: Array) -> Array:
-    """Number, sum and sum of squares over the pixels of each timestep and band: (3, T, C) from (T, C, H, W)."""
-    kept = np.where(valid, values, 0).astype(np.float64)
-    return np.stack([valid.sum(axis=(2, 3)), kept.sum(axis=(2, 3)), (kept**2).sum(axis=(2, 3))])
+def _measure(arrays: Mapping[str, Array], protocol: Protocol) -> Facts:
+    """What a chip holds, as sums and numbers. Names that begin with `_` are no columns of the figures.
+
+    `mean_BAND` and, of the squares, `_square_BAND` over valid pixels; over all pixels `cloud`, `no_optical`,
+    `no_radar` and `share_of_mask_VALUE`; `_change_VALUE`, of VV from before to event in dB, where the mask has a value.
+    """
+    facts = {"_chips": np.ones((2, len(TIMESTEPS)))}
+    for part in [part for part in MODALITIES if part in arrays]:
+        values = arrays[part] if part in _SATELLITES else arrays[part][None, None]
+        valid = _valid(values)
+        kept = np.where(valid, values, 0).astype(np.float64)
+        for i, band in enumerate(_LAYOUT[part][0]):
+            facts[f"mean_{band}"] = _pair(kept[:, i], valid[:, i])
+            facts[f"_square_{band}"] = _pair(kept[:, i] ** 2, valid[:, i])
+        if part in _SATELLITES:
+            name = "no_optical" if part == "S2L2A" else "no_radar"
+            facts[name] = _pair(np.logical_not(valid.all(axis=1)), np.ones_like(valid[:, 0]))
+        if part == "S1RTC" and LABEL_DIR in arrays:
+            for value in range(len(protocol.label_map)):
+                chosen = (valid[BEFORE, 0] & valid[EVENT, 0] & (arrays[LABEL_DIR] == value))[None]
+                facts[f"_change_{value}"] = _pair((kept[EVENT, 0] - kept[BEFORE, 0]) * chosen, chosen)
+    if "S2L2A" in arrays and "SCL" in arrays and arrays["SCL"].shape == arrays["S2L2A"][:, 0].shape:
+        facts["cloud"] = _pair(np.isin(arrays["SCL"], _CLOUDY), np.ones_like(arrays["SCL"]))
+    if LABEL_DIR in arrays:
+        mask = arrays[LABEL_DIR][None]
+        for value in (IGNORE_INDEX, *range(len(protocol.label_map))):
+            facts[f"share_of_mask_{value}"] = _pair(mask == value, np.ones_like(mask, bool))
+    return facts
 
 
-def _statistics(rows: Sequence[ChipRow]) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation of each band over the valid values of some chips, by modality."""
+def _add_up(groups: Sequence[Facts], name: str) -> Array:
+    """Sum and number of a fact over groups and timesteps."""
+    return np.asarray(sum((facts[name].sum(axis=1) for facts in groups if name in facts), np.zeros(2)))
+
+
+def _statistics(groups: Sequence[Facts]) -> dict[str, dict[str, list[float]]]:
+    """Mean and standard deviation of the valid pixels, by modality and band."""
     found = {}
-    for modality in _BANDS:
-        sums = [row.sums[modality].sum(axis=1) for row in rows if modality in row.sums]
-        if sums:
-            count, total, squares = np.sum(sums, axis=0)
-            mean = total / np.maximum(count, 1)
-            std = np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0))
-            found[modality] = {"mean": mean.round(3).tolist(), "std": std.round(3).tolist()}
+    for part in MODALITIES:
+        total, count = np.transpose([_add_up(groups, f"mean_{band}") for band in _LAYOUT[part][0]])
+        squares, _ = np.transpose([_add_up(groups, f"_square_{band}") for band in _LAYOUT[part][0]])
+        if count.all():
+            std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
+            found[part] = {"mean": (total / count).round(3).tolist(), "std": std.round(3).tolist()}
     return found
 
 
-def _compare_rows(rows: Sequence[ChipRow], protocol: Protocol) -> list[Finding]:
+def _compare_events(groups: Sequence[Facts], darkest: Mapping[str, float], protocol: Protocol) -> list[Finding]:
     """What only many chips together show: classes swapped, and an offset between the optical images of events."""
     findings: list[Finding] = []
-    falls = {}  # of VV, in dB, by mask value
-    for value in range(len(protocol.label_map)):
-        pixels, total = np.sum([row.change.get(value, (0, 0.0)) for row in rows] or [(0, 0.0)], axis=0)
-        if pixels >= _FEW:
-            falls[value] = total / pixels
-    struck = protocol.label_map.index(protocol.positive_class) if protocol.label_map else 0
+    changes = {value: _add_up(groups, f"_change_{value}") for value in range(len(protocol.label_map))}
+    falls = {value: total / count for value, (total, count) in changes.items() if count >= _FEW * len(TIMESTEPS)}
+    struck = protocol.label_map.index(protocol.positive_class)
     if protocol.hazard.startswith("flood") and struck in falls and len(falls) > 1 and falls[struck] > -_FALL:
         lowest = min(falls, key=lambda value: falls[value])
         swapped = f"; it falls most where the mask is {lowest}: are classes swapped?" if lowest != struck else ""
         text = f"VV changes by {falls[struck]:+.2f} dB from before to event where the mask says flood{swapped}"
         findings.append(("error" if swapped else "warning", "no flood signature", text, ""))
-    darkest: dict[str, float] = {}
-    for row in rows:
-        darkest[row.event] = min(darkest.get(row.event, np.inf), row.darkest)
-    lifted = sorted(event for event, value in darkest.items() if value > _OFFSET)
+    lifted = sorted(event for event, value in darkest.items() if _OFFSET < value < np.inf)
     if 0 < len(lifted) < len(darkest):
         text = f"{', '.join(lifted[:_EXAMPLES])}: darkest B11 above {_OFFSET}, in other events below"
         findings.append(("warning", "optical offset of 1000 in some events", text, ""))
     return findings
 
 
-def _write_figures(path: Path, rows: Sequence[ChipRow]) -> None:
-    """A Parquet table with a row for each split, event and timestep: means over its chips."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    keys = ["split", "event", "timestep"]
-    lines = []
-    for row in rows:
-        pixels = max(sum(row.classes.values()), 1)
-        for step, name in enumerate(TIMESTEPS):
-            line: dict[str, Any] = {"split": row.split, "event": row.event, "timestep": name}
-            line |= {share: row.shares[share][step] if share in row.shares else None for share in _SHARES}
-            for modality in _SHAPES:
-                sums = row.sums.get(modality)
-                for place, band in enumerate(_BANDS[modality]):
-                    count, total, _ = (0, 0, 0) if sums is None else sums[:, step, place]
-                    line[f"mean_{band}"] = total / count if count else None
-            line |= {f"share_of_mask_{value}": row.classes.get(value, 0) / pixels for value in range(-1, 3)}
-            lines.append(line)
-    names = [name for name in lines[0] if name not in keys]
-    table = pa.Table.from_pylist(lines).group_by(keys).aggregate([([], "count_all"), *((n, "mean") for n in names)])
-    pq.write_table(table.rename_columns([*keys, "chips", *names]).sort_by([(key, "ascending") for key in keys]), path)
+def _write_figures(path: Path, totals: Mapping[tuple[str, str], Facts]) -> None:
+    """A Parquet table with a row for each split, event and timestep: means over its pixels."""
+    names = sorted({name for facts in totals.values() for name in facts if not name.startswith("_")})
+    rows = []
+    for (split, event), facts in sorted(totals.items()):
+        for step, timestep in enumerate(TIMESTEPS):
+            row = {"split": split, "event": event, "timestep": timestep, "chips": int(facts["_chips"][0, step])}
+            for name in names:
+                total, count = facts[name][:, step] if name in facts else (0, 0)
+                row[name] = total / count if count else None
+            rows.append(row)
+    pq.write_table(pa.Table.from_pylist(rows), path)

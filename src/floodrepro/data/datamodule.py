@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from floodrepro import console
 from floodrepro.data.augment import apply_symmetry, draw_symmetry
 from floodrepro.data.chips import Array, Chips, radar_faults
-from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, MODALITIES, TIMESTEPS, fill_protocol
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, MODALITIES, fill_protocol
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError
@@ -55,20 +55,13 @@ class ChipDataset(Dataset[RawChip]):
         source: Where they lie.
         chips: Their ids.
         modalities: Any of S2L2A, S1RTC, DEM.
-        timesteps: Indices on the time axis. As in impactmesh, as many as there are on disk means all, in disk order.
         label_map: The class of each mask value, from 0 up; the ignore index is kept. None for a split without masks.
     """
 
     def __init__(
-        self,
-        source: Chips,
-        chips: Sequence[str],
-        modalities: Sequence[str],
-        timesteps: Sequence[int],
-        label_map: Sequence[int] | None,
+        self, source: Chips, chips: Sequence[str], modalities: Sequence[str], label_map: Sequence[int] | None
     ) -> None:
         self.source, self.chips, self.modalities = source, list(chips), list(modalities)
-        self._timesteps = list(timesteps) if len(timesteps) < len(TIMESTEPS) else None
         self._classes = None
         if label_map is not None:
             self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
@@ -132,29 +125,22 @@ class ChipDataset(Dataset[RawChip]):
                 elevation = self.source.raster(chip, modality)
                 place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
                 continue
-            bands = self.source.bands(chip, modality, partial(place, modality) if self._timesteps is None else np.empty)
-            if self._timesteps is not None:
-                bands = bands[self._timesteps]
-                place(modality, bands.shape, bands.dtype)[...] = bands
-            if modality == "S1RTC":
-                faults = radar_faults(bands)
+            bands = self.source.bands(chip, modality, partial(place, modality))
+            faults = radar_faults(bands) if modality == "S1RTC" else faults
         if self._classes is not None:
-            mask = self._classified(chip, self._classes)
+            values = self.source.raster(chip, LABEL_DIR)
+            narrow = values.astype(np.int8)
+            mask = self._classes.take(narrow.view(np.uint8))  # -1 becomes 255: the table's last place
+            if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+                known = [IGNORE_INDEX, *np.flatnonzero(self._classes[:255] != _UNKNOWN).tolist()]
+                strange = sorted(set(np.unique(values).tolist()) - set(known))
+                raise DataError(
+                    f"the mask of {chip} holds {strange}, expected {known}",
+                    where=self.source.path(chip, LABEL_DIR),
+                    fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
+                )
             place("mask", mask.shape, mask.dtype)[...] = mask
         return faults
-
-    def _classified(self, chip: str, classes: Array) -> Array:
-        values = self.source.raster(chip, LABEL_DIR)
-        narrow = values.astype(np.int8)
-        mask: Array = classes.take(narrow.view(np.uint8))  # -1 becomes 255: the table's last place
-        if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-            known = [IGNORE_INDEX, *np.flatnonzero(classes[:255] != _UNKNOWN).tolist()]
-            raise DataError(
-                f"the mask of {chip} holds {sorted(set(np.unique(values).tolist()) - set(known))}, expected {known}",
-                where=self.source.path(chip, LABEL_DIR),
-                fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
-            )
-        return mask
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -257,6 +243,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         self.failed_chips: dict[str, str] = {}
         self.odd_chips: dict[str, str] = {}
         self._events: dict[str, str] = {}
+        self._datasets: dict[str, list[ChipDataset]] = {}
 
     def setup(self, stage: str) -> None:
         """Open the chips and list those of the stage's splits."""
@@ -265,18 +252,13 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         self.source = Chips(Path(root or self.data_root), self.protocol)
         splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
         for split in splits[stage]:
-            datasets = self._datasets(split)
-            setattr(self, f"{split}_dataset", datasets[0])
-        if stage == "test":
-            self.test_datasets = datasets
-
-    def test_dataloader(self) -> Any:
-        """One loader for each test split; a list if there are several."""
-        loaders = []
-        for dataset in self.test_datasets:
-            self.test_dataset = dataset
-            loaders.append(self._dataloader_factory("test"))
-        return loaders if len(loaders) > 1 else loaders[0]
+            keys = {f"{split}_split": getattr(self, f"{split}_split"), "limit": self.limit, "fraction": self.fraction}
+            labels = self.protocol.label_map if split != "predict" else None
+            self._datasets[split] = []
+            for events in read_splits(keys, split).values():
+                self._events |= events
+                self._datasets[split].append(ChipDataset(self.source, list(events), self.modalities, labels))
+            setattr(self, f"{split}_dataset", self._datasets[split][0])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Record chips that could not be read and those with odd values.
@@ -321,7 +303,10 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     def _image(self, raw: torch.Tensor, symmetries: Sequence[int]) -> torch.Tensor:
         """Float32 (B, C, T, H, W), or (B, C, H, W) for a single timestep, from raw (B, T, C, H, W)."""
-        (count, steps, bands, height, width), wanted = raw.shape, len(self.timesteps)
+        wanted = len(self.timesteps)
+        if raw.shape[1] > wanted:  # as many as on disk means all, in disk order, as in impactmesh
+            raw = raw[:, self.timesteps]
+        count, steps, bands, height, width = raw.shape
         if steps not in (1, wanted):
             raise DataError(f"chips have {steps} timesteps, the recipe asks for {wanted}", where=self.data_root)
         image = torch.empty((count, bands, wanted, height, width), dtype=torch.float32, device=raw.device)
@@ -337,32 +322,31 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         parts = ("DEM", LABEL_DIR, *self.modalities)
         return self.source.path(chip, next(part for part in parts if chip in self.source.having(part)))
 
-    def _datasets(self, split: str) -> list[ChipDataset]:
-        keys = {f"{split}_split": getattr(self, f"{split}_split"), "limit": self.limit, "fraction": self.fraction}
-        splits = read_splits(keys, split).values()
-        self._events |= {chip: event for events in splits for chip, event in events.items()}
-        labels = self.protocol.label_map if split != "predict" else None
-        return [ChipDataset(self.source, list(chips), self.modalities, self.timesteps, labels) for chips in splits]
+    def _dataloader_factory(self, split: str) -> Any:
+        """As torchgeo's, with pinned memory and prefetching; a list of loaders if there are several test splits.
 
-    def _dataloader_factory(self, split: str) -> DataLoader[RawChip]:
-        """As torchgeo's, with pinned memory and prefetching; in training shuffled, without a last short batch."""
+        In training shuffled, without a last short batch.
+        """
         workers = self.num_workers > 0
         device = torch.get_default_device() if self.trainer is None else self.trainer.strategy.root_device
-        dataset = getattr(self, f"{split}_dataset")
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=self._sampler(split, len(dataset)),
-            drop_last=split == "train",
-            # Its own: torch 2.14 draws from it, and what it took from the global one would be missing in dropout.
-            generator=torch.Generator(),
-            num_workers=self.num_workers,
-            persistent_workers=workers,
-            prefetch_factor=self.prefetch_factor if workers else None,
-            pin_memory=device.type == "cuda",  # not where a recipe keeps to the CPU of a machine with a GPU
-            collate_fn=dict,  # the batch is stacked already
-            worker_init_fn=start_worker,
-        )
+        loaders = [
+            DataLoader(
+                dataset,
+                batch_size=self.batch_size,
+                sampler=self._sampler(split, len(dataset)),
+                drop_last=split == "train",
+                # Its own: torch 2.14 draws from it, and what it took from the global one would be missing in dropout.
+                generator=torch.Generator(),
+                num_workers=self.num_workers,
+                persistent_workers=workers,
+                prefetch_factor=self.prefetch_factor if workers else None,
+                pin_memory=device.type == "cuda",  # not where a recipe keeps to the CPU of a machine with a GPU
+                collate_fn=dict,  # the batch is stacked already
+                worker_init_fn=start_worker,
+            )
+            for dataset in self._datasets[split]
+        ]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def _sampler(self, split: str, count: int) -> Sampler[int] | None:
         """Lightning leaves a DistributedSampler as it is; any other it would replace in a run of several processes."""

@@ -5,8 +5,7 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -162,17 +161,19 @@ def _extract_sample(
     root: Path, where: str, wanted: Sequence[str], splits: Sequence[str], parts: Sequence[str], sample: int
 ) -> dict[str, int]:
     """Copy chips out of remote tars by range reads into `data/<PART>/`, and return the bytes of each file."""
+    from huggingface_hub import HfFileSystem
+
     files: dict[str, int] = {}
     for number, split in enumerate(splits):
         count = (sample + len(splits) - 1 - number) // len(splits)
         chosen: list[str] = []
         contents: dict[str, dict[str, bytes]] = {}  # by chip, the content of each path
-        for part in sorted(
-            parts, key=lambda part: part != LABEL_DIR
-        ):  # masks are small: they tell what chips there are
+        for part in sorted(parts, key=lambda part: part != LABEL_DIR):  # small masks tell what chips there are
             left = count
             for path in sorted(path for path in wanted if path.startswith(f"{split}/{part}")):
-                with _remote_tar(f"{where}/{path}") as archive:
+                # A header has 512 bytes, and what is read beyond it is lost where a large member follows.
+                remote = HfFileSystem().open(f"{where}/{path}", "rb", block_size=_BLOCK, cache_type="readahead")
+                with remote, tarfile.open(fileobj=remote, mode="r:") as archive:
                     chosen = chosen or _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
                     for member in archive:
                         if (chip := _chip_of(member.name)) in chosen and (file := archive.extractfile(member)):
@@ -187,17 +188,6 @@ def _extract_sample(
                 (root / name).write_bytes(content)
                 files[name] = len(content)
     return files
-
-
-@contextmanager
-def _remote_tar(path: str) -> Iterator[tarfile.TarFile]:
-    """A tar on the hub, of which only what is asked for is read."""
-    from huggingface_hub import HfFileSystem
-
-    # A header has 512 bytes, and what is read beyond it is lost where a large member follows.
-    remote = HfFileSystem().open(path, "rb", block_size=_BLOCK, cache_type="readahead")
-    with remote, tarfile.open(fileobj=remote, mode="r:") as archive:
-        yield archive
 
 
 def _chip_of(name: str) -> str:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -178,7 +179,12 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         return DataState(protocol.name)
     arguments = data_arguments(recipe)
     root = Path(arguments["data_root"])
-    there, generated = _splits_on_disk(arguments), (_read_note(root, SYNTH_NOTE) or "").strip() or None
+    there: dict[str, dict[str, str]] = {}
+    for split in SPLITS:
+        with suppress(UsageError, DataError):  # one that is not looked at here may not be named, or not fetched yet
+            found = read_splits(arguments, split)
+            there |= {name if name == split else f"{split}/{name}": chips for name, chips in found.items()}
+    generated = (_read_note(root, SYNTH_NOTE) or "").strip() or None
     events = {name: len(set(chips.values())) for name, chips in there.items()}
     state = DataState(protocol.name, commit=read_commit(root), generated=generated, events=events)
     sources: dict[Path, Chips] = {}
@@ -256,18 +262,6 @@ def _read_note(root: Path, name: str) -> str | None:
 def data_in(root: Path) -> list[str]:
     """Those folders of a data set, `data`, `split` and one for each split, that are there."""
     return [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
-
-
-def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Those of train, val and test that the recipe names and that are there: the test split may not be fetched yet."""
-    found: dict[str, dict[str, str]] = {}
-    for split in SPLITS:
-        given = arguments.get(f"{split}_split") or {}
-        files = given.values() if isinstance(given, Mapping) else [given]
-        if files and all(Path(file).is_file() for file in files):
-            for name, chips in read_splits(arguments, split).items():
-                found[name if name == split else f"{split}/{name}"] = chips
-    return found
 
 
 def _examples(names: Sequence[str]) -> str:
