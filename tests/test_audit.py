@@ -10,11 +10,14 @@ import pytest
 import rasterio
 import yaml
 
+from floodrepro.data import audit as auditing
 from floodrepro.data.audit import FIGURES, MANIFEST, audit
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import PROTOCOLS
 from floodrepro.data.splits import check_data, read_split
 from floodrepro.data.synth import VARIANTS, generate, zarr_zip
+from floodrepro.errors import DataError
+from floodrepro.run_folder import write_atomically
 from test_splits import recipe_of, split
 
 
@@ -37,9 +40,8 @@ def first_chip(root: Path) -> str:
 def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, **attributes: str) -> None:
     """Write a chip's zarr file anew, with other bands or attributes."""
     path = root / "data" / modality / f"{chip}_{modality}.zarr.zip"
-    group = Chips(root).group(chip, modality)
-    masks = {"SCL": group["SCL"][...]} if "SCL" in group else {}
-    path.write_bytes(zarr_zip(change(group["bands"][...]), masks, dict(group.attrs) | attributes, VARIANTS["time"]))
+    held, arrays = Chips(root).extras(chip, modality, "bands", "SCL")
+    path.write_bytes(zarr_zip(change(arrays.pop("bands")), arrays, held | attributes, VARIANTS["time"]))
 
 
 def retouch(root: Path, chip: str, part: str, change) -> None:
@@ -203,6 +205,21 @@ def test_command_lists_findings_and_fails_for_an_error(mine, cli):
     assert f"error: DEM is damaged (1): {chip}" in outcome.out
     assert cli("data", "audit", "--root", mine, "--protocol", "v1", "--jobs", "1", "--split", "val").code == 0
     assert cli("data", "audit", "--root", mine).code == 2
+    classless = cli("data", "audit", "--root", mine, "--protocol", "custom")
+    assert classless.code == 2
+    assert "--config YAML" in classless.err
+
+
+def test_folder_that_cannot_be_written_is_told_before_anything_is_read(mine, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(auditing.os, "access", lambda *_: False)  # root may write anywhere
+        patch.setattr(auditing, "check_chip", None)
+        with pytest.raises(DataError, match="read-only"):
+            audit(mine, PROTOCOLS["v1"], jobs=1)
+    (mine / MANIFEST).unlink(missing_ok=True)
+    (mine / MANIFEST).mkdir()
+    with pytest.raises(DataError, match=f"cannot be written.*{MANIFEST}"):
+        audit(mine, PROTOCOLS["v1"], jobs=1)
 
 
 def test_stats_are_a_layer_and_show_draws_a_chip(mine, cli, tmp_path):
@@ -218,3 +235,26 @@ def test_stats_are_a_layer_and_show_draws_a_chip(mine, cli, tmp_path):
     assert "S1RTC sat_relative_orbit: 81;81;81;81" in shown.out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert cli("data", "show", first_chip(mine), "--root", mine, "--output", picture).code == 2
+    for flags in (("none", "--output", tmp_path / "new.png"), (first_chip(mine), "--output", tmp_path / "new.xyz")):
+        outcome = cli("data", "show", "--root", mine, *flags)
+        assert outcome.err.startswith("floodrepro: error: ")
+
+
+def test_error_of_writing_is_not_hidden_by_one_of_clearing_up(tmp_path, monkeypatch):
+    def refuses(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "none" / "file", "")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"bands": {"train": {"DEM": {"mean": 1}}}}', '{"bands": {"train": {}}}']
+)
+def test_stats_of_a_damaged_audit_or_into_no_folder_are_refused(mine, cli, tmp_path, content):
+    (mine / MANIFEST).write_text(content)
+    for output in ("layer.yaml", "none/layer.yaml"):
+        outcome = cli("data", "stats", "--root", mine, "--output", tmp_path / output)
+        assert outcome.code == 2
+        assert outcome.err.startswith("floodrepro: error: ")

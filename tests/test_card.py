@@ -14,8 +14,8 @@ from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.publishing.carbon import Factors, emissions_kg, energy_lines, factors_of
 from floodrepro.publishing.card import write_card
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification.report import write_report
-from verification_fixtures import demo_recipe, gather, keep, make_run, make_table, summarise, write_pair
+from floodrepro.verification.report import render, write_report
+from verification_fixtures import demo_recipe, gather, keep, make_run, make_table, missed, summarise, write_pair
 
 V0 = {"train": 57_067, "val": 9_028}
 FACTORS = Factors(1.5, "the data centre's page", 0.40, "the grid operator, 2025")
@@ -48,7 +48,9 @@ def test_card_says_what_the_report_says(run: RunFolder):
     assert results["verdict"]["sentence"] in card
     for row in results["scores"]["rows"]:
         assert f"| {row['label']} | {row['values'][0]:.4f} |" in card
-    assert "Required and not met: " + ", ".join(results["summary"]["not_met"]) in card
+    titles = [check["title"] for check in results["checks"] if check["id"] in results["summary"]["not_met"]]
+    assert "Required and not met: Weights and buffers" in card
+    assert all(title in card for title in titles)
     assert json.loads((run.export / "results.json").read_text()) == results
 
 
@@ -82,7 +84,7 @@ def test_metadata_has_scores_emissions_in_grams_and_the_chosen_licence(run: RunF
     assert data.co2_eq_emissions["emissions"] == pytest.approx(1000 * 0.0085 * 1.5 * 0.4)
     assert data.co2_eq_emissions["hardware_used"] == "AMD Instinct MI300X"
     scores = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert scores["flood IoU, pooled"] == results["scores"]["rows"][0]["values"][0]
+    assert scores["flood IoU, pooled (primary)"] == results["scores"]["rows"][0]["values"][0]
     assert data.eval_results[0].dataset_type == "other"  # 18 chips are not the published split
     assert data.get("datasets") is None
 
@@ -102,13 +104,31 @@ def test_data_set_is_claimed_only_where_all_of_it_was_used(tmp_path: Path):
     assert "The notices below hold where chips came from it" in part
 
 
+def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_report_and_card(tmp_path: Path):
+    data = {"chips": {"train": 80}, "digests": {}, "generated": "floodrepro data synth --events 6"}
+    rule, own = make_table(6, 3, detail="VV falls by more than 5 dB; chosen on training chips"), make_table(6, 3)
+    run = make_run(tmp_path / "mine", table=missed(own, 0.5), data=data)
+    results = keep(summarise(replace(gather(run), baselines={"vv-drop": rule})), run)
+    report, card = render(results, {}), card_of(run)
+    figures = [f"{results['scores']['rows'][0]['values'][n]:.3f}" for n in (1, 0)]
+    better = f"(VV falls by more than 5 dB) scores higher than this model: flood IoU {' against '.join(figures)}"
+    made = "Equal to the reference (not made), Spread over seeds (not made)"
+    for text in (report[: report.index("## Scores")], card[: card.index("## Intended use")]):
+        assert better in text
+        assert "Generated data" in text
+        assert made in text
+        assert "comparison failed" not in text
+    assert not re.search("Sentinel data|WorldDEM|Emergency Management|EMS|ImpactMesh-Flood \\(IBM", card)
+    assert ModelCard(card).data.eval_results[0].dataset_name == "generated chips (floodrepro data synth)"
+
+
 def test_base_model_is_claimed_only_where_training_started_from_it(tmp_path: Path):
     recipe = demo_recipe()
     arguments = recipe["model"]["init_args"]["model_args"]
     arguments["backbone"] = "terramind_v1_base"
     scratch = card_of(make_run(tmp_path / "scratch", recipe=recipe))
     assert ModelCard(scratch).data.get("base_model") is None
-    assert "Trained from random weights." in scratch
+    assert "Training started from random weights." in scratch
     arguments["backbone_pretrained"] = True
     tuned = ModelCard(card_of(make_run(tmp_path / "tuned", recipe=recipe)))
     assert tuned.data.base_model == "ibm-esa-geospatial/TerraMind-1.0-base"
@@ -138,12 +158,21 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_p
 # The card is the author's
 
 
-def test_edited_card_is_set_aside_and_never_lost(run: RunFolder):
+def test_card_results_and_picture_of_others_are_set_aside_and_never_lost(run: RunFolder):
     card_of(run)
-    (run.export / "README.md").write_text("my own words")
+    for name in ("README.md", "results.json", "panels.png"):
+        (run.export / name).write_text("my own")
     write_card(run.export, "mine", run.best, recipes.read_yaml(run.recipe), run)
-    assert (run.export / "README-2.md").read_text() == "my own words"
+    for name in ("README-2.md", "results-2.json", "panels-2.png"):
+        assert (run.export / name).read_text() == "my own"
     assert (run.export / "README.md").read_text().startswith("---")
+
+
+def test_export_never_writes_among_the_records_of_verify(cli, run: RunFolder):
+    verified(run)
+    before = run.results.read_bytes()
+    outcome = cli("export", "--run", run.path, "--output", run.verification)
+    assert (outcome.code, run.results.read_bytes()) == (2, before), outcome.err
 
 
 # Records of one run, or none

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
+from floodrepro.publishing.export import export
 from floodrepro.training.checkpoint import load_weights, read_checkpoint
 
 
@@ -76,6 +78,37 @@ def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path,
         load_weights(model(), read_checkpoint(tmp_path / "other.pt"), strict=False)
 
 
+@pytest.mark.parametrize("name", ["1.weight", "1.running_var"])
+def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Path, name: str):
+    weights = model().state_dict()
+    weights[name][0] = float("nan")
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=f"not finite: {name}"):
+        load_weights(model(), read_checkpoint(tmp_path / "w.pt"))
+    with pytest.raises(CheckpointError, match=f"not finite: {name}"):
+        export(tmp_path / "w.pt", recipes.read_yaml(recipes.find("demo")), tmp_path / "out", "mine")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_integer_and_complex_weights_are_refused(tmp_path: Path, kind: torch.dtype):
+    torch.save({name: tensor.to(kind) for name, tensor in model().state_dict().items()}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"6 not of floats \(0.weight"):
+        load_weights(model(), read_checkpoint(tmp_path / "w.pt"))
+
+
+def test_names_that_become_one_without_their_prefixes_are_refused(tmp_path: Path):
+    torch.save({"model.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="two tensors are both named a"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+def test_hyper_parameters_of_other_kinds_are_not_a_recipes(tmp_path: Path):
+    for remembered in ([1], "text", {"model_args": "text"}):
+        torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": remembered}, tmp_path / "w.pt")
+        assert read_checkpoint(tmp_path / "w.pt").hyper_parameters == {}
+
+
 def safetensors_bytes(folder: Path) -> bytes:
     save_file(model().state_dict(), folder / "whole.safetensors")
     return (folder / "whole.safetensors").read_bytes()
@@ -124,6 +157,31 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    "argv", [("validate",), ("test",), ("predict", "--output", "new"), ("export", "--output", "new")]
+)
+def test_code_beside_a_downloaded_export_runs_only_where_its_config_is_given(cli, tmp_path: Path, argv, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mods").mkdir()
+    (tmp_path / "mods" / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (tmp_path / "model.yaml").write_text("custom_modules_path: mods\nmodel: {}\ndata: {}\n")
+    torch.save(model().state_dict(), tmp_path / "model.pt")
+    outcome = cli(*argv, "--ckpt", "model.pt")
+    assert (outcome.code, "custom_modules_path" in outcome.err, "--config model.yaml" in outcome.err) == (1, True, True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_class_path_beside_a_download_finds_no_code_in_the_working_folder(tmp_path: Path):
+    """``python -m`` would look there, as the installed script does not."""
+    (tmp_path / "mods.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
+    (tmp_path / "model.yaml").write_text("model: {class_path: mods.Model}\ndata: {class_path: mods.Data}\n")
+    torch.save(model().state_dict(), tmp_path / "model.pt")
+    argv = [sys.executable, "-m", "floodrepro", "test", "--ckpt", "model.pt"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, "No module named 'mods'" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):
     path = tmp_path / "trained.pt"
     torch.save({"state_dict": {"model.w": torch.ones(1)}, "config": Config()}, path)
@@ -137,7 +195,7 @@ def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):
 
 
 def test_file_without_weights_is_refused(tmp_path: Path):
-    for content in ({"epoch": 3}, [1, 2], {"state_dict": {}}):
+    for content in ({"epoch": 3}, [1, 2], {"state_dict": {}}, {1: torch.ones(1)}):
         torch.save(content, tmp_path / "w.pt")
         with pytest.raises(CheckpointError, match=r"without a state dict|no weights"):
             read_checkpoint(tmp_path / "w.pt")

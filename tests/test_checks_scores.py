@@ -69,7 +69,7 @@ def test_difference_and_interval_are_those_of_a_loop_over_events(evidence: Evide
 
     everything = list(range(len(names)))
     without = np.array([gap([n for n in everything if n != left]) for left in everything])
-    found = value(answer, "flood IoU, pooled")
+    found = value(answer, "difference in flood IoU, pooled")
     assert (found.value, found.unit, found.n_events, found.n_chips) == (pytest.approx(gap(everything)), "pp", 12, 96)
     error = math.sqrt(11 / 12 * ((without - without.mean()) ** 2).sum())
     assert 1.6 * error < found.high - found.value < 6.4 * error  # t quantiles of 11 to 1 degrees of freedom
@@ -146,7 +146,7 @@ def test_tiny_floods_do_not_decide_the_mean_over_events(evidence: Evidence):
     truth = replace(evidence.table, counts=counts)
     lost = missed(truth, 1.0, ["EMSR9001", "EMSR9002"])
     answer = comparison.head_to_head(replace(evidence, table=lost, reference=truth))
-    found = value(answer, "flood IoU, mean over events")
+    found = value(answer, "difference in flood IoU, mean over events")
     assert (found.n_events, found.value) == (9, 0.0)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchmetrics
 
-from floodrepro.errors import TableError
+from floodrepro.errors import DataError, TableError
 from floodrepro.evaluation.chip_table import (
     BINS,
     ChipTable,
@@ -105,6 +105,14 @@ def test_subset_takes_the_rows_of_its_chips():
     assert (part.metadata["split"], table.metadata["split"]) == ("holdout", "test")
     with pytest.raises(TableError, match="1 chips are not in the chip table, the first is EMSR99"):
         table.subset(["EMSR99"])
+
+
+@pytest.mark.parametrize(("truth", "prediction"), [(2, 0), (-2, 0), (0, 2)])
+def test_class_beyond_the_last_is_refused_and_not_counted_for_the_next_chip(truth, prediction):
+    batch = np.zeros((2, 2, 4, 4), np.int64)
+    batch[:, 0, 1, 1] = truth, prediction
+    with pytest.raises(DataError, match="expected 0 to 1"):
+        count(*batch, classes=2)
 
 
 def test_two_files_of_one_name_are_two_rows():

@@ -1,6 +1,7 @@
 """Reading chips: any layout gives the pixels that zarr and GDAL give, and damage is an error, never a pixel."""
 
 import io
+import json
 import os
 import pickle
 import random
@@ -16,6 +17,7 @@ import numcodecs
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -167,6 +169,40 @@ def test_flipped_bit_is_never_a_silently_wrong_pixel_where_stock_raises(folders,
     assert raised > FLIPS / 4
 
 
+@pytest.mark.parametrize(
+    ("named", "dtype"),
+    [({"filters": [{"id": "pickle"}]}, "|O"), ({"compressor": {"id": "pickle"}}, "<f2")],
+)
+def test_chip_that_names_pickle_as_its_codec_runs_no_code(tmp_path, named, dtype):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    shape = {"zarr_format": 2, "shape": [1] * 4, "chunks": [1] * 4, "order": "C", "fill_value": None}
+    array = json.dumps({"filters": None, "compressor": None, **shape, "dtype": dtype, **named})
+    (tmp_path / "S2L2A").mkdir()
+    with zipfile.ZipFile(tmp_path / "S2L2A" / "a_S2L2A.zarr.zip", "w") as archive:
+        archive.writestr(".zgroup", '{"zarr_format": 2}')
+        for name in ("bands", "SCL"):
+            archive.writestr(f"{name}/.zarray", array)
+            archive.writestr(f"{name}/0.0.0.0", pickle.dumps(Code()))
+    for read in (lambda: Chips(tmp_path).bands("a", "S2L2A"), lambda: Chips(tmp_path).extras("a", "S2L2A", "SCL")):
+        with pytest.raises(DataError, match=r"a_S2L2A.* is damaged"):
+            read()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_vrt_named_as_a_chip_opens_no_other_file(folders, tmp_path):
+    chip = sorted(Chips(folders).having("DEM"))[0]
+    elsewhere = file_of(folders, chip, "MASK")
+    (tmp_path / "MASK").mkdir()
+    rasterio.shutil.copy(elsewhere, tmp_path / "MASK" / "a_annotation_flood.tif", driver="VRT")
+    assert str(elsewhere).encode() in (tmp_path / "MASK" / "a_annotation_flood.tif").read_bytes()
+    for read in (Chips(tmp_path).raster, Chips(tmp_path).grid):
+        with pytest.raises(DataError, match=r"a_annotation_flood.* is damaged"):
+            read("a", "MASK")
+
+
 def test_flipped_bit_in_any_chunk_is_an_error_that_names_the_chip(folders, tmp_path):
     chip = sorted(Chips(folders).having("DEM"))[0]
     path = tmp_path / "data" / "S1RTC" / file_of(folders, chip, "S1RTC").name
@@ -234,6 +270,14 @@ def test_index_of_a_read_only_folder_lies_in_the_users_cache(tars, tmp_path, mon
     Chips(tars)
     assert not list(tars.rglob("*.index.json"))
     assert len(list((tmp_path / "cache").rglob("*.index.json"))) == 12
+
+
+def test_index_needs_no_home(tars, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # nobody's, as in a container
+    assert len(Chips(tars).having("DEM")) == 8
+    assert len(list(tars.rglob("*.index.json"))) == 12
 
 
 def test_one_of_several_processes_reads_the_headers_and_the_others_wait(tars, tmp_path, monkeypatch):

@@ -46,7 +46,9 @@ def test_help_and_listings_import_nothing_heavy(argv):
         (["fit"], "to do: --config YAML"),
         (["fit", "--config", "no/such.yaml"], "config file not found"),
         (["fit", "--config", "demmo"], "did you mean 'demo'"),
-        (["fit", "--config", "demo", "--name", "a/b"], "--name is the name of one folder"),
+        (["fit", "--config", "demo", "--name", ".."], "'..' is no plain name"),
+        (["test", "--config", "demo", "--masks", "m", "--name", "../../esc"], "'../../esc' is no plain name"),
+        (["export", "--ckpt", "best.ckpt", "--name", "a/b"], "'a/b' is no plain name"),
         (["fit", "--config", "demo", "--weights", "no/such.pt"], "does not exist"),
         (["test", "--ckpt", "no/such.ckpt"], "checkpoint not found"),
         (["configs", "show", "nothing"], "config file not found"),
@@ -106,6 +108,28 @@ def test_runs_are_listed_with_recipe_status_score_and_age(cli, trained):
     assert run["age"].endswith("min")
     assert record["recipe_sha256"][:12] in run["recipe"]  # two epochs: none of the shipped recipes
     assert "trained" in cli("runs", "ls", "--runs-root", trained.path.parent).out
+
+
+@pytest.mark.parametrize(
+    "record", [{"started": "soon"}, {"started": 5}, {"recipe_sha256": None}, {"status": None}, {"best_metrics": [1]}]
+)
+def test_one_odd_record_does_not_hide_the_other_runs(cli, tmp_path: Path, record: dict):
+    for name, content in (("odd", record), ("good", {"status": "finished"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(content))
+    outcome = cli("runs", "ls", "--runs-root", tmp_path)
+    assert (outcome.code, "good" in outcome.out, "odd" in outcome.out) == (0, True, True), outcome.err
+
+
+@pytest.mark.parametrize("argv", [("--version",), ("configs", "show", "demo"), ("runs", "ls", "--format", "json")])
+def test_full_disk_behind_stdout_is_told_in_a_line(argv):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "floodrepro", *argv]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("floodrepro: error: ")
+    assert "No space left" in done.stderr.splitlines()[0]
+    assert "Traceback" not in done.stderr
 
 
 def test_an_error_of_a_loader_worker_keeps_what_where_and_what_to_do():

@@ -158,6 +158,27 @@ def test_killed_fetch_is_finished_by_the_same_command_and_files_of_others_stay(h
     assert other.read_bytes() == b"x"
 
 
+@pytest.mark.parametrize("flags", [(), ("--sample", "2")])
+def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_path, cli, flags):
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "impactmesh_flood_val.txt").write_text("mine_1\n")
+    fetch = ("data", "fetch", "--root", tmp_path, *flags)
+    for note in (None, "[]"):  # refused before the hub is asked
+        if note:
+            (tmp_path / FETCH_NOTE).write_text(note)
+        outcome = cli(*fetch)
+        assert outcome.code == 1
+        assert "holds a data set (split) and no note of its commit" in outcome.err
+    assert (tmp_path / "split" / "impactmesh_flood_val.txt").read_text() == "mine_1\n"
+
+
+@pytest.mark.parametrize("sample", ["-3", "0"])
+def test_sample_of_nothing_is_refused(tmp_path, cli, sample):
+    outcome = cli("data", "fetch", "--root", tmp_path, "--sample", sample)
+    assert outcome.code == 2
+    assert f"--sample is {sample}" in outcome.err
+
+
 def test_disk_is_looked_at_before_anything_is_fetched(monkeypatch, tmp_path):
     from types import SimpleNamespace
 

@@ -3,16 +3,20 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from floodrepro import recipe as recipes
+from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import RunFolder, sha256_of
+from floodrepro.training.fit import _session as session
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
 SMALL = (
@@ -181,6 +185,19 @@ class Faulty(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         {}["my_missing_key"]
 """
+
+
+def test_fit_that_waited_while_another_trained_leaves_its_record_alone(trained, tmp_path: Path):
+    """It chose to start from the beginning before it got the lock."""
+    run = RunFolder(Path(shutil.copytree(trained.path, tmp_path / "run")))
+    before = run.record.read_bytes()
+    alone = SimpleNamespace(is_global_zero=True, world_size=1)
+    with (
+        pytest.raises(RunFolderError, match="another fit has trained in this folder"),
+        session(alone, run, SimpleNamespace(recipe={}), None, {"status": "running"}),
+    ):
+        pass
+    assert run.record.read_bytes() == before
 
 
 def test_unexpected_error_shows_its_traceback_and_keeps_it(fit, tmp_path: Path, monkeypatch):

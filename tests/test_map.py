@@ -3,23 +3,29 @@
 import hashlib
 import json
 import multiprocessing
+import resource
 import runpy
 import signal
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pyogrio
 import pytest
 import rasterio
+import rasterio.warp
 import shapely
 import yaml
+from filelock import FileLock
 from matplotlib.image import imread
 from rasterio import Affine
+from rasterio.windows import Window
 from scipy import ndimage
 
 from floodrepro.errors import RunFolderError
 from floodrepro.mapping import write
-from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader
+from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene
 from floodrepro.mapping.tiles import starts, strips
 from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, save
@@ -32,6 +38,10 @@ def read(folder: Path, name: str):
 
 def digests(folder: Path):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def to_degrees(xy):
+    return np.stack(rasterio.warp.transform(CRS, "EPSG:4326", *xy.T), axis=1)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +105,31 @@ def test_blocks_hold_the_values_of_the_files_bit_for_bit(tmp_path, monkeypatch):
     with rasterio.open(tmp_path / "s2_event.tif") as s2, rasterio.open(tmp_path / "s1_before.tif") as s1:
         assert np.array_equal(reader.cut("S2L2A", (30, 5, 100, 150))[2], s2.read()[:, 30:130, 5:155])
         assert np.array_equal(reader.cut("S1RTC", (30, 5, 100, 150))[1], s1.read()[:, 30:130, 5:155].astype(np.float16))
+
+
+def test_a_raster_may_lie_south_up_and_its_infinite_values_are_missing(tmp_path):
+    grid = read_scene(make_scene(tmp_path, 50, 40)).grid
+    values = np.random.default_rng(0).random((1, 50, 40)).astype(np.float32)
+    values[0, 3, 4] = np.inf
+    save(tmp_path / "flipped.tif", values[:, ::-1], transform=Affine(10, 0, LEFT, 0, 10, TOP - 500))
+    with rasterio.open(tmp_path / "flipped.tif") as raster:
+        out = read_window(raster, [1], grid, Window(2, 1, 30, 40), [], "bilinear")
+    assert np.array_equal(np.argwhere(np.isnan(out[0])), [[2, 2]])
+    assert np.array_equal(np.nan_to_num(out), np.where(np.isinf(values), 0, values)[:, 1:41, 2:32])
+
+
+@pytest.mark.parametrize("no_data", [[], [7]])  # a value that the file does not declare must not be averaged
+def test_a_raster_much_finer_than_the_grid_is_not_read_pixel_by_pixel(tmp_path, no_data):
+    grid = read_scene(make_scene(tmp_path, 50, 40)).grid
+    heights = np.tile(np.arange(0, 80, 0.1, dtype=np.float32), (1, 1000, 1))  # 1 m to the east is 0.2 m up
+    save(tmp_path / "dem.tif", heights, transform=Affine(0.5, 0, LEFT, 0, -0.5, TOP), nodata=-9999, compress="deflate")
+    window = Window(0, 0, 40, 50)
+    with rasterio.open(tmp_path / "dem.tif") as raster:
+        tracemalloc.start()
+        out = read_window(raster, [1], grid, window, no_data, "bilinear")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert abs(out[0, :, 1:-1] - (np.arange(1, 39) * 2 + 1)).max() < 0.6 and peak < heights.nbytes / 10
 
 
 def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):
@@ -245,6 +280,30 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(tmp_path
     assert codes.count(-signal.SIGKILL) >= 3 and digests(tmp_path / "whole") == digests(tmp_path / "killed")
 
 
+def run_with_little_room(scene, folder, room):
+    """End with 7 where the error says that the map cannot be written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        run(scene, folder)
+    except RunFolderError as error:
+        sys.exit(7 if "cannot be written" in str(error) else 1)
+
+
+@pytest.mark.faults
+def test_a_full_disk_is_an_error_and_with_room_the_same_command_ends_with_the_same_bytes(made, tmp_path):
+    names = ("water.gpkg", "probability.tif", "quicklook.png")
+    rooms = [(made[1] / name).stat().st_size - 500 for name in names]
+    for room in (100, 5_000, 25_000, *rooms):  # the journal, the first strip, a later one, and each kind of file
+        process = multiprocessing.get_context("fork").Process(
+            target=run_with_little_room, args=(made[0], tmp_path / "m", room)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 7, room
+    run(made[0], tmp_path / "m")
+    assert digests(made[1]) == digests(tmp_path / "m")
+
+
 def test_a_finished_map_is_left_as_it_is_and_another_one_is_refused(made, tmp_path):
     scene, folder = made
     before = digests(folder)
@@ -255,6 +314,62 @@ def test_a_finished_map_is_left_as_it_is_and_another_one_is_refused(made, tmp_pa
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match="not empty"):
         run(scene, tmp_path)
+
+
+def test_what_was_begun_of_another_scene_is_refused_and_nothing_of_it_gets_into_the_map(tmp_path, monkeypatch):
+    first, second = make_scene(tmp_path / "a", 80, 80), make_scene(tmp_path / "b", 60, 70, seed=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RadarNetwork, "probabilities", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(first, tmp_path / "m")  # stopped before its first strip
+    with pytest.raises(RunFolderError, match="other files, weights or options"):
+        run(second, tmp_path / "m")
+    run(first, tmp_path / "m")
+    assert read(tmp_path / "m", "class").shape == (80, 80) and not (tmp_path / "m" / ".work").exists()
+
+
+def test_another_area_or_permanent_water_under_the_same_name_is_another_map(tmp_path, monkeypatch):
+    area, river = shapely.box(LEFT, TOP - 400, LEFT + 300, TOP), np.ones((1, 40, 40), np.uint8)
+    (tmp_path / "a.geojson").write_text(shapely.to_geojson(shapely.transform(area, to_degrees)))
+    scene = make_scene(tmp_path / "s", 40, 40, area={"file": "../a.geojson"}, crs=CRS)
+    options = {"names": ["rest", "flood", "permanent water"], "permanent": 2}
+    options["permanent_file"] = str(tmp_path / save(tmp_path / "river.tif", river))
+    run(scene, tmp_path / "m", **options)
+    monkeypatch.chdir(tmp_path)
+    run(Path("s/scene.yaml"), Path("m"), **options | {"permanent_file": "river.tif"})  # the same from another folder
+    for area in (shapely.box(LEFT, TOP - 400, LEFT + 400, TOP), shapely.box(LEFT + 5, TOP - 400, LEFT + 300, TOP)):
+        (tmp_path / "a.geojson").write_text(shapely.to_geojson(shapely.transform(area, to_degrees)))
+        with pytest.raises(RunFolderError, match="other files"):
+            run(scene, tmp_path / "m", **options)
+    save(tmp_path / "river.tif", river * 0)
+    run(scene, tmp_path / "n", **options)
+    save(tmp_path / "river.tif", river)
+    with pytest.raises(RunFolderError, match="other files"):
+        run(scene, tmp_path / "n", **options)
+
+
+def test_two_maps_in_one_folder_are_told_apart(tmp_path):
+    (tmp_path / "m" / ".work").mkdir(parents=True)
+    with FileLock(tmp_path / "m" / ".work" / ".lock"), pytest.raises(RunFolderError, match="another map is being made"):
+        run(make_scene(tmp_path / "s", 40, 40), tmp_path / "m")
+    run(tmp_path / "s" / "scene.yaml", tmp_path / "m")
+
+
+def test_what_others_have_put_where_a_map_is_made_stays(tmp_path):
+    scene = make_scene(tmp_path / "s", 40, 40)
+    for folder in ("m", "linked", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "m" / ".work").mkdir()
+    (tmp_path / "m" / ".work" / "class.raw").write_text("mine")
+    (tmp_path / "linked" / ".work").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "broken" / ".work").mkdir(parents=True)
+    (tmp_path / "broken" / ".work" / "journal.json").touch()
+    for name in ("m", "linked", "file", "broken"):
+        with pytest.raises(RunFolderError):
+            run(scene, tmp_path / name)
+    assert (tmp_path / "m" / ".work" / "class.raw").read_text() == "mine" and not any(
+        (tmp_path / "elsewhere").iterdir()
+    )
 
 
 def test_the_quicklook_is_a_picture_of_the_event_and_map_json_says_what_was_made_of_what(made):

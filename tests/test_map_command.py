@@ -10,7 +10,7 @@ import yaml
 
 from floodrepro.data.scenes import write_scene
 from floodrepro.evaluation import chip_table
-from map_scenes import make_scene
+from map_scenes import make_scene, save
 
 FLAGS = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
 
@@ -133,7 +133,9 @@ def test_problems_stop_a_map_and_are_recorded_with_anyway(cli, random_weights, t
     scene.write_text(scene.read_text().replace("unit: dB", "unit: power"))
     command = ("map", "--ckpt", random_weights, "--scene", scene, "--output", tmp_path / "m", "--crop", 32)
     outcome = cli(*command)
-    assert outcome.code == 1 and "the scene has 4 problems: S1RTC" in outcome.err and not (tmp_path / "m").exists()
+    assert (
+        outcome.code == 1 and "the scene has 4 problems, listed above" in outcome.err and not (tmp_path / "m").exists()
+    )
     outcome = cli(*command, "--anyway")  # negative power is no power: nothing of the radar is left
     assert outcome.code == 0, outcome.err
     assert len(json.loads((tmp_path / "m" / "map.json").read_text())["problems"]) == 4
@@ -143,7 +145,7 @@ def test_too_little_seen_is_exit_code_1_with_the_share(cli, chips, random_weight
     scene = mapped.parent / "scene" / "scene.yaml"
     flags = ("--crop", 32, "--min-seen", 0.8, "--max-gap", 9)
     outcome = cli("map", "--ckpt", random_weights, "--scene", scene, "--output", mapped, *flags)
-    assert outcome.code == 1 and "% of the area was seen (--min-seen 0.8)" in outcome.err
+    assert outcome.code == 1 and "% of the area was seen (--min-seen 0.8; " in outcome.err
 
 
 def test_a_map_is_compared_with_a_truth_as_a_chip_table(cli, mapped, tmp_path):
@@ -170,9 +172,27 @@ def test_polygons_serve_as_truth(cli, mapped, tmp_path):
     assert outcome.code == 0 and result["iou"] > 0.99 and result["tiles"] == 1
 
 
+def test_what_cannot_be_compared_is_an_error(cli, mapped, tmp_path):
+    truth = mapped.parent / "scene" / "truth.tif"
+    water = np.ones((1, 40, 40), np.uint8)
+    save(tmp_path / "nowhere.tif", water, crs=None)
+    save(tmp_path / "elsewhere.tif", water, transform=rasterio.Affine(10, 0, 600_000, 0, -10, 9_000_000))
+    for name, text in {"empty": "", "other": "[]", "alone": (mapped / "map.json").read_text()}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "map.json").write_text(text)
+    cases = [(tmp_path / name, truth) for name in ("empty", "other", "alone", "none")]
+    cases += [(mapped, tmp_path / "nowhere.tif"), (mapped, tmp_path / "elsewhere.tif")]
+    for folder, known, *flags in [*cases, (mapped, truth, "--truth-value", 77)]:
+        outcome = cli("map", "check", "--map", folder, "--truth", known, *flags)
+        assert outcome.code == 1 and len(outcome.report) >= 2 and "Traceback" not in outcome.err, (folder, known)
+    outcome = cli("map", "check", "--map", mapped, "--truth", truth, "--output", tmp_path / "missing" / "t.parquet")
+    assert outcome.code == 2 and "no such folder" in outcome.err
+
+
 def test_a_network_that_predicts_nan_maps_nothing(cli, random_weights, tmp_path):
     content = torch.load(random_weights, weights_only=True)
-    content["state_dict"]["model.head.head.2.bias"][1] = float("nan")
+    name = next(key for key in content["state_dict"] if key.endswith("running_var"))
+    content["state_dict"][name][0] = -1.0  # finite, but its root is NaN
     torch.save(content, tmp_path / "nan.ckpt")
     scene = make_scene(tmp_path / "s", 40, 40)
     flags = ("--config", random_weights.with_suffix(".yaml"), "--output", tmp_path / "m", "--crop", 32)
@@ -186,3 +206,10 @@ def test_flags_that_cannot_be_carried_out_are_bad_usage(cli, random_weights, map
     assert cli("map", "--scene", scene, "--output", "x").code == 1
     flags = ("--scene", scene, "--output", "x", "--crop", 33, "--max-gap", 9)
     assert cli("map", "--ckpt", random_weights, *flags).code == 2
+
+
+@pytest.mark.parametrize("flag", ["--threshold", "--min-seen", "--max-gap", "--min-hectares", "--batch", "--stride"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "many"])
+def test_numbers_out_of_range_are_bad_usage(cli, flag, value):
+    outcome = cli("map", flag, value)
+    assert outcome.code == 2 and f"{flag}: " in outcome.err

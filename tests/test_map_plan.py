@@ -255,10 +255,84 @@ def test_a_busy_server_is_asked_again(ask):
 
 
 def test_an_area_that_cannot_be_read_is_bad_usage(cli, ask, tmp_path):
-    for text in ("{", '{"type": "Point", "coordinates": [12, 48]}'):
+    empty = (
+        '{"type": "Polygon", "coordinates": []}',
+        '{"type": "Polygon", "coordinates": [[[1,2],[1,2],[1,2],[1,2]]]}',
+    )
+    for text in ("{", '{"type": "Point", "coordinates": [12, 48]}', *empty):
         (tmp_path / "aoi.geojson").write_text(text)
         code, scene, said, _ = ask(NORMAL, "--aoi", tmp_path / "aoi.geojson", box=None)
         assert (code, scene) == (2, None) and "aoi.geojson" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--stac", "nonsense"),
+        ("--stac", "file:///etc/passwd"),
+        *(("--box", *box) for box in [(0, 0, 0, 0), ("nan", 47, 13, 48), (12, 94, 13, 95), (12, 48, 13, 47)]),
+        ("--output", "nowhere/scene.yaml"),
+        ("--min-coverage", "nan"),
+    ],
+)
+def test_what_cannot_be_searched_is_bad_usage_before_a_server_is_asked(cli, tmp_path, flags):
+    given = {"--box": BOX, "--event": ["2026-08-26"], "--stac": ["http://127.0.0.1:9"], "--output": [tmp_path / "s"]}
+    given[flags[0]] = flags[1:]
+    assert cli("map", "plan", *(word for name, words in given.items() for word in (name, *words))).code == 2
+
+
+def test_no_password_or_signature_gets_into_a_scene(cli, tmp_path, monkeypatch):
+    items, made = [*radar_series(), terrain(12, 47)], tmp_path / "scene.yaml"
+    for item in items:
+        for asset in item["assets"].values():
+            asset["href"] += "?sig=SECRET"
+    monkeypatch.setattr("floodrepro.cli.map.datetime", type("Clock", (), {"now": lambda _: TODAY}))
+    with StacServer(items) as api:
+        url = api.url.replace("//", "//user:SECRET@") + "?token=SECRET"
+        flags = ("--box", *BOX, "--event", "2026-08-26", "--stac", url, "--output", made, "--sensors", "S1RTC")
+        outcome = cli("map", "plan", *flags)
+    assert outcome.code == 0, outcome.err
+    assert "SECRET" not in made.read_text() + outcome.out + outcome.err
+    outcome = cli("map", "plan", *flags[:-3], tmp_path / "other.yaml")
+    assert outcome.code == 1 and "did not answer" in outcome.err and "SECRET" not in outcome.err
+
+
+@pytest.mark.parametrize("href", ["file:///etc/passwd", "/vsicurl/http://127.0.0.1/x.tif", "./x.tif", "/etc/passwd"])
+def test_links_are_whole_and_lead_to_servers(ask, href):
+    items = [*radar_series(), terrain(12, 47)]
+    items[-1]["assets"]["data"]["href"] = href
+    code, scene, said, _ = ask(items, "--sensors", "S1RTC")
+    assert (code, scene) == (1, None) and "does not lead to a server" in said
+    items[-1]["links"] = [{"rel": "self", "href": "https://example.org/items/a.json"}]
+    code, scene, said, _ = ask(items, "--sensors", "S1RTC")
+    if href.startswith("file"):
+        assert (code, scene) == (1, None)
+    else:
+        assert code == 0 and scene["DEM"]["files"][0]["data"].startswith("https://example.org/"), said
+
+
+ODD = {"platform": None, "sat:relative_orbit": "none", "datetime": None, "eo:cloud_cover": "some"}
+
+
+@pytest.mark.parametrize("name", [*ODD, "geometry", "assets"])
+def test_an_item_that_lacks_what_is_read_of_it_is_named(name):
+    item = radar(at(2), SWATH)
+    if name in ODD:
+        item["properties"][name] = ODD[name]
+    else:
+        item[name] = {"vv": {}}
+    with pytest.raises(FloodreproError, match="an item cannot be used") as error:
+        plan._checked(item, "S1RTC")
+    assert error.value.where == item["id"]
+
+
+def test_a_cloud_cover_of_null_counts_as_none_said(ask):
+    items = [*radar_series(), *optical_series()]
+    for item in items:
+        item["properties"]["eo:cloud_cover"] = None
+    code, scene, said, _ = ask(items)
+    assert code == 0, said
+    assert scene["S2L2A"]["event"]["cloud"] == 0
 
 
 def test_a_server_that_keeps_refusing_and_one_that_is_down_are_errors_with_the_address(monkeypatch):

@@ -16,10 +16,13 @@ from sklearn.metrics import confusion_matrix
 
 from conftest import CHIPS
 from floodrepro import console
-from floodrepro.data.protocols import EVENT, NO_DATA
+from floodrepro.data.chips import Chips
+from floodrepro.data.protocols import EVENT, NO_DATA, PROTOCOLS
+from floodrepro.errors import RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.metrics import iou, scores
+from floodrepro.evaluation.passes import ChipWriter
 from processes import Command
 
 ONE_CHIP = ("--data.init_args.batch_size", "1")
@@ -210,6 +213,17 @@ def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_mask_that_finds_the_disk_full_is_an_error(chips, tmp_path: Path):
+    chip = split_of(chips, "test")[0]
+    (tmp_path / f"{chip}_pred.tif").symlink_to("/dev/full")
+    file = next((chips / "data" / "DEM").glob(f"{chip}*"))
+    writer = ChipWriter(tmp_path, 1, None, Chips(chips / "data", PROTOCOLS["v0"]))
+    logits = torch.zeros(1, 2, CHIPS["size"], CHIPS["size"])
+    batch = {"filename": [str(file)]}
+    with pytest.raises(RunFolderError, match="No space left"):
+        writer.write_on_batch_end(mock.Mock(), None, ((logits, None), None), None, batch)
+
+
 def test_config_wins_over_the_checkpoint_and_the_difference_is_named(cli, trained, tested, metrics, tmp_path: Path):
     loss = ("--model.init_args.loss", "ce")
     other = cli("test", "--ckpt", trained.best, "--format", "json", "--output", tmp_path, "--no-baselines", *loss)
@@ -269,15 +283,17 @@ def test_several_test_splits_are_tested_in_one_pass(cli, trained, tested, chips,
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
 
 
-def test_weights_that_predict_nan_leave_no_table(cli, trained, tmp_path: Path):
+@pytest.mark.parametrize(("command", "says"), [("test", "3 chips, the first is EMSR"), ("predict", "EMSR")])
+def test_finite_weights_that_predict_nan_leave_no_table_and_no_mask(cli, trained, tmp_path: Path, command, says):
     content = torch.load(trained.best, weights_only=True)
     name = next(key for key in content["state_dict"] if key.endswith("running_var"))
-    content["state_dict"][name][0] = float("nan")
+    content["state_dict"][name][0] = -1.0  # its root is NaN
     torch.save(content, tmp_path / "best.ckpt")
-    outcome = cli("test", "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe)
+    flags = ("--config", trained.recipe, "--output", tmp_path / "out")
+    outcome = cli(command, "--ckpt", tmp_path / "best.ckpt", *flags)
     assert outcome.code == 1
-    assert "not finite for 3 chips, the first is EMSR" in outcome.err
-    assert not list((tmp_path / "evaluation").rglob("*.parquet"))
+    assert f"not finite for {says}" in outcome.err
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):

@@ -169,8 +169,8 @@ def test_hub_that_is_not_there_is_told(exported: Path, publish, monkeypatch):
 @pytest.mark.parametrize(
     ("summary", "says"),
     [
-        ({"not_met": ["weights"], "ok": False}, "Required and not met: weights"),
-        ({"left_out": ["parity", "data"]}, "shortened: parity, data"),
+        ({"not_met": ["weights"], "ok": False}, "Required and not met: Weights and buffers"),
+        ({"left_out": ["parity", "data"]}, "not asked for: Equal to the reference, Data"),
     ],
 )
 def test_required_check_that_is_not_met_or_not_asked_for_has_to_be_forced(
@@ -206,6 +206,14 @@ def test_card_in_the_authors_own_words_is_published_as_it_is(cli, exported: Path
     assert plan["files"]["README.md"] == hashlib.sha256((exported / "README.md").read_bytes()).hexdigest()
     (exported / "README.md").write_text("no metadata at all\n")
     assert dry(cli, exported)["licence"] == ""
+
+
+@pytest.mark.parametrize("card", [b"---\nlicense: [mit\n---\nwords\n", b"---\nlicense: mit\n---\n\xff\xfe\n"])
+def test_card_that_cannot_be_read_is_named(cli, exported: Path, card: bytes):
+    (exported / "README.md").write_bytes(card)
+    outcome = cli("publish", "--export", exported, "--repo", REPO, "--dry-run")
+    assert (outcome.code, "README.md" in outcome.report[1]) == (1, True)
+    assert "Traceback" not in outcome.err
 
 
 def test_results_of_other_weights_are_refused(cli, exported: Path):

@@ -182,6 +182,21 @@ def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, say
     assert len(report.splitlines()) <= 3
 
 
+@pytest.mark.parametrize("text", ["data: [1]", "model: 5", "trainer: x", "data: {init_args: 3}"])
+def test_section_that_is_no_mapping_is_named_by_every_command(cli, text: str, tmp_path: Path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(f"{text}\n")
+    (tmp_path / "w.pt").touch()
+    for argv in (
+        ("fit",),
+        ("doctor",),
+        ("data", "audit", "--root", tmp_path),
+        ("export", "--ckpt", tmp_path / "w.pt", "--output", tmp_path / "e"),
+    ):
+        outcome = cli(*argv, "--config", path)
+        assert (outcome.code, "no mapping" in outcome.report[0]) == (2, True), outcome.err
+
+
 def test_layers_are_judged_merged(tmp_path: Path):
     layer = tmp_path / "layer.yaml"
     layer.write_text("data: {init_args: {batch_size: 4}}\noptimizer: {init_args: {lr: 2.0e-4}}\n")

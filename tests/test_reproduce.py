@@ -2,6 +2,10 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +63,24 @@ def test_finished_stage_is_skipped_until_its_command_or_output_changes(cli, gene
     os.utime(folder / "ImpactMesh-Flood" / "split", (1, 1))
     changed = cli("reproduce", "--demo", "--run-dir", folder, "--until", "synth")
     assert "done already" not in changed.err
+
+
+def test_killed_synth_starts_again_and_a_lost_output_or_damaged_record_is_found(cli, tmp_path):
+    argv = ("reproduce", "--demo", "--run-dir", str(tmp_path), "--until", "synth")
+    radar = tmp_path / "ImpactMesh-Flood" / "data" / "S1RTC"
+    with subprocess.Popen([sys.executable, "-m", "floodrepro", *argv]) as killed:
+        while not radar.is_dir():
+            time.sleep(0.02)
+        killed.terminate()
+    again = cli(*argv)
+    assert (killed.returncode, again.code, len(list(radar.iterdir()))) == (143, 0, 128), again.err
+    shutil.rmtree(radar)
+    assert "done already" not in cli(*argv).err
+    (tmp_path / "runs" / ".done-synth.json").write_text("{")
+    assert cli(*argv).code == 2  # what is left there may be somebody's
+    (tmp_path / "runs" / "declared.json").write_text("{")
+    assert "declaration of the seeds is damaged" in cli(*argv).report[0]
+    assert "cannot be made" in cli("reproduce", "--run-dir", tmp_path / "runs" / "declared.json").report[0]
 
 
 def test_first_failure_ends_the_list_with_its_exit_code(cli, generated, tmp_path):

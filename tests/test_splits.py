@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,13 @@ def test_part_of_the_data_is_whole_events_where_they_fit_and_the_same_each_time(
     for wrong in ({"limit": 0}, {"fraction": 0.0}, {"fraction": 1.5}):
         with pytest.raises(UsageError):
             choose_chips(events, **wrong)
+
+
+def test_part_of_very_many_events_is_chosen_at_once():
+    events = {f"E{event}_1": f"E{event}" for event in range(80_000)}
+    start = time.monotonic()
+    assert len(choose_chips(events, fraction=0.5)) == 40_000
+    assert time.monotonic() - start < 10
 
 
 def test_digest_of_a_split_depends_on_no_other_split_and_not_on_folders_or_tars(chips, tmp_path):
@@ -144,6 +152,15 @@ def test_own_chips_of_any_name_and_classes_are_custom(own_chips):
 def test_commit_of_the_fetch_is_in_the_state(own_chips):
     (own_chips / FETCH_NOTE).write_text(json.dumps({"repo": "a/b", "commit": "0" * 40}))
     assert check_data(recipe_of(own_chips), ("val",)).commit == "0" * 40
+    for damaged in ("", "[]", "{}"):
+        (own_chips / FETCH_NOTE).write_text(damaged)
+        assert check_data(recipe_of(own_chips), ("val",)).commit is None
+
+
+def test_generated_chips_are_known_by_the_command_that_made_them(chips):
+    state = check_data(recipe_of(chips), ("val",))
+    assert str(state.generated).startswith("floodrepro data synth --events")
+    assert {"train", "val", "test"} <= state.events.keys()
 
 
 def test_other_data_modules_are_not_looked_at():

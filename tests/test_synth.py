@@ -5,14 +5,17 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from floodrepro.data import synth
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import AFTER, BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTOCOLS, SPLITS, event_of
-from floodrepro.data.splits import read_split
+from floodrepro.data.splits import data_in, read_split
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError, UsageError
 
@@ -108,6 +111,31 @@ def test_data_set_is_never_overwritten(tmp_path, held):
     with pytest.raises(UsageError, match=held):
         generate(tmp_path, **SMALL)
     assert [path.name for path in tmp_path.iterdir()] == [held]
+
+
+@pytest.mark.parametrize("layout", ["extracted", "hub"])
+def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, layout):
+    barrier = threading.Barrier(2)
+
+    def both_find_it_empty(root: Path) -> list[str]:
+        barrier.wait()
+        held = data_in(root)
+        barrier.wait()
+        return held
+
+    def start(seed: int) -> bool:
+        try:
+            generate(tmp_path / "one", **SMALL | {"seed": seed}, layout=layout)
+        except (DataError, UsageError):
+            return False
+        return True
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(synth, "data_in", both_find_it_empty)
+        done = list(pool.map(start, (7, 8)))
+    assert sorted(done) == [False, True]
+    generate(tmp_path / "alone", **SMALL | {"seed": 7 if done[0] else 8}, layout=layout)
+    assert digests(tmp_path / "one") == digests(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])

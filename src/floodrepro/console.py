@@ -1,6 +1,7 @@
 """The one place that prints: data on stdout, everything else on stderr."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -99,7 +100,9 @@ def run(main: Callable[[], int]) -> int:
     An error that floodrepro raised on purpose takes at most three lines on stderr. Any other keeps its traceback.
     """
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
+        return code
     except FloodreproError as error:
         print(error.report(), file=sys.stderr)
         return error.exit_code
@@ -108,16 +111,25 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130  # 128 + SIGINT, the shell's convention
-    except BrokenPipeError:
-        # The reader of our stdout went away (`| head`); give the interpreter's last flush somewhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`)
+        _drop_stdout()
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+            _drop_stdout()
+            print(FloodreproError(f"a file or stdout cannot be written: {error.strerror}").report(), file=sys.stderr)
+            return FloodreproError.exit_code
         traceback.print_exc()
         what = f"unexpected {type(error).__name__}; the traceback is above"
         fix = "if it is not your own code, report it together with the traceback"
         print(FloodreproError(what, fix=fix).report(), file=sys.stderr)
         return FloodreproError.exit_code
+
+
+def _drop_stdout() -> None:
+    """Give the interpreter's last flush of stdout somewhere to go."""
+    with contextlib.suppress(OSError):  # stdout may be no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_follower() -> bool:

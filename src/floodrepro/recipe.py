@@ -22,6 +22,9 @@ SECTIONS = (
     *("output_file_prefix", "out_dtype", "deploy_config_file", "custom_modules_path"),
 )
 
+# What every command may look into before TerraTorch's parser has seen it, outer ones first.
+_MAPPINGS = ("trainer", "data", "data.init_args", "model", "model.init_args", "model.init_args.model_args")
+
 # Lightning's names for what --precision chooses.
 PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -50,22 +53,39 @@ def find(name_or_path: str) -> Path:
     raise UsageError(what, where=name_or_path, fix=fix)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.composer.ComposerError(None, None, f"'{twice[0]}' stands there twice", node.start_mark)
+        return node
+
+
 def read_yaml(path: Path) -> Recipe:
     """Read a YAML and check that it parses.
 
     Raises:
-        UsageError: The file cannot be read, or is no YAML mapping.
+        UsageError: The file cannot be read, or it or one of its sections is no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         raise UsageError(f"the YAML does not parse: {error.problem}", where=place) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
         raise UsageError(f"the config cannot be read: {error}", where=path) from error
     if not isinstance(content, dict):
         raise UsageError("the YAML holds no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
+    for key in _MAPPINGS:
+        value: Any = content
+        for part in key.split("."):
+            value = (value or {}).get(part)
+        if not isinstance(value, dict | None):
+            raise UsageError(f"{key} is no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
     return content
 
 

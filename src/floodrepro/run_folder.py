@@ -1,5 +1,6 @@
 """The run folder: where everything of one run lies, and the record that the run keeps of itself."""
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from floodrepro import recipe as recipes
-from floodrepro.errors import RunFolderError, UsageError
+from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.recipe import Recipe
 
 RECORD_SCHEMA = 3
@@ -55,7 +56,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             what = f"the run folder cannot be made: {error.strerror}"
-            raise RunFolderError(what, where=path, fix="--runs-root DIR puts it elsewhere") from error
+            raise RunFolderError(what, where=path, fix="--runs-root or --run-dir DIR puts it elsewhere") from error
         return cls(path)
 
     @classmethod
@@ -111,14 +112,17 @@ def config_beside(checkpoint: Path) -> Path:
 
     Raises:
         UsageError: There is none, or more than one.
+        CheckpointError: The YAML beside an export has code to be run; a download must not do so unasked.
     """
-    run = RunFolder.of_checkpoint(checkpoint)
-    twin = run.recipe if run else checkpoint.with_suffix(".yaml")
-    if twin.is_file():
-        return twin
-    found = sorted(checkpoint.parent.glob("*.y*ml"))
+    if run := RunFolder.of_checkpoint(checkpoint):
+        return run.recipe
+    twin = checkpoint.with_suffix(".yaml")
+    found = [twin] if twin.is_file() else sorted(checkpoint.parent.glob("*.y*ml"))
     if len(found) != 1:
         raise UsageError(f"{len(found)} configs lie beside the checkpoint", where=checkpoint, fix="--config YAML")
+    if recipes.read_yaml(found[0]).get("custom_modules_path"):
+        what = "the config beside the checkpoint runs code of its own (custom_modules_path)"
+        raise CheckpointError(what, where=found[0], fix=f"if you trust its author: --config {found[0]}")
     return found[0]
 
 
@@ -128,8 +132,8 @@ def timestamp() -> str:
 
 
 def free_name(path: Path) -> str:
-    """The first of NAME-2, NAME-3, … that is not taken beside *path*."""
-    names = (f"{path.name}-{number}" for number in itertools.count(2))
+    """The first of NAME-2, NAME-3, … that is not taken beside *path*, with the suffix that it has."""
+    names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
     return next(name for name in names if not path.with_name(name).exists())
 
 
@@ -149,4 +153,5 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as on a read-only disk, whose first error is the one to tell
+            partial.unlink(missing_ok=True)

@@ -140,11 +140,14 @@ def _stats(args: argparse.Namespace) -> None:
     from floodrepro.data.audit import MANIFEST
 
     path = args.root / MANIFEST
-    bands = json.loads(path.read_text(encoding="utf-8"))["bands"].get(args.split) if path.is_file() else None
+    try:
+        bands = json.loads(path.read_text(encoding="utf-8"))["bands"][args.split]
+        values = {f"{key}s": {name: found[key] for name, found in bands.items()} for key in ("mean", "std")}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        bands = None
     if not bands:
         fix = f"floodrepro data audit --root {args.root} --protocol NAME"
         raise UsageError(f"there is no audit of chips of {args.split}", where=path, fix=fix)
-    values = {f"{key}s": {name: found[key] for name, found in bands.items()} for key in ("mean", "std")}
     layer = {"data": {"init_args": values}}
     args.output.write_text(yaml.safe_dump(layer, sort_keys=False, default_flow_style=None, width=200), encoding="utf-8")
     console.emit(layer, f"{args.output}: use it as floodrepro fit --config RECIPE --config {args.output}", args.format)
@@ -191,4 +194,6 @@ def _listed(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
 def _new(text: str) -> Path:
     if Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} is there already and is not overwritten")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
     return Path(text)

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli.shared import add_checkpoint_flags, add_recipe_flags, parse_recipe, parse_recipe_for_checkpoint
+from floodrepro.cli.shared import (
+    add_checkpoint_flags,
+    add_recipe_flags,
+    parse_recipe,
+    parse_recipe_for_checkpoint,
+    plain_name,
+)
 from floodrepro.errors import UsageError
 
 _MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
@@ -36,7 +42,8 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
     masks = parser.add_argument_group("masks made by anyone else, in place of --ckpt; --config says which chips")
     masks.add_argument("--masks", type=Path, nargs="+", metavar="PATH", help="a folder of GeoTIFFs, or files")
-    masks.add_argument("--name", help="what reports call them (default: the name of the first path)")
+    name = "what reports call them (default: the name of the first path)"
+    masks.add_argument("--name", type=plain_name, help=name)
     masks.add_argument("--values", metavar="1=flood,0=rest", help="class of each value; 255=none leaves one out")
     scale = "masks hold probabilities of the positive class; SCALE is the value that means 1 (default: 1)"
     masks.add_argument("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help=scale)

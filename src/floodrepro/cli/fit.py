@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli.shared import add_recipe_flags, parse, read_recipe
+from floodrepro.cli.shared import add_recipe_flags, parse, plain_name, read_recipe
 from floodrepro.errors import UsageError
 from floodrepro.system.doctor import check_before_fit
 
@@ -14,7 +14,7 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add_recipe_flags(parser, config_required=True)
     add = parser.add_argument
-    add("--name", help="name of the run (default: the first recipe's)")
+    add("--name", type=plain_name, help="name of the run (default: the first recipe's)")
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
     add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
     add("--deterministic", action="store_true", help="torch's deterministic mode: slower (trainer.deterministic: warn)")
@@ -32,8 +32,6 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_fit(args: argparse.Namespace) -> int:
     """Train a recipe into a run folder. If it is interrupted, run the same command again."""
-    if args.name and Path(args.name).name != args.name:
-        raise UsageError("--name is the name of one folder", where=args.name, fix="--runs-root DIR says where it lies")
     if args.weights is not None and not args.weights.is_file():
         raise UsageError("the checkpoint of --weights does not exist", where=args.weights)
     if args.deterministic:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,17 @@ The scene and the files of a map are described in docs/mapping.md. If it is inte
 """
 
 
+def _from(low: float, high: float = 1e5, kind: type = float) -> Callable[[str], Any]:
+    """A flag's type: a number from *low* to *high*, and not NaN."""
+
+    def number(text: str) -> Any:
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low:g} to {high:g}")
+        return kind(text)
+
+    return number
+
+
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of map and of its actions."""
     parser.epilog = _EXAMPLES
@@ -47,14 +59,19 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
-    add("--max-gap", type=float, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-seen", type=float, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
-    add("--threshold", type=float, metavar="P", help="probability of the positive class (default: argmax)")
+    add("--max-gap", type=_from(0), default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--min-seen", type=_from(0, 1), default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--threshold", type=_from(0, 1), metavar="P", help="probability of the positive class (default: argmax)")
     add("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
-    add("--min-hectares", type=float, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
-    add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
-    add("--stride", type=int, metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
-    add("--batch", type=int, metavar="N", help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)")
+    add("--min-hectares", type=_from(0), default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
+    add("--crop", type=_from(32, kind=int), metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
+    add("--stride", type=_from(1, kind=int), metavar="PX", help="between tiles (default: the recipe's, or 13/16 crop)")
+    add(
+        "--batch",
+        type=_from(1, kind=int),
+        metavar="N",
+        help="tiles in a batch (default: 1 on a CPU, what fits on a GPU)",
+    )
     add_format(parser)
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
     check = actions.add_parser("check", prog=f"{parser.prog} check", help="compare a map with a truth")
@@ -74,12 +91,13 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sensors", nargs="+", choices=_SENSORS, default=list(_SENSORS), help="default: both")
     add("--output", type=Path, default=Path("scene.yaml"), metavar="YAML", help="default: scene.yaml")
     for name, (value, text) in _LIMITS.items():
-        add(f"--{name.replace('_', '-')}", type=float, default=value, metavar="N", help=f"{text} (default: {value:g})")
+        kind = _from(0, 1) if name == "min_coverage" else _from(0)
+        add(f"--{name.replace('_', '-')}", type=kind, default=value, metavar="N", help=f"{text} (default: {value:g})")
     add_format(plan)
 
 
 def run_map(args: argparse.Namespace) -> int:
-    """Run the command or one of its actions."""
+    """Map a whole scene, compare a map with a truth, or plan a scene."""
     if args.action:
         return {"check": _check, "plan": _plan}[args.action](args)
     for name in ("scene", "output"):
@@ -97,7 +115,8 @@ def run_map(args: argparse.Namespace) -> int:
         console.warn(problem)
     if problems and not args.anyway:
         fix = "mend scene.yaml, or map it --anyway: map.json will list them"
-        raise DataError(f"the scene has {len(problems)} problems: {problems[0]}", where=args.scene, fix=fix)
+        many = "a problem, named" if len(problems) == 1 else f"{len(problems)} problems, listed"
+        raise DataError(f"the scene has {many} above", where=args.scene, fix=fix)
     configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(files[0])]
     overrides = [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else []
     console.say("loading TerraTorch (10 to 20 s)")
@@ -130,7 +149,11 @@ def run_map(args: argparse.Namespace) -> int:
     text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
     console.emit(result, f"{text}\n{args.output}", args.format)
     if seen < args.min_seen:
-        raise DataError(f"only {seen:.0%} of the area was seen (--min-seen {args.min_seen:g})", where=args.output)
+        why = ", ".join(f"{name} {share:.0%}" for name, share in result["shares_of_area"].items() if name != "seen")
+        what = f"only {seen:.0%} of the area was seen (--min-seen {args.min_seen:g}; {why})"
+        raise DataError(
+            what, where=args.output, fix="find a pass that shows it; the map is there and says what was seen"
+        )
     return 0
 
 
@@ -159,14 +182,21 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path)
     return plan | {"permanent_file": str(args.permanent) if args.permanent else None}
 
 
+def _refuse_output(path: Path | None) -> None:
+    """Say before the work that a file cannot be written."""
+    if path and path.exists():
+        raise UsageError("the file exists already and is not overwritten", where=path, fix="--output FILE")
+    if path and not path.parent.is_dir():
+        raise UsageError("there is no such folder", where=path.parent, fix="--output FILE")
+
+
 def _check(args: argparse.Namespace) -> int:
     """Compare a map with a truth."""
     from floodrepro.evaluation import chip_table
     from floodrepro.evaluation.metrics import class_scores
     from floodrepro.mapping.compare import compare_map
 
-    if args.output and args.output.exists():
-        raise UsageError("the file exists already and is not overwritten", where=args.output)
+    _refuse_output(args.output)
     table = compare_map(args.map, args.truth, args.truth_value)
     counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
@@ -180,16 +210,15 @@ def _check(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     """Write a scene from a STAC catalogue."""
-    from floodrepro.mapping.plan import PLANETARY_COMPUTER, Area, make_scene, search
+    from floodrepro.mapping.plan import PLANETARY_COMPUTER, Area, make_scene, public, search
     from floodrepro.mapping.scene import STEPS, parse_time
 
-    if args.output.exists():
-        raise UsageError("the file exists already and is not overwritten", where=args.output, fix="--output FILE")
+    _refuse_output(args.output)
     event, area, url = parse_time(args.event, "--event"), Area(args.aoi or args.box), args.stac or PLANETARY_COMPUTER
     items = search(url, area, event, [*args.sensors, "DEM"])
     limits = {name: getattr(args, name) for name in _LIMITS}
     where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
-    scene: dict[str, Any] = {"area": where, "stac": url}
+    scene: dict[str, Any] = {"area": where, "stac": public(url)}
     scene |= make_scene(items, area, event, datetime.now(UTC), limits)
     text = yaml.safe_dump(scene, sort_keys=False, width=1000, allow_unicode=True)
     write_atomically(args.output, f"# Written by floodrepro map plan; change what you like.\n{text}")

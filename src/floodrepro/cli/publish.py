@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli.shared import add_format
+from floodrepro.cli.shared import add_format, plain_name
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import find, fingerprint, read_yaml
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, timestamp
@@ -72,7 +72,7 @@ def run_verify(args: argparse.Namespace) -> int:
     summary, verdict = found["summary"], found["verdict"]
     lines = [console.columns(rows, right_from=3), "", f"{verdict['word']}: {verdict['sentence']}", verdict["not_shown"]]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
-    lines += [report.required_sentence(summary), summary["text"], f"report  {page}"]
+    lines += [report.required_sentence(found), summary["text"], f"report  {page}"]
     console.emit(found, "\n".join(lines), args.format)
     return 0 if summary["ok"] else 1
 
@@ -111,7 +111,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--ckpt", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
     add("--config", metavar="YAML", help="recipe of --ckpt (default: the one beside it)")
     add("--output", type=Path, metavar="DIR", help="default: export/ in the run folder")
-    add("--name", help="stem of both files (default: the run's name)")
+    add("--name", type=plain_name, help="stem of both files (default: the run's name)")
     card.add_argument("--card-only", action="store_true", help="write the card anew, for a pair that is there")
     card.add_argument("--no-card", action="store_true", help="write the pair alone")
     add("--licence", "--license", metavar="ID", help="of the weights, such as apache-2.0; without it none is stated")
@@ -133,6 +133,8 @@ def run_export(args: argparse.Namespace) -> int:
     output = args.output or (run.export if run else None)
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
+    if run and output.resolve().is_relative_to(run.verification.resolve()):
+        raise UsageError("this folder is for what verify writes", where=output, fix="another --output DIR")
     recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
     if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
         raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
 from floodrepro.cli.shared import add_format
-from floodrepro.data.protocols import PROTOCOLS
+from floodrepro.data.protocols import PARTS, PROTOCOLS
 from floodrepro.errors import SIGNALLED, RunFolderError, UsageError
 from floodrepro.run_folder import DECLARATION, RunFolder, timestamp, write_atomically
 
@@ -68,7 +69,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
         lines = [f"floodrepro {shlex.join(stage.command)}" for stage in stages]
         console.emit({"commands": {stage.name: stage.command for stage in stages}}, "\n".join(lines), args.format)
         return 0
-    run_dir.mkdir(parents=True, exist_ok=True)
+    RunFolder.create(run_dir)
     try:
         with FileLock(run_dir / ".reproduce.lock", timeout=0):
             _declare(run_dir, seeds, stages)
@@ -103,7 +104,8 @@ def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]
     if args.demo:
         shorter = RunFolder(run_dir / "shorter")
         beside = ["--reference", shorter.best, "--reference-name", "the shorter-trained model"]
-        before = [Stage("synth", ["data", "synth", "--root", root, *DEMO_CHIPS], [root / "split"])]
+        made = [root / "split", root / "data", *(root / "data" / part for part in PARTS)]
+        before = [Stage("synth", ["data", "synth", "--root", root, *DEMO_CHIPS], made)]
         tests.append(Stage("fit-reference", [*fit, *DEMO_REFERENCE], [shorter.best]))
     else:
         compared = args.reference != "none" and (args.reference or len(protocol.class_names) == 2)
@@ -150,7 +152,10 @@ def _declare(run_dir: Path, seeds: list[int], stages: list[Stage]) -> None:
     """Write down the seeds before the first fit begins, so that no run can be dropped afterwards."""
     file = run_dir / DECLARATION
     fits = [stage.command for stage in stages if stage.name.startswith("fit")]
-    if file.exists() and (declared := json.loads(file.read_text(encoding="utf-8")))["seeds"] != seeds:
+    declared = _read(file)
+    if file.exists() and not (isinstance(declared, dict) and {"seeds", "declared"} <= declared.keys()):
+        raise RunFolderError("the declaration of the seeds is damaged", where=file, fix="give another --run-dir")
+    if declared and declared["seeds"] != seeds:
         what = f"seeds {declared['seeds']} were declared here on {declared['declared']}, now they are {seeds}"
         raise UsageError(what, where=file, fix="ask for the same seeds, or give another --run-dir")
     if fits and not file.exists():
@@ -161,9 +166,16 @@ def _declare(run_dir: Path, seeds: list[int], stages: list[Stage]) -> None:
 def _run(stage: Stage, run_dir: Path, heading: str) -> int:
     """The exit code of a stage, which is run unless its record says that it is done."""
     file, asked = run_dir / f".done-{stage.name}.json", {"command": stage.command, "floodrepro": __version__}
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) == asked | {"outputs": _sizes(stage.outputs)}:
+    if _read(file) == asked | {"outputs": _sizes(stage.outputs)}:
         console.say(f"{heading}: done already")
         return 0
+    begun = run_dir / f".begun-{stage.name}"
+    if stage.name == "synth":
+        if begun.exists():  # it was killed, and would refuse the folder with what it left
+            for output in stage.outputs:
+                shutil.rmtree(output, ignore_errors=True)
+        elif not any(output.exists() for output in stage.outputs):
+            begun.touch()
     console.say(f"{heading}: floodrepro {shlex.join(stage.command)}")
     start = time.monotonic()
     # In a group of its own, so that Ctrl-C in a terminal and a batch system's SIGTERM arrive once, through us.
@@ -177,8 +189,17 @@ def _run(stage: Stage, run_dir: Path, heading: str) -> int:
                 signal.signal(number, handler)
     if code == 0:
         write_atomically(file, json.dumps(asked | {"outputs": _sizes(stage.outputs)}, indent=1) + "\n")
+        begun.unlink(missing_ok=True)
         console.say(f"{heading}: {time.monotonic() - start:.0f} s")
     return code if code >= 0 else SIGNALLED - code
+
+
+def _read(file: Path) -> Any:
+    """What a JSON file holds; None where it is missing or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _sizes(files: list[Path]) -> dict[str, Any]:

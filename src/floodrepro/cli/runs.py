@@ -56,18 +56,20 @@ def run_runs(args: argparse.Namespace) -> int:
 def _summary(run: RunFolder, shipped: dict[str, str]) -> dict[str, Any]:
     try:
         record = run.read_record()
-    except FloodreproError:
-        record = {"status": "unreadable"}
-    digest, monitor = record.get("recipe_sha256", ""), record.get("monitor")
+        age, best = _age(record.get("started")), (record.get("best_metrics") or {}).get(record.get("monitor"))
+        best = None if best is None else float(best)
+    except (FloodreproError, AttributeError, TypeError, ValueError):
+        record, age, best = {"status": "unreadable"}, "-", None
+    digest = str(record.get("recipe_sha256") or "")
     return {
         "name": run.path.name,
         "path": str(run.path),
         "recipe": shipped.get(digest) or f"sha256 {digest[:12]}",
-        "status": record.get("status"),
-        "monitor": monitor,
-        "best": (record.get("best_metrics") or {}).get(monitor),
+        "status": str(record.get("status", "missing")),
+        "monitor": record.get("monitor"),
+        "best": best,
         "started": record.get("started"),
-        "age": _age(record.get("started")),
+        "age": age,
     }
 
 

@@ -26,6 +26,13 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=console.FORMATS, default="text", help="what stdout holds (default: text)")
 
 
+def plain_name(text: str) -> str:
+    """The value of --name, which becomes the name of a file or folder and must not lead out of the one it lies in."""
+    if Path(text).name != text or text == "..":
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain name; another flag says in which folder it lies")
+    return text
+
+
 def add_recipe_flags(parser: argparse.ArgumentParser, *, config_required: bool) -> None:
     """Add --config, --data-root, --precision, which chips to use, --format, and a note on overrides."""
     config = "a path, or a name from 'floodrepro configs ls'; later files are layers over earlier ones"

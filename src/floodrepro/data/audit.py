@@ -27,7 +27,7 @@ from floodrepro.data.protocols import (
     Protocol,
 )
 from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events
-from floodrepro.errors import DataError
+from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
@@ -103,9 +103,15 @@ def audit(
         The manifest.
 
     Raises:
-        DataError: There are no chips, or no such split file.
+        UsageError: The protocol has no classes.
+        DataError: There are no chips, or no such split file, or the root cannot be written.
     """
+    if not protocol.label_map:
+        raise UsageError(f"protocol {protocol.name} has no classes of its own", fix="--config YAML of a recipe")
     source = Chips(root, protocol)
+    if not os.access(root, os.W_OK):
+        fix = "--root of a folder that holds links to what is in this one"
+        raise DataError("the audit is written into the root, which is read-only", where=root, fix=fix)
     listed, findings = _read_lists(root, splits, limit, fraction)
     try:
         # Further lists of a split, as `test_holdout`, may share chips with it.
@@ -138,9 +144,12 @@ def audit(
         "findings": group_findings(findings),
         "bands": bands,
     }
-    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    if rows:
-        _write_figures(root / FIGURES, list(rows.values()))
+    try:
+        write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        if rows:
+            _write_figures(root / FIGURES, list(rows.values()))
+    except OSError as error:
+        raise DataError(f"the audit cannot be written: {error}", where=root, fix="check the disk") from error
     return manifest
 
 
@@ -168,14 +177,12 @@ def check_chip(source: Chips, row: ChipRow) -> ChipRow:
         try:
             if part in _SHAPES:
                 arrays[part] = source.bands(row.chip, part)
-                group = source.group(row.chip, part)
-                attributes[part] = dict(group.attrs)
-                if "SCL" in group:
-                    arrays["SCL"] = group["SCL"][...]
+                attributes[part], masks = source.extras(row.chip, part, "SCL")
+                arrays |= masks
             else:
                 arrays[part] = source.raster(row.chip, part)
-        except Exception as error:  # DataError, or what zarr raises for damage beside the bands
-            row.add("error", f"{part} is damaged", getattr(error, "what", None) or str(error))
+        except DataError as error:
+            row.add("error", f"{part} is damaged", error.what)
     edge = arrays.get(LABEL_DIR, arrays.get("DEM", np.empty((0, 0)))).shape
     for part in [part for part in PARTS if part in arrays]:
         wanted = (*_SHAPES.get(part, ()), *edge)

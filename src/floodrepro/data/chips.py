@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
+import numcodecs.registry
 import numpy as np
 import numpy.typing as npt
 import rasterio
@@ -37,6 +38,8 @@ from floodrepro.run_folder import write_atomically
 T = TypeVar("T")
 Array = npt.NDArray[Any]
 Place = tuple[str, int, int | None]  # a file, and where the chip begins in it and how many bytes it has; None: all
+
+numcodecs.registry.codec_registry.pop("pickle", None)  # a chip could name it, and would run code when it is read
 
 _LARGE = 2**30  # bytes of a tar whose headers may take a while
 _WAITS = (0.2, 2.0)  # seconds before the second and the third try of a read that failed
@@ -88,9 +91,12 @@ class Chips:
         """Sorts chips as they lie on disk."""
         return self._place(chip, part)[:2]
 
-    def group(self, chip: str, modality: str) -> zarr.Group:
-        """The whole zarr file of a chip's S2L2A or S1RTC: its attributes and arrays. Raises as `bands` does."""
-        return self._open(chip, modality, read_group)
+    def extras(self, chip: str, modality: str, *names: str) -> tuple[dict[str, Any], dict[str, Array]]:
+        """What else is in a chip's S2L2A or S1RTC: attributes, and those of the named arrays that are there.
+
+        Raises as `bands` does.
+        """
+        return self._open(chip, modality, functools.partial(read_extras, names=names))
 
     def bands(self, chip: str, modality: str, empty: Callable[..., Array] = np.empty) -> Array:
         """A chip's S2L2A (T, C, H, W), int16 reflectance x 10,000, or S1RTC (T, 2, H, W), float16 dB, as on disk.
@@ -180,7 +186,7 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
         DataError: The tar is damaged.
     """
     state = [tar.stat().st_size, tar.stat().st_mtime_ns]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "floodrepro"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache") / "floodrepro"
     elsewhere = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{tar.name}.index.json"
     saved = tar.with_name(f"{tar.name}.index.json") if os.access(tar.parent, os.W_OK) else elsewhere
     if (known := _read_index(saved, state)) is not None:
@@ -195,7 +201,8 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
             console.say(f"reading the headers of {tar}")
         try:
             with tarfile.open(tar, "r:") as archive:
-                index = {Path(m.name).name: (m.offset_data, m.size) for m in archive if m.isreg()}
+                files = [m for m in archive if m.isreg() and ".." not in m.name.split("/")]
+                index = {Path(m.name).name: (m.offset_data, m.size) for m in files}
         except (tarfile.TarError, EOFError) as error:
             what = f"the archive is damaged or cut short: {error}"
             raise DataError(what, where=tar, fix="fetch it again: delete it, then floodrepro data fetch") from error
@@ -251,15 +258,16 @@ class Window(io.RawIOBase):
         return len(wanted)
 
 
-def read_group(file: Window) -> zarr.Group:
-    """The group of a zarr ZIP; the checksums of all files are compared."""
+def read_extras(file: Window, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Attributes of a zarr ZIP, and those of the named arrays that are there; all checksums are compared."""
     with zipfile.ZipFile(file) as archive:
-        return zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
+        group = zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
+    return dict(group.attrs), {name: group[name][...] for name in names if name in group}
 
 
 def read_grid(file: Window) -> tuple[Any, Any]:
     """CRS and transform of a GeoTIFF."""
-    with MemoryFile(file.read(file.size)) as memory, memory.open() as dataset:
+    with MemoryFile(file.read(file.size)) as memory, memory.open(driver="GTiff") as dataset:
         return dataset.crs, dataset.transform
 
 
@@ -268,7 +276,7 @@ def read_raster(file: Window) -> Array:
     # Reading the georeference, which nobody asks for here, would take twice as long as the pixels.
     with rasterio.Env(GDAL_GEOREF_SOURCES="NONE", GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with MemoryFile(file.read(file.size)) as memory, memory.open() as dataset:
+        with MemoryFile(file.read(file.size)) as memory, memory.open(driver="GTiff") as dataset:
             return np.asarray(dataset.read(1))
 
 

@@ -79,6 +79,17 @@ class ChipDataset(Dataset[RawChip]):
         """Number of chips."""
         return len(self.chips)
 
+    def __getitem__(self, index: int) -> RawChip:
+        """One chip: what `__getitems__` gives, without the batch's axis.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        batch = self.__getitems__([index])
+        if batch["failed"]:
+            raise batch["failed"][0][1]
+        return {name: batch[name][0] for name in batch if name not in ("failed", "odd")}
+
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
         """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
 

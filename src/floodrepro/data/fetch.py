@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from floodrepro import console
 from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
-from floodrepro.data.splits import FETCH_NOTE, read_commit, read_split
-from floodrepro.errors import DataError
+from floodrepro.data.splits import FETCH_NOTE, data_in, read_commit, read_split
+from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
 _BLOCK = 2**12  # bytes that are read ahead of a remote tar
@@ -52,23 +52,30 @@ def fetch(
         the bytes of each by its path.
 
     Raises:
+        UsageError: The sample is not of 1 or more chips.
         DataError: The hub cannot be read, lacks a part, holds another version than the protocol's; the folder holds
-            another commit; the disk is too small; a file is not what the hub says it is.
+            another commit, or data of none; the disk is too small; a file is not what the hub says it is.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
+    if sample is not None and sample < 1:
+        raise UsageError(f"--sample is {sample}, expected 1 or more")
+    held = read_commit(root / "data")  # of this folder, not of the one that it lies in
+    if held is None and (others := data_in(root)):
+        what = f"the folder holds a data set ({', '.join(others)}) and no note of its commit; nothing is overwritten"
+        raise DataError(what, where=root, fix="--root of a new folder")
     try:
         commit, sizes = _list_files(repo, revision)
         where = f"{repo}@{commit}"
-        if (held := read_commit(root) or commit) != commit:
+        if held not in (None, commit):
             what = f"the folder holds commit {held}, and {revision} is {commit}"
             raise DataError(what, where=root, fix=f"--revision {held}, or another --root")
         wanted = _choose(sizes, splits, parts, where)
         lists = [path for path in sizes if path.startswith("split/") and path.endswith(".txt")]
         if sample is None:
             _check_disk(root, sum(sizes[path] for path in wanted if not (root / path).is_file()))
-        whole = root if sample is None else root / ".fetch"  # in a sample, `split/` lists the chips of the sample only
+        whole = root / ".fetch"  # `split/` is not written before the note; a sample's lists its own chips only
         get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
         get(local_dir=whole, allow_patterns=lists)
         version, chips = check_version(whole / "split", protocol, where=where)
@@ -76,7 +83,7 @@ def fetch(
         note = {"repo": repo, "commit": commit, "asked": revision, "sample": sample}
         write_atomically(root / FETCH_NOTE, json.dumps(note, indent=2) + "\n")
         if sample is None:
-            get(local_dir=root, allow_patterns=wanted)
+            get(local_dir=root, allow_patterns=[*lists, *wanted])
             console.say("comparing checksums")
             found = HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=root)
             if bad := [mismatch["path"] for mismatch in found.mismatches]:

@@ -7,27 +7,27 @@ import numpy as np
 
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import BEFORE, EVENT, LABEL_DIR, S2_BANDS, TIMESTEPS
-from floodrepro.errors import DataError
+from floodrepro.errors import DataError, UsageError
 
 _FACTS = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
 _RGB = [S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
 
 
 def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]:
-    """Write a PNG and return dates, orbits and clouds by modality, each a text of four values.
+    """Write a picture and return dates, orbits and clouds by modality, each a text of four values.
 
     Raises:
+        UsageError: The picture cannot be written, or its suffix names no format.
         DataError: The chip is not there, or is damaged.
     """
     from matplotlib.figure import Figure
 
     facts: dict[str, dict[str, str]] = {}
     for part in [part for part in ("S2L2A", "S1RTC") if chip in source.having(part)]:
-        group = source.group(chip, part)
-        facts[part] = {key: str(group.attrs[key]) for key in _FACTS if key in group.attrs}
-        if "cloud_mask" in group:
-            shares = group["cloud_mask"][...].astype(bool).mean(axis=(1, 2))
-            facts[part]["cloud"] = ";".join(f"{share:.0%}" for share in shares)
+        attributes, masks = source.extras(chip, part, "cloud_mask")
+        facts[part] = {key: str(attributes[key]) for key in _FACTS if key in attributes}
+        for mask in masks.values():
+            facts[part]["cloud"] = ";".join(f"{share:.0%}" for share in mask.astype(bool).mean(axis=(1, 2)))
     panels: list[tuple[str, Any, dict[str, Any]]] = []
     if "S2L2A" in facts:
         dates = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")
@@ -47,5 +47,8 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
     figure.suptitle(chip, fontsize=9)
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the picture cannot be written: {error}", where=path, fix="--output FILE.png") from error
     return facts

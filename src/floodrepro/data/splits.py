@@ -25,6 +25,7 @@ from floodrepro.data.protocols import (
 from floodrepro.errors import DataError, UsageError
 
 FETCH_NOTE = "floodrepro-fetch.json"  # beside `split/`: repository, commit and what was asked for
+SYNTH_NOTE = "floodrepro-synth.txt"  # there too, of generated chips: the command that makes them again
 
 _SHOWN = 3  # examples in a message
 
@@ -40,6 +41,8 @@ class DataState:
             for splits that both sides have.
         warnings: What may change the meaning of a score, one sentence each.
         commit: The hub's commit that the data was fetched from; None where it is not known.
+        generated: The command that generated the chips; None for chips that were not.
+        events: Number of events by split, of all splits that are there.
     """
 
     protocol: str
@@ -47,6 +50,8 @@ class DataState:
     digests: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     commit: str | None = None
+    generated: str | None = None
+    events: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The state as JSON types."""
@@ -138,13 +143,15 @@ def choose_chips(
         return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
     sizes = Counter(events.values())
-    order = sorted(sizes, key=draw)
+    rank = {event: place for place, event in enumerate(sorted(sizes, key=draw))}
     kept: set[str] = set()
-    for event in order:
-        if sizes[event] + sum(sizes[other] for other in kept) <= wanted:
+    room = wanted
+    for event in rank:
+        if sizes[event] <= room:
             kept.add(event)
+            room -= sizes[event]
     chosen = {chip for chip, event in events.items() if event in kept}
-    rest = sorted(events.keys() - chosen, key=lambda chip: (order.index(events[chip]), draw(chip)))
+    rest = sorted(events.keys() - chosen, key=lambda chip: (rank[events[chip]], draw(chip)))
     chosen.update(rest[: wanted - len(chosen)])
     return {chip: event for chip, event in events.items() if chip in chosen}
 
@@ -171,7 +178,9 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         return DataState(protocol.name)
     arguments = data_arguments(recipe)
     root = Path(arguments["data_root"])
-    state = DataState(protocol.name, commit=read_commit(root))
+    there, generated = _splits_on_disk(arguments), (_read_note(root, SYNTH_NOTE) or "").strip() or None
+    events = {name: len(set(chips.values())) for name, chips in there.items()}
+    state = DataState(protocol.name, commit=read_commit(root), generated=generated, events=events)
     sources: dict[Path, Chips] = {}
     for split in splits:
         place = Path((split == "predict" and arguments.get("predict_data_root")) or root)
@@ -189,7 +198,7 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
             published = protocol.counts.get(name, len(chips))
             if state.commit and len(chips) != published:  # a sample of what was published
                 console.say(f"{name} has {len(chips):,} chips; {protocol.name} was published with {published:,}")
-    state.warnings.extend(shared_events(_splits_on_disk(arguments), splits))
+    state.warnings.extend(shared_events(there, splits))
     for warning in state.warnings:
         console.warn(warning)
     if state.warnings and arguments.get("strict"):
@@ -230,9 +239,23 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] 
 
 
 def read_commit(root: Path) -> str | None:
-    """The hub's commit that `data fetch` noted beside the chips; None where there is no note."""
-    notes = [note for note in (root / FETCH_NOTE, root.parent / FETCH_NOTE) if note.is_file()]
-    return str(json.loads(notes[0].read_text(encoding="utf-8"))["commit"]) if notes else None
+    """The hub's commit that `data fetch` noted beside the chips; None where there is no note, or a damaged one."""
+    note = _read_note(root, FETCH_NOTE)
+    try:
+        return str(json.loads(note)["commit"]) if note else None
+    except (ValueError, KeyError, TypeError) as error:
+        console.warn(f"{FETCH_NOTE} below {root} is damaged, so the data's commit is not known: {error!r}")
+        return None
+
+
+def _read_note(root: Path, name: str) -> str | None:
+    notes = [note for note in (root / name, root.parent / name) if note.is_file()]
+    return notes[0].read_text(encoding="utf-8") if notes else None
+
+
+def data_in(root: Path) -> list[str]:
+    """Those folders of a data set, `data`, `split` and one for each split, that are there."""
+    return [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
 
 
 def _splits_on_disk(arguments: Mapping[str, Any]) -> dict[str, dict[str, str]]:

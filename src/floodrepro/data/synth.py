@@ -39,6 +39,7 @@ from floodrepro.data.protocols import (
     Protocol,
     suffix_of,
 )
+from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
 Array = npt.NDArray[Any]
@@ -88,8 +89,8 @@ def generate(
     """Write a generated data set; the same arguments give the same bytes.
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
-    `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. The split files are written last: where
-    they are, everything else is.
+    `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. `SYNTH_NOTE` says that the chips are
+    generated. The split files are written last: where they are, everything else is.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -109,7 +110,7 @@ def generate(
         UsageError: An argument is out of range, or `root` holds a data set already.
         DataError: `root` cannot be written.
     """
-    held = [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
+    held = data_in(root)
     known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
     demands = (
         (not held, f"{root} holds a data set already ({', '.join(held)}), and nothing is overwritten"),
@@ -130,6 +131,8 @@ def generate(
     subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
     pixels = np.zeros(1 + len(rules.label_map), np.int64)
     try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ("data" if layout == "extracted" else SPLITS[0])).mkdir()  # of two at a time, one is stopped here
         with ExitStack() as stack:
             tars: dict[tuple[str, str], tarfile.TarFile] = {}
             for split, part in product(SPLITS, PARTS) if layout == "hub" else ():
@@ -156,6 +159,10 @@ def generate(
                         subsets["test_seen_events" if seen else "test_holdout"].append(chip)
                     pixels += np.bincount(mask.ravel() - IGNORE_INDEX, minlength=len(pixels))
                     progress(sum(map(len, listed.values())), chips)
+        flags = {"events": events, "chips": chips, "size": size, "protocol": protocol, "seed": seed, "layout": layout}
+        words = [f"--{name} {value}" for name, value in flags.items()]
+        words.append(f"--layout-variant {','.join(variants)}")
+        _write(root / SYNTH_NOTE, f"floodrepro data synth {' '.join(words)}\n".encode())
         for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
             _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
     except OSError as error:

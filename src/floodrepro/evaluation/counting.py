@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from floodrepro.data.protocols import IGNORE_INDEX
+from floodrepro.errors import DataError
 from floodrepro.evaluation.chip_table import BINS
 
 
@@ -36,6 +37,9 @@ def count(
     Returns:
         counts (B, K, K), ignored (B,), unseen (B,) and, with probabilities, histogram (B, 2, BINS), confidence
         (B, BINS), squared_error (B,).
+
+    Raises:
+        DataError: The truth or the prediction holds a class that is none of the K.
     """
     truth, prediction = _tensor(truth), _tensor(prediction)
     known, chips = truth != ignore_index, len(truth)
@@ -45,6 +49,10 @@ def count(
     chip = torch.arange(chips, dtype=torch.int32, device=truth.device)[:, None, None]
     chip = torch.where(counted, chip, chips)
     label, called = (torch.where(counted, part, 0).int() for part in (truth, prediction))
+    for name, values in (("truth", label), ("prediction", called)):
+        low, high = (int(end) for end in values.aminmax())
+        if low < 0 or high >= classes:  # it would be counted as another class or chip
+            raise DataError(f"the {name} holds classes from {low} to {high}, expected 0 to {classes - 1}")
 
     def bincount(index: Tensor, *shape: int, weights: Tensor | None = None) -> Tensor:
         flat = None if weights is None else weights.flatten()

@@ -76,7 +76,8 @@ def tabulate_masks(
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
         for done, chip in enumerate(chips, 1):
-            with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR)) as grid:
+            truth = read_truth(source, chip)
+            with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR), driver="GTiff") as grid:
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
                 found = _on_chip(rasters, grid, named)
             if scale is None:
@@ -88,7 +89,7 @@ def tabulate_masks(
                     what = f"the mask over {chip} holds probabilities {low:g} to {high:g}, expected 0 to 1"
                     raise DataError(what, fix="--probability 100 or --probability 255 says which value means 1")
                 prediction = np.select([probability > 0.5, probability <= 0.5], [positive, 1 - positive], -1)
-            layers = (None if one is None else one[None] for one in (read_truth(source, chip), prediction, probability))
+            layers = (None if one is None else one[None] for one in (truth, prediction, probability))
             batches.append(count(*layers, classes=classes, positive=positive))
             show(done, len(chips))
     metadata = {

@@ -12,13 +12,14 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback
+from rasterio.io import MemoryFile
 from torch import Tensor
 
 from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import DataState, check_data
-from floodrepro.errors import DataError, UsageError
+from floodrepro.errors import CheckpointError, DataError, RunFolderError, UsageError
 from floodrepro.recipe import check_precision
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.layout import without_files
@@ -60,7 +61,10 @@ class ChipWriter(BasePredictionWriter):
 
     def _write(self, file: str, logits: Tensor) -> None:
         """One chip, from its logits (K, H, W)."""
-        with rasterio.open(file) as grid:
+        if not bool(logits.isfinite().all()):
+            what = f"the model predicts values that are not finite for {chip_of(file)}"
+            raise CheckpointError(what, fix="--precision bf16 or fp32")
+        with rasterio.open(file, driver="GTiff" if self._source else None) as grid:
             profile = {"driver": "GTiff", "count": 1, "compress": "deflate", "crs": grid.crs}
             profile |= {"transform": grid.transform, "height": grid.height, "width": grid.width}
             unseen = self._unseen(file, grid)
@@ -75,8 +79,13 @@ class ChipWriter(BasePredictionWriter):
             layers["prob"] = (probability.round() if scale > 1 else probability, self._type, no_data)
         for name, (values, kind, no_data) in layers.items():
             path = self._folder / f"{chip_of(file)}_{name}.tif"
-            with rasterio.open(path, "w", **profile, dtype=kind, nodata=no_data) as target:
-                target.write(np.where(unseen, no_data, values).astype(kind), 1)
+            with MemoryFile() as memory:  # on a full disk GDAL leaves an empty file and tells nobody
+                with memory.open(**profile, dtype=kind, nodata=no_data) as target:
+                    target.write(np.where(unseen, no_data, values).astype(kind), 1)
+                try:
+                    path.write_bytes(memory.read())
+                except OSError as error:
+                    raise RunFolderError(f"the mask cannot be written: {error.strerror}", where=path) from error
 
     def _unseen(self, file: str, grid: Any) -> npt.NDArray[np.bool_]:
         """Pixels (H, W) that no satellite saw at the event."""
@@ -139,6 +148,7 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: st
 
     Raises:
         UsageError: The folder is not empty or cannot be made.
+        RunFolderError: The disk is full.
         UsageError, DataError, CheckpointError: As `prepare`.
     """
     try:

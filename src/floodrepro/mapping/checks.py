@@ -4,7 +4,10 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+from rasterio.transform import array_bounds
+from rasterio.warp import transform_bounds
 from rasterio.windows import Window
+from shapely import box
 
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.mapping.reader import read_source
@@ -12,8 +15,10 @@ from floodrepro.mapping.scene import BANDS, EVENT_STEP, Acquisition, Grid, Scene
 from floodrepro.mapping.tiles import Array
 
 _WINDOW, _ALONG = 256, 3  # pixels of a window of the sample, and windows along each side
+_FEW = 1000  # pixels: of fewer, speckle decides
 # Gamma naught of land and water in VV: the data set's mean is -10 dB, calm water -25, cities above 0.
 _DB = (-32.0, 4.0)
+_NO_RADAR = (-60.0, 1e6)  # what lies outside is neither dB nor linear power
 _OFFSET = 1000  # baseline 04.00 of Sentinel-2 adds it (microsoft/PlanetaryComputer#134)
 
 
@@ -29,6 +34,9 @@ def list_problems(scene: Scene, max_gap: float) -> list[str]:
     """
     problems = list(_dates(scene, max_gap))
     for a in scene.acquisitions.values():
+        if a.sources and not any(_touches(source, scene.grid) for source in a.sources):
+            problems.append(f"{a.name}: none of its files touches the area; a box is west, south, east, north")
+            continue
         for source in a.sources:
             if problem := _bands(a, source) or _values(a, source, scene.grid):
                 problems.append(f"{a.name}: {problem}")
@@ -51,6 +59,16 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
             yield f"S1RTC: {key} {was} before and {now} at the event: what changed may be the view alone"
     if radar and optical and (gap := abs((radar.time - optical.time).total_seconds()) / 86_400) > max_gap:
         yield f"the event passes of radar and optical are {gap:.1f} days apart (limit {max_gap:g}, --max-gap)"
+
+
+def _touches(source: Source, grid: Grid) -> bool:
+    """Whether any of a source's rasters overlaps the grid."""
+    ours = box(*array_bounds(grid.height, grid.width, grid.transform))
+    for place in dict.fromkeys(place for place, _ in source.bands.values()):
+        with opened(place) as raster:
+            if ours.intersects(box(*transform_bounds(raster.crs, grid.crs, *raster.bounds))):
+                return True
+    return False
 
 
 def _bands(a: Acquisition, source: Source) -> str | None:
@@ -76,7 +94,7 @@ def _values(a: Acquisition, source: Source, grid: Grid) -> str | None:
             parts.append(read_source(a, source, names, grid, window).reshape(len(names), -1))
     values = np.concatenate(parts, axis=1)
     values = values[:, ~np.isnan(values).any(axis=0)]
-    if not values.size:
+    if values.shape[1] < _FEW:
         return None  # it may see a corner only; the shares of map.json tell
     if a.sensor == "S1RTC":
         return _radar(values, a.facts["unit"])
@@ -87,6 +105,10 @@ def _values(a: Acquisition, source: Source, grid: Grid) -> str | None:
 
 
 def _radar(values: Array, unit: str) -> str | None:
+    strange = (values < _NO_RADAR[0]) | (values > _NO_RADAR[1])
+    if (share := strange.any(axis=0).mean()) > 0.001:  # less may be speckle
+        odd = values[strange]
+        return f"{share:.1%} of the pixels are no radar (such as {odd[abs(odd).argmax()]:g}): say 'nodata: [...]'"
     middle = float(np.median(values[0]))
     is_db = _DB[0] < middle < _DB[1] and (values < 0).mean() > 0.5
     is_power = (values >= 0).all() and _DB[0] < 10 * np.log10(max(middle, 1e-9)) < _DB[1]
@@ -100,7 +122,7 @@ def _radar(values: Array, unit: str) -> str | None:
 
 def _optical(values: Array, offset: float | None) -> str | None:
     lowest = np.quantile(values, 0.01)
-    if np.quantile(values, 0.99) <= 20:
+    if not 20 < np.quantile(values, 0.99) <= 30_000:  # clouds and snow reach 20,000
         return f"values up to {values.max():.4g} are no reflectance x 10,000"
     if offset is None and lowest > 0.9 * _OFFSET:
         return (

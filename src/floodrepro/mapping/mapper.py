@@ -2,12 +2,15 @@
 
 import hashlib
 import json
-import shutil
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import shapely
+from filelock import FileLock, Timeout
 
 from floodrepro import console
 from floodrepro.data.protocols import NO_DATA
@@ -16,12 +19,12 @@ from floodrepro.mapping import write
 from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, WaterMask
 from floodrepro.mapping.scene import EVENT_STEP, PIXEL, Scene, name_of
 from floodrepro.mapping.tiles import Array, Tile, strips
-from floodrepro.run_folder import write_atomically
+from floodrepro.run_folder import PARTIAL, write_atomically
 
 if TYPE_CHECKING:
     from floodrepro.mapping.network import Network
 
-RECORD, _WORK, _JOURNAL = "map.json", ".work", "journal.json"
+RECORD, _WORK, _JOURNAL, _LOCK = "map.json", ".work", "journal.json", ".lock"
 
 
 def map_scene(
@@ -43,36 +46,94 @@ def map_scene(
         The content of map.json.
 
     Raises:
-        RunFolderError: The folder holds something else.
+        RunFolderError: The folder holds something else, another process maps into it, or it cannot be written.
         DataError: A file cannot be read.
     """
-    work, journal = output / _WORK, {"identity": _identity(scene, plan, record), "rows": 0, "counts": {}}
-    begun = next((json.loads(p.read_text()) for p in (output / RECORD, work / _JOURNAL) if p.is_file()), None)
-    if begun and begun["identity"] != journal["identity"]:
+    identity, work = _identity(scene, plan, record), output / _WORK
+    if not (output / RECORD).is_file():
+        if output.is_dir() and any(path != work for path in output.iterdir()) and not (work / _JOURNAL).is_file():
+            raise RunFolderError("the folder is not empty and nothing in it is overwritten", where=output)
+        if os.path.lexists(work) and not _is_ours(work):
+            raise RunFolderError("something else lies here, and nothing in it is overwritten", where=work)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            with FileLock(work / _LOCK, timeout=0):
+                _map(network, scene, plan, output, record, identity)
+        except Timeout as error:
+            raise RunFolderError("another map is being made here", where=output, fix="wait for it") from error
+        except write.ERRORS as error:
+            fix = "make room or name another --output; the same command continues"
+            raise RunFolderError(f"the map cannot be written: {error}", where=output, fix=fix) from error
+    content = read_map_record(output / RECORD, identity)
+    if _is_ours(work):
+        with suppress(OSError):  # the map is whole
+            for path in sorted(work.iterdir(), key=lambda path: path.name == _JOURNAL):  # last: it tells whose all is
+                path.unlink()
+            work.rmdir()
+    return content
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a folder holds a map's beginning, or nothing yet."""
+    if work.is_symlink() or not work.is_dir():
+        return False
+    names = [path.name for path in work.iterdir()]
+    return _JOURNAL in names or all(name == _LOCK or name.endswith(PARTIAL) for name in names)
+
+
+def read_map_record(path: Path, identity: str | None = None) -> dict[str, Any]:
+    """The content of a map's record or journal.
+
+    Args:
+        path: The file.
+        identity: What the map has to be of.
+
+    Raises:
+        RunFolderError: It is missing or damaged, or the map is of something else.
+    """
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = content["identity"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fix = "move the folder away and map again"
+        raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
+    if identity not in (None, found):
         raise RunFolderError(
             "the folder holds a map of other files, weights or options, and nothing is overwritten",
-            where=output,
+            where=path.parent,
             fix="name another --output, or move this folder away",
         )
-    if not begun and output.is_dir() and any(path.name != _WORK for path in output.iterdir()):
-        raise RunFolderError("the folder is not empty and nothing in it is overwritten", where=output)
-    if not (output / RECORD).is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        journal = begun or journal
-        # Kept from the first start on: with other batches a network's last bits may differ.
-        journal.setdefault("batch", plan["batch"] or network.fitting_batch(plan["crop"]))
-        _map_rows(network, scene, plan, work, journal)
-        _finish(scene, plan, output, journal, record)
-    shutil.rmtree(work, ignore_errors=True)
-    return dict(json.loads((output / RECORD).read_text(encoding="utf-8")))
+    return content
+
+
+def _map(
+    network: "Network", scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[str, Any], identity: str
+) -> None:
+    """Begin a map or continue it; the journal is there before any other file, and tells what they are of."""
+    work = output / _WORK
+    if (output / RECORD).is_file():  # another process has just finished it
+        return
+    if (work / _JOURNAL).is_file():
+        journal = read_map_record(work / _JOURNAL, identity)
+    else:
+        # The batch is kept from the first start on: with other batches a network's last bits may differ.
+        batch = plan["batch"] or network.fitting_batch(plan["crop"])
+        journal = {"identity": identity, "rows": 0, "counts": {}, "batch": batch}
+        write_atomically(work / _JOURNAL, json.dumps(journal))
+    _map_rows(network, scene, plan, work, journal)
+    _finish(scene, plan, output, journal, record)
 
 
 def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
-    """A hash of all that a map depends on; of the scene's files, names, sizes and dates."""
-    places = sorted({place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()})
-    stats = [Path(place).stat() for place in places if Path(place).is_file()]
-    files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-    parts = [record, plan, scene.content, scene.grid.transform.to_gdal(), places, files]
+    """A hash of all that a map depends on; of files, absolute paths, sizes and dates."""
+    places = {place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()}
+    files: list[list[Any]] = []
+    for place in filter(None, [*places, plan["permanent_file"]]):
+        stat = Path(place).stat() if Path(place).is_file() else None
+        files.append([str(Path(place).resolve()), stat.st_size, stat.st_mtime_ns] if stat else [place])
+    files.sort()
+    options = dict(plan, permanent_file=None)  # a path: it depends on where the command is called
+    parts = [record, options, scene.content, shapely.to_wkb(scene.polygons, hex=True).tolist(), scene.grid, files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -108,9 +169,7 @@ def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: P
             classes[~seen] = percent[~seen] = write.NOT_SEEN
             values = {"class": classes, "probability": percent, "quality": bits}
             for name, value in (values | _colours(reader, (row, 0, *bits.shape))).items():
-                mapped = rasters.array(name, "r+")
-                mapped[row : row + height] = value
-                mapped.flush()
+                rasters.write(name, row, value)
             inside = bits & OUTSIDE == 0
             counts = {"area": inside, "seen": seen}
             counts |= {name: classes == number for number, name in enumerate(plan["names"])}

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin, urlsplit
 
 import shapely
+import shapely.errors
 from shapely.geometry import box, shape
 
 from floodrepro.errors import FloodreproError, UsageError
@@ -45,13 +47,22 @@ class Area:
 
     Attributes:
         whole: All of it, in metres in a local equal-area projection.
+
+    Raises:
+        UsageError: The file cannot be read or holds no polygon, or the box is none.
     """
 
     def __init__(self, source: Path | Sequence[float]) -> None:
+        if not isinstance(source, Path):
+            west, south, east, north = source
+            if not (-180 <= west <= 180 and -180 <= east <= 180 and west != east and -90 <= south < north <= 90):
+                raise UsageError("the box is none", where=str(source), fix="west south east north, in degrees")
         self._parts = read_polygons(source) if isinstance(source, Path) else in_one_piece([box(*source)])
         west, south, east, north = shapely.total_bounds(self._parts)
         self._local = f"+proj=laea +lat_0={(south + north) / 2} +lon_0={(west + east) / 2} +datum=WGS84 +units=m"
         self.whole = shapely.union_all([self.project(part) for part in self._parts])
+        if not self.whole.area > 0:
+            raise UsageError("the area is empty", where=str(source))
 
     def project(self, geometry: Any) -> Any:
         """A geometry in metres; one split at 180, drawn around it or going beyond it all become the same."""
@@ -73,8 +84,12 @@ def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backof
     """Every item over the area, from 90 days before the event to 45 after it; terrain of any date.
 
     Raises:
-        FloodreproError: The server cannot be reached, keeps refusing, or is no STAC API.
+        UsageError: This is no address of a server.
+        FloodreproError: The server cannot be reached, keeps refusing, is no STAC API, or has other items.
     """
+    shown = public(url)
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise UsageError("this is no address of a STAC API", where=shown, fix="--stac https://…")
     try:
         import pystac_client as stac
         from urllib3 import Retry
@@ -90,13 +105,41 @@ def search(url: str, area: Area, event: datetime, sensors: Iterable[str], backof
         for sensor in sensors:
             dates = None if sensor == "DEM" else window
             pages = client.search(collections=[_COLLECTIONS[sensor]], intersects=where, datetime=dates, limit=100)
-            found[sensor] = list({item["id"]: item for item in pages.items_as_dicts()}.values())
+            found[sensor] = list({_checked(item, sensor)["id"]: item for item in pages.items_as_dicts()}.values())
     except stac.exceptions.APIError as error:
-        raise FloodreproError(f"the server did not answer: {str(error)[:300]}", where=url, fix="try again") from error
+        told = str(error)
+        for secret in filter(None, (urlsplit(url).query, urlsplit(url).netloc.rpartition("@")[0])):
+            told = told.replace(secret, "…")
+        raise FloodreproError(f"the server did not answer: {told[:300]}", where=shown, fix="try again") from error
     except (stac.errors.ClientTypeError, ValueError) as error:
         fix = "--stac is the address of its landing page"
-        raise FloodreproError(f"this is no STAC API: {error}", where=url, fix=fix) from error
+        told = str(error).replace(url, shown)
+        raise FloodreproError(f"this is no STAC API: {told}", where=shown, fix=fix) from error
     return found
+
+
+def public(link: str) -> str:
+    """A link without user, password, query and fragment: signatures and tokens stand there."""
+    parts = urlsplit(link)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def _checked(item: Item, sensor: str) -> Item:
+    """An item that says all that is read of it.
+
+    Raises:
+        FloodreproError: It does not.
+    """
+    try:
+        str(item["id"]), _sensed(item), shape(item["geometry"]), _cloud(item), _baseline(item)
+        item["properties"]["platform"].upper()
+        if sensor == "S1RTC":
+            int(item["properties"]["sat:relative_orbit"])
+        [asset["href"] for asset in item["assets"].values()]
+    except (KeyError, TypeError, ValueError, AttributeError, shapely.errors.ShapelyError) as error:
+        fix, where = "use a STAC API with items as Planetary Computer has them", str(item.get("id"))
+        raise FloodreproError(f"an item cannot be used: {error!r}", where=where, fix=fix) from error
+    return item
 
 
 def make_scene(
@@ -170,8 +213,7 @@ def make_pass(items: Iterable[Item], area: Area, sensor: str) -> Pass | None:
 
     def order(item: Item) -> tuple[float, float, str]:
         """Least cloud first; of two processings of one scene the newer one."""
-        p = item["properties"]
-        return p.get("eo:cloud_cover", 0), -float(p.get("s2:processing_baseline", 0)), item["id"]
+        return _cloud(item), -_baseline(item), item["id"]
 
     kept, seen, clear = [], shapely.Polygon(), 0.0
     for item in sorted(items, key=order):
@@ -198,8 +240,21 @@ def _links(sensor: str, item: Item) -> dict[str, Any]:
         fix = "use a STAC API with Planetary Computer's names"
         raise FloodreproError(f"{item['id']} has no asset {', '.join(absent)}", fix=fix)
     known = {"tile": "s2:mgrs_tile", "baseline": "s2:processing_baseline", "cloud": "eo:cloud_cover"}
-    facts = {key: item["properties"][name] for key, name in known.items() if name in item["properties"]}
-    return {"item": item["id"], **facts} | {name: item["assets"][name]["href"] for name in names}
+    facts = {key: item["properties"][name] for key, name in known.items() if item["properties"].get(name) is not None}
+    return {"item": item["id"], **facts} | {name: _link(item, name) for name in names}
+
+
+def _link(item: Item, name: str) -> str:
+    """The link of a band, whole and without signatures.
+
+    Raises:
+        FloodreproError: It does not lead to a server.
+    """
+    page = next((link["href"] for link in item.get("links", []) if link.get("rel") == "self"), "")
+    link = public(urljoin(page, item["assets"][name]["href"]))
+    if urlsplit(link).scheme not in ("http", "https", "s3"):
+        raise FloodreproError(f"the link of {name} does not lead to a server: {link}", where=item["id"])
+    return link
 
 
 def choose(
@@ -276,6 +331,16 @@ def _too_late(sensor: str, found: Sequence[Pass], event: datetime, today: dateti
 def _sensed(item: Item) -> datetime:
     """When an item was sensed (UTC)."""
     return datetime.fromisoformat(item["properties"]["datetime"]).astimezone(UTC)
+
+
+def _cloud(item: Item) -> float:
+    """Percent of an item under cloud; 0 where it does not say."""
+    return float(item["properties"].get("eo:cloud_cover") or 0)
+
+
+def _baseline(item: Item) -> float:
+    """The processing baseline of an item; 0 where it does not say."""
+    return float(item["properties"].get("s2:processing_baseline") or 0)
 
 
 def _time(p: Pass) -> datetime:

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import shapely
-from rasterio import DatasetReader
+from rasterio import Affine, DatasetReader
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.features import geometry_mask
 from rasterio.transform import array_bounds
 from rasterio.warp import Resampling, reproject, transform_bounds
-from rasterio.windows import Window, from_bounds
+from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
 from shapely.geometry import box
 
@@ -50,19 +50,29 @@ def read_window(
     height, width = int(window.height), int(window.width)
     transform = window_transform(window, grid.transform)
     out = np.full((len(numbers), height, width), np.nan, np.float32)
-    bounds = transform_bounds(grid.crs, raster.crs, *array_bounds(height, width, transform), densify_pts=21)
-    there = from_bounds(*bounds, raster.transform)
+    west, south, east, north = transform_bounds(
+        grid.crs, raster.crs, *array_bounds(height, width, transform), densify_pts=21
+    )
+    corners = np.array([~raster.transform * xy for x in (west, east) for xy in ((x, south), (x, north))])
+    low, high = corners.min(axis=0), corners.max(axis=0)  # (column, row), whichever way the raster is turned
     # Pixels around the window: a kernel looks two away, in the coarser of the two grids.
-    margin = 3 + math.ceil(2 * max(there.height / height, there.width / width, 1))
-    rows = np.clip([there.row_off - margin, there.row_off + there.height + margin], 0, raster.height).astype(int)
-    columns = np.clip([there.col_off - margin, there.col_off + there.width + margin], 0, raster.width).astype(int)
-    part = Window.from_slices(tuple(rows.tolist()), tuple(columns.tolist()))
+    margin = 3 + math.ceil(2 * max(*(high - low) / (width, height), 1))
+    first = np.clip(low - margin, 0, raster.shape[::-1]).astype(int).tolist()
+    last = np.clip(high + margin, 0, raster.shape[::-1]).astype(int).tolist()
+    part = Window.from_slices((first[1], last[1]), (first[0], last[0]))
     if not part.height or not part.width:
         return out
-    values = raster.read(list(numbers), window=part).astype(np.float32)
-    for value in {*no_data, *(v for v in raster.nodatavals if v is not None)}:
+    declared = {value for value in raster.nodatavals if value is not None}
+    # Pixels of less than a quarter of the grid's are joined as they are read, by what knows the file's no-data alone.
+    step = max(1, int(min(part.height / height, part.width / width) // 2))
+    join = "average" if method != "nearest" and declared.issuperset(no_data) else "nearest"
+    shape = len(numbers), math.ceil(part.height / step), math.ceil(part.width / step)
+    values = raster.read(list(numbers), window=part, out_shape=shape, resampling=Resampling[join]).astype(np.float32)
+    for value in declared.union(no_data):
         values[values == np.float32(value)] = np.nan
-    places = {"src_transform": window_transform(part, raster.transform), "dst_transform": transform}
+    values[np.isinf(values)] = np.nan
+    scale = Affine.scale(part.width / shape[2], part.height / shape[1])
+    places = {"src_transform": window_transform(part, raster.transform) * scale, "dst_transform": transform}
     places |= {"src_crs": raster.crs, "dst_crs": grid.crs, "src_nodata": np.nan, "dst_nodata": np.nan}
     reproject(values, out, resampling=Resampling[method], **places)
     return out

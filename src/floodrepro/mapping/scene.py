@@ -1,7 +1,8 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
+import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -14,6 +15,7 @@ import rasterio
 import rasterio.warp
 import shapely
 from rasterio import Affine, DatasetReader
+from rasterio._err import CPLE_BaseError  # PROJ's own errors have no other name
 from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from shapely.geometry import box
@@ -30,7 +32,31 @@ BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM"
 PIXEL = 10  # metres
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
 _NO_DATA = {"S2L2A": [0], "S1RTC": [], "DEM": []}  # besides what each file says
-_FACTS = ("time", "files", "missing", "orbit", "direction", "satellite", "coverage", "cloud")  # of a timestep
+
+# What scene.yaml may say, by key: a type (object: anything), a pattern of text, [what a list holds], {what a mapping
+# holds}, or a tuple of alternatives.
+_NUMBER, _TIME, _CRS = (int, float), (str, date, datetime), (str, int)
+_NOTES = dict.fromkeys(("orbit", "direction", "satellite", "coverage", "cloud"), object)
+
+
+def _keys_of(sensor: str) -> dict[str, Any]:
+    names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else list(BANDS[sensor])
+    file: dict[str, Any] = dict.fromkeys(("item", "tile", "cloud"), object) | dict.fromkeys(("raster", *names), str)
+    file |= {"bands": [re.compile("|".join(names))], "offset": _NUMBER}
+    file["baseline"] = (*_NUMBER, re.compile(r"\d+(\.\d+)?"))
+    common = {"unit": re.compile("|".join(_UNITS[sensor])), "nodata": [_NUMBER]}
+    dated = common | _NOTES | {"time": _TIME, "missing": bool, "files": (str, [(str, file)])}
+    return dated if sensor == "DEM" else common | dict.fromkeys(STEPS, dated)
+
+
+_KEYS = {sensor: _keys_of(sensor) for sensor in BANDS} | {
+    "area": {"file": str, "box": [_NUMBER] * 4, "crs": _CRS},
+    "crs": _CRS,
+    "event": _TIME,
+    "stac": str,
+}
+_WORDS = {str: "text", bool: "true or false", dict: "a mapping of keys to values"}
+_WORDS |= dict.fromkeys((int, float), "a number") | dict.fromkeys((date, datetime), "a date")
 
 
 @dataclass(frozen=True)
@@ -99,7 +125,7 @@ def opened(place: str) -> Iterator[DatasetReader]:
             rasterio.open(link) as raster,
         ):
             yield raster
-    except (RasterioError, CRSError, IndexError) as error:  # IndexError: there is no such band
+    except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
         problem = str(error).replace(link, place)[:200]
         raise DataError(f"the raster cannot be read: {problem}", where=place, fix="look at scene.yaml") from error
 
@@ -112,19 +138,14 @@ def read_scene(path: Path) -> Scene:
         DataError: A file of it cannot be opened.
     """
     content = recipes.read_yaml(path)
-    _refuse_unknown(content, {*BANDS, "area", "crs", "stac", "event"}, path)
+    _check(content, _KEYS, f"{path}: ")
     found: dict[tuple[str, int], Acquisition] = {}
     for sensor in [sensor for sensor in BANDS if content.get(sensor)]:
-        _refuse_unknown(content[sensor], {*STEPS, "unit", "nodata", "files"}, f"{path}: {sensor}")
         common = {"unit": _UNITS[sensor][0], "nodata": _NO_DATA[sensor]} | content[sensor]
-        if common["unit"] not in _UNITS[sensor]:
-            fix = f"unit: {' or '.join(_UNITS[sensor])}"
-            raise UsageError(f"unknown unit '{common['unit']}' of {sensor}", where=path, fix=fix)
         steps = [common] if sensor == "DEM" else [common.get(step, {"missing": True}) for step in STEPS]
         for step, facts in enumerate(steps):
             name = name_of(sensor, step)
             where = f"{path}: {name}"
-            _refuse_unknown(facts, {*common, *_FACTS}, where)
             if facts.get("missing"):
                 continue
             files = facts.get("files")
@@ -144,17 +165,46 @@ def read_scene(path: Path) -> Scene:
     return Scene(content, event, found, grid, polygons)
 
 
-def _refuse_unknown(names: Iterable[str], known: set[str], where: Path | str) -> None:
-    if unknown := [str(name) for name in names if name not in known]:
-        raise UsageError(f"unknown name '{unknown[0]}'", where=where, fix=f"known are {', '.join(sorted(known))}")
+def _check(value: Any, known: Any, where: str) -> None:
+    """Compare what scene.yaml says with the table above.
+
+    Raises:
+        UsageError: It has an unknown key, or a value of another kind.
+    """
+    options = known if isinstance(known, tuple) else (known,)
+    for option in options:
+        if isinstance(option, dict) and isinstance(value, dict):
+            for key, content in value.items():
+                if key not in option:
+                    fix = f"known are {', '.join(sorted(option))}"
+                    raise UsageError(f"unknown name '{key}'", where=where.rstrip(".: "), fix=fix)
+                _check(content, option[key], f"{where}{key}.")
+            return
+        if isinstance(option, list) and isinstance(value, list) and len(option) in (1, len(value)):
+            for content in value:
+                _check(content, option[0], where)
+            return
+        if isinstance(option, re.Pattern) and isinstance(value, str) and option.fullmatch(value):
+            return
+        if option is object or (type(value) is option and (option is not float or math.isfinite(value))):
+            return
+    kinds = " or ".join(dict.fromkeys(map(_said, options)))
+    raise UsageError(f"{value!r} is not {kinds}", where=where.rstrip(".: "))
+
+
+def _said(option: Any) -> str:
+    """One alternative of the table in words."""
+    if isinstance(option, re.Pattern):
+        return str(option.pattern)
+    if isinstance(option, list):
+        return "a list" if len(option) == 1 else f"a list of {len(option)}"
+    return _WORDS[option if isinstance(option, type) else dict]
 
 
 def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
     """One entry of ``files``: a raster of all bands, a folder with a file for each band, or a file for each band."""
     entry = {"raster": entry} if isinstance(entry, str) else entry
     names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else list(BANDS[sensor])
-    known = {"raster", "bands", *names, "item", "tile", "baseline", "offset", "cloud"}
-    _refuse_unknown([*entry, *entry.get("bands", [])], known, where)
     files = {key: entry[key] for key in ("raster", *names) if key in entry}
     places = {key: file if re.match(r"\w+://|/vsi", file) else str(folder / file) for key, file in files.items()}
     bands = {name: (place, 1) for name, place in places.items()}
@@ -175,8 +225,15 @@ def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
 
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
-    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex."""
-    return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
+    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex.
+
+    Raises:
+        UsageError: They lie where the CRS does not reach.
+    """
+    try:
+        return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
+    except CPLE_BaseError as error:
+        raise UsageError(f"the area lies nowhere on Earth: {error}", fix="look at its coordinates and CRS") from error
 
 
 def in_one_piece(geometry: Any) -> Any:
@@ -194,12 +251,16 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
         UsageError: The file cannot be read or holds no polygon.
     """
     try:
-        meta, _, wkb, _ = pyogrio.raw.read(path, columns=[], force_2d=True)
+        layers = [name for name, kind in pyogrio.list_layers(path) if kind]  # a GeoPackage has tables without shapes
+        if len(layers) > 1:
+            told = f"the file has several layers ({', '.join(layers)}), and it is not known which is meant"
+            raise UsageError(told, where=path, fix="save one of them to a file of its own")
+        meta, _, wkb, _ = pyogrio.raw.read(path, *layers, columns=[], force_2d=True)
         found = shapely.make_valid(shapely.from_wkb(wkb))
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:
         raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
     parts = shapely.get_parts(shapely.get_parts(found))  # twice: a MultiPolygon may lie in a collection
-    parts = parts[shapely.get_type_id(parts) == shapely.GeometryType.POLYGON]
+    parts = parts[shapely.area(parts) > 0]
     if not len(parts):
         raise UsageError("the file holds no polygon", where=path)
     if not meta["crs"] and (np.abs(shapely.get_coordinates(parts)) > [360, 90]).any():
@@ -222,7 +283,9 @@ def parse_time(value: Any, where: Path | str) -> datetime:
 
 def _grid(content: dict[str, Any], path: Path, found: dict[tuple[str, int], Acquisition]) -> tuple[Grid, Any]:
     """The grid and the area in its CRS: without `area`, the footprint of the event's first raster."""
-    area = content.get("area") or {}
+    area = content.get("area", {})
+    if "area" in content and set(area) not in ({"file"}, {"box"}, {"box", "crs"}):
+        raise UsageError("the area is to be a file, or a box with or without its crs", where=path)
     if "file" in area:
         parts, own = read_polygons(path.parent / area["file"]), DEGREES
     elif "box" in area:
@@ -234,14 +297,21 @@ def _grid(content: dict[str, Any], path: Path, found: dict[tuple[str, int], Acqu
     own = CRS.from_user_input(own)
     if own.is_geographic:
         parts = in_one_piece(parts)
-    crs = content.get("crs") or (own if own.to_string()[:8] in ("EPSG:326", "EPSG:327") else None)
-    if crs is None:
-        west, south, east, north = shapely.total_bounds(to_crs(parts, own, DEGREES))
-        zone = int(((west + east) / 2 + 180) % 360 // 6) + 1
-        crs = f"EPSG:{326 if south + north > 0 else 327}{zone:02d}"
+    west, south, east, north = shapely.total_bounds(to_crs(parts, own, DEGREES))
+    if not (-90 <= south < north <= 90 and west < east):  # infinite or NaN is what lies outside of a CRS
+        told = f"longitude {west:g} to {east:g}, latitude {south:g} to {north:g}"
+        fix = "a box is [west, south, east, north]"
+        raise UsageError(f"the area lies nowhere on Earth: {told}", where=path, fix=fix)
+    zone = int(((west + east) / 2 + 180) % 360 // 6) + 1
+    crs = CRS.from_user_input(content["crs"]) if "crs" in content else own
+    if not re.fullmatch(r"EPSG:32[67](0[1-9]|[1-5]\d|60)", crs.to_string()):
+        nearest = f"EPSG:{326 if south + north > 0 else 327}{zone:02d}"
+        if "crs" in content:  # elsewhere a pixel of 10 m is no 100 m² of ground
+            raise UsageError("the CRS of a map is a UTM zone of WGS 84", where=path, fix=f"crs: {nearest}")
+        crs = CRS.from_string(nearest)
     polygons = to_crs(shapely.segmentize(parts, 0.01 if own.is_geographic else 1000), own, crs)
     bounds, slack = shapely.total_bounds(polygons), PIXEL / 1000  # what was in degrees must not add a row
     left, bottom = np.floor((bounds[:2] + slack) / PIXEL) * PIXEL
     right, top = np.maximum(np.ceil((bounds[2:] - slack) / PIXEL) * PIXEL, [left + PIXEL, bottom + PIXEL])
     size = round((top - bottom) / PIXEL), round((right - left) / PIXEL)
-    return Grid(CRS.from_user_input(crs), Affine(PIXEL, 0, left, 0, -PIXEL, top), *size), polygons
+    return Grid(crs, Affine(PIXEL, 0, left, 0, -PIXEL, top), *size), polygons

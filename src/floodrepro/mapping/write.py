@@ -3,6 +3,7 @@
 H, W = rows and columns of the grid.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pyogrio
 import rasterio
 import rasterio.shutil
 import shapely
+from rasterio._err import CPLE_BaseError
+from rasterio.enums import WktVersion
+from rasterio.errors import RasterioError
 from rasterio.features import rasterize, shapes
 from rasterio.windows import Window
 from rasterio.windows import transform as window_transform
@@ -24,36 +28,50 @@ from floodrepro.mapping.tiles import Array
 NOT_SEEN = 255
 PROBABILITY_STEPS = 250  # a probability of 1 in the uint8 raster
 _RESAMPLING = {"class": "MODE", "probability": "AVERAGE", "quality": "NEAREST"}  # of overviews
+# CPLE_BaseError: rasterio.shutil.copy lets GDAL's own errors through.
+ERRORS = (OSError, RasterioError, CPLE_BaseError, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError)
 COLOURS = ("red", "green", "blue")
 _PICTURE = 1024  # pixels of the picture's longer side, at most
 _CHUNK = 256  # rows that are turned into polygons at once
 
 
 class WorkRasters:
-    """Uncompressed rasters (H, W) of the map and of the event's colours: what is written stays."""
+    """Uncompressed rasters (H, W), uint8, of the map and of the event's colours: what is written stays."""
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
-        profile = {"driver": "ENVI", "height": grid.height, "width": grid.width, "count": 1, "dtype": "uint8"}
-        profile |= {"crs": grid.crs, "transform": grid.transform}
-        for name in (*_RESAMPLING, *COLOURS):
-            if not self.path(name).with_suffix(".hdr").is_file():
-                no_data = NOT_SEEN if name in ("class", "probability") else None
-                with _beside(), rasterio.open(self.path(name), "w", **profile, nodata=no_data):
-                    pass
 
     def path(self, name: str) -> Path:
         """The file of a raster."""
         return self.folder / f"{name}.raw"
 
-    def array(self, name: str, mode: Any = "r") -> Any:
-        """A raster, mapped into memory."""
-        return np.memmap(self.path(name), np.uint8, mode, shape=(self.grid.height, self.grid.width))
+    def write(self, name: str, row: int, values: Array) -> None:
+        """Put rows of a raster on disk. Not through a memory map: on a full disk that ends the process (SIGBUS)."""
+        self.path(name).touch()
+        with self.path(name).open("r+b") as file:
+            file.seek(row * self.grid.width)
+            file.write(values.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
+    def array(self, name: str) -> Any:
+        """A finished raster, mapped into memory."""
+        return np.memmap(self.path(name), np.uint8, "r", shape=(self.grid.height, self.grid.width))
 
-def _beside() -> rasterio.Env:
-    """GDAL finds a raster's header only where it may list the folder; what reads over HTTP often forbids it that."""
-    return rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="FALSE")
+    def write_header(self, name: str) -> None:
+        """Write the ENVI header with which GDAL reads a raster."""
+        os.truncate(self.path(name), max(self.grid.height * self.grid.width, 2))  # GDAL opens no file of one byte
+        grid, no_data = self.grid, {"data ignore value": NOT_SEEN} if name in ("class", "probability") else {}
+        header: dict[str, Any] = {
+            "samples": grid.width,
+            "lines": grid.height,
+            "bands": 1,
+            "data type": 1,
+            "interleave": "bsq",
+        }
+        header["map info"] = f"{{Arbitrary, 1, 1, {grid.transform.c}, {grid.transform.f}, {PIXEL}, {PIXEL}}}"
+        header |= {"coordinate system string": f"{{{grid.crs.to_wkt(version=WktVersion.WKT1_ESRI)}}}"} | no_data
+        self.path(name).with_suffix(".hdr").write_text("\n".join(["ENVI", *(f"{k} = {v}" for k, v in header.items())]))
 
 
 def write_cogs(work: WorkRasters, output: Path) -> None:
@@ -61,8 +79,13 @@ def write_cogs(work: WorkRasters, output: Path) -> None:
     options = {"driver": "COG", "compress": "DEFLATE", "bigtiff": "IF_SAFER", "num_threads": "1"}
     for name, resampling in _RESAMPLING.items():
         partial = work.folder / f"{name}.tif"
-        with _beside():
+        work.write_header(name)
+        # GDAL finds a raster's header only where it may list the folder; what reads over HTTP often forbids it that.
+        with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="FALSE"):
             rasterio.shutil.copy(work.path(name), partial, overview_resampling=resampling, **options)
+            with rasterio.open(work.path(name)) as raw, rasterio.open(partial) as made:
+                if made.checksum(1) != raw.checksum(1):  # GDAL may say nothing of a disk that is full
+                    raise OSError(f"{name}.tif is not what was written")
         partial.replace(output / partial.name)
 
 
@@ -94,6 +117,8 @@ def write_polygons(work: WorkRasters, path: Path, layers: Mapping[int, str], min
         layer="water",
         driver="GPKG",
     )
+    if pyogrio.read_info(partial)["features"] != len(polygons):
+        raise OSError("water.gpkg is not what was written")
     partial.replace(path)
     return {name: len(outlines) for name, outlines in found.items()}
 

@@ -1,9 +1,9 @@
 """The model card: what run.json, results.json and the recipe say, for a reader of the hub.
 
-A card is written once. From then on it is its author's: another one never replaces it, the old one is set aside.
+A card is written once. From then on it is its author's: another one never replaces it, the old one is set aside, as is
+any other results.json or picture.
 """
 
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from floodrepro.run_folder import RunFolder, free_name, sha256_of
 from floodrepro.verification import report
 from floodrepro.verification.checks.run import device_of
 from floodrepro.verification.report import PICTURE, score, table
-from floodrepro.verification.results import load, without_folders
+from floodrepro.verification.results import architecture, base_model, load, start_of_weights, without_folders
 
 CARD, RESULTS = "README.md", "results.json"
 # The hub's names for what TerraTorch measures (https://hf.co/metrics); a class's IoU has none.
@@ -71,12 +71,9 @@ def write_card(
     copies = {target: source for target, source in copies.items() if source.is_file()}
     text = _card_text(name, weights, recipe, record, results, licence, factors, picture=PICTURE in copies)
     try:
-        if (folder / CARD).exists():
-            aside = folder / f"{free_name(folder / 'README')}.md"
-            (folder / CARD).replace(aside)
-            console.say(f"the card that was there is now {aside.name}")
-        for target in (RESULTS, PICTURE):
-            (folder / target).unlink(missing_ok=True)  # of an earlier export of this run
+        for old in filter(Path.exists, (folder / target for target in (CARD, RESULTS, PICTURE))):
+            aside = old.replace(old.with_name(free_name(old)))
+            console.say(f"{old.name}, which was there, is now {aside.name}")
         for target, source in copies.items():
             shutil.copyfile(source, folder / target)
         (folder / CARD).write_text(text, encoding="utf-8")
@@ -102,13 +99,13 @@ def _card_text(
     events = [check for check in results["checks"] if check["id"] == "events"] if results else []
     columns = results["scores"]["columns"] if results else []
     rows = [[row["label"], *map(score, row["values"])] for row in (results["scores"]["rows"] if results else [])]
-    other_chips = _other_chips(recipe, record)
+    other_chips, generated = _other_chips(recipe, record), _generated(record)
     source = {
         "checkpoint": {"sha256": weights.metadata.get("source_sha256")},
         "protocol": protocol.name,
         "recipe_sha256": weights.metadata.get("recipe_sha256"),
     }
-    made_from = report.how_to_reproduce(without_folders(record or {}) | source)
+    made_from = report.how_to_reproduce(((results or {}).get("run") or without_folders(record or {})) | source)
     return report.fill_in(
         Path(__file__).parent / "README.md.j2",
         metadata=_metadata(name, recipe, record, results, licence, factors).to_yaml(),
@@ -119,7 +116,7 @@ def _card_text(
         record=record,
         banner=(results or {}).get("banner") or other_chips,
         what=_what(recipe, record),
-        required=report.required_sentence(results["summary"]) if results else "",
+        required=report.required_sentence(results) if results else "",
         scores=table(rows, ["score", *(column["label"] for column in columns)]) if rows else "",
         spread=[f"{value['name']}: {value['text']}" for check in events for value in check["values"][1:]],
         training=table([*_hyperparameters(recipe), *report.run_facts(record or {})]),
@@ -131,10 +128,11 @@ def _card_text(
         bands={name: len(means) for name, means in (arguments.get("means") or {}).items()},
         times=[TIMESTEPS[step] for step in arguments.get("timesteps") or ()],
         meaning=_MEANING.get(protocol.name, "What the classes mean is up to the masks that the model was trained on."),
-        repo=protocol.repo,
+        repo=None if generated else protocol.repo,
+        generated=generated,
         published=protocol.repo and record and not other_chips,
         licence=licence,
-        pretrained=_base_model(recipe),
+        pretrained=base_model(recipe),
         picture=picture,
         provenance=table([("weights sha256", weights.sha256), *made_from]),
     )
@@ -176,7 +174,7 @@ def _metadata(
     licence: str | None,
     factors: Factors | None,
 ) -> ModelCardData:
-    protocol, base = protocol_of(recipe), _base_model(recipe)
+    protocol, base = protocol_of(recipe), base_model(recipe)
     tags = ["terratorch", "terramind", "earth-observation", "sentinel-1", "sentinel-2", protocol.hazard, "floodrepro"]
     data: dict[str, Any] = {
         "license": licence,
@@ -195,16 +193,18 @@ def _metadata(
             "hardware_used": device_of(record),
         }
     if results and results["scores"]["rows"]:
-        whole = not results["banner"] and protocol.repo
+        whole, count = not results["banner"] and protocol.repo, results["run"]["n_chips"]
+        other = "generated chips (floodrepro data synth)" if _generated(record) else f"{count} chips ({protocol.name})"
+        names = _METRICS | {"f1": f"f1_{positive_class_of(recipe)}"}  # f1 is the mean of classes
         data["model_name"] = name
         data["eval_results"] = [
             EvalResult(
                 task_type="image-segmentation",
                 dataset_type=str(protocol.repo) if whole else "other",
-                dataset_name=protocol.title if whole else f"{results['run']['n_chips']} chips ({protocol.name})",
+                dataset_name=protocol.title if whole else other,
                 dataset_config=protocol.name,
                 dataset_split=results["run"].get("split") or "test",
-                metric_type=_METRICS.get(row["metric"], row["metric"].lower()),
+                metric_type=names.get(row["metric"], row["metric"].lower()),
                 metric_name=row["label"],
                 metric_value=row["values"][0],
             )
@@ -214,28 +214,28 @@ def _metadata(
     return ModelCardData(**data)
 
 
-def _base_model(recipe: Recipe) -> str | None:
-    """The hub's id of the backbone that the training started from; None for random weights and other backbones."""
-    arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
-    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)", str(arguments.get("backbone")))
-    return f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}" if size and arguments.get("backbone_pretrained") else None
-
-
 def _what(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
     """What the model is, in two sentences."""
     arguments, names = (recipe["model"].get("init_args") or {}).get("model_args") or {}, class_names_of(recipe)
     modalities = ", ".join(data_arguments(recipe).get("modalities") or arguments.get("backbone_modalities") or [])
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(names))
-    start = "Trained from random weights." if record else "What the training started from is not known."
-    if base := _base_model(recipe):
-        start = f"Training started from {base}."
-    parts = f"`{arguments.get('backbone', 'a backbone')}` with {arguments.get('decoder', 'a decoder')}"
+    start = "What the training started from is not known."
+    if record or base_model(recipe):
+        start = f"Training {start_of_weights(recipe, record or {})}."
+    parts = architecture(recipe)[0]
     return f"Segments image time series ({modalities}) into {classes}: {parts}, trained with TerraTorch. {start}"
+
+
+def _generated(record: Mapping[str, Any] | None) -> str | None:
+    """The command that generated the run's chips; None for chips that were not."""
+    return ((record or {}).get("data") or {}).get("generated")
 
 
 def _other_chips(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
     """A sentence where the run's chips are not the published ones, in number; empty where they are."""
     protocol, chips = protocol_of(recipe), ((record or {}).get("data") or {}).get("chips") or {}
+    if _generated(record):
+        return f"Trained on {chips.get('train', 'unknown')} generated chips (floodrepro data synth)."
     if not protocol.counts:
         return "Trained on chips of the author's own."
     if record is None or all(chips.get(split) == protocol.counts[split] for split in ("train", "val")):

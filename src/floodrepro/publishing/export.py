@@ -70,13 +70,17 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         What was written.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read.
+        CheckpointError: The checkpoint cannot be read, or holds values that are not finite.
         UsageError: The recipe describes another model than the checkpoint, or a file of that name is there already.
         RunFolderError: The folder cannot be written.
     """
-    from floodrepro.training.checkpoint import list_differences, read_checkpoint
+    from floodrepro.training.checkpoint import check_finite, list_differences, read_checkpoint
 
+    for section in ("data", "model"):
+        if "class_path" not in (recipe.get(section) or {}):
+            raise UsageError(f"the recipe's section '{section}' names no class_path", fix="--config YAML")
     checkpoint = read_checkpoint(checkpoint_path)
+    check_finite(checkpoint)
     given = recipe["model"].get("init_args") or {}
     if differences := list_differences(checkpoint.hyper_parameters, given):
         raise UsageError(

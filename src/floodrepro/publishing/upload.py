@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -45,7 +46,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> UploadP
 
     Raises:
         UsageError: The repository's name is not valid, or the folder has no card or not one pair.
-        CheckpointError: The pair is damaged, or the results are of other weights.
+        CheckpointError: The pair or the card is damaged, or the results are of other weights.
     """
     try:
         validate_repo_id(repo)
@@ -67,8 +68,12 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> UploadP
             what = "results.json is of another checkpoint than the weights were exported from"
             raise CheckpointError(what, where=folder, fix="verify the run, then floodrepro export --card-only")
         verdict = "{word}. {sentence}".format(**results["verdict"])
-        objection = required_sentence(results["summary"] | {"required": []})  # without what is met
-    licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license") or ""
+        unmet = results["summary"] | {"required": []}  # without what is met
+        objection = required_sentence(results | {"summary": unmet})
+    try:
+        licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license") or ""
+    except (ValueError, yaml.YAMLError) as error:  # the first where it is not UTF-8
+        raise CheckpointError(f"the card's metadata cannot be read: {error}", where=folder / CARD) from error
     files = {name: sha256_of(folder / name) for name in names}
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in names)
     return UploadPlan(

@@ -71,16 +71,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
     weights: Any = content
     if isinstance(content, Mapping):
         weights = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    items: Any = weights.items() if isinstance(weights, Mapping) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in items):
         raise CheckpointError(f"the checkpoint holds a {type(content).__name__} without a state dict", where=path)
-    kept = {
-        name.removeprefix("module.").removeprefix("model.").replace("_orig_mod.", ""): tensor
-        for name, tensor in weights.items()
-        if not name.startswith("criterion.")
-    }
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in items:
+        short = name.removeprefix("module.").removeprefix("model.").replace("_orig_mod.", "")
+        if short in kept:
+            raise CheckpointError(f"two tensors are both named {short} without their prefixes", where=path)
+        if not name.startswith("criterion."):
+            kept[short] = tensor
     if not kept:
         raise CheckpointError("the checkpoint holds no weights", where=path)
-    return Checkpoint(path, kept, content.get("hyper_parameters") or {})
+    remembered = content.get("hyper_parameters")
+    if not isinstance(remembered, Mapping) or not isinstance(remembered.get("model_args") or {}, Mapping):
+        remembered = {}  # not a TerraTorch task's
+    return Checkpoint(path, kept, remembered)
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Refuse weights to be used or passed on that are not finite: a network with NaN predicts class 0 everywhere.
+
+    Raises:
+        CheckpointError: A weight or a buffer holds NaN or an infinity.
+    """
+    floats = {name: tensor for name, tensor in checkpoint.weights.items() if tensor.is_floating_point()}
+    bad = [name for name, tensor in floats.items() if not bool(tensor.double().isfinite().all())]
+    if bad:
+        what = f"{len(bad)} tensors of the checkpoint are not finite: {', '.join(bad[:3])}"
+        raise CheckpointError(what, where=checkpoint.path, fix="train again, or give an earlier checkpoint")
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool = True) -> str:
@@ -95,15 +114,18 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
         What did not fit and was left out: counts and first names; empty where all did.
 
     Raises:
-        CheckpointError: With `strict`, something does not fit; without, nothing fits.
+        CheckpointError: A value is not finite. With `strict`, something does not fit; without, nothing fits.
     """
+    check_finite(checkpoint)
     own, given = model.state_dict(), checkpoint.weights
-    fitting = {name: tensor for name, tensor in given.items() if name in own and tensor.shape == own[name].shape}
     misfits = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
-        "of another shape": [name for name in given if name in own and name not in fitting],
+        "of another shape": [name for name in given if name in own and given[name].shape != own[name].shape],
+        "not of floats": [name for name in given if name in own and not _suits(given[name], own[name])],
     }
+    left_out = {name for names in misfits.values() for name in names}
+    fitting = {name: tensor for name, tensor in given.items() if name not in left_out}
     told = ", ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in misfits.items() if names)
     if (strict and told) or not fitting:
         fix = "give the --config that the checkpoint was trained with"
@@ -123,7 +145,7 @@ def load_strictly(checkpoint: Checkpoint, task: Any, recipe: Recipe) -> None:
         recipe: The recipe that the task was built from.
 
     Raises:
-        CheckpointError: The weights belong to another model.
+        CheckpointError: The weights belong to another model, or are not finite.
     """
     differences = list_differences(checkpoint.hyper_parameters, recipe["model"].get("init_args") or {})
     try:
@@ -143,6 +165,11 @@ def list_differences(remembered: Mapping[str, Any], given: Mapping[str, Any]) ->
     pairs = [(f"model_args.{key}", old_args.get(key), new_args.get(key)) for key in keys]
     pairs += [(key, remembered[key], given[key]) for key in _MEASURED if key in remembered and key in given]
     return [f"{key}: the checkpoint says {old!r}, the config says {new!r}" for key, old, new in pairs if old != new]
+
+
+def _suits(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether torch would keep the values: it copies int8 as if it were weights, and the real part of complex ones."""
+    return tensor.is_floating_point() or not own.is_floating_point()
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

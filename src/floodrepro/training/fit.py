@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from floodrepro import console
 from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
+from floodrepro.callbacks.exact_resume import LAST
 from floodrepro.data.splits import DataState, check_data
 from floodrepro.errors import FloodreproError, Incident, Interrupted, RunFolderError, UsageError
 from floodrepro.recipe import check_precision
@@ -101,7 +102,7 @@ def fit(
     if on_overflow == "rollback":
         _refuse_rollback(trainer)
     try:
-        with _session(trainer, run, cli, _first_entries(trainer, cli, record, data) | {"resumes": resumes}):
+        with _session(trainer, run, cli, state, _first_entries(trainer, cli, record, data) | {"resumes": resumes}):
             if weights is not None:
                 left_out = load_weights(cli.model.model, read_checkpoint(weights), strict=False) or None
                 source = {"file": weights.name, "sha256": sha256_of(weights), "left_out": left_out}
@@ -175,7 +176,9 @@ def _first_entries(trainer: Any, cli: RecipeCLI, record: dict[str, Any], data: D
 
 
 @contextlib.contextmanager
-def _session(trainer: Any, run: RunFolder, cli: RecipeCLI, entries: dict[str, Any]) -> Iterator[None]:
+def _session(
+    trainer: Any, run: RunFolder, cli: RecipeCLI, state: Path | None, entries: dict[str, Any]
+) -> Iterator[None]:
     """Hold the run folder and keep ``run.json`` and ``log.txt`` while a run trains; the first process does."""
     with contextlib.ExitStack() as held:
         error: FloodreproError | None = None
@@ -183,6 +186,10 @@ def _session(trainer: Any, run: RunFolder, cli: RecipeCLI, entries: dict[str, An
             if trainer.is_global_zero:
                 RunFolder.create(run.path)
                 held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
+                chosen_here = state is not None and state.parent == run.checkpoints
+                if (run.checkpoints / LAST).exists() and not chosen_here:  # written since the state was chosen
+                    what, fix = "another fit has trained in this folder meanwhile", "run the same command again"
+                    raise RunFolderError(what, where=run.path, fix=fix)
                 held.enter_context(console.log_to(run.log))
                 for orphan in run.path.glob(f".*{PARTIAL}"):  # a killed process left it half written
                     orphan.unlink()

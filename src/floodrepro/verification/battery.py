@@ -130,7 +130,7 @@ def gather(
         subsets={key: one for key, one in subsets.items() if one and table and one.metadata.get("subset_of") == split},
         reference=other,
         reference_name=name or (f"{there.path.name}/{other.name}" if there and other else other.name if other else ""),
-        reference_record=_json(there.record, "reference_record", absent) if there else {},
+        reference_record=_json(there.record, "reference_record", absent) | {"run": there.path.name} if there else {},
         reference_metrics=_metrics(there, {}) if there else (),
         baselines={path.stem: one for path in baselines if (one := _table(path, absent))},
         measured=_answers(measured, weights, absent),

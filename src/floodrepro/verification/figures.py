@@ -54,7 +54,7 @@ def png(plot: Mapping[str, Any]) -> bytes:
             elif kind == "lines":
                 axes.plot(x, y, **look | ({} if len(x) <= 40 else {"marker": ""}), markersize=4)
             elif kind == "dots":
-                axes.plot(x, y, **look, linestyle="")
+                axes.plot(x, y, **look, linestyle="", markersize=6 + 3 * n, fillstyle="none" if n else "full")
             else:
                 whiskers = np.abs(np.array([_numbers(one["low"]), _numbers(one["high"])]) - x)
                 axes.errorbar(x, y, xerr=whiskers, fmt="none", ecolor=look["color"], capsize=3)

@@ -68,7 +68,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
         title = f"{kind}: {chips[n]}, {says}"
         drawn.append({"title": title, **maps.seen[chips[n]], **take_pictures(source, chips[n])})
         rows.append([kind, chips[n], None if np.isnan(score) else score, pixels, moved])
-    with rasterio.open(source.path(chips[0], protocols.LABEL_DIR)) as mask:
+    with rasterio.open(source.path(chips[0], protocols.LABEL_DIR), driver="GTiff") as mask:
         metres = float(abs(mask.transform.a))
     (folder / "panels.png").write_bytes(panels_png(drawn, table.class_names, positive, metres))
     notes = [
@@ -83,7 +83,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
     columns = ["kind", "chip", f"{name} IoU", "pixels", "differing from the table"]
     caption = (
         "A row a chip: Sentinel-2 in true colour and Sentinel-1 VV before and at the event, the truth, the prediction, "
-        "and where they differ."
+        f"and where they differ. A chip has {' x '.join(map(str, drawn[0]['truth'].shape))} pixels of {metres:g} m."
     )
     return judge(
         [Value("largest share of pixels predicted otherwise than in the chip table", worst, at_most=allowed)],

@@ -28,6 +28,7 @@ PICTURE = "panels.png"
 _FOLDER = Path(__file__).parent
 _MARKUP = re.compile(r"([\\`*_\[\]|])")
 _ORDER = ("fail", "undecided", "skip", "pass")
+_WORDS = {"fail": "failed", "undecided": "undecided", "skip": "not made", "pass": "passed"}
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
@@ -73,8 +74,8 @@ def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
         plots={plot["name"]: plot for check in checks for plot in check["plots"]},
         figures=figures,
         figure_path=figure_path,
-        required=required_sentence(results["summary"]),
-        facts=[*run_facts(results["run"]), *how_to_reproduce(results["run"])],
+        required=required_sentence(results),
+        facts=[*run_facts(results["run"]), *_reference_facts(results), *how_to_reproduce(results["run"])],
     )
 
 
@@ -127,19 +128,22 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
     return "\n".join(f"| {' | '.join(md(number(cell)) for cell in line)} |" for line in lines)
 
 
-def required_sentence(summary: Mapping[str, Any]) -> str:
+def required_sentence(results: Mapping[str, Any]) -> str:
     """What became of the required checks; the report and the model card have the same sentence."""
-    sentences = []
-    if summary["not_met"]:
-        sentences.append(f"Required and not met: {', '.join(summary['not_met'])}.")
-    else:
-        compared = [name for name in summary["required"] if name in COMPARISONS]
-        asked = [name for name in summary["required"] if name not in COMPARISONS]
-        sentences += [f"All required checks passed: {', '.join(asked)}."] if asked else []
-        sentences += [f"No required comparison failed: {', '.join(compared)}."] if compared else []
-    if left_out := summary["left_out"]:
-        sentences.append(f"The list of required checks was shortened: {', '.join(left_out)} not asked for.")
-    return " ".join(sentences)
+    summary, checks = results["summary"], {check["id"]: check for check in results["checks"]}
+    title = {name: check["title"] for name, check in checks.items()}
+    met = [name for name in summary["required"] if name not in summary["not_met"]]
+    words = {name: check["outcome"] or _WORDS[check["status"]] for name, check in checks.items()}
+    compared = [f"{title[name]} ({words[name]})" for name in met if name in COMPARISONS]
+    parts = {
+        "Required and not met": [title[name] for name in summary["not_met"]],
+        "Required comparisons": compared,
+        f"{'The other' if compared or summary['not_met'] else 'All'} required checks passed": [
+            title[name] for name in met if name not in COMPARISONS
+        ],
+        "The list of required checks was shortened; not asked for": [title[name] for name in summary["left_out"]],
+    }
+    return " ".join(f"{label}: {', '.join(names)}." for label, names in parts.items() if names)
 
 
 def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -153,11 +157,13 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     memory = (run.get("memory_gib") or {}).get("after_warm_up") or {}
     rate, skipped = run.get("chips_per_second"), progress.get("skipped_steps")
     facts = {
+        "model": "; ".join(run.get("model") or []),
         "device": device_of(run) if environment else "",
         "precision": (environment.get("numerics") or {}).get("precision"),
         "chips": ", ".join(f"{count:,} {split}" for split, count in chips.items()),
+        "events": _events(run.get("data") or {}),
         "epochs": progress.get("epochs"),
-        "epoch of the weights, from 0": run.get("best_epoch"),
+        "epoch of the weights": run["best_epoch"] + 1 if run.get("best_epoch") is not None else "",
         "val/loss of that epoch": score(run["best_val_loss"]) if run.get("best_val_loss") is not None else "",
         "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
         "seed": run.get("seed"),
@@ -170,17 +176,33 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(label, str(text)) for label, text in facts.items() if text not in (None, "")]
 
 
+def _events(data: Mapping[str, Any]) -> str:
+    events = data.get("events") or {}
+    listed = ", ".join(f"{count:,} {split}" for split, count in events.items())
+    apart = {"train", "test"} <= events.keys() and not data.get("warnings")
+    return f"{listed}; no event of test is in train" if apart else listed
+
+
+def _reference_facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    other = results["reference"] or {}
+    known = {"epochs": other.get("epochs"), "seed": other.get("seed"), **(other.get("checkpoint") or {})}
+    listed = [f"{key} {value}" for key, value in known.items() if value is not None and key != "name"]
+    return [("reference", ", ".join([str(other["name"]), *listed]))] if other else []
+
+
 def how_to_reproduce(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Code, data and command of a run, and the hashes of what it left; the model card has the same."""
+    """Code, data and commands of a run, and the hashes of what it left; the model card has the same."""
     data, weights = run.get("data") or {}, (run.get("checkpoint") or {}).get("sha256")
     code = run.get("code") or {}
     commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
     changed = " with changes" if code.get("dirty") else ""
+    origin = "generated" if data.get("generated") else data.get("commit") or "not recorded"
+    commands = run.get("commands") or [" ".join(run.get("command") or []) or "not recorded"]
     return [
         ("code", f"floodrepro {code.get('floodrepro')}, {commit}{changed}" if code else "not recorded"),
-        ("data revision", f"{data.get('commit') or 'not recorded'}, protocol {run.get('protocol')}"),
+        ("data revision", f"{origin}, protocol {run.get('protocol')}"),
         *((f"data digest, {split}", digest) for split, digest in (data.get("digests") or {}).items()),
-        ("command", " ".join(run.get("command") or []) or "not recorded"),
+        *((f"command {number}", command) for number, command in enumerate(commands, 1)),
         ("recipe sha256", run.get("recipe_sha256") or "not recorded"),
         ("checkpoint sha256", weights or "not tested"),
     ]

@@ -5,17 +5,18 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import floodrepro
-from floodrepro.data.protocols import protocol_of
+from floodrepro.data.protocols import data_arguments, protocol_of
 from floodrepro.errors import RunFolderError, TableError
 from floodrepro.evaluation.chip_table import ChipTable
-from floodrepro.evaluation.metrics import class_scores, scores, which_iou
-from floodrepro.recipe import beside_shipped
+from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
+from floodrepro.recipe import Recipe, beside_shipped
 from floodrepro.verification.battery import required_checks
 from floodrepro.verification.check import Check, Evidence, Plot
 
@@ -50,6 +51,8 @@ def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, 
         "reference": {
             "name": evidence.reference_name,
             **{key: evidence.reference.metadata.get(key) for key in ("checkpoint", "recipe_sha256")},
+            "epochs": evidence.reference_record.get("epochs"),
+            "seed": evidence.reference_record.get("seed"),
         }
         if evidence.reference
         else None,
@@ -126,21 +129,25 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
             sentence = f"{sentence[:-1]}. But {doubts[0].title.lower()}: {doubts[0].finding}."
         word = outcome
     if broken := [by_id[key] for key in not_met if key not in COMPARISONS]:
-        named = "; ".join(f"{check.id} ({check.finding})" for check in broken)
+        named = "; ".join(f"{check.title} ({check.finding})" for check in broken)
         sentence = f"Required checks did not pass: {named}. {sentence}"
         word = "failed" if any(check.status == "fail" for check in broken) else "incomplete"
-    limits = [] if len(evidence.seeds) > 1 else ["what another seed would give, for this is one run"]
-    limits.append("how the model does on events, regions and chips other than these")
-    return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {', or '.join(limits)}."}
+    limits = [] if len(evidence.seeds) > 1 else ["another seed"]
+    limits.append("other events, regions and chips")
+    if (evidence.record.get("data") or {}).get("generated"):
+        limits.append("real floods or IBM's model: the chips are generated")
+    numbered = ", ".join(f"({n}) {limit}" for n, limit in enumerate(limits, 1))
+    return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {numbered}."}
 
 
 def _forest(evidence: Evidence, checks: Sequence[Check]) -> Plot:
     """All differences to the reference that have an interval."""
     values = [v for check in checks if check.id in COMPARISONS for v in check.values if v.level]
-    values.sort(key=lambda value: value.name.startswith("mIoU"))  # the figures that are tested first
+    values.sort(key=lambda value: "mIoU" in value.name)  # the figures that are tested first
     margin, level = (float(evidence.criteria["parity"][key]) for key in ("margin_pp", "level"))
     columns = {"x": "value", "y": "name", "low": "low", "high": "high"}
     series = {axis: [getattr(value, key) for value in values] for axis, key in columns.items()}
+    series["y"] = [name.removeprefix("difference in ") for name in series["y"]]
     return Plot(
         "forest",
         "forest",
@@ -155,9 +162,14 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> Plot:
 
 
 def _run(evidence: Evidence) -> dict[str, Any]:
-    table = evidence.table
+    table, record = evidence.table, evidence.record
     metadata = table.metadata if table else {}
-    return {key: without_folders(value) for key, value in evidence.record.items() if key not in _NOT_COPIED} | {
+    data, tested = record.get("data") or {}, metadata.get("data") or {}
+    digests = (data.get("digests") or {}) | (tested.get("digests") or {})
+    return {key: without_folders(value) for key, value in record.items() if key not in _NOT_COPIED} | {
+        "data": without_folders(data | {"digests": digests}),
+        "model": [*architecture(evidence.recipe), start_of_weights(evidence.recipe, record)],
+        "commands": _commands(evidence),
         "name": evidence.run.path.resolve().name,
         "protocol": protocol_of(evidence.recipe).name,
         "class_name": evidence.class_name,
@@ -167,6 +179,45 @@ def _run(evidence: Evidence) -> dict[str, Any]:
         "n_events": len(set(table.events)) if table else None,
         "seeds": [{"seed": run.seed, "status": run.status, "run": run.run} for run in evidence.seeds],
     }
+
+
+def architecture(recipe: Recipe) -> list[str]:
+    """Backbone and decoder of a recipe, and the shipped recipe nearest to it, in words."""
+    arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
+    nearest, changed = beside_shipped(recipe)
+    more = f", {len(changed)} keys changed" if changed else ""
+    return [
+        f"{arguments.get('backbone', 'a backbone')} with {arguments.get('decoder', 'a decoder')}",
+        f"recipe {nearest}{more}",
+    ]
+
+
+def base_model(recipe: Recipe) -> str | None:
+    """The hub's id of the backbone that the training started from; None for random weights and other backbones."""
+    arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
+    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)", str(arguments.get("backbone")))
+    return f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}" if size and arguments.get("backbone_pretrained") else None
+
+
+def start_of_weights(recipe: Recipe, record: Mapping[str, Any]) -> str:
+    """What a training started from, in words."""
+    if source := record.get("started_from"):
+        return f"started from {source['file']}, sha256 {source['sha256']}"
+    return f"started from {base_model(recipe) or 'random weights'}"
+
+
+def _commands(evidence: Evidence) -> list[str]:
+    """What makes the chips, where they are generated, the run, its reference and this report again."""
+    record, other, run = evidence.record, evidence.reference_record, evidence.run.path.resolve()
+    root = Path(data_arguments(evidence.recipe).get("data_root") or "DIR")
+    generated = (record.get("data") or {}).get("generated")
+    made = [f"{generated} --root {(root.parent if root.name == 'data' else root).name}"] if generated else []
+    fits = [shlex.join(without_folders(one["command"])) for one in (record, other) if one.get("command")]
+    home = f"{run.parent.name}/{run.name}"
+    theirs = f"{run.parent.name}/{other['run']}/checkpoints/best.ckpt" if other.get("run") else "FILE"
+    after = [f"test --ckpt {home}/checkpoints/best.ckpt", f"export --run {home}"]
+    after.append(f"verify --run {home}" + (f" --reference {theirs}" if evidence.reference else ""))
+    return made + fits + [f"floodrepro {words}" for words in after]
 
 
 def without_folders(entry: Any) -> Any:
@@ -184,11 +235,12 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     if table is None:
         return {"rows": [], "columns": []}
     own = evidence.run.path.resolve().name
-    models = [(own, table), *((f"{own}, {split}", part) for split, part in evidence.subsets.items())]
+    models = [(own, "this run", table)]
+    models += [(f"{own}, {split}", "this run", part) for split, part in evidence.subsets.items()]
     if evidence.reference is not None:
-        models.append((evidence.reference_name or "the reference", evidence.reference))
-    figures = [_figures(one, k) for _, one in models]
-    columns = [(label, f"{one.name}, {len(one):,} chips of {len(set(one.events)):,} events") for label, one in models]
+        models.append((evidence.reference_name or "the reference", "the reference", evidence.reference))
+    figures = [_figures(one, k) for *_, one in models]
+    columns = [(label, f"{what}, {len(one):,} chips of {len(set(one.events)):,} events") for label, what, one in models]
     for label, one in evidence.baselines.items():
         figures.append(_figures(one, k))
         columns.append((label, f"baseline: {one.metadata.get('detail')}"))
@@ -201,11 +253,11 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
             columns.append((entry["name"], f"published: {entry['source']}{found}"))
     _, chips, floods = which_iou(table.counts, table.events, k)
     labels = {
-        f"IoU_{k}": f"{name} IoU, pooled",
+        f"IoU_{k}": f"{name} IoU, pooled (primary)",
         "precision": f"{name} precision",
         f"Class_Accuracy_{k}": f"{name} recall",
         "f1": f"{name} F1",
-        "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with it",
+        "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with {name}",
         "iou_events": f"{name} IoU, mean over {floods['n']:,} events",
         "mIoU": "mIoU",
         **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.class_names) if j != k},
@@ -232,18 +284,29 @@ def _figures(table: ChipTable, k: int) -> dict[str, Any]:
 
 
 def _banner(evidence: Evidence) -> str:
-    """That the chips are not the published ones, where the protocol has published ones; else empty."""
+    """That the chips are generated, or not the published ones where the protocol has published ones; else empty."""
     table = evidence.table
-    published = protocol_of(evidence.recipe).counts.get(table.metadata.get("split", "test")) if table else None
-    if table is None or published in (None, len(table)):
+    if table is None:
         return ""
     here = f"{len(table):,} chips of {len(set(table.events))} events"
-    return f"Generated or partial data: {here}. The published split has {published:,} chips."
+    if (evidence.record.get("data") or {}).get("generated"):
+        return f"Generated data (floodrepro data synth): {here}. They show that the pipeline works, and no real flood."
+    published = protocol_of(evidence.recipe).counts.get(table.metadata.get("split", "test"))
+    if published in (None, len(table)):
+        return ""
+    return f"Not the published data: {here}. The published split has {published:,} chips."
 
 
 def _warnings(evidence: Evidence) -> list[str]:
-    """How the run ended, and what went wrong or was changed on the way."""
-    record, found = evidence.record, []
+    """Which baseline is better, how the run ended, and what went wrong or was changed on the way."""
+    record, found, k = evidence.record, list[str](), evidence.positive
+    tables = {"": evidence.table, **evidence.baselines} if evidence.table else {}
+    pooled = {name: float(iou(one.counts.sum(axis=0), k)) for name, one in tables.items() if one}
+    best = max(pooled, key=lambda name: pooled[name], default="")  # the run itself, where nothing is better
+    if best:
+        rule = str(evidence.baselines[best].metadata.get("detail") or "a baseline").split(";")[0]
+        gap = f"{evidence.iou_name} {pooled[best]:.3f} against {pooled['']:.3f}"
+        found.append(f"The baseline {best} ({rule}) scores higher than this model: {gap}.")
     if (status := record.get("status", "finished")) != "finished":
         found.append(f"The run is not finished: its status is {status}.")
     split = evidence.table.metadata.get("split") if evidence.table else None

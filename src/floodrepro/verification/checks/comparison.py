@@ -189,7 +189,9 @@ def _decide(evidence: Evidence, result: intervals.Result, counted: str, more: st
     tests = (margin / 100, (1 - level) / 2)
     word = result.verdict(*tests)
     low, high = (points(100 * end, margin) for end in result.interval(level))
-    gap = f"{points(100 * result.estimate, margin)} pp ({100 * level:g} % CI {low} to {high}, {result.n} {counted})"
+    few = counted == "events" and result.n < evidence.criteria["parity"]["enough_events"]
+    basis = f"{'rough: ' if few else ''}{result.n} {counted}"
+    gap = f"{points(100 * result.estimate, margin)} pp ({100 * level:g} % CI {low} to {high}, {basis})"
     if word == "equivalent":
         return Check("pass", f"{gap}, within ±{margin:g} pp{more}", outcome="equivalent", **parts)
     if word == "different" and result.estimate > 0:
@@ -206,7 +208,7 @@ def _difference(evidence: Evidence, name: str, result: intervals.Result, chips: 
     level = evidence.criteria["parity"]["level"]
     low, high = result.interval(level)
     events = result.n if chips else None  # else seeds
-    return Value(name, 100 * result.estimate, "pp", 100 * low, 100 * high, level, chips, events)
+    return Value(f"difference in {name}", 100 * result.estimate, "pp", 100 * low, 100 * high, level, chips, events)
 
 
 def _not_independent(evidence: Evidence) -> str:

@@ -33,12 +33,13 @@ def convergence(evidence: Evidence) -> Check:
         return judge(values, "", f"{len(losses)} validations: a trajectory needs two")
     best = min(losses, key=lambda epoch: losses[epoch])  # the first of equals, as ModelCheckpoint keeps it
     first, last = next(iter(losses)), next(reversed(losses))
+    named = None if record.get("best_epoch") is None else record["best_epoch"] + 1  # run.json counts from 0
     by_loss = record.get("monitor", "val/loss") == "val/loss"  # a recipe may choose its best epoch by another score
     values += [
         Value("val/loss, first epoch", losses[first]),
         Value("val/loss, best epoch", losses[best]),
         Value("fall of val/loss to the best epoch", losses[first] - losses[best], at_least=asked["min_fall"]),
-        Value("best epoch (from 0) in run.json", record.get("best_epoch"), expected=best if by_loss else None),
+        Value("best epoch in run.json", named, expected=best if by_loss else None),
     ]
     if rates := [float(text) for key, _, text in logged if key.startswith("lr-")]:
         values.append(Value("learning rate, first and last", f"{rates[0]:g}, {rates[-1]:g}"))
@@ -101,16 +102,19 @@ def data(evidence: Evidence) -> Check:
     for key in ("protocol", "commit"):
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
-    found = f"{len(values)} comparisons of protocol, commit and digests, all the same"
+    found = f"the same: {', '.join(value.name for value in values)}"
+    skip = "" if values else "there are no two records of the data to compare"
     notes, tables = [], []
     if "audit" in evidence.absent:
         values.append(Value("the audit's manifest", evidence.absent["audit"][1], expected="readable"))
     elif not audit:
+        found += "; not audited"
         notes.append("There is no audit of the data (floodrepro data audit): ids and sizes were compared, no pixel.")
     else:
         findings = sorted(audit["findings"], key=lambda one: _SEVERITIES.index(one["severity"]))
         errors = Counter(one["severity"] for one in findings)["error"]
         depth = "all chips read" if audit.get("deep") else "no pixel read"
+        found += f"; no error in the audit ({depth})"
         values.append(Value(f"errors of the audit ({depth})", errors, at_most=0))
         columns = ["severity", "check", "message"]
         rows = [[one[key] for key in columns] for one in findings[:_FINDINGS]]
@@ -119,7 +123,8 @@ def data(evidence: Evidence) -> Check:
         split = str(tested.get("split", "test"))
         whole = (ours.get("chips") or {}).get(split)
         values.append(Value(f"chips in the table of {split}", len(table), expected=whole))
-    skip = "" if sides["training"] and sides["test"] else "the digests of training or test are not recorded"
+    if not (sides["training"] and sides["test"]):
+        skip = "the digests of training or test are not recorded"
     return judge(values, found, skip, tables=tables, notes=notes)
 
 
@@ -181,8 +186,8 @@ def digests_of(holder: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _validation_losses(rows: Sequence[Mapping[str, str]]) -> dict[int, float]:
-    """val/loss by epoch, where it is finite."""
-    found = {int(float(row["epoch"])): float(row["val/loss"]) for row in rows if row.get("val/loss")}
+    """val/loss by epoch, counted from 1, where it is finite."""
+    found = {int(float(row["epoch"])) + 1: float(row["val/loss"]) for row in rows if row.get("val/loss")}
     return {epoch: loss for epoch, loss in found.items() if math.isfinite(loss)}
 
 
@@ -198,7 +203,7 @@ def _other_curve(evidence: Evidence) -> tuple[str, dict[int, float], bool] | Non
         return None
     chips, counts = (evidence.record.get("data") or {}).get("chips") or {}, PROTOCOLS["v0"].counts
     whole = all(chips.get(split) == counts[split] for split in ("train", "val"))
-    return published["name"], {n: loss for n, loss in enumerate(published["val_loss"]) if loss is not None}, whole
+    return published["name"], {n: loss for n, loss in enumerate(published["val_loss"], 1) if loss is not None}, whole
 
 
 def _same(name: str, one: Any, other: Any) -> Value:

@@ -80,12 +80,13 @@ def calibration(evidence: Evidence) -> Check:
         Value(f"best threshold of {class_name} on these chips", float(thresholds[best])),
     ]
     found = f"calibration error {values[0].text}, predicted over true area {values[1].text}"
-    if (error := metrics.expected_calibration_error(likely)) is not None:
+    error = metrics.expected_calibration_error(likely)
+    if error is not None and diagram.pixels[0]:  # else it is the same figure
         name = f"the same where the probability is {diagram.edges[1]:g} or more"
         values.insert(1, Value(name, error, at_most=asked["ece_likely"]))
     if mixed.any():
         name, share = "share of chips with both that are predicted as one class", float(one_class.mean())
-        values.insert(3, Value(name, share, n_chips=len(one_class), at_most=asked["one_class_share"]))
+        values.insert(-2, Value(name, share, n_chips=len(one_class), at_most=asked["one_class_share"]))
     filled = diagram.pixels > 0
     curve = {"x": diagram.confidence[filled].round(6).tolist(), "y": diagram.frequency[filled].round(6).tolist()}
     plot = Plot(
