@@ -90,6 +90,7 @@ def _run(
 
     torch.set_num_threads(1)  # more of them wait for each other where cores are shared
     if limit_file_size is not None:  # Python ignores SIGXFSZ: a write beyond the limit is an OSError
+        sys.dont_write_bytecode = True  # Python 3.11 keeps a module's bytecode that was cut short
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, resource.RLIM_INFINITY))
     for one in strikes:
         _strike(**one)

@@ -96,8 +96,8 @@ def test_before_a_fit_torch_is_asked_only_where_a_gpu_may_be(tmp_path, monkeypat
 
 def test_package_out_of_bounds_missing_or_stolen_is_named_with_its_repair(monkeypatch):
     versions = {"zarr": "3.1.0", "lightning": "2.6.3", "rasterio": None}
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name, real(name)))
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: versions.get(name, real(name)))
     found = {finding.name: finding for finding in check_packages() if finding.status == "fail"}
     assert set(found) == set(versions)
     assert "3.1.0, needed is <3,>=2.18" in found["zarr"].detail

@@ -12,7 +12,7 @@ import torch
 
 import floodrepro
 from floodrepro.recipe import leaves
-from floodrepro.system.environment import code_version, environment, relevant_variables
+from floodrepro.system.environment import code_version, environment, gpu_drivers, relevant_variables
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -33,18 +33,11 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "repository"
 
 
-@pytest.fixture
-def amd_box(tmp_path: Path) -> Path:
-    files = {
-        "opt/rocm/.info/version": "7.2.4-93\n",
-        "sys/module/amdgpu/version": "6.14.14\n",
-        "etc/os-release": 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 24.04.3 LTS"\n',
-        "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9575F 64-Core Processor\nmodel name\t: another\n",
-    }
+def plant(root: Path, files: dict[str, str]) -> Path:
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    return tmp_path
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
 
 
 def test_this_machine_is_recorded_in_json_types():
@@ -65,54 +58,34 @@ def test_record_names_neither_host_nor_user():
     assert str(Path.home()) not in " ".join(texts)
 
 
-def test_amd_box_gives_the_installed_rocm_and_the_driver_and_a_bare_one_nothing(amd_box):
-    found = environment(root=amd_box)
+def test_amd_box_gives_the_installed_rocm_and_the_driver_and_a_bare_one_nothing(tmp_path):
+    files = {
+        "opt/rocm/.info/version": "7.2.4-93\n",
+        "sys/module/amdgpu/version": "6.14.14\n",
+        "etc/os-release": 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 24.04.3 LTS"\n',
+        "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9575F 64-Core Processor\nmodel name\t: another\n",
+    }
+    found, bare = environment(root=plant(tmp_path, files)), environment(root=tmp_path / "nothing")
     assert found["torch"]["rocm"] == "7.2.4-93"
     assert found["accelerator"]["drivers"] == {"amdgpu": "6.14.14"}
     assert found["cpu"]["model"] == "AMD EPYC 9575F 64-Core Processor"
     assert found["host"]["os"] == "Ubuntu 24.04.3 LTS"
-    bare = environment(root=amd_box / "nothing")
     assert (bare["torch"]["rocm"], bare["accelerator"]["drivers"]) == (None, {})
 
 
-@pytest.mark.parametrize(
-    "banner",
-    [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  Tue Jan 14 01:00:00 2025\nGCC version: 12.3\n",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs@U22-4)  Tue Jan 14\n",
-    ],
-)
-def test_nvidia_driver_is_found_in_either_banner(tmp_path, banner):
-    file = tmp_path / "proc/driver/nvidia/version"
-    file.parent.mkdir(parents=True)
-    file.write_text(banner)
-    assert environment(root=tmp_path)["accelerator"]["drivers"] == {"nvidia": "570.86.15"}
+@pytest.mark.parametrize("words", ["Kernel Module  570.86.15  Tue", "Open Kernel Module for x86_64  570.86.15  Build"])
+def test_nvidia_driver_is_found_in_either_banner(tmp_path, words):
+    plant(tmp_path, {"proc/driver/nvidia/version": f"NVRM version: NVIDIA UNIX {words}\nGCC version: 12.3\n"})
+    assert gpu_drivers(tmp_path) == {"nvidia": "570.86.15"}
 
 
-def test_variables_that_change_numerics_or_speed_are_recorded_and_no_secret():
-    kept = {"MIOPEN_FIND_MODE": "3", "PYTORCH_TUNABLEOP_ENABLED": "1", "HSA_XNACK": "1", "OMP_NUM_THREADS": "8"}
-    secrets = {"HF_TOKEN": "hf_x", "TORCH_HUB_TOKEN": "x", "PYTORCH_API_KEY": "x", "NCCL_Password": "x"}
-    assert relevant_variables({**kept, **secrets, "LANG": "C", "OMP_STACKSIZE": "1"}) == kept
-
-
-def test_user_and_host_are_masked_in_what_is_recorded(monkeypatch):
+def test_variables_that_change_numerics_or_speed_are_recorded_and_nothing_private(monkeypatch):
     monkeypatch.setattr(platform, "node", lambda: "gpu-box-7")
-    found = relevant_variables(
-        {
-            "HOME": "/home/alice",
-            "USER": "alice",
-            "MIOPEN_USER_DB_PATH": "/home/alice/miopen",
-            "TORCH_HOME": "/scratch/alice/torch",
-            "PYTORCH_KERNEL_CACHE_PATH": "/home/alicent",
-            "NCCL_HOSTID": "gpu-box-7",
-        }
-    )
-    assert found == {
-        "MIOPEN_USER_DB_PATH": "~/miopen",
-        "TORCH_HOME": "/scratch/***/torch",
-        "PYTORCH_KERNEL_CACHE_PATH": "/home/alicent",
-        "NCCL_HOSTID": "***",
-    }
+    kept = {"HSA_XNACK": "1", "MIOPEN_FIND_MODE": "FAST", "OMP_NUM_THREADS": "8", "PYTORCH_TUNABLEOP_ENABLED": "1"}
+    secrets = {"HF_TOKEN": "hf_x", "TORCH_HUB_TOKEN": "x", "PYTORCH_API_KEY": "x", "NCCL_Password": "x"}
+    private = {"MIOPEN_USER_DB_PATH": "/home/al/m", "NCCL_HOSTID": "gpu-box-7", "TORCH_OWNER": "alice"}
+    others = {"USER": "alice", "LANG": "C", "OMP_STACKSIZE": "1"}
+    assert relevant_variables(kept | secrets | private | others) == kept | dict.fromkeys(private, "***")
 
 
 def found_of(package: Path) -> tuple[object, ...]:

@@ -7,7 +7,6 @@ from scipy import stats
 from floodrepro.evaluation.intervals import (
     MIN_FLOOD_PIXELS,
     Result,
-    effective_events,
     jackknife,
     mean_over_events,
     over_seeds,
@@ -53,15 +52,14 @@ def test_paired_interval_takes_out_what_both_models_share():
 
 def test_effective_events_are_all_of_them_when_alike_and_one_when_one_is_everything():
     alike = np.tile([[700, 20], [30, 250]], (40, 1, 1))
-    assert effective_events(alike) == pytest.approx(40)
+    assert jackknife(alike, iou).freedom == pytest.approx(39)
     dry = np.tile([[10**9, 0], [0, 0]], (20, 1, 1))
-    assert effective_events(np.concatenate([alike, dry])) == pytest.approx(40)  # dry land weighs nothing
+    assert jackknife(np.concatenate([alike, dry]), iou).freedom == pytest.approx(39)  # dry land weighs nothing
     giant = alike.copy()
     giant[0] *= 10_000_000
-    assert effective_events(giant, other=giant) == pytest.approx(1, abs=1e-3)
-    assert jackknife(giant, iou).freedom == 1  # t needs one degree of freedom at least
-    first = np.array([[[0, 0], [0, 300]], [[0, 0], [0, 100]]])
-    assert effective_events(first) == pytest.approx(16 / 10)
+    assert jackknife(giant, iou, other=giant).freedom == 1  # t needs one degree of freedom at least
+    three = np.array([[[0, 0], [0, 300]], [[0, 0], [0, 100]], [[0, 0], [50, 50]]])
+    assert jackknife(three, iou).freedom == pytest.approx(25 / 11 - 1)
 
 
 def test_positive_class_need_not_be_the_last():

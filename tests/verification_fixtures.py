@@ -107,9 +107,10 @@ def make_table(
         for event in range(events)
         for n in range(chips_per_event)
     ]
-    none, squared = np.zeros(chips, np.int64), ((p - is_flood) ** 2).sum(axis=1)
-    table = ChipTable(np.array(ids), counts, none, none, histogram, confidence, squared, content | metadata)
-    return with_counts(table, counts)
+    columns = {"counts": counts, "ignored": np.zeros(chips, np.int64), "unseen": np.zeros(chips, np.int64)}
+    columns |= {"histogram": histogram, "confidence": confidence, "squared_error": ((p - is_flood) ** 2).sum(axis=1)}
+    rows = [(chip, chip.split("_")[0]) for chip in ids]
+    return with_counts(ChipTable.of_batches(rows, [columns], content | metadata), counts)
 
 
 def with_counts(table: ChipTable, counts: Counts) -> ChipTable:

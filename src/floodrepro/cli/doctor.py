@@ -36,11 +36,11 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def _text(findings: Sequence[Finding]) -> str:
-    width = max(len(finding.name) for finding in findings)
-    lines = []
+    rows = []
     for finding in findings:
-        lines.append(f"{finding.status:<4}  {finding.name:<{width}}  {finding.detail}")
+        rows.append([finding.status, finding.name, finding.detail])
         if finding.fix:
-            lines.append(f"{'':<4}  {'':<{width}}  to do: {finding.fix}")
+            rows.append(["", "", f"to do: {finding.fix}"])
     count = Counter(finding.status for finding in findings)
-    return "\n".join([*lines, "", ", ".join(f"{count[status]} {status}" for status in ("ok", "warn", "fail"))])
+    sums = ", ".join(f"{count[status]} {status}" for status in ("ok", "warn", "fail"))
+    return f"{console.columns(rows, right_from=3)}\n\n{sums}"

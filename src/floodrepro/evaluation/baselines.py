@@ -6,7 +6,6 @@ water at it loses backscatter.
 """
 
 import os
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -32,8 +31,9 @@ DARKNESS_DB = tuple(range(14, 26))
 TRAIN_CHIPS = 1_000
 """Chips of the training split that the thresholds are chosen on, evenly spaced: two numbers need no more."""
 _BOTH = "VV and VH fall by more than {:g} dB on average, and VH at the event is below -{:g} dB"
+_FAR = 1e9  # beyond any value in dB
 RULES: dict[str, tuple[int, tuple[float, ...], str]] = {
-    "vv-drop": (1, (-np.inf,), "VV falls by more than {:g} dB"),
+    "vv-drop": (1, (-_FAR,), "VV falls by more than {:g} dB"),
     "vv-vh-change": (2, DARKNESS_DB, _BOTH),
 }
 """By name: how many of VV and VH have to fall, the thresholds of VH's darkness, and the rule in words."""
@@ -80,39 +80,31 @@ def radar_baselines(recipe: Recipe, table: ChipTable) -> dict[str, ChipTable]:
     if not uses_flood_data_module(recipe):
         raise UsageError("they need the radar images of floodrepro's own data module", where="data.class_path")
     arguments, k = data_arguments(recipe), table.positive
-    source = Chips(Path(arguments["data_root"]), protocol_of(recipe))
+    count_chip = partial(_by_threshold, Chips(Path(arguments["data_root"]), protocol_of(recipe)), table.num_classes, k)
     train = list(next(iter(read_splits(arguments, "train").values())))
     train = train[:: -(-len(train) // TRAIN_CHIPS)]
     console.say(f"choosing the thresholds of the radar baselines on {len(train)} training chips")
-    total: dict[str, Any] = dict.fromkeys(RULES, 0)
-    for counts in _read_chips(source, train, table.num_classes, k):
-        total = {name: total[name] + counts[name] for name in RULES}
-    figures = {name: np.nan_to_num(iou(counts, k)) for name, counts in total.items()}
-    # Of equal ones the smallest thresholds.
-    best = {name: np.unravel_index(int(each.argmax()), each.shape) for name, each in figures.items()}
-    rows = [
-        {name: counts[name][best[name]] for name in RULES}
-        for counts in _read_chips(source, table.chips.tolist(), table.num_classes, k)
-    ]
+    totals: dict[str, Any] = dict.fromkeys(RULES, 0)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, console.progress("chips") as show:
+        for done, counts in enumerate(pool.map(count_chip, train), 1):
+            totals = {name: totals[name] + counts[name] for name in RULES}
+            show(done, len(train) + len(table))
+        figures = {name: np.nan_to_num(iou(total, k)) for name, total in totals.items()}
+        # Of equal ones the smallest thresholds.
+        best = {name: np.unravel_index(int(each.argmax()), each.shape) for name, each in figures.items()}
+        rows = []
+        for counts in pool.map(count_chip, table.chips.tolist()):
+            rows.append([counts[name][best[name]] for name in RULES])
+            show(len(train) + len(rows), len(train) + len(table))
     found = {}
-    for name, (_, darkness, words) in RULES.items():
+    for (name, (_, darkness, words)), counts in zip(RULES.items(), np.array(rows).swapaxes(0, 1), strict=True):
         rule = words.format(FALLS_DB[best[name][0]], darkness[best[name][1]])
-        detail = f"{rule}; chosen on {len(train)} training chips"
-        found[name] = _table_like(table, name, detail, np.stack([row[name] for row in rows]))
+        found[name] = _table_like(table, name, f"{rule}; chosen on {len(train)} training chips", counts)
     return found
 
 
-def _read_chips(source: Chips, chips: Sequence[str], classes: int, positive: int) -> Iterator[dict[str, Counts]]:
-    """`_by_threshold` of each chip."""
-    one = partial(_by_threshold, source, classes, positive)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, console.progress("chips") as show:
-        for done, counts in enumerate(pool.map(one, chips), 1):
-            show(done, len(chips))
-            yield counts
-
-
 def _by_threshold(source: Chips, classes: int, positive: int, chip: str) -> dict[str, Counts]:
-    """By rule, confusion counts (falls, darkness, K, K) at each pair of thresholds."""
+    """By rule, confusion counts (falls, darkness, K, K) of a chip at each pair of thresholds."""
     truth = read_truth(source, chip)
     radar = source.bands(chip, "S1RTC")[[BEFORE, EVENT]].astype(np.float32)
     if radar.shape[2:] != truth.shape:
@@ -120,19 +112,16 @@ def _by_threshold(source: Chips, classes: int, positive: int, chip: str) -> dict
     radar[radar < _NO_BACKSCATTER] = np.nan
     known, found = truth != IGNORE_INDEX, {}
     for name, (channels, darkness, _) in RULES.items():
-        falls = (radar[0] - radar[1])[:channels].mean(axis=0)
-        # How many thresholds a pixel exceeds; a missing value exceeds none: not flood.
-        exceeded = [
-            np.searchsorted(grid, np.nan_to_num(feature[known], nan=-np.inf), side="left")
-            for grid, feature in ((FALLS_DB, falls), (darkness, -radar[1, 1]))
-        ]
-        shape = (classes, len(FALLS_DB) + 1, len(darkness) + 1)
-        pixels = np.bincount(np.ravel_multi_index((truth[known], *exceeded), shape), minlength=int(np.prod(shape)))
-        above = pixels.reshape(shape)[:, ::-1, ::-1].cumsum(axis=1).cumsum(axis=2)[:, ::-1, ::-1]
-        called = np.moveaxis(above[:, 1:, 1:], 0, -1)
+        features = ((radar[1] - radar[0])[:channels].mean(axis=0), radar[1, 1])
+        # A missing value is below no threshold: not flood.
+        sample = [truth[known], *(np.nan_to_num(one[known], nan=_FAR, posinf=_FAR, neginf=-_FAR) for one in features)]
+        edges = [np.array([-_FAR, *(-t for t in grid[::-1]), _FAR]) for grid in (FALLS_DB, darkness)]
+        pixels = np.histogramdd(sample, [np.arange(classes + 1), *edges])[0].astype(np.int64)
+        below = pixels.cumsum(axis=1).cumsum(axis=2)
+        called = np.moveaxis(below[:, -2::-1, -2::-1], 0, -1)
         found[name] = np.zeros((*called.shape, classes), np.int64)
         found[name][..., positive] = called
-        found[name][..., _rest(positive)] = above[:, 0, 0] - called
+        found[name][..., _rest(positive)] = below[:, -1, -1] - called
     return found
 
 

@@ -5,7 +5,7 @@ N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from floodrepro.data.protocols import event_of
 from floodrepro.errors import RunFolderError, TableError
 from floodrepro.evaluation.metrics import Counts
 
@@ -42,6 +41,7 @@ class ChipTable:
 
     Args:
         chips: Ids (N,), in the split's order.
+        events: Event (N,) of each chip.
         counts: Confusion counts (N, K, K), rows = truth, columns = prediction.
         ignored: Pixels (N,) whose truth has the ignore index; they are not in `counts`.
         unseen: Pixels (N,) with a truth but without a prediction; they are not in `counts` either.
@@ -49,10 +49,10 @@ class ChipTable:
         confidence: Sum (N, B) of these probabilities.
         squared_error: Sum (N,) over pixels of (probability - [truth is the positive class])^2.
         metadata: JSON types, as `docs/chip-table.md` lists them.
-        events: Event (N,) of each chip; by default what its id says (`floodrepro.data.protocols.event_of`).
     """
 
     chips: npt.NDArray[np.str_]
+    events: npt.NDArray[np.str_]
     counts: Counts
     ignored: npt.NDArray[np.int64]
     unseen: npt.NDArray[np.int64]
@@ -60,12 +60,6 @@ class ChipTable:
     confidence: npt.NDArray[np.float64] | None
     squared_error: npt.NDArray[np.float64] | None
     metadata: dict[str, Any]
-    events: npt.NDArray[np.str_] = field(default_factory=lambda: np.array([], dtype=np.str_))
-
-    def __post_init__(self) -> None:
-        """Take the events from the chip ids where none are given."""
-        if len(self.events) != len(self.chips):
-            object.__setattr__(self, "events", np.array([event_of(str(chip)) for chip in self.chips], dtype=np.str_))
 
     @classmethod
     def of_batches(
@@ -78,7 +72,7 @@ class ChipTable:
         columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
         columns |= {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         chips, events = np.array(list(rows), dtype=np.str_).T
-        return cls(chips, **columns, metadata=metadata, events=events)
+        return cls(chips, events, **columns, metadata=metadata)
 
     def __len__(self) -> int:
         """Number of chips."""
@@ -131,15 +125,12 @@ def write_table(table: ChipTable, path: Path) -> None:
     Raises:
         RunFolderError: The folder cannot be written.
     """
-    columns = {
-        name: pa.array(ids.tolist(), pa.string()) for name, ids in (("chip", table.chips), ("event", table.events))
-    }
+    columns: dict[str, Any] = {"chip": table.chips, "event": table.events}
     for name, kind in _COLUMNS.items():
         values = getattr(table, name)
         if values is not None:
-            flat = pa.array(values.ravel().astype(kind))
-            width = int(np.prod(values.shape[1:]))
-            columns[name] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, width)
+            stored = values.astype(kind)
+            columns[name] = stored if stored.ndim == 1 else [row.ravel() for row in stored]
     shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": BINS}
     content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata)})
     partial = path.with_name(f".{path.name}.partial")
@@ -165,22 +156,19 @@ def read_table(path: Path) -> ChipTable:
         if metadata.get("schema") != SCHEMA:
             what = f"the chip table has schema {metadata.get('schema')}, this version of floodrepro reads {SCHEMA}"
             raise TableError(what, where=path, fix="run the test again with this version")
+        if not len(content):
+            raise TableError("the chip table has no rows: the split was empty", where=path)
         classes, bins = metadata.pop("classes"), metadata.pop("bins")
-        shapes = {"counts": (classes, classes), "histogram": (2, bins), "confidence": (bins,)}
+        shapes = {"counts": (classes, classes), "histogram": (2, bins)}
         columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
-        for name, kind in _COLUMNS.items():
-            if name in content.column_names:
-                column = content[name].combine_chunks()
-                flat = (column.flatten() if name in shapes else column).to_numpy(zero_copy_only=False)
-                wide = flat.astype(np.result_type(kind, np.int64))
-                columns[name] = wide.reshape(len(content), *shapes.get(name, ()))
+        for name in _COLUMNS.keys() & set(content.column_names):
+            values = np.stack(content[name].to_numpy())
+            wide = values.astype(np.result_type(values, np.int64))
+            columns[name] = wide.reshape(len(wide), *shapes.get(name, values.shape[1:]))
         chips, events = (np.array(content[name].to_pylist(), dtype=np.str_) for name in ("chip", "event"))
-        table = ChipTable(chips, **columns, metadata=metadata, events=events)
+        return ChipTable(chips, events, **columns, metadata=metadata)
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
         raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
-    if not len(table):
-        raise TableError("the chip table has no rows: the split was empty", where=path)
-    return table
 
 
 def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
@@ -214,8 +202,6 @@ def on_common_chips(one: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTa
     if not np.array_equal(one.chips, other.chips):
         return one, other, 0
     whole = (one.unseen == 0) & (other.unseen == 0)
-    if whole.all():
-        return one, other, 0
     if not whole.any():
         raise TableError(f"{one.name} and {other.name} have no chip of which both have seen every pixel")
     chips = one.chips[whole]

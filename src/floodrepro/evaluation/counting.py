@@ -76,12 +76,3 @@ def _tensor(values: Any) -> Tensor:
     """On the device where it is, unless that has no deterministic form of a weighted bincount."""
     tensor = torch.as_tensor(values)
     return tensor.cpu() if torch.are_deterministic_algorithms_enabled() else tensor
-
-
-def largest_class(logits: Tensor) -> Tensor:
-    """The first of the largest, (B, H, W), as `argmax(dim=1)` has it; torch 2.14's takes 7 ms a chip on a CPU."""
-    largest, index = logits[:, 0], torch.zeros_like(logits[:, 0], dtype=torch.int32)
-    for k in range(1, logits.shape[1]):
-        index = torch.where(logits[:, k] > largest, k, index)
-        largest = torch.maximum(largest, logits[:, k])
-    return index

@@ -9,7 +9,7 @@ E = events, K = classes. Counts are int64 (E, K, K), rows = truth, one confusion
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -68,23 +68,12 @@ class Result:
         return numbers[place] if place < len(numbers) else None
 
 
-def effective_events(counts: Counts, *, other: Counts | None = None, positive: int = -1) -> float:
-    """How many events of equal weight these are worth: (sum w)^2 / sum w^2, from 1 to E (Kish 1965, Survey Sampling).
-
-    An event weighs by its pixels of the positive class, in truth or prediction.
-    """
-    models = [counts] if other is None else [counts, other]
-    weight = sum(m[:, positive].sum(-1) + m[:, :, positive].sum(-1) - m[:, positive, positive] for m in models).astype(
-        np.float64
-    )
-    return float(weight.sum() ** 2 / (weight**2).sum()) if weight.any() else float(len(counts))
-
-
 def jackknife(counts: Counts, statistic: Statistic, *, other: Counts | None = None, positive: int = -1) -> Result:
     """A pooled figure with its leave-one-event-out standard error (Tukey 1958; Efron and Tibshirani 1993, chapter 11).
 
     t has the effective number of events less one as its degrees of freedom, at least one (Carter, Schnepel and
-    Steigerwald 2017, Review of Economics and Statistics).
+    Steigerwald 2017, Review of Economics and Statistics). That number is (sum w)^2 / sum w^2, from 1 to E (Kish 1965,
+    Survey Sampling): an event weighs by its pixels of the positive class, in truth or prediction.
 
     Args:
         counts: Counts (E, K, K).
@@ -95,22 +84,22 @@ def jackknife(counts: Counts, statistic: Statistic, *, other: Counts | None = No
     Raises:
         ValueError: Fewer than two events, or the figure is undefined, overall or without one of the events.
     """
-    events = len(counts)
+    events, models = len(counts), [counts] if other is None else [counts, other]
     if events < 2:
         raise ValueError(f"{events} event: an interval over events needs at least two")
-
-    def figure(pool: Callable[[Counts], Any]) -> Floats:
-        return statistic(pool(counts)) - (0.0 if other is None else statistic(pool(other)))
-
-    estimate = figure(lambda c: c.sum(axis=0))
-    without = figure(lambda c: c.sum(axis=0) - c)
+    # The figure over all events, then without each one of them.
+    pools = [np.concatenate([[m.sum(axis=0)], m.sum(axis=0) - m]) for m in models]
+    estimate, *rest = statistic(pools[0]) - (statistic(pools[1]) if other is not None else 0.0)
+    without = np.array(rest)
     if not np.isfinite(estimate):
         raise ValueError("the figure is undefined over all events: no counted pixel has the class")
     if not np.isfinite(without).all():
         raise ValueError("the figure depends on one event: it is undefined without it")
     error = np.sqrt((events - 1) / events * ((without - without.mean()) ** 2).sum())
-    freedom = max(effective_events(counts, other=other, positive=positive) - 1, 1.0)
-    return Result(float(estimate), float(error), freedom, events)
+    pixels = sum(models[1:], counts).astype(np.float64)
+    weight = pixels[:, positive].sum(axis=1) + pixels[:, :, positive].sum(axis=1) - pixels[:, positive, positive]
+    effective = weight.sum() ** 2 / (weight**2).sum() if weight.any() else events
+    return Result(float(estimate), float(error), max(float(effective) - 1, 1.0), events)
 
 
 def mean_over_events(counts: Counts, *, other: Counts | None = None, positive: int = -1) -> Result:

@@ -83,9 +83,12 @@ def tabulate_masks(
             if scale is None:
                 prediction, probability = _classes_of(found, known, chip), None
             else:
-                probability = _probability(found, scale, chip)
-                prediction = np.where(probability > 0.5, positive, 1 - positive)
-                prediction[np.isnan(found)] = -1
+                probability = found / scale
+                if not (np.isnan(found) | ((probability >= 0) & (probability <= 1))).all():
+                    low, high = np.nanmin(probability), np.nanmax(probability)
+                    what = f"the mask over {chip} holds probabilities {low:g} to {high:g}, expected 0 to 1"
+                    raise DataError(what, fix="--probability 100 or --probability 255 says which value means 1")
+                prediction = np.select([probability > 0.5, probability <= 0.5], [positive, 1 - positive], -1)
             layers = (None if one is None else one[None] for one in (truth, prediction, probability))
             batches.append(count(*layers, classes=classes, positive=positive))
             show(done, len(chips))
@@ -106,14 +109,9 @@ def tabulate_masks(
     if not counted:
         raise DataError(f"no mask covers any of the {len(table)} chips", where=masks[0], fix=_ADVICE)
     if unseen:
-        with _open(files[0]) as first:
-            zero = values is None and first.nodata == 0
-        console.warn(
-            f"{100 * unseen / (unseen + counted):.2g} % of the pixels have no mask and are not counted, "
-            f"{int((table.unseen > 0).sum())} of {len(table)} chips are not whole"
-            + "; no-data is 0 in these files, --values 0=rest,1=flood counts zeros as rest"
-            * zero
-        )
+        share, chips_of = 100 * unseen / (unseen + counted), f"{int((table.unseen > 0).sum())} of {len(table)} chips"
+        hint = "where no-data is 0, --values 0=rest,1=flood counts zeros as rest"
+        console.warn(f"{share:.2g} % of the pixels have no mask and are not counted, {chips_of} are not whole; {hint}")
     return table
 
 
@@ -216,13 +214,3 @@ def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int | None],
         place = known[value]
         prediction[found == value] = -1 if place is None else place
     return prediction
-
-
-def _probability(found: npt.NDArray[np.float64], scale: float, chip: str) -> npt.NDArray[np.float64]:
-    """Probabilities (H, W) of values, NaN where there is none."""
-    probability: npt.NDArray[np.float64] = found / scale
-    wrong = probability[(probability < 0) | (probability > 1)]
-    if wrong.size:
-        what = f"the mask over {chip} holds probabilities such as {wrong[0]:g}, expected 0 to 1"
-        raise DataError(what, fix="--probability 100 or --probability 255 says which value means 1")
-    return probability

@@ -85,15 +85,13 @@ def which_iou(
         Three entries with `name`, `iou` of class k (None where undefined), `n` and `of` (what n counts): pooled over
         all pixels, mean over chips whose truth has the class, mean over events whose truth has MIN_FLOOD_PIXELS of it.
     """
-    _, pooled = pool_by_event(counts, events)
-    chips = iou(counts[counts[:, k].sum(axis=-1) > 0], k)
-    floods = iou(pooled[pooled[:, k].sum(axis=-1) >= MIN_FLOOD_PIXELS], k)
-    entries = (
-        ("pooled over all pixels", iou(counts.sum(axis=0), k), len(counts), "chips"),
-        (f"mean over chips with {label}", chips.mean() if len(chips) else np.nan, len(chips), "chips"),
-        (f"mean over events with {label}", floods.mean() if len(floods) else np.nan, len(floods), "events"),
-    )
-    return [{"name": name, "iou": _or_none(value), "n": n, "of": of} for name, value, n, of in entries]
+    found = [{"name": "pooled over all pixels", "iou": class_scores(counts.sum(axis=0), k)["iou"]}]
+    found[0] |= {"n": len(counts), "of": "chips"}
+    for of, each, least in (("chips", counts, 1), ("events", pool_by_event(counts, events)[1], MIN_FLOOD_PIXELS)):
+        figures = iou(each[each[:, k].sum(axis=-1) >= least], k)
+        mean = float(figures.mean()) if len(figures) else None
+        found.append({"name": f"mean over {of} with {label}", "iou": mean, "n": len(figures), "of": of})
+    return found
 
 
 class Reliability(NamedTuple):

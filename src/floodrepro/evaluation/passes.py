@@ -1,9 +1,7 @@
 """One pass over a split with a checkpoint: validate and predict. The config counts, not what the checkpoint recalls."""
 
-import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +101,11 @@ class ChipWriter(BasePredictionWriter):
         return ~seen
 
 
-@contextlib.contextmanager
-def watched(cli: RecipeCLI) -> Iterator[None]:
-    """Keep libraries off stdout, and show progress in a log, where their bar was left out."""
+def run_loop(cli: RecipeCLI, stage: str, **options: Any) -> dict[str, float]:
+    """TerraTorch's metrics by their names, after one of the trainer's loops: validate, test or predict.
+
+    Libraries are kept off stdout, and progress is shown in a log, where their bar was left out.
+    """
     batches = itertools.count(1)
     with console.progress("batches") as show, console.stdout_to_stderr():
 
@@ -114,9 +114,10 @@ def watched(cli: RecipeCLI) -> Iterator[None]:
             show(next(batches), sum(totals))  # two of the three stages have none
 
         if not sys.stderr.isatty():
-            hooks = dict.fromkeys([f"on_{stage}_batch_end" for stage in ("validation", "test", "predict")], one_more)
-            cli.trainer.callbacks.append(LambdaCallback(**hooks))
-        yield
+            hooks = [f"on_{name}_batch_end" for name in ("validation", "test", "predict")]
+            cli.trainer.callbacks.append(LambdaCallback(**dict.fromkeys(hooks, one_more)))
+        results = getattr(cli.trainer, stage)(cli.model, datamodule=cli.datamodule, **options)
+    return {name: float(value) for result in results or () for name, value in result.items()}
 
 
 def validate(cli: RecipeCLI, checkpoint: Path) -> dict[str, Any]:
@@ -129,9 +130,7 @@ def validate(cli: RecipeCLI, checkpoint: Path) -> dict[str, Any]:
         UsageError, DataError, CheckpointError: As `prepare`.
     """
     data = prepare(cli, checkpoint, "val")
-    with watched(cli):
-        results = cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = {name: float(value) for result in results for name, value in result.items()}
+    metrics = run_loop(cli, "validate", verbose=False)
     return {"stage": "validate", "checkpoint": str(checkpoint), "chips": data.chips, "metrics": metrics}
 
 
@@ -167,13 +166,12 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: st
         root = arguments.get("predict_data_root") or arguments["data_root"]
         source = Chips(Path(root), protocols.protocol_of(cli.recipe))
     cli.trainer.callbacks.append(ChipWriter(output, protocols.positive_class_of(cli.recipe), probabilities, source))
-    with watched(cli):
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    run_loop(cli, "predict", return_predictions=False)
     return sorted(output.glob("*.tif"))
 
 
 def prepare(
-    cli: RecipeCLI, checkpoint: Path, split: str, *, wire: Callable[[Namespace], None] = lambda config: None
+    cli: RecipeCLI, checkpoint: Path, split: str, *, test_file: str | None = None, test_name: str | None = None
 ) -> DataState:
     """Look at data and weights, build the recipe's objects, and put the weights in.
 
@@ -181,7 +179,8 @@ def prepare(
         cli: The parsed recipe.
         checkpoint: The weights.
         split: train, val, test or predict.
-        wire: Changes the parsed config before anything is built from it.
+        test_file: Chip ids that are tested in place of the recipe's test split.
+        test_name: What TerraTorch calls them in its metrics; None for its plain names.
 
     Raises:
         UsageError: The recipe does not build or run here.
@@ -194,7 +193,10 @@ def prepare(
 
     def reading_only(config: Namespace) -> None:
         without_files(config, progress_bar=sys.stderr.isatty())
-        wire(config)
+        if test_file is not None:
+            config.data.init_args.test_split = test_file
+            if "test_dataloaders_names" in config.model.init_args:
+                config.model.init_args.test_dataloaders_names = [test_name] if test_name else None
 
     cli.build(reading_only)
     load_strictly(weights, cli.model, cli.recipe)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -18,9 +17,9 @@ from floodrepro.data.splits import read_splits
 from floodrepro.errors import CheckpointError, FloodreproError, RunFolderError, UsageError
 from floodrepro.evaluation.baselines import write_baselines
 from floodrepro.evaluation.chip_table import ChipTable, write_table
-from floodrepro.evaluation.counting import count, largest_class
+from floodrepro.evaluation.counting import count
 from floodrepro.evaluation.metrics import scores
-from floodrepro.evaluation.passes import chip_files, chip_of, prepare, watched
+from floodrepro.evaluation.passes import chip_files, chip_of, prepare, run_loop
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, sha256_of, timestamp
 from floodrepro.system.environment import environment
@@ -78,7 +77,7 @@ class ChipCounts(Callback):
         self._batches.append(
             count(
                 pl_module.squeeze_ground_truth(batch["mask"]),
-                largest_class(logits),
+                logits.argmax(dim=1),
                 logits.float().softmax(dim=1)[:, self._positive],
                 classes=logits.shape[1],
                 positive=self._positive,
@@ -140,21 +139,14 @@ def tabulate_checkpoint(
         what = f"the chip table cannot be written here: {error.strerror}"
         raise RunFolderError(what, where=path.parent, fix="--output DIR") from error
 
-    def one_split(config: Namespace) -> None:
-        if chosen.file is not None:
-            config.data.init_args.test_split = chosen.file
-            if "test_dataloaders_names" in config.model.init_args:
-                several = chosen.subsets or chosen.name not in protocols.SPLITS
-                config.model.init_args.test_dataloaders_names = [chosen.name] if several else None
-
-    data = prepare(cli, checkpoint, split if split in ("train", "val") else "test", wire=one_split)
+    kind = split if split in ("train", "val") else "test"
+    test_name = chosen.name if chosen.subsets or chosen.name not in protocols.SPLITS else None
+    data = prepare(cli, checkpoint, kind, test_file=chosen.file, test_name=test_name)
     arguments, positive = protocols.data_arguments(cli.recipe), protocols.positive_class_of(cli.recipe)
     ignored = cli.model.hparams["ignore_index"]
     counter = ChipCounts(checkpoint, protocols.IGNORE_INDEX if ignored is None else ignored, positive)
     cli.trainer.callbacks.append(counter)
-    with watched(cli):
-        results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
-    metrics = {name: float(value) for result in results for name, value in result.items()}
+    metrics = run_loop(cli, "test", verbose=False)
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
     surroundings = environment(str(cli.trainer.precision))
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -29,8 +30,8 @@ from floodrepro.recipe import Recipe, to_yaml
 from floodrepro.system.environment import environment
 
 SIDES = ("terratorch", "floodrepro")
-WARM_UP = 4  # steps that do not count, beside the batches that loader processes have read ahead
 AGREEMENT = 1e-6  # of the metrics of both tests
+WARM_UP = 4  # steps that do not count, beside the batches that loader processes have read ahead
 
 
 class StepClock(Callback):
@@ -64,14 +65,14 @@ class StepClock(Callback):
         if self._read_only:
             for _ in trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
                 self._step(pl_module)
-            self._write(trainer, pl_module)
+            self._write(trainer, pl_module, {})
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         """Count a training step."""
         self._step(pl_module)
         if self._done == self._warm_up + self._steps:
-            self._write(trainer, pl_module, loss=float(outputs["loss"]))
+            self._write(trainer, pl_module, {"loss": float(outputs["loss"])})
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count a batch of the test."""
@@ -79,8 +80,7 @@ class StepClock(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the time and the metrics of the test."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        self._write(trainer, pl_module, metrics=metrics)
+        self._write(trainer, pl_module, {name: float(value) for name, value in trainer.callback_metrics.items()})
 
     def _step(self, module: LightningModule) -> None:
         self._done += 1
@@ -92,14 +92,14 @@ class StepClock(Callback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _write(self, trainer: Trainer, module: LightningModule, **found: Any) -> None:
+    def _write(self, trainer: Trainer, module: LightningModule, scores: dict[str, float]) -> None:
         seconds = self._now(module) - self._start
         memory = {"process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux gives KiB
         if module.device.type == "cuda":
             memory["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         batches = self._done - self._warm_up
         rate = batches * trainer.datamodule.batch_size / seconds  # type: ignore[attr-defined]
-        found |= {"chips_per_second": rate, "batches": batches, "memory": memory}
+        found = {"chips_per_second": rate, "batches": batches, "memory": memory, "scores": scores}
         self._output.write_text(json.dumps(found | {"environment": environment(str(trainer.precision))}))
 
 
@@ -122,7 +122,7 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         rounds: Processes of each side.
 
     Returns:
-        Chips per second, peak memory, loss or metrics of each side; ratios round by round; all runs.
+        As `sum_up`, and what was measured.
 
     Raises:
         FloodreproError: A process failed, or the metrics of the two tests differ.
@@ -147,42 +147,39 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         f"{warm_up} of warm-up, with reading, without augmentation",
         "precision": str(recipe["trainer"]["precision"]),
         "batch_size": arguments["batch_size"],
-        **sum_up(runs),
+        **sum_up(runs, AGREEMENT if action == "test" else np.inf),
     }
 
 
-def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Speed and memory of each side, ratios of ours to theirs by round, and how far losses or metrics differ.
+def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]], most: float = np.inf) -> dict[str, Any]:
+    """Speed and memory of each side, ratios of ours to theirs by round, scores, and how far the two sides' differ.
 
     Args:
         runs: What `StepClock` wrote, by side, one for each round.
+        most: By how much the scores of both sides may differ.
 
     Raises:
-        FloodreproError: The metrics of the two tests differ.
+        FloodreproError: They differ by more, or one is not finite.
     """
     theirs, ours = (runs[side] for side in SIDES)
     pairs = list(zip(ours, theirs, strict=True))
     ratios = [a["chips_per_second"] / b["chips_per_second"] for a, b in pairs]
     peaks = {side: {kind: max(r["memory"][kind] for r in runs[side]) for kind in ours[0]["memory"]} for side in SIDES}
     kind = "gpu_allocated_gib" if "gpu_allocated_gib" in ours[0]["memory"] else "process_gib"
-    found: dict[str, Any] = {
+    found = {
         "chips_per_second": {side: percentiles([run["chips_per_second"] for run in runs[side]]) for side in SIDES},
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         "peak_memory": peaks,
         "memory_ratio": peaks["floodrepro"][kind] / peaks["terratorch"][kind],
+        "scores": {side: [run["scores"] for run in runs[side]] for side in SIDES},
         "load_average": os.getloadavg()[0],
         "environment": ours[0]["environment"],
     }
-    if "loss" in ours[0]:
-        found["loss"] = {side: [run["loss"] for run in runs[side]] for side in SIDES}
-        found["loss_difference"] = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
-    if "metrics" in ours[0]:
-        names = ours[0]["metrics"].keys() & theirs[0]["metrics"].keys()
-        found["metrics"] = ours[0]["metrics"]
-        found["metrics_difference"] = max(abs(a["metrics"][n] - b["metrics"][n]) for a, b in pairs for n in names)
-        if not found["metrics_difference"] <= AGREEMENT:
-            raise FloodreproError(f"the metrics of the two tests differ by {found['metrics_difference']:g}")
-    return found
+    shared = ours[0]["scores"].keys() & theirs[0]["scores"].keys()
+    gaps = [abs(a["scores"][name] - b["scores"][name]) for a, b in pairs for name in shared]
+    if gaps and not float(np.max(gaps)) <= most:  # NaN if one is
+        raise FloodreproError(f"the scores of both sides differ by {np.max(gaps):g}")
+    return found | ({"score_difference": max(gaps)} if gaps else {})
 
 
 def describe(found: Mapping[str, Any]) -> str:
@@ -194,8 +191,8 @@ def describe(found: Mapping[str, Any]) -> str:
     ratio = found["ratio"]
     lines = [f"times as fast: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f} by round)"]
     lines.append(f"times the memory: {found['memory_ratio']:.3f}")
-    differences = {kind: found[f"{kind}_difference"] for kind in ("loss", "metrics") if kind in found}
-    lines += [f"largest difference of the {kind}: {value:.1e}" for kind, value in differences.items()]
+    if "score_difference" in found:
+        lines.append(f"largest difference of loss or metrics: {found['score_difference']:.1e}")
     lines.append(f"{found['what']}; {found['precision']}, batches of {found['batch_size']}")
     return console.columns(rows) + "\n\n" + "\n".join(lines)
 

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import floodrepro
 from floodrepro import console
 from floodrepro.errors import FloodreproError
 from floodrepro.recipe import Recipe
-from floodrepro.system.environment import gpu_drivers, small_text
+from floodrepro.system.environment import gpu_drivers, small_text, version_of
 from floodrepro.system.machine import free_disk, free_memory, usable_cores
 
 # With neck and UNetDecoder: bytes of the weights, and bytes that both passes of one chip of 256 px take beside them in
@@ -140,13 +140,6 @@ def _tested_versions() -> Path:
     return packaged if packaged.is_file() else Path(floodrepro.__file__).parents[2] / "constraints.txt"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def check_packages() -> list[Finding]:
     """Compare what is installed with floodrepro's bounds; the first line counts the tested versions."""
     try:
@@ -155,13 +148,13 @@ def check_packages() -> list[Finding]:
         what = "floodrepro is not installed: its bounds are not known"
         return [Finding("packages", "warn", what, _pip("floodrepro"))]
     pins = re.findall(r"^([\w.-]+)==(\S+)$", small_text(_tested_versions()) or "", re.MULTILINE)
-    pairs = [(name, pin, have) for name, pin in pins if (have := _version(name))]
+    pairs = [(name, pin, have) for name, pin in pins if (have := version_of(name))]
     # The local part of a version, such as +cpu, names another build of the same version.
     other = [f"{name} {have} (tested: {pin})" for name, pin, have in pairs if have.partition("+")[0] != pin]
     detail = f"{len(pairs) - len(other)} of {len(pairs)} have the tested version"
     found = [Finding("packages", "ok", "; others: ".join([detail, *([", ".join(other[:4])] if other else [])]))]
     for requirement in wanted:
-        name, have = requirement.name, _version(requirement.name)
+        name, have = requirement.name, version_of(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         if name == "lightning" and have in STOLE_CREDENTIALS:
@@ -191,8 +184,8 @@ def check_torch(answer: Mapping[str, Any], vendor: str) -> Finding:
     if "torch" not in answer:
         return Finding("torch", "fail", str(answer["error"]), _torch_for(vendor))
     build = f"ROCm {answer['hip']}" if answer["hip"] else f"CUDA {answer['cuda']}" if answer["cuda"] else "CPU"
-    detail = f"{answer['torch']}, built for {build}; torchvision {_version('torchvision') or 'is not installed'}"
-    lines = (requires("torchvision") or ()) if _version("torchvision") else ()
+    detail = f"{answer['torch']}, built for {build}; torchvision {version_of('torchvision') or 'is not installed'}"
+    lines = (requires("torchvision") or ()) if version_of("torchvision") else ()
     needed = [r.specifier for r in map(Requirement, lines) if r.name == "torch"]
     if not all(specifier.contains(answer["torch"], prereleases=True) for specifier in needed):
         return Finding("torch", "fail", f"{detail}, which needs torch{needed[0]}", _torch_for(vendor))

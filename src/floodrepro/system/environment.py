@@ -55,7 +55,7 @@ def environment(
     system = re.search(r'^PRETTY_NAME="?([^"\n]+)', small_text(root / "etc/os-release") or "", re.MULTILINE)
     own = {"python": platform.python_version(), "floodrepro": floodrepro.__version__}
     return {
-        "packages": own | _versions(*_PACKAGES),
+        "packages": own | {name: version_of(name) or "not installed" for name in _PACKAGES},
         "code": code_version(),
         "torch": {
             "version": str(torch.__version__),  # with "+rocm7.2" or "+cpu", which the package's metadata may lack
@@ -135,16 +135,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that change numerics or speed; names of the user and the host in them are masked."""
-    home = variables.get("HOME", "").rstrip("/")
-    names = {variables.get("USER"), variables.get("LOGNAME"), Path(home).name, platform.node()}
-    masked = "|".join(re.escape(name) for name in sorted(filter(None, names)) if not name.isdigit())
-    found = {}
-    for key in sorted(variables):
-        if _VARIABLES.fullmatch(key) and not _SECRET.search(key):
-            value = re.sub(rf"{re.escape(home)}(?=/|$)", "~", variables[key]) if home else variables[key]
-            found[key] = re.sub(rf"(?<![\w-])(?:{masked})(?![\w-])", "***", value) if masked else value
-    return found
+    """Environment variables that change numerics or speed; a path, or the name of the user or the host, is hidden."""
+    private = {"/", platform.node(), variables.get("USER", ""), variables.get("LOGNAME", "")} - {""}
+    kept = {key: value for key, value in variables.items() if _VARIABLES.fullmatch(key) and not _SECRET.search(key)}
+    return {key: "***" if any(name in value for name in private) else value for key, value in sorted(kept.items())}
 
 
 def missing_requirements() -> list[str]:
@@ -153,18 +147,16 @@ def missing_requirements() -> list[str]:
         lines = [line for line in requires("floodrepro") or () if "extra ==" not in line]
     except PackageNotFoundError:
         return []
-    versions = _versions(*(re.match(r"[\w.-]+", line)[0] for line in lines))  # type: ignore[index]  # PEP 508's form
-    return [name for name, number in versions.items() if number == "not installed"]
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines]  # PEP 508's form
+    return [name for name in names if version_of(name) is None]
 
 
-def _versions(*packages: str) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def version_of(package: str) -> str | None:
+    """The version of a package that is installed; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def gpu_drivers(root: Path) -> dict[str, str]:

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 
 from floodrepro.data import protocols
@@ -20,7 +19,7 @@ from floodrepro.errors import TableError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import iou
-from floodrepro.evaluation.passes import prepare, watched
+from floodrepro.evaluation.passes import prepare, run_loop
 from floodrepro.evaluation.test import ChipCounts
 from floodrepro.run_folder import sha256_of
 from floodrepro.training.terratorch_cli import RecipeCLI
@@ -141,19 +140,12 @@ def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "chips.txt"
         split.write_text("".join(f"{chip}\n" for chip in chips), encoding="utf-8")
-
-        def these_chips(config: Namespace) -> None:
-            config.data.init_args.test_split = str(split)
-            if "test_dataloaders_names" in config.model.init_args:
-                config.model.init_args.test_dataloaders_names = None
-
-        prepare(cli, checkpoint, "test", wire=these_chips)
+        prepare(cli, checkpoint, "test", test_file=str(split))
         ignored = (cli.recipe["model"].get("init_args") or {}).get("ignore_index", protocols.IGNORE_INDEX)
         maps = _Maps(checkpoint, ignored)
         maps.seen = {}
         cli.trainer.callbacks.append(maps)
-        with watched(cli):
-            cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        run_loop(cli, "test", verbose=False)
     return maps
 
 
