@@ -185,8 +185,8 @@ def test_what_cannot_be_compared_is_an_error(cli, mapped, tmp_path):
     for folder, known, *flags in [*cases, (mapped, truth, "--truth-value", 77)]:
         outcome = cli("map", "check", "--map", folder, "--truth", known, *flags)
         assert outcome.code == 1 and len(outcome.report) >= 2 and "Traceback" not in outcome.err, (folder, known)
-    outcome = cli("map", "check", "--map", mapped, "--truth", truth, "--output", tmp_path / "missing" / "t.parquet")
-    assert outcome.code == 2 and "no such folder" in outcome.err
+    outcome = cli("map", "check", "--map", mapped, "--truth", truth, "--output", truth / "t.parquet")
+    assert outcome.code == 2 and "the folder cannot be made" in outcome.err
 
 
 def test_a_network_that_predicts_nan_maps_nothing(cli, random_weights, tmp_path):

@@ -186,8 +186,11 @@ def _refuse_output(path: Path | None) -> None:
     """Say before the work that a file cannot be written."""
     if path and path.exists():
         raise UsageError("the file exists already and is not overwritten", where=path, fix="--output FILE")
-    if path and not path.parent.is_dir():
-        raise UsageError("there is no such folder", where=path.parent, fix="--output FILE")
+    try:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder cannot be made: {error}", where=path, fix="--output FILE") from error
 
 
 def _check(args: argparse.Namespace) -> int:

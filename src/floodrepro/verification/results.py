@@ -135,7 +135,7 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
     limits = [] if len(evidence.seeds) > 1 else ["another seed"]
     limits.append("other events, regions and chips")
     if (evidence.record.get("data") or {}).get("generated"):
-        limits.append("real floods or IBM's model: the chips are generated")
+        limits.append("real events or IBM's model: the chips are generated")
     numbered = ", ".join(f"({n}) {limit}" for n, limit in enumerate(limits, 1))
     return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {numbered}."}
 
@@ -290,7 +290,7 @@ def _banner(evidence: Evidence) -> str:
         return ""
     here = f"{len(table):,} chips of {len(set(table.events))} events"
     if (evidence.record.get("data") or {}).get("generated"):
-        return f"Generated data (floodrepro data synth): {here}. They show that the pipeline works, and no real flood."
+        return f"Generated data (floodrepro data synth): {here}. They show that the pipeline works, and nothing about real events."
     published = protocol_of(evidence.recipe).counts.get(table.metadata.get("split", "test"))
     if published in (None, len(table)):
         return ""
