@@ -271,7 +271,7 @@ def test_an_area_that_cannot_be_read_is_bad_usage(cli, ask, tmp_path):
         ("--stac", "nonsense"),
         ("--stac", "file:///etc/passwd"),
         *(("--box", *box) for box in [(0, 0, 0, 0), ("nan", 47, 13, 48), (12, 94, 13, 95), (12, 48, 13, 47)]),
-        ("--output", "nowhere/scene.yaml"),
+        ("--output", "/dev/null/scene.yaml"),
         ("--min-coverage", "nan"),
     ],
 )

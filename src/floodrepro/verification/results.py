@@ -290,7 +290,7 @@ def _banner(evidence: Evidence) -> str:
         return ""
     here = f"{len(table):,} chips of {len(set(table.events))} events"
     if (evidence.record.get("data") or {}).get("generated"):
-        return f"Generated data (floodrepro data synth): {here}. They show that the pipeline works, and nothing about real events."
+        return f"Generated data (floodrepro data synth): {here}. They show that the pipeline works, and no real event."
     published = protocol_of(evidence.recipe).counts.get(table.metadata.get("split", "test"))
     if published in (None, len(table)):
         return ""
