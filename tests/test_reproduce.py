@@ -79,7 +79,7 @@ def test_killed_synth_starts_again_and_a_lost_output_or_damaged_record_is_found(
     (tmp_path / "runs" / ".done-synth.json").write_text("{")
     assert cli(*argv).code == 2  # what is left there may be somebody's
     (tmp_path / "runs" / "declared.json").write_text("{")
-    assert "declaration of the seeds is damaged" in cli(*argv).report[0]
+    assert "(a damaged file) were declared here" in cli(*argv).report[0]
     assert "cannot be made" in cli("reproduce", "--run-dir", tmp_path / "runs" / "declared.json").report[0]
 
 

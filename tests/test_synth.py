@@ -115,12 +115,12 @@ def test_data_set_is_never_overwritten(tmp_path, held):
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])
 def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, layout):
-    barrier = threading.Barrier(2)
+    barrier, looked = threading.Barrier(2), threading.local()
 
     def both_find_it_empty(root: Path) -> list[str]:
-        barrier.wait()
         held = data_in(root)
-        barrier.wait()
+        if not hasattr(looked, "once"):
+            looked.once = barrier.wait()
         return held
 
     def start(seed: int) -> bool:

@@ -1,9 +1,9 @@
 """Every stage from the download to the verdict, as a list of commands. Run the same command again to resume."""
 
 import argparse
+import contextlib
 import json
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -153,10 +153,8 @@ def _declare(run_dir: Path, seeds: list[int], stages: list[Stage]) -> None:
     file = run_dir / DECLARATION
     fits = [stage.command for stage in stages if stage.name.startswith("fit")]
     declared = _read(file)
-    if file.exists() and not (isinstance(declared, dict) and {"seeds", "declared"} <= declared.keys()):
-        raise RunFolderError("the declaration of the seeds is damaged", where=file, fix="give another --run-dir")
-    if declared and declared["seeds"] != seeds:
-        what = f"seeds {declared['seeds']} were declared here on {declared['declared']}, now they are {seeds}"
+    if file.exists() and declared.get("seeds") != seeds:
+        what = f"seeds {declared.get('seeds', '(a damaged file)')} were declared here, now they are {seeds}"
         raise UsageError(what, where=file, fix="ask for the same seeds, or give another --run-dir")
     if fits and not file.exists():
         declared = {"schema": 1, "declared": timestamp(), "seeds": seeds, "commands": fits}
@@ -169,37 +167,27 @@ def _run(stage: Stage, run_dir: Path, heading: str) -> int:
     if _read(file) == asked | {"outputs": _sizes(stage.outputs)}:
         console.say(f"{heading}: done already")
         return 0
-    begun = run_dir / f".begun-{stage.name}"
-    if stage.name == "synth":
-        if begun.exists():  # it was killed, and would refuse the folder with what it left
-            for output in stage.outputs:
-                shutil.rmtree(output, ignore_errors=True)
-        elif not any(output.exists() for output in stage.outputs):
-            begun.touch()
     console.say(f"{heading}: floodrepro {shlex.join(stage.command)}")
     start = time.monotonic()
     # In a group of its own, so that Ctrl-C in a terminal and a batch system's SIGTERM arrive once, through us.
     with subprocess.Popen([sys.executable, "-m", "floodrepro", *stage.command], process_group=0) as process:
-        signals = (signal.SIGTERM, signal.SIGINT)
-        handlers = [signal.signal(number, lambda number, _: process.send_signal(number)) for number in signals]
+        before = {n: signal.signal(n, lambda n, _: process.send_signal(n)) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             code = process.wait()
         finally:
-            for number, handler in zip(signals, handlers, strict=True):
+            for number, handler in before.items():
                 signal.signal(number, handler)
     if code == 0:
         write_atomically(file, json.dumps(asked | {"outputs": _sizes(stage.outputs)}, indent=1) + "\n")
-        begun.unlink(missing_ok=True)
         console.say(f"{heading}: {time.monotonic() - start:.0f} s")
     return code if code >= 0 else SIGNALLED - code
 
 
-def _read(file: Path) -> Any:
-    """What a JSON file holds; None where it is missing or damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _read(file: Path) -> dict[str, Any]:
+    """A record; empty where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    return {}
 
 
 def _sizes(files: list[Path]) -> dict[str, Any]:
@@ -210,10 +198,9 @@ def _conclude(run: RunFolder, args: argparse.Namespace) -> int:
     """Print the verdict and where everything lies."""
     found = json.loads(run.results.read_text(encoding="utf-8"))
     verdict, summary = found["verdict"], found["summary"]
-    report, card = run.verification / "report.html", run.export / "README.md"
-    where = {"run": str(run.path), "report": str(report), "card": str(card), "weights": str(run.export)}
-    places = console.columns([[key, value] for key, value in where.items()], right_from=2)
-    note = _DEMO_NOTE if args.demo else ""
-    text = f"{verdict['word']}: {verdict['sentence']}\nchecks: {summary['text']}\n{note}\n{places}"
+    places = [("run", run.path), ("report", run.verification / "report.html"), ("card", run.export / "README.md")]
+    where = {name: str(path) for name, path in places}
+    lines = [f"{verdict['word']}: {verdict['sentence']}", f"checks: {summary['text']}", _DEMO_NOTE if args.demo else ""]
+    text = "\n".join([*lines, *(f"{name:<8}{path}" for name, path in places)])
     console.emit({"verdict": verdict, "summary": summary, "where": where}, text, args.format)
     return 0

@@ -11,10 +11,11 @@ Shape suffixes: T = 4 timesteps, C = bands, H, W = pixels.
 
 import io
 import math
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import zarr
+from filelock import FileLock, Timeout
 from numcodecs import Blosc, Zlib, blosc
 from scipy import ndimage
 
@@ -44,6 +46,8 @@ from floodrepro.errors import DataError, UsageError
 
 Array = npt.NDArray[Any]
 
+_LOCK = ".floodrepro-synth.lock"  # it stays where a data set was not finished
+_HELD = "{} holds a data set already ({}), and nothing is overwritten"
 FIRST_EVENT, MAX_EVENTS = 9001, 900  # four digits each, so that names sort in the order of generation
 EPSG, TILE = 32630, "30TXM"
 DAYS = {"S1RTC": (-30, -12, 0, 12), "S2L2A": (-33, -8, 1, 13)}  # from the event, as the satellites might pass
@@ -90,7 +94,7 @@ def generate(
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
     `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. `SYNTH_NOTE` says that the chips are
-    generated. The split files are written last: where they are, everything else is.
+    generated; it is written last: a killed call that is made again removes what it left, and begins anew.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -113,7 +117,7 @@ def generate(
     held = data_in(root)
     known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
     demands = (
-        (not held, f"{root} holds a data set already ({', '.join(held)}), and nothing is overwritten"),
+        (not held or (root / _LOCK).exists(), _HELD.format(root, ", ".join(held))),
         (3 <= events <= MAX_EVENTS, f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}"),
         (chips >= events, f"--chips is {chips}, expected at least one an event, {events}"),
         (size % 16 == 0 and 32 <= size <= 512, f"--size is {size}, expected a multiple of 16 from 32 to 512"),
@@ -131,9 +135,8 @@ def generate(
     subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
     pixels = np.zeros(1 + len(rules.label_map), np.int64)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        (root / ("data" if layout == "extracted" else SPLITS[0])).mkdir()  # of two at a time, one is stopped here
         with ExitStack() as stack:
+            stack.enter_context(_claimed(root))
             tars: dict[tuple[str, str], tarfile.TarFile] = {}
             for split, part in product(SPLITS, PARTS) if layout == "hub" else ():
                 (root / split).mkdir(parents=True, exist_ok=True)
@@ -159,12 +162,12 @@ def generate(
                         subsets["test_seen_events" if seen else "test_holdout"].append(chip)
                     pixels += np.bincount(mask.ravel() - IGNORE_INDEX, minlength=len(pixels))
                     progress(sum(map(len, listed.values())), chips)
-        flags = {"events": events, "chips": chips, "size": size, "protocol": protocol, "seed": seed, "layout": layout}
-        words = [f"--{name} {value}" for name, value in flags.items()]
-        words.append(f"--layout-variant {','.join(variants)}")
-        _write(root / SYNTH_NOTE, f"floodrepro data synth {' '.join(words)}\n".encode())
-        for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
-            _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
+            for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
+                _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
+            flags = {"events": events, "chips": chips, "size": size, "protocol": protocol, "seed": seed}
+            words = [f"--{name} {value}" for name, value in flags.items()]
+            words.append(f"--layout {layout} --layout-variant {','.join(variants)}")
+            _write(root / SYNTH_NOTE, f"floodrepro data synth {' '.join(words)}\n".encode())
     except OSError as error:
         problem = f"the data set cannot be written: {error.strerror or error}"
         fix = "delete what was written, if anything, and name a folder that can be written"
@@ -325,6 +328,25 @@ def _geotiff(values: Array, east: int, north: int, no_data: int, options: Mappin
         with memory.open(**profile, transform=rasterio.Affine(10, 0, east - 5, 0, -10, north + 5)) as target:
             target.write(values, 1)
         return bytes(memory.read())
+
+
+@contextmanager
+def _claimed(root: Path) -> Iterator[None]:
+    """Hold a folder while its data set is written; what a killed process left unfinished there is removed first."""
+    lock = root / _LOCK
+    begun = lock.exists()
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            held = data_in(root)
+            if held and (not begun or (root / SYNTH_NOTE).exists()):
+                raise UsageError(_HELD.format(root, ", ".join(held)), fix="name a new folder")
+            for name in held:
+                shutil.rmtree(root / name)
+            yield
+            lock.unlink()
+    except Timeout as error:
+        raise UsageError("another data synth is writing here", where=root, fix="name a new folder") from error
 
 
 def _write(path: Path, content: bytes) -> None:
