@@ -40,6 +40,8 @@ Array = npt.NDArray[Any]
 Place = tuple[str, int, int | None]  # a file, and where the chip begins in it and how many bytes it has; None: all
 
 numcodecs.registry.codec_registry.pop("pickle", None)  # a chip could name it, and would run code when it is read
+# Their georeference is not read (see `read_raster`), also in threads, where warnings.catch_warnings does harm.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 _LARGE = 2**30  # bytes of a tar whose headers may take a while
 _WAITS = (0.2, 2.0)  # seconds before the second and the third try of a read that failed
@@ -274,10 +276,12 @@ def read_grid(file: Window) -> tuple[Any, Any]:
 def read_raster(file: Window) -> Array:
     """The only band (H, W) of a GeoTIFF, as GDAL reads it: it refuses damage that tifffile takes for pixels."""
     # Reading the georeference, which nobody asks for here, would take twice as long as the pixels.
-    with rasterio.Env(GDAL_GEOREF_SOURCES="NONE", GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with MemoryFile(file.read(file.size)) as memory, memory.open(driver="GTiff") as dataset:
-            return np.asarray(dataset.read(1))
+    with (
+        rasterio.Env(GDAL_GEOREF_SOURCES="NONE", GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
+        MemoryFile(file.read(file.size)) as memory,
+        memory.open(driver="GTiff") as dataset,
+    ):
+        return np.asarray(dataset.read(1))
 
 
 def read_bands(file: Window, empty: Callable[..., Array] = np.empty) -> Array:
