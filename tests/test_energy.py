@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from floodrepro.callbacks.energy import EnergyMeter, Source, find_sources
+from floodrepro.callbacks.energy import EnergyMeter, PowerSource, find_sources
 
 
-def measured(*sources: Source, seconds: float = 100, step: float = 2) -> dict:
+def measured(*sources: PowerSource, seconds: float = 100, step: float = 2) -> dict:
     """A meter's reading after so many seconds of a clock that is turned by hand."""
     clock = SimpleNamespace(now=0.0)
     meter = EnergyMeter(sources, interval_s=3600, clock=lambda: clock.now)
@@ -35,7 +35,9 @@ def counting(*values: float):
 
 
 def test_the_counters_of_all_devices_are_added_up():
-    reading = measured(Source("A", counting(100, 700), lambda: 9.0), Source("B", counting(50, 250), lambda: 9.0))
+    reading = measured(
+        PowerSource("A", counting(100, 700), lambda: 9.0), PowerSource("B", counting(50, 250), lambda: 9.0)
+    )
     assert (reading["joules"], reading["method"]) == (800, "counter")
     assert reading["note"] == "energy counter of A + B"
     assert reading["kWh"] == pytest.approx(800 / 3.6e6, abs=1e-9)
@@ -43,21 +45,21 @@ def test_the_counters_of_all_devices_are_added_up():
 
 @pytest.mark.parametrize("counter", [None, counting(100), counting(100, 50), counting(None, 700), counting(100, None)])
 def test_power_is_integrated_where_a_counter_is_missing_stuck_or_failing(counter):
-    reading = measured(Source("A", counter, lambda: 300.0), Source("B", None, lambda: 100.0))
+    reading = measured(PowerSource("A", counter, lambda: 300.0), PowerSource("B", None, lambda: 100.0))
     assert (reading["joules"], reading["method"]) == (pytest.approx(40_000), "power")
 
 
 @pytest.mark.parametrize("power", [None, lambda: float("nan"), counting(300, None), lambda: -1.0])
 def test_rated_power_is_an_upper_estimate_and_without_it_there_is_no_figure(power):
-    reading = measured(Source("MI300X", None, power, 750.0))
+    reading = measured(PowerSource("MI300X", None, power, 750.0))
     assert (reading["joules"], reading["method"]) == (75_000, "tdp")
     assert "upper estimate: 750 W" in reading["note"]
-    reading = measured(Source("MI300X", None, power, 750.0), Source("other", None, power))
+    reading = measured(PowerSource("MI300X", None, power, 750.0), PowerSource("other", None, power))
     assert (reading["joules"], reading["kWh"], reading["method"]) == (None, None, "none")
 
 
 def test_power_readings_far_apart_do_not_stand_for_the_time_between():
-    assert measured(Source("A", None, lambda: 300.0), step=61)["method"] == "none"
+    assert measured(PowerSource("A", None, lambda: 300.0), step=61)["method"] == "none"
 
 
 def test_without_a_gpu_there_is_no_figure():

@@ -24,7 +24,7 @@ Read = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Source:
+class PowerSource:
     """What one physical device offers to measure with. A reading may raise; it then counts as failed.
 
     Args:
@@ -40,7 +40,7 @@ class Source:
     tdp_w: float | None = None
 
 
-def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[Source]:
+def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[PowerSource]:
     """What there is to measure torch's devices with, one source for each physical device.
 
     Args:
@@ -59,7 +59,7 @@ def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[Source]
     return list(found.values())
 
 
-def _nvidia(name: str, pci: str, index: int, tdp: float | None) -> Source:
+def _nvidia(name: str, pci: str, index: int, tdp: float | None) -> PowerSource:
     note = ", the whole device of which the run had a MIG slice" if "MIG" in name else ""
     counter: Read | None = None
     try:
@@ -69,10 +69,10 @@ def _nvidia(name: str, pci: str, index: int, tdp: float | None) -> Source:
         counter = lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # noqa: E731  # of millijoules
     except Exception:  # not installed, no driver, hidden from this container: all the same to the run
         pass
-    return Source(name + note, counter, lambda: torch.cuda.power_draw(index) / 1e3, tdp)  # of milliwatts
+    return PowerSource(name + note, counter, lambda: torch.cuda.power_draw(index) / 1e3, tdp)  # of milliwatts
 
 
-def _amd(name: str, pci: str, index: int, tdp: float | None, root: Path) -> Source:
+def _amd(name: str, pci: str, index: int, tdp: float | None, root: Path) -> PowerSource:
     cards = [card for card in root.glob("sys/class/drm/card*/device") if card.resolve().name.startswith(pci)]
     files = [file for card in cards for file in sorted(card.glob("hwmon/*/power1_[ai][vn]*"))]  # average or input
     files = [file for file in files if _text(file) not in ("", "0")]  # 0: it is not measured
@@ -82,7 +82,7 @@ def _amd(name: str, pci: str, index: int, tdp: float | None, root: Path) -> Sour
     def watts() -> float:  # microwatts in the file; torch gives watts here, and 0 where amdsmi does not know
         return int(files[0].read_text()) / 1e6 if files else torch.cuda.power_draw(index) or math.nan
 
-    return Source(name + note, None, watts, tdp)
+    return PowerSource(name + note, None, watts, tdp)
 
 
 def _text(file: Path) -> str:
@@ -101,7 +101,9 @@ class EnergyMeter:
         clock: Seconds that never go back.
     """
 
-    def __init__(self, sources: Sequence[Source], *, interval_s: float = 2.0, clock: Read = time.monotonic) -> None:
+    def __init__(
+        self, sources: Sequence[PowerSource], *, interval_s: float = 2.0, clock: Read = time.monotonic
+    ) -> None:
         self._sources, self._interval_s, self._clock = list(sources), interval_s, clock
         self._began = self._last = clock()
         self._watts: float | None = None  # of the reading before
