@@ -260,6 +260,10 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
                 self._datasets[split].append(ChipDataset(self.source, list(events), self.modalities, labels))
             setattr(self, f"{split}_dataset", self._datasets[split][0])
 
+    def test_dataloader(self) -> Any:
+        """One loader for each test split, in a list if there are several. impactmesh 0.2.0 has one of its own."""
+        return self._dataloader_factory("test")
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Record chips that could not be read and those with odd values.
 
