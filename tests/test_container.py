@@ -63,7 +63,7 @@ def test_base_image_without_torch_stops_the_build(tmp_path, packages):
 @pytest.mark.parametrize(
     ("after", "passes"),
     [
-        (AMD + "floodrepro==0.1.0\n", True),
+        (AMD + "floodrepro==0.2.0\n", True),
         (AMD.replace("2.9.1+rocm7.2.4.lw.git9f3b", "2.15.0"), False),
         (AMD.replace("triton==3.5.1+rocm7.2.4", "triton==3.8.0"), False),
         (AMD + "pytorch-triton-rocm==3.5.1\n", False),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from floodrepro import __version__
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +64,15 @@ def test_sdist_is_whole(built):
         names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert {name for name in tracked if (ROOT / name).is_file()} - names <= {".gitignore"}
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("CITATION.cff", f"version: {__version__}\n"),
+        ("CHANGELOG.md", f"Each such change is listed here.\n\n## {__version__}, "),
+        ("Dockerfile.rocm", f'image.version="{__version__}"'),
+    ],
+)
+def test_all_that_names_the_version_names_the_same(file, line):
+    assert line.lower() in (ROOT / file).read_text(encoding="utf-8").lower()
