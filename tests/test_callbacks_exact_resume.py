@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from floodrepro.callbacks import AtomicCheckpointIO
 from floodrepro.errors import CheckpointError, Interrupted, UsageError
-from floodrepro.training.resume import newest_state
+from floodrepro.training.fit import newest_state
 from terratorch_runs import demo, different, generic, terratorch_fit, with_callbacks
 from tiny_training import Data, Kill, Killed, train
 

@@ -12,8 +12,7 @@ from conftest import ROOT
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import UsageError
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 BASE = "terramind_v1_base_impactmesh_flood_amd"
 TINY = "terramind_v1_tiny_impactmesh_flood"
@@ -150,7 +149,8 @@ def test_a_limit_of_one_batch_is_not_read_as_all_of_them(given, tmp_path: Path):
     for parsed in (cli, RecipeCLI([path])):
         for found in (parsed.recipe["trainer"]["limit_train_batches"], parsed.config.trainer.limit_train_batches):
             assert (found, type(found)) == (1, int)
-    cli.build(lambda config: without_files(config, progress_bar=False))
+    without_files(cli.config)
+    cli.build()
     assert (cli.trainer.limit_train_batches, type(cli.trainer.limit_train_batches)) == (1, int)
     share = RecipeCLI([path], ["--trainer.limit_train_batches=0.5"]).config.trainer.limit_train_batches
     assert (share, type(share)) == (0.5, float)
@@ -211,7 +211,7 @@ def test_layers_are_judged_merged(tmp_path: Path):
     [
         (lambda r: r["data"].update(class_path="floodrepro.Nothing"), "floodrepro.Nothing"),
         (lambda r: r["model"].update(class_path="no.such.Task"), "no.such.Task"),
-        (lambda r: r.pop("model"), "no section 'model'"),
+        (lambda r: r.pop("model"), "required: model"),
         (lambda r: r["model"]["init_args"]["model_args"].update(backbone="terramind_v9"), "does not build"),
         (lambda r: r["model"]["init_args"]["model_args"].update(decoder="NoDecoder"), "does not build"),
     ],
