@@ -46,9 +46,9 @@ def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback (done, total) that shows on stderr how far a loop has come, its rate and the time left.
+    """Yield a callback (done, total) that shows on stderr how far a loop has come, if it is no short one.
 
-    On a terminal one line is redrawn; in a log a line is written every half minute. A short loop shows nothing.
+    On a terminal one line is redrawn; in a log a line is written every half minute.
     """
     from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 

@@ -92,23 +92,17 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def fold(layers: Sequence[Recipe], overrides: Sequence[str] = ()) -> Recipe:
-    """Merge layers, later ones winning, and command-line overrides. Types are not checked: TerraTorch's parser does.
-
-    Args:
-        layers: Contents of YAML files; they are not changed.
-        overrides: Such as ``--trainer.max_epochs=3``, or flag and value apart.
-    """
+    """Merge layers, later ones winning, and overrides, as `pairs` reads them. Types are left to TerraTorch's parser."""
     changes = []
     for key, value in pairs(overrides):
         for part in reversed(key.split(".")):
             value = {part: value}
         changes.append(value)
-    folded: Recipe = functools.reduce(_merge, [*layers, *changes], {})
-    return folded
+    return dict(functools.reduce(_merge, [*layers, *changes], {}))
 
 
 def pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Key and value of each override, as YAML reads it. One that does not parse stays text: the parser names it."""
+    """Key and value, as YAML reads it, of each override: ``--trainer.max_epochs=3``, or flag and value apart."""
     words = iter(overrides)
     for word in words:
         key, given, text = word.removeprefix("--").partition("=")
@@ -141,12 +135,7 @@ def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value of a nested content, with the dotted path of its key.
-
-    Args:
-        node: Mappings, lists and plain values. A list of plain values is one value.
-        path: What the paths begin with.
-    """
+    """Every plain value of nested mappings and lists, after the dotted path of its key; a list of such is one value."""
     if isinstance(node, Mapping) and node:
         items: list[tuple[Any, Any]] = list(node.items())
     elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
@@ -177,12 +166,7 @@ def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
 
 
 def data_overrides(root: Path, *given: Recipe) -> list[str]:
-    """Overrides that point recipes at a folder in ImpactMesh-Flood's layout: ``data`` or tars, and ``split``, inside.
-
-    Args:
-        root: The folder.
-        given: The recipes, whose split files keep their names.
-    """
+    """Overrides that point recipes at a folder with ``data`` (or tars) and ``split``; split files keep their names."""
     data: dict[str, Any] = (fold(given).get("data") or {}).get("init_args") or {}
     overrides = {"data_root": str(root / "data")}
     for key, value in data.items():

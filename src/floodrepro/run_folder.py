@@ -38,7 +38,7 @@ class RunFolder:
 
     def holds_something_else(self) -> bool:
         """Whether the folder holds files, and no run, not even one that was stopped while it began."""
-        return not self.record.is_file() and any(path != self.log for path in self.path.glob("[!.]*"))
+        return not self.record.is_file() and bool({*self.path.glob("[!.]*")} - {self.log, self.recipe})
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -84,7 +84,7 @@ def config_beside(checkpoint: Path) -> Path:
 
     Raises:
         UsageError: There is none, or more than one.
-        CheckpointError: The YAML beside an export has code to be run; a download must not do so unasked.
+        CheckpointError: It has code to be run; a download must not do so unasked.
     """
     if run := RunFolder.of_checkpoint(checkpoint):
         return run.recipe

@@ -170,9 +170,9 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
     ``default_root_dir``. ``best.ckpt`` follows the recipe's own monitor.
 
     Args:
-        config: Parsed config, changed in place.
+        config: A `RecipeCLI`'s, changed in place.
         run: The run folder.
-        run_ids: What `run_ids_of` gave in the part before.
+        run_ids: What `run_ids_of` gave when the run was interrupted.
     """
     trainer = config.trainer
     root, trainer.default_root_dir = trainer.default_root_dir, str(run.path)
@@ -224,10 +224,8 @@ def run_ids_of(loggers: list[Any]) -> dict[str, str]:
 def without_files(config: Namespace) -> None:
     """Let a pass over a split (validate, test, predict) read only: no loggers, no checkpoints, no pretrained weights.
 
-    It runs on one device whatever the training ran on: each chip is measured once, and one process writes.
-
-    Args:
-        config: Parsed config, changed in place.
+    It runs on one device whatever the training ran on: each chip is measured once, and one process writes. A
+    `RecipeCLI`'s config is changed in place.
     """
     trainer = config.trainer
     if str(trainer.devices) not in ("1", "auto"):
