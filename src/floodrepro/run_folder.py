@@ -69,7 +69,7 @@ class RunFolder:
         """The content of ``run.json``, empty where there is none; raises `RunFolderError` where it is damaged."""
         try:
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, TypeError) as error:
             raise RunFolderError(f"the run's record cannot be read: {error}", where=self.record) from error
