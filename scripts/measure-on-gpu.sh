@@ -47,7 +47,6 @@ kill -KILL "$killed"; wait "$killed" || true
 flood "${fit[@]}" --name killed
 
 for run in overflow whole killed; do cp "$work/runs/$run/run.json" "$out/$run.json"; done
-cp "$work/runs/overflow/incident.json" "$out/"
 "${PYTHON:-python3}" - "$work/runs" <<'PYTHON' | tee "$out/resume.txt"
 import sys, torch
 runs = [torch.load(f"{sys.argv[1]}/{run}/checkpoints/last.ckpt", weights_only=True) for run in ("whole", "killed")]

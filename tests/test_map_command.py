@@ -19,12 +19,12 @@ FLAGS = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
 def random_weights(cli, chips, tmp_path_factory):
     """The demo's network as it is before training, as a checkpoint beside its recipe."""
     from floodrepro import recipe as recipes
-    from floodrepro.training.layout import without_files
-    from floodrepro.training.terratorch_cli import RecipeCLI
+    from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
     folder = tmp_path_factory.mktemp("weights")
     recipe = RecipeCLI([recipes.find("demo")], recipes.data_overrides(chips, recipes.read_yaml(recipes.find("demo"))))
-    recipe.build(lambda config: without_files(config, progress_bar=False))
+    without_files(recipe.config)
+    recipe.build()
     (folder / "net.yaml").write_text(recipes.to_yaml(recipe.recipe))
     state = recipe.model.state_dict()
     state["model.head.head.2.bias"] = state["model.head.head.2.bias"] + torch.tensor([0.0, 0.05])

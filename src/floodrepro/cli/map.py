@@ -14,7 +14,7 @@ from floodrepro import __version__, console
 from floodrepro import recipe as recipes
 from floodrepro.cli.shared import add_format
 from floodrepro.errors import CheckpointError, DataError, UsageError
-from floodrepro.recipe import PRECISIONS, check_precision
+from floodrepro.recipe import PRECISIONS
 from floodrepro.run_folder import config_beside, sha256_of, write_atomically
 
 _CROP, _STRIDE = 256, 208  # of the published recipes
@@ -128,7 +128,6 @@ def run_map(args: argparse.Namespace) -> int:
     from floodrepro.training.terratorch_cli import RecipeCLI
 
     cli = RecipeCLI(configs, overrides)
-    check_precision(cli.recipe, gpu=torch.cuda.is_available())
     network = Network(cli, read_checkpoint(files[0]))
     wanted = [(m, step) for m, steps in network.steps.items() for step in steps]
     missing = [name_of(*key) for key in wanted if key not in scene.acquisitions]

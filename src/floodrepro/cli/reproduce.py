@@ -69,7 +69,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
         lines = [f"floodrepro {shlex.join(stage.command)}" for stage in stages]
         console.emit({"commands": {stage.name: stage.command for stage in stages}}, "\n".join(lines), args.format)
         return 0
-    RunFolder.create(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".reproduce.lock", timeout=0):
             _declare(run_dir, seeds, stages)

@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-import torch
-from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, LambdaCallback
 from rasterio.io import MemoryFile
@@ -20,10 +18,8 @@ from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import DataState, check_data
 from floodrepro.errors import CheckpointError, DataError, RunFolderError, UsageError
-from floodrepro.recipe import check_precision
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 UNSEEN = -1
 """Class of a predicted pixel where neither Sentinel-1 nor Sentinel-2 has data at the event; no-data in the file."""
@@ -187,18 +183,14 @@ def prepare(
         DataError: Chips are missing.
         CheckpointError: The weights cannot be read or do not fit.
     """
-    check_precision(cli.recipe, gpu=torch.cuda.is_available())
     weights = read_checkpoint(checkpoint)
     data = check_data(cli.recipe, (split,))
-
-    def reading_only(config: Namespace) -> None:
-        without_files(config, progress_bar=sys.stderr.isatty())
-        if test_file is not None:
-            config.data.init_args.test_split = test_file
-            if "test_dataloaders_names" in config.model.init_args:
-                config.model.init_args.test_dataloaders_names = [test_name] if test_name else None
-
-    cli.build(reading_only)
+    without_files(cli.config)
+    if test_file is not None:
+        cli.config.data.init_args.test_split = test_file
+        if "test_dataloaders_names" in cli.config.model.init_args:
+            cli.config.model.init_args.test_dataloaders_names = [test_name] if test_name else None
+    cli.build()
     load_strictly(weights, cli.model, cli.recipe)
     console.say(f"{checkpoint.name} over {data.chips or split}")
     return data

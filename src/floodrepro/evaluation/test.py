@@ -226,7 +226,7 @@ def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path
     """
     if folder is None:
         run = RunFolder.of_checkpoint(checkpoint)
-        folder = run.evaluation if run else checkpoint.resolve().parent / RunFolder.evaluation_name
+        folder = (run or RunFolder(checkpoint.resolve().parent)).evaluation
     return folder / split / f"{checkpoint.stem}.parquet"
 
 

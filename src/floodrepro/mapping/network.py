@@ -11,8 +11,7 @@ from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS
 from floodrepro.mapping.tiles import Array
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 _PATCH = 32  # two of TerraMind's patches: what TerraTorch pads images to
 _LARGEST_BATCH = 64
@@ -36,7 +35,8 @@ class Network:
     """
 
     def __init__(self, cli: RecipeCLI, weights: Checkpoint) -> None:
-        cli.build(lambda config: without_files(config, progress_bar=False))
+        without_files(cli.config)
+        cli.build()
         load_strictly(weights, cli.model, cli.recipe)
         self._data = cli.datamodule
         self.device = cli.trainer.strategy.root_device

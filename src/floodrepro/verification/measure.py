@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
 from torch import Tensor
 
 from floodrepro import console
@@ -28,8 +27,7 @@ from floodrepro.publishing.export import ExportedWeights, export, read_exported
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_atomically
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 from floodrepro.verification.battery import load_criteria
 from floodrepro.verification.check import Check, Table, Value, judge
 from floodrepro.verification.pictures import panels
@@ -313,13 +311,10 @@ def _readable_here(config: Path, data_root: Path | None) -> RecipeCLI:
 
 def _build_on_cpu(recipe: Path) -> RecipeCLI:
     """What a recipe describes, from random weights, on a CPU, in fp32."""
-
-    def on_cpu(config: Namespace) -> None:
-        without_files(config, progress_bar=False)
-        config.trainer.accelerator, config.trainer.precision = "cpu", "32-true"
-
     cli = RecipeCLI([recipe])
-    cli.build(on_cpu)
+    without_files(cli.config)
+    cli.config.trainer.accelerator, cli.config.trainer.precision = "cpu", "32-true"
+    cli.build()
     return cli
 
 
