@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, str], str]:
     """The demo, stopped by SIGTERM in its first fit and run again."""
     folder = tmp_path_factory.mktemp("demo")
     command = [ROOT / "scripts" / "reproduce.sh", "--demo", "--run-dir", folder, "--format", "json"]
@@ -29,8 +29,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict, str
     assert process.returncode == 143, said
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    last = done.stdout[done.stdout.index('{\n  "verdict"') :]
-    return run, json.loads(last), done.stderr
+    places = json.loads(done.stdout[done.stdout.rindex("{") :])
+    return run, places, done.stderr
 
 
 def scores(run: RunFolder) -> dict[str, dict[str, float]]:
@@ -53,8 +53,8 @@ def test_demo_learns_floods_of_events_it_has_not_seen(demo):
 
 
 def test_demo_leaves_what_it_names_and_says_what_it_does(demo):
-    _, report, said = demo
-    assert all(Path(path).exists() for path in report["where"].values())
+    _, places, said = demo
+    assert all(Path(path).exists() for path in places.values())
     assert [f"[{n}/7]" in said for n in range(1, 8)] == [True] * 7
     assert said.count("done already") == 1  # the chips were whole when the first fit was stopped
     for noise in ("Total FLOPs", "is not the published data", "litlogger"):
@@ -62,15 +62,15 @@ def test_demo_leaves_what_it_names_and_says_what_it_does(demo):
 
 
 def test_demo_is_verified_against_a_second_model_and_claims_no_more_than_it_shows(demo):
-    run, report, _ = demo
+    run, places, _ = demo
     results = json.loads(run.results.read_text())
     status = {check["id"]: check["status"] for check in results["checks"]}
     for name in ("weights", "load_back", "round_trip", "panels", "identities", "data"):
         assert status[name] == "pass", name
-    assert report["verdict"]["word"] in ("undecided", "different (better)", "equivalent")
-    assert "the shorter-trained model" in report["verdict"]["sentence"]
+    assert results["verdict"]["word"] in ("undecided", "different (better)", "equivalent")
+    assert "the shorter-trained model" in results["verdict"]["sentence"]
     assert str(run.path.parents[1]) not in run.results.read_text()
-    card = Path(report["where"]["card"]).read_text()
+    card = Path(places["card"]).read_text()
     assert f"{scores(run)['IoU_1']['seed-42']:.4f}" in card
     assert "More Information Needed" not in card
 
