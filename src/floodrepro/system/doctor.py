@@ -286,7 +286,7 @@ def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root:
 
     if weights:
         disk = machine.free_disk(runs)
-        detail = f"{_gib(disk)} free, {_gib(RUN_FOLDER * weights)} for a run and its export (estimate)"
+        detail = f"{disk / 1e9:.1f} GB free, {RUN_FOLDER * weights / 1e9:.1f} for a run and its export (estimate)"
         fix, otherwise = "--runs-root /another/disk/runs", "fail" if disk < TRAINED * weights else "warn"
         found.append(_judge("disk", disk >= RUN_FOLDER * weights, detail, fix, otherwise))
     return found
@@ -324,12 +324,13 @@ def check_chips(recipe: Recipe) -> Finding:
         except FloodreproError as error:
             return Finding("data", "fail", f"{error.what} ({error.where})", str(error.fix))
         return Finding("data", "ok", ", ".join(f"{count} chips of {split}" for split, count in chips.items()))
-    where, protocol = f"--root {shlex.quote(str(folder))}", protocol_of(recipe)
+    where, protocol, missing = f"--root {shlex.quote(str(folder))}", protocol_of(recipe), f"{folder} is not here"
     if _is_demo(recipe):
         fix = f"floodrepro data synth {where} --events 16 --chips 128 --size 64 --protocol v0 --seed 42"
-        return Finding("data", "warn", f"{folder} is not here; the demo's chips are generated", fix)
+        return Finding("data", "warn", f"{missing}; the demo's chips are generated", fix)
     if protocol.repo is None:
-        return Finding("data", "fail", f"{folder} is not here", "--data-root DIR")
-    detail = f"{folder} is not here; about {protocol.size_gb} GB to download, {_gib(machine.free_disk(folder))} free"
+        return Finding("data", "fail", missing, "--data-root DIR")
+    free = f"{machine.free_disk(folder) / 1e9:.0f} GB free"
     revision = " --revision COMMIT" if protocol.name == "v0" else ""  # main holds version 1
-    return Finding("data", "warn", detail, f"floodrepro data fetch {where} --protocol {protocol.name}{revision}")
+    fix = f"floodrepro data fetch {where} --protocol {protocol.name}{revision}"
+    return Finding("data", "warn", f"{missing}; about {protocol.size_gb} GB to download, {free}", fix)
