@@ -48,7 +48,6 @@ kill -KILL "$killed"; wait "$killed" || true
 flood "${fit[@]}" --name killed
 
 for run in overflow whole killed; do cp "$work/runs/$run/run.json" "$out/$run.json"; done
-cp "$work/runs/overflow/incident.json" "$out/"
 "$python" - "$work/runs" <<'PYTHON' | tee "$out/resume.txt"
 import sys, torch
 states = [torch.load(f"{sys.argv[1]}/{run}/checkpoints/last.ckpt")["state_dict"] for run in ("whole", "killed")]

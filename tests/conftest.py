@@ -43,8 +43,6 @@ class Outcome:
 
 # Handed out first, so that no process is left alone with one of them at the end.
 LONGEST = ("test_demo", "test_resume", "test_ddp", "test_bench")
-
-
 FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 

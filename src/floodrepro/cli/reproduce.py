@@ -64,7 +64,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
         data = {"commands": {name: command for name, command, _ in stages}}
         console.emit(data, "\n".join(lines), args.format)
         return 0
-    RunFolder.create(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_dir / ".reproduce.lock", timeout=0):
             _declare(run_dir, seeds, [command for name, command, _ in stages if name.startswith("fit")])
