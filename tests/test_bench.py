@@ -1,16 +1,30 @@
 """The bench at its smallest: both sides train, test and read, and the figures come from what they did."""
 
+import contextlib
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from floodrepro.system import bench
 from floodrepro.system.bench import SIDES, StepClock, sum_up
+from processes import Command
 from tiny_training import Data, train
+
+
+def forked(command: list[str], cwd: Path, env: dict[str, str], **_: object) -> SimpleNamespace:
+    """As `subprocess.run` of ``python -m PROGRAM ARGUMENTS``, from a process that has imported TerraTorch already."""
+    program, *arguments = command[2:]
+    with contextlib.chdir(cwd):
+        process = Command(*arguments, program=program, log=cwd / "log.txt", environment=env)
+    return SimpleNamespace(returncode=process.wait(), stdout=process.log, stderr="")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("action", ["train", "test"])
-def test_both_sides_are_measured_in_turn_and_agree(cli, tmp_path, action):
+def test_both_sides_are_measured_in_turn_and_agree(cli, tmp_path, monkeypatch, asked_once, action):
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=forked))
     flags = ("--size", 32, "--steps", 2, "--rounds", 1, "--output", tmp_path, "--format", "json")
     told = cli("bench", action, *flags)
     assert told.code == 0, told.err
