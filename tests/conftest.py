@@ -42,7 +42,7 @@ class Outcome:
 
 
 # Handed out first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_demo", "test_resume", "test_ddp", "test_bench")
+LONGEST = ("test_demo", "test_resume", "test_ddp", "test_fit", "test_callbacks_exact_resume", "test_measured")
 FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 

@@ -123,8 +123,8 @@ def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]
         ]
     runs = {seed: RunFolder(run_dir / f"seed-{seed}") for seed in seeds}
     stages += [(f"fit-{s}", [*fit, "--name", run.path.name, "--seed", s], [run.best]) for s, run in runs.items()]
-    tables = {seed: run.evaluation / "test" / "best.parquet" for seed, run in runs.items()}
-    stages += [(f"test-{s}", ["test", "--ckpt", run.best], [tables[s]]) for s, run in runs.items()]
+    tested = Path("test", "best.parquet")
+    stages += [(f"test-{s}", ["test", "--ckpt", run.best], [run.evaluation / tested]) for s, run in runs.items()]
     run = runs[seeds[0]]
     export = ["export", "--run", run.path, "--name", home.name]
     stages += [

@@ -140,9 +140,9 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
             console.say(f"{action}, round {number + 1} of {rounds}: {side}")
             runs[side].append(_run_side(side, recipe, folder, f"{side}-{number}", clock, checkpoint))
+    counted = f"{runs[SIDES[0]][0]['batches']} batches each after {warm_up} of warm-up"
     return {
-        "what": f"{action}: {rounds} processes a side in turn, {runs[SIDES[0]][0]['batches']} batches each after "
-        f"{warm_up} of warm-up, with reading, without augmentation",
+        "what": f"{action}: {rounds} processes a side in turn, {counted}, with reading, without augmentation",
         "precision": str(recipe["trainer"]["precision"]),
         "batch_size": arguments["batch_size"],
         **sum_up(runs),
@@ -194,19 +194,17 @@ def _run_side(
     timed = copy.deepcopy(recipe)
     timed["data"]["init_args"]["augment"] = False
     timed["model"]["init_args"]["model_args"]["backbone_pretrained"] = False
-    timed["trainer"] |= {"devices": 1, "max_epochs": 1, "max_steps": steps}
-    timed["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
+    timed["trainer"] |= {"devices": 1, "max_epochs": 1, "max_steps": steps, "enable_progress_bar": False}
     callbacks = [c for c in timed["trainer"].get("callbacks") or [] if not c["class_path"].endswith("ProgressBar")]
     own = {"class_path": "floodrepro.system.bench.StepClock", "init_args": {"output": str(output), **clock}}
     timed["trainer"]["callbacks"] = [*callbacks, own]
     file.write_text(to_yaml(with_stock_data(timed) if side == "terratorch" else timed), encoding="utf-8")
     command = [sys.executable, "-m", side, "test" if checkpoint else "fit", "--config", str(file)]
-    if side == "terratorch":
-        command += ["--ckpt_path", str(checkpoint)] if checkpoint else []
-    elif checkpoint:
-        command += ["--ckpt", str(checkpoint), "--output", str(folder / name)]
+    if checkpoint is None:
+        command += [] if side == "terratorch" else ["--runs-root", str(folder / "runs"), "--name", name]
     else:
-        command += ["--runs-root", str(folder / "runs"), "--name", name]
+        command += ["--ckpt_path", str(checkpoint)]
+        command += [] if side == "terratorch" else ["--output", str(folder / name)]
     variables = os.environ | {"LIGHTLY_DID_VERSION_CHECK": "True", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:
@@ -214,5 +212,4 @@ def _run_side(
         raise FloodreproError(f"a process of the bench ended with exit code {done.returncode}", where=" ".join(command))
     if not output.is_file():
         raise FloodreproError(f"{side} ended after fewer than {steps} steps", fix="give more --steps")
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
+    return dict(json.loads(output.read_text()))
