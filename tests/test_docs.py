@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import floodrepro
 from conftest import FAULTS
 from doc_commands import DOCUMENTS, ROOT, Command, blocks, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
@@ -112,12 +111,6 @@ def test_messages_of_the_troubleshooting_page_are_messages_of_the_program():
     assert len(ours) > 10
     parts = [part.strip(" ,?") for message in ours for part in re.split(r"…|\b[NM]\b", message)]
     assert [part for part in parts if part and part not in source] == []
-
-
-def test_citation_and_changelog_have_this_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert (citation["version"], citation["license"]) == (floodrepro.__version__, "Apache-2.0")
-    assert re.search(rf"^## {re.escape(floodrepro.__version__)}\b", DOCUMENTS["CHANGELOG.md"], re.MULTILINE)
 
 
 def test_every_yaml_of_a_document_parses():
