@@ -40,12 +40,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     fetch = add(_fetch, "download the data set, or a sample of its chips, from the hub", "folder for one commit of it")
     fetch.add_argument("--protocol", choices=known, help="stop before the archives if the data does not fit")
     fetch.add_argument("--revision", default="main", metavar="SHA", help="branch, tag or commit (default: main)")
-    fetch.add_argument(
-        "--split", type=_listed(SPLITS), default=SPLITS, metavar="NAMES", help="as train,val (default: all)"
-    )
-    fetch.add_argument(
-        "--modality", type=_listed(PARTS), default=PARTS, metavar="NAMES", help="as DEM,MASK (default: all)"
-    )
+    fetch.add_argument("--split", type=_listed(SPLITS), default=SPLITS, metavar="NAMES", help="as train,val")
+    fetch.add_argument("--modality", type=_listed(PARTS), default=PARTS, metavar="NAMES", help="as DEM,MASK")
     fetch.add_argument("--sample", type=int, metavar="N", help="extract N chips in place of fetching the archives")
     fetch.add_argument("--repo", metavar="ID", help="data set repository (default: the protocol's)")
     weights = add(_weights, "fetch the backbone's weights, and IBM's checkpoint, into the hub's cache", "")
@@ -74,8 +70,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
     synth.add_argument("--layout", default="extracted", help="extracted, or hub: the hub's tars (default: extracted)")
     synth.add_argument("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
-    storage = "how chips are stored, in turn (default: time,quarters)"
-    synth.add_argument("--layout-variant", type=_listed(), default=["time", "quarters"], metavar="NAMES", help=storage)
+    synth.add_argument("--layout-variant", type=_listed(), default=["time", "quarters"], help="storage, in turn")
 
 
 def run_data(args: argparse.Namespace) -> int:

@@ -76,7 +76,7 @@ class Protocol:
         hazard: What the positive class is, in one word: flood, fire. It names the split files as well.
         repo: Id of the data set on the Hugging Face hub; None where there is none.
         size_gb: Size of the whole data set there in GB; None where it is unknown.
-        recipe: End of the names of the shipped recipes (`terramind_v1_base_<recipe>`); None where none is shipped.
+        recipe: The shipped recipe of the base model; None where there is none.
     """
 
     name: str
@@ -110,7 +110,7 @@ _V0 = Protocol(
     stds=STDS_0_1_2,
     repo="ibm-esa-geospatial/ImpactMesh-Flood",
     size_gb=210,  # inferred from the sizes of chips; no published figure
-    recipe="impactmesh_flood",
+    recipe="terramind_v1_base_impactmesh_flood_amd",
 )
 _V1_BINARY = replace(
     _V0,
@@ -120,7 +120,7 @@ _V1_BINARY = replace(
     data_version="v1",
     counts={"train": 19_448, "val": 2_171, "test": 2_959},
     size_gb=72,  # inferred in the same way
-    recipe="impactmesh_flood_v1_binary",
+    recipe="terramind_v1_base_impactmesh_flood_v1_binary",
 )
 _V1 = replace(
     _V1_BINARY,
@@ -131,7 +131,7 @@ _V1 = replace(
     means=MEANS_0_2_0,
     stds=STDS_0_2_0,
     positive_class=2,
-    recipe="impactmesh_flood_v1",
+    recipe="terramind_v1_base_impactmesh_flood_v1",
 )
 _CUSTOM = Protocol(name="custom", title="your own chips, with the classes and statistics of the recipe")
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (_V0, _V1_BINARY, _V1, _CUSTOM)}
