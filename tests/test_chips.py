@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from numcodecs import Blosc, Zlib
 
 from floodrepro.data import chips as reading
-from floodrepro.data.chips import Chips, Window, radar_faults, read_bands, read_raster, tar_index
+from floodrepro.data.chips import Chips, radar_faults, read_bands, read_raster, tar_index
 from floodrepro.data.protocols import PARTS, suffix_of
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError
@@ -59,8 +59,7 @@ def stock(path: Path) -> np.ndarray:
 
 
 def ours(path: Path) -> np.ndarray:
-    with path.open("rb", buffering=0) as stream:
-        return (read_bands if path.suffix == ".zip" else read_raster)(Window(stream))
+    return (read_bands if path.suffix == ".zip" else read_raster)(path.read_bytes())
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -115,8 +114,7 @@ def test_any_zarr_layout_is_read_as_zarr_reads_it(tmp_path, data):
             archive.writestr(name, bytes(content))
     assert same(ours(path), stock(path))
     place = np.empty(shape, values.dtype.newbyteorder("="))
-    with path.open("rb", buffering=0) as stream:
-        assert read_bands(Window(stream), lambda *_: place) is place
+    assert read_bands(path.read_bytes(), lambda *_: place) is place
     assert same(place, stock(path))
 
 
@@ -332,7 +330,7 @@ def test_tar_that_is_cut_short_is_named(tars):
 def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
     source = Chips(folders)
     chip = sorted(source.having("DEM"))[0]
-    truth, real, failures = source.raster(chip, "DEM"), os.preadv, [116, 5]  # ESTALE, EIO
+    truth, real, failures = source.raster(chip, "DEM"), os.pread, [116, 5]  # ESTALE, EIO
 
     def fails(*arguments):
         if failures:
@@ -340,7 +338,7 @@ def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(reading, "_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(reading.os, "preadv", fails)
+    monkeypatch.setattr(reading.os, "pread", fails)
     assert same(source.raster(chip, "DEM"), truth)
     failures += [5, 5, 5]
     with pytest.raises(DataError, match=f"DEM of {chip} cannot be read: hiccup"):
