@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import rasterio
 import yaml
+import zarr
 
 from floodrepro.data import audit as auditing
 from floodrepro.data.audit import FIGURES, MANIFEST, audit
@@ -37,10 +38,10 @@ def first_chip(root: Path) -> str:
     return read_split(split(root, "train"))[0]
 
 
-def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, **attributes: str) -> None:
-    """Write a chip's zarr file anew, with other bands or attributes."""
+def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, scl=True, **attributes: str) -> None:
+    """Write a chip's zarr file anew, with other bands or attributes, or without its SCL."""
     path = root / "data" / modality / f"{chip}_{modality}.zarr.zip"
-    held, arrays = Chips(root).extras(chip, modality, "bands", "SCL")
+    held, arrays = Chips(root).extras(chip, modality, "bands", *["SCL"] * scl)
     path.write_bytes(zarr_zip(change(arrays.pop("bands")), arrays, held | attributes, VARIANTS["time"]))
 
 
@@ -113,6 +114,41 @@ def test_planted_fault_is_named_with_its_chip(mine, kind):
     [finding] = [f for check, f in found_in(mine, splits=["train"]).items() if check.startswith(kind)]
     assert finding["severity"] == ("warning" if kind in OUT_OF_PLACE else "error")
     assert chip in finding["message"]
+
+
+def replace(root: Path, chip: str, modality: str, **arrays: np.ndarray) -> None:
+    """Write a zarr file of these arrays only in place of a chip's."""
+    with zarr.ZipStore(root / "data" / modality / f"{chip}_{modality}.zarr.zip", mode="w") as store:
+        group = zarr.group(store=store)
+        for name, values in arrays.items():
+            group.array(name, values)
+        zarr.consolidate_metadata(store)
+
+
+ODD = {  # what is done to a chip, and what the audit calls it
+    "too few bands": ("S2L2A: shape", lambda *chip: rewrite(*chip, "S2L2A", lambda bands: bands[:, :2])),
+    "too few timesteps": ("S1RTC: shape", lambda *chip: rewrite(*chip, "S1RTC", lambda bands: bands[:1])),
+    "three axes": ("S1RTC: shape", lambda *chip: replace(*chip, "S1RTC", bands=np.zeros((4, 64, 64), "f2"))),
+    "no pixel": ("S2L2A: shape", lambda *chip: replace(*chip, "S2L2A", bands=np.zeros((4, 12, 0, 64), "i2"))),
+    "texts": ("S2L2A: dtype", lambda *chip: replace(*chip, "S2L2A", bands=np.full((4, 12, 64, 64), "wet"))),
+    "mask of float": ("MASK: dtype", lambda *chip: retouch(*chip, "MASK", lambda v, p: (v, p | {"dtype": "float64"}))),
+    "small mask": ("MASK: shape", lambda *chip: retouch(*chip, "MASK", lambda v, p: (v[:9], p | {"height": 9}))),
+    "complex": ("DEM: dtype", lambda *chip: retouch(*chip, "DEM", lambda v, p: (v, p | {"dtype": "complex64"}))),
+    "no SCL": (None, lambda *chip: rewrite(*chip, "S2L2A", scl=False)),
+    "empty zarr": ("S2L2A is damaged", lambda *chip: replace(*chip, "S2L2A")),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_odd_chip_is_a_finding_and_what_is_right_in_it_is_drawn(mine, cli, tmp_path, what):
+    kind, change = ODD[what]
+    chip = first_chip(mine)
+    change(mine, chip)
+    found = found_in(mine, splits=["train"])
+    assert set(found) - {"no flood signature"} == ({kind} if kind else set())
+    shown = cli("data", "show", chip, "--root", mine, "--output", tmp_path / "chip.png")
+    assert shown.code == 0, shown.err
+    assert kind is None or kind in shown.err
 
 
 def test_no_data_that_is_not_recognised_is_a_warning(mine):

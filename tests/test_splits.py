@@ -52,7 +52,6 @@ def test_part_of_the_data_is_whole_events_where_they_fit_and_the_same_each_time(
     assert kept == choose_chips(dict(reversed(events.items())), fraction=0.4)
     assert list(kept) == [chip for chip in events if chip in kept]
     assert len(choose_chips(events, limit=10)) == 10
-    assert choose_chips(events, limit=10, seed=1) != choose_chips(events, limit=10)
     assert len(choose_chips(events, limit=10, fraction=0.9)) == 10
     for wrong in ({"limit": 0}, {"fraction": 0.0}, {"fraction": 1.5}):
         with pytest.raises(UsageError):

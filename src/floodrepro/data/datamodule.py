@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,26 +62,14 @@ class ChipDataset(Dataset[RawChip]):
         self, source: Chips, chips: Sequence[str], modalities: Sequence[str], label_map: Sequence[int] | None
     ) -> None:
         self.source, self.chips, self.modalities = source, list(chips), list(modalities)
-        self._classes = None
+        self._known = None if label_map is None else [IGNORE_INDEX, *range(len(label_map))]
+        self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
         if label_map is not None:
-            self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
-            self._classes[IGNORE_INDEX % 256] = IGNORE_INDEX
-            self._classes[: len(label_map)] = label_map
+            self._classes[self._known] = [IGNORE_INDEX, *label_map]  # -1 is the table's last place
 
     def __len__(self) -> int:
         """Number of chips."""
         return len(self.chips)
-
-    def __getitem__(self, index: int) -> RawChip:
-        """One chip: what `__getitems__` gives, without the batch's axis.
-
-        Raises:
-            DataError: It cannot be read.
-        """
-        batch = self.__getitems__([index])
-        if batch["failed"]:
-            raise batch["failed"][0][1]
-        return {name: batch[name][0] for name in batch if name not in ("failed", "odd")}
 
     def __getitems__(self, indices: Sequence[int]) -> RawChip:
         """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
@@ -106,41 +94,39 @@ class ChipDataset(Dataset[RawChip]):
             return array
 
         for chip in (self.chips[index] for index in indices):
+            faults = None
             try:
-                faults = self._read(chip, place)
+                for modality in self.modalities:
+                    if modality == "DEM":
+                        elevation = self.source.raster(chip, modality)
+                        place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
+                    else:
+                        bands = self.source.bands(chip, modality, partial(place, modality))
+                        faults = radar_faults(bands) if modality == "S1RTC" else faults
+                if self._known:
+                    mask = self._read_mask(chip)
+                    place("mask", mask.shape, mask.dtype)[...] = mask
             except DataError as error:
                 failed.append((chip, error))
                 continue
-            if faults:
-                odd.append((chip, faults))
+            odd += [(chip, faults)] if faults else []
             chips.append(chip)
         whole: RawChip = {name: tensor[: len(chips)] for name, tensor in batch.items()}
         return whole | {"chip": chips, "failed": failed, "odd": odd}
 
-    def _read(self, chip: str, place: Callable[..., Array]) -> str | None:
-        """Read a chip into the arrays that place(name, shape, dtype) gives; what is odd about its radar is returned."""
-        faults = None
-        for modality in self.modalities:
-            if modality == "DEM":
-                elevation = self.source.raster(chip, modality)
-                place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
-                continue
-            bands = self.source.bands(chip, modality, partial(place, modality))
-            faults = radar_faults(bands) if modality == "S1RTC" else faults
-        if self._classes is not None:
-            values = self.source.raster(chip, LABEL_DIR)
-            narrow = values.astype(np.int8)
-            mask = self._classes.take(narrow.view(np.uint8))  # -1 becomes 255: the table's last place
-            if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-                known = [IGNORE_INDEX, *np.flatnonzero(self._classes[:255] != _UNKNOWN).tolist()]
-                strange = sorted(set(np.unique(values).tolist()) - set(known))
-                raise DataError(
-                    f"the mask of {chip} holds {strange}, expected {known}",
-                    where=self.source.path(chip, LABEL_DIR),
-                    fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
-                )
-            place("mask", mask.shape, mask.dtype)[...] = mask
-        return faults
+    def _read_mask(self, chip: str) -> Array:
+        """The classes (H, W) of a chip's mask, int8."""
+        values = self.source.raster(chip, LABEL_DIR)
+        narrow = values.astype(np.int8)
+        mask = self._classes.take(narrow.view(np.uint8))
+        if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+            strange = sorted(set(np.unique(values).tolist()) - set(self._known or ()))
+            raise DataError(
+                f"the mask of {chip} holds {strange}, expected {self._known}",
+                where=self.source.path(chip, LABEL_DIR),
+                fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
+            )
+        return mask
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -272,12 +258,11 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         """
         if "failed" not in batch:
             return batch
-        for chip, error in batch.pop("failed"):
-            if chip not in self.failed_chips:
-                if len(self.failed_chips) >= self.skip_damaged:
-                    raise error
-                self.failed_chips[chip] = error.what
-                console.warn(f"left out {len(self.failed_chips)} of {self.skip_damaged}: {error.what}")
+        for chip, error in [(chip, error) for chip, error in batch.pop("failed") if chip not in self.failed_chips]:
+            if len(self.failed_chips) >= self.skip_damaged:
+                raise error
+            self.failed_chips[chip] = error.what
+            console.warn(f"left out {len(self.failed_chips)} of {self.skip_damaged}: {error.what}")
         for chip, faults in batch.pop("odd"):
             if chip not in self.odd_chips and len(self.odd_chips) < _NAMED:
                 console.warn(f"the radar of {chip} holds {faults}")
@@ -296,10 +281,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         images = {modality: self._image(batch[modality], symmetries) for modality in self.modalities}
         ready = Batch(image=images, filename=[self._filename(chip) for chip in chips])
         if "mask" in batch:
-            pairs = zip(symmetries, batch["mask"], strict=True)
-            ready["mask"] = torch.stack([apply_symmetry(symmetry, mask) for symmetry, mask in pairs]).long()
-        ready.chips = chips
-        ready.events = tuple(self._events[chip] for chip in chips)
+            ready["mask"] = torch.stack(list(map(apply_symmetry, symmetries, batch["mask"]))).long()
+        ready.chips, ready.events = chips, tuple(self._events[chip] for chip in chips)
         return self.aug(ready)
 
     def _seed(self) -> int:
@@ -354,14 +337,13 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     def _sampler(self, split: str, count: int) -> Sampler[int] | None:
         """Lightning leaves a DistributedSampler as it is; any other it would replace in a run of several processes."""
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-        if split == "train":
+        world, rank, resumed = 1, 0, (0, 0)
+        if self.trainer is not None:
+            world, rank, loop = self.trainer.world_size, self.trainer.global_rank, self.trainer.fit_loop
             # The loader is asked for its first batches before Lightning tells the epoch of a resumed run.
-            loop = self.trainer.fit_loop if self.trainer is not None else None
-            resumed = (0, 0)
-            if loop is not None:
-                done = loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
-                resumed = (loop.epoch_progress.current.processed, done)
+            done = loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
+            resumed = (loop.epoch_progress.current.processed, done)
+        if split == "train":
             size = self.batch_size
             return ShuffledByEpoch(count, self._seed(), batch_size=size, world=world, rank=rank, resumed=resumed)
         return EachOnce(count, world=world, rank=rank) if world > 1 and split != "predict" else None
