@@ -40,12 +40,6 @@ def test_same_seed_gives_the_same_bytes(tmp_path, layout):
     assert digests(tmp_path / "one") == digests(tmp_path / "two") != digests(tmp_path / "other")
 
 
-def test_more_events_leave_the_earlier_ones_as_they_are(tmp_path):
-    generate(tmp_path / "three", **SMALL | {"events": 3, "chips": 6})
-    generate(tmp_path / "five", **SMALL | {"events": 5, "chips": 10})
-    assert digests(tmp_path / "three" / "data").items() < digests(tmp_path / "five" / "data").items()
-
-
 def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_path):
     report = generate(tmp_path, **SMALL)
     lists = {split: read_split(tmp_path / "split" / PROTOCOLS["v0"].split_file(split)) for split in SPLITS}

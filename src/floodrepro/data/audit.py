@@ -4,8 +4,8 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to e
 _FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
 _FEW = 1000  # pixels that are too few for a mean
 _EXAMPLES = 3
-_AT_ONCE = 16  # chips that a process is given
 _SHOWN = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
 
 
@@ -67,7 +66,7 @@ def audit(
         splits: Names as in the split files; all split files where None.
         limit: Number of chips of each split, at most.
         fraction: Share of the chips of each split.
-        jobs: Processes; one for each core, up to 32, where None.
+        jobs: Threads; one for each core where None.
         strict: Whether an event in two splits is an error.
         progress: Called with the number of chips that were read, and of all.
 
@@ -89,22 +88,22 @@ def audit(
     except DataError as error:
         findings.append(("error", "chip in two splits", error.what, ""))
     whole: dict[str, list[tuple[str, str]]] = defaultdict(list)  # by chip, its lists and events
-    for split, chips in listed.items():
-        for chip, event in chips.items():
-            if missing := [part for part in PARTS if chip not in source.having(part)]:
-                findings.append(("error", f"no {', '.join(missing)}", "", chip))
-            else:
-                whole[chip].append((split, event))
+    for split, chip in [(split, chip) for split, chips in listed.items() for chip in chips]:
+        if missing := [part for part in PARTS if chip not in source.having(part)]:
+            findings.append(("error", f"no {', '.join(missing)}", "", chip))
+        else:
+            whole[chip].append((split, listed[split][chip]))
     totals: dict[tuple[str, str], Facts] = defaultdict(dict)  # by split and event
     darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
     ordered = [chip for chip in source.having(PARTS[0]) if chip in whole]  # as they lie in a tar
-    checked = _check_all(source, ordered, jobs or min(len(os.sched_getaffinity(0)), 32))
-    for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, checked, strict=True), start=1):
-        findings += found
-        for split, event in whole[chip]:
-            darkest[event] = min(darkest[event], dark)
-            totals[split, event] = _add_up([totals[split, event], facts])
-        progress(done, len(ordered))
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:  # decoding and numpy let threads run
+        checked = pool.map(partial(check_chip, source), ordered)
+        for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, checked, strict=True), start=1):
+            findings += found
+            for split, event in whole[chip]:
+                darkest[event] = min(darkest[event], dark)
+                totals[split, event] = _add_up([totals[split, event], facts])
+            progress(done, len(ordered))
     findings += _compare_events(_add_up(totals.values()), darkest, protocol)
     bands = {one: _statistics(_add_up(totals[key] for key in totals if key[0] == one)) for one in listed}
     manifest = {
@@ -116,12 +115,9 @@ def audit(
         "findings": _group(findings),
         "bands": bands,
     }
-    try:
-        write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if totals:
-            pq.write_table(pa.Table.from_pylist(list(_figures(totals))), root / FIGURES)
-    except OSError as error:
-        raise DataError(f"the audit cannot be written: {error}", where=root, fix="check the disk") from error
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    if totals:
+        pq.write_table(pa.Table.from_pylist(list(_figures(totals))), root / FIGURES)
     return manifest
 
 
@@ -179,10 +175,8 @@ def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Facts, float]:
     more = list(_check_dates(attributes))
     if len(grids) == 2 and grids[0] != grids[1]:
         more.append(("error", "DEM and MASK on different grids", ""))
-    dark = np.inf
-    if "S2L2A" in arrays:
-        band = arrays["S2L2A"][:, S2_BANDS.index("B11")]
-        dark = float(np.percentile(band[band != NO_DATA], 1)) if (band != NO_DATA).any() else dark
+    band = arrays["S2L2A"][:, S2_BANDS.index("B11")] if "S2L2A" in arrays else np.empty(0)
+    dark = float(np.percentile(band[band != NO_DATA], 1)) if (band != NO_DATA).any() else np.inf
     if "S1RTC" in arrays:
         if faults := radar_faults(arrays["S1RTC"]):
             more.append(("error" if "infinite" in faults else "warning", "radar values that become inputs", faults))
@@ -212,10 +206,7 @@ def _group(findings: Sequence[Finding]) -> list[dict[str, Any]]:
 def _read_chip(
     source: Chips, chip: str
 ) -> tuple[dict[str, Array], dict[str, dict[str, Any]], list[Any], list[Finding]]:
-    """Arrays of a chip, attributes by modality, grids of its rasters, and what is wrong with its other parts.
-
-    Only an array of the right dtype and shape is among the arrays: whoever takes them needs no further look.
-    """
+    """Arrays of a chip of the right dtype and shape, attributes, grids of its rasters, and what is wrong with it."""
     arrays: dict[str, Array] = {}
     attributes: dict[str, dict[str, Any]] = {}
     grids: list[Any] = []
@@ -243,16 +234,6 @@ def _read_chip(
             continue
         del arrays[name]
     return arrays, attributes, grids, found
-
-
-def _check_all(source: Chips, chips: Sequence[str], jobs: int) -> Iterator[tuple[list[Finding], Facts, float]]:
-    """What `check_chip` returns for each chip. A process is given the places of its chips only."""
-    few = (source.only([chip]) for chip in chips)
-    if jobs == 1 or len(chips) < 2 * _AT_ONCE:
-        yield from map(check_chip, few, chips)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # a fork would copy locks of threads
-        yield from pool.map(check_chip, few, chips, chunksize=_AT_ONCE)
 
 
 def _read_lists(
@@ -283,7 +264,7 @@ def _check_dates(attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
         except ValueError:
             times[part] = np.array(["NaT"], "datetime64[s]")
         known = times[part][~np.isnat(times[part])]
-        if len(times[part]) != len(TIMESTEPS) or len(known) < len(TIMESTEPS):
+        if {len(times[part]), len(known)} != {len(TIMESTEPS)}:
             yield "warning", f"{part}: a date is missing", text
         if len(set(known.tolist())) < len(known):
             yield "warning", f"{part}: a date is there twice", text
@@ -293,11 +274,10 @@ def _check_dates(attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
         days = abs(times["S1RTC"][EVENT] - times["S2L2A"][EVENT]) / np.timedelta64(1, "D")
         if days > _DAYS:
             yield "warning", f"radar and optical event more than {_DAYS} days apart", f"{days:.0f} days"
-    for key in ("sat_orbit_state", "sat_relative_orbit"):
-        orbits = str(attributes.get("S1RTC", {}).get(key, "")).split(";")
-        if len(orbits) == len(TIMESTEPS) and orbits[BEFORE].strip() != orbits[EVENT].strip():
-            yield "warning", "radar orbit changed between before and event", ";".join(orbits)
-            break
+    texts = [str(attributes.get("S1RTC", {}).get(key, "")) for key in ("sat_orbit_state", "sat_relative_orbit")]
+    orbits = [[orbit.strip() for orbit in text.split(";")] for text in texts]
+    if any(len(four) == len(TIMESTEPS) and four[BEFORE] != four[EVENT] for four in orbits):
+        yield "warning", "radar orbit changed between before and event", ", ".join(texts)
 
 
 def _valid(values: Array) -> Array:
@@ -311,11 +291,7 @@ def _pair(values: Array, among: Array) -> Array:
 
 
 def _measure(arrays: Mapping[str, Array], protocol: protocols.Protocol) -> Facts:
-    """What a chip holds, as sums and numbers. Names that begin with `_` are no columns of the figures.
-
-    `mean_BAND` and, of the squares, `_square_BAND` over valid pixels; over all pixels `cloud`, `no_optical`,
-    `no_radar` and `share_of_mask_VALUE`; `_change_VALUE`, of VV from before to event in dB, where the mask has a value.
-    """
+    """What a chip holds, as sums and numbers of pixels. Names that begin with `_` are no columns of the figures."""
     facts = {"_chips": np.ones((2, len(TIMESTEPS)))}
     classes = range(len(protocol.label_map))
     for part, bands in [(part, bands) for part, bands in _BANDS.items() if part in arrays]:
@@ -327,7 +303,7 @@ def _measure(arrays: Mapping[str, Array], protocol: protocols.Protocol) -> Facts
             facts[f"_square_{band}"] = _pair(kept[:, i] ** 2, valid[:, i])
         if part in _SATELLITES:
             name = "no_optical" if part == "S2L2A" else "no_radar"
-            facts[name] = _pair(~valid.all(axis=1), np.ones_like(valid[:, 0]))
+            facts[name] = _pair(np.logical_not(valid.all(axis=1)), np.ones_like(valid[:, 0]))
         if part == "S1RTC" and "MASK" in arrays:
             for value in classes:
                 chosen = (valid[BEFORE, 0] & valid[EVENT, 0] & (arrays["MASK"] == value))[None]

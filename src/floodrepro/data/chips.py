@@ -4,7 +4,6 @@ Any layout that zarr 2 and GDAL write is read by these libraries themselves; ZIP
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import io
@@ -71,12 +70,6 @@ class Chips:
     def having(self, part: str) -> Set[str]:
         """Ids of the chips that have a part, those of a tar in its order."""
         return self._places[part].keys()
-
-    def only(self, chips: Sequence[str]) -> "Chips":
-        """The same for a few chips: what a process needs to read them."""
-        few = copy.copy(self)
-        few._places = {part: {c: held[c] for c in chips if c in held} for part, held in self._places.items()}
-        return few
 
     def path(self, chip: str, part: str) -> str:
         """A path that GDAL opens, named after the chip."""

@@ -31,8 +31,6 @@ from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError
 
-RawChip = dict[str, Any]
-
 _UNKNOWN = -128  # in a lookup table: a mask value that the label map does not know
 _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips`
 
@@ -40,15 +38,14 @@ _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips
 class Batch(dict[str, Any]):
     """What the model is given: `image` (by modality), `mask` and `filename`.
 
-    TerraTorch passes every further key of a batch to the model as an argument. So chip ids (`chips`) and the event of
-    each (`events`) are attributes.
+    Chip ids and the event of each are attributes: TerraTorch passes every further key to the model as an argument.
     """
 
     chips: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
 
 
-class ChipDataset(Dataset[RawChip]):
+class ChipDataset(Dataset[dict[str, Any]]):
     """Chips of one split as they are on disk, read a batch at a time.
 
     Args:
@@ -71,7 +68,7 @@ class ChipDataset(Dataset[RawChip]):
         """Number of chips."""
         return len(self.chips)
 
-    def __getitems__(self, indices: Sequence[int]) -> RawChip:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
 
         `chip` holds the ids, `failed` the errors of chips that are left out, `odd` what is odd in which. Chips are
@@ -111,8 +108,8 @@ class ChipDataset(Dataset[RawChip]):
                 continue
             odd += [(chip, faults)] if faults else []
             chips.append(chip)
-        whole: RawChip = {name: tensor[: len(chips)] for name, tensor in batch.items()}
-        return whole | {"chip": chips, "failed": failed, "odd": odd}
+        tensors = {name: tensor[: len(chips)] for name, tensor in batch.items()}
+        return {**tensors, "chip": chips, "failed": failed, "odd": odd}
 
     def _read_mask(self, chip: str) -> Array:
         """The classes (H, W) of a chip's mask, int8."""
@@ -250,32 +247,26 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         """One loader for each test split, in a list if there are several. impactmesh 0.2.0 has one of its own."""
         return self._dataloader_factory("test")
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Record chips that could not be read and those with odd values.
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn raw chips, on the device by now, into what the model is given, and record what is wrong with some.
 
         Raises:
             DataError: More chips than `skip_damaged` could not be read, or all of a batch.
         """
-        if "failed" not in batch:
+        if "chip" not in batch:
             return batch
-        for chip, error in [(chip, error) for chip, error in batch.pop("failed") if chip not in self.failed_chips]:
+        for chip, error in [(chip, error) for chip, error in batch["failed"] if chip not in self.failed_chips]:
             if len(self.failed_chips) >= self.skip_damaged:
                 raise error
             self.failed_chips[chip] = error.what
             console.warn(f"left out {len(self.failed_chips)} of {self.skip_damaged}: {error.what}")
-        for chip, faults in batch.pop("odd"):
+        for chip, faults in batch["odd"]:
             if chip not in self.odd_chips and len(self.odd_chips) < _NAMED:
                 console.warn(f"the radar of {chip} holds {faults}")
             self.odd_chips[chip] = faults
-        if not batch["chip"]:
-            raise DataError("no chip of a batch can be read", where=self.data_root, fix="floodrepro data audit")
-        return batch
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn raw chips, on the device by now, into what the model is given."""
-        if "chip" not in batch:
-            return batch
         chips, symmetries = tuple(batch["chip"]), [0] * len(batch["chip"])
+        if not chips:
+            raise DataError("no chip of a batch can be read", where=self.data_root, fix="floodrepro data audit")
         if self.augment and self.trainer is not None and self.trainer.training:
             symmetries = [draw_symmetry(self._seed(), self.trainer.current_epoch, chip) for chip in chips]
         images = {modality: self._image(batch[modality], symmetries) for modality in self.modalities}

@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import tarfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -57,7 +57,6 @@ def fetch(
             another commit, or data of none; the disk is too small; a file is not what the hub says it is.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     if sample is not None and sample < 1:
         raise UsageError(f"--sample is {sample}, expected 1 or more")
@@ -103,7 +102,7 @@ def fetch(
                 (root / path).parent.mkdir(exist_ok=True)
                 ids = chips[path.stem.split("_", 2)[-1]]
                 write_atomically(root / path, "".join(f"{chip}\n" for chip in ids))
-    except (HfHubHTTPError, OSError, tarfile.TarError) as error:
+    except (OSError, tarfile.TarError) as error:  # an answer of the hub is an OSError as well
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
         raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error
     counts = {name: len(ids) for name, ids in chips.items()}
@@ -156,8 +155,7 @@ def _extract_sample(
 
     files: dict[str, int] = {}
     for number, split in enumerate(splits):
-        count = (sample + len(splits) - 1 - number) // len(splits)
-        chosen: list[str] = []
+        count, chosen = (sample + len(splits) - 1 - number) // len(splits), list[str]()
         contents: dict[str, dict[str, bytes]] = defaultdict(dict)  # by chip, the content of each path
         for part in sorted(parts, key=lambda part: part != LABEL_DIR):  # small masks tell what chips there are
             left = count
@@ -166,13 +164,12 @@ def _extract_sample(
                 remote = HfFileSystem().open(f"{where}/{path}", "rb", block_size=_BLOCK, cache_type="readahead")
                 with remote, tarfile.open(fileobj=remote, mode="r:") as archive:
                     chosen = chosen or _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
-                    for member in archive if left else ():
-                        if (chip := _chip_of(member.name)) in chosen and (file := archive.extractfile(member)):
-                            contents[chip][f"data/{part}/{Path(member.name).name}"] = file.read()
-                            console.say(f"{split} {part}: {chip}")
-                            left -= 1
-                        if not left:
-                            break
+                    members = ((_chip_of(member.name), member) for member in archive)
+                    for chip, member in islice((pair for pair in members if pair[0] in chosen), left):
+                        file = archive.extractfile(member)
+                        contents[chip][f"data/{part}/{Path(member.name).name}"] = file.read() if file else b""
+                        console.say(f"{split} {part}: {chip}")
+                        left -= 1
         whole = [held for held in contents.values() if len(held) == len(parts)]  # without a part it is of no use
         for name, content in [item for held in whole for item in held.items()]:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -189,9 +186,7 @@ def _chip_of(name: str) -> str:
 
 def _spread(chips: Sequence[str], count: int) -> list[str]:
     """So many of the chips, in turn from each event."""
-    place: Counter[str] = Counter()
-    order = {}
+    events: dict[str, list[str]] = defaultdict(list)
     for chip in filter(None, chips):
-        place[event_of(chip)] += 1
-        order[chip] = place[event_of(chip)]
-    return sorted(order, key=lambda chip: order[chip])[:count]
+        events[event_of(chip)].append(chip)
+    return [chip for turn in zip_longest(*events.values()) for chip in turn if chip][:count]

@@ -99,10 +99,10 @@ def read_splits(arguments: Mapping[str, Any], split: str) -> dict[str, dict[str,
 def choose_chips(
     events: Mapping[str, str], *, limit: int | None = None, fraction: float | None = None
 ) -> dict[str, str]:
-    """A part of the chips and the event of each, in the order given: whole events where they fit.
+    """A part of the chips and the event of each, in the order given: whole events, but for the last that is taken.
 
-    Events are taken in a drawn order, as long as they fit; the first one that does not fills the rest. The draw is not
-    by the run's seed: all seeds of a recipe, and every checkpoint that is tested, see the same chips.
+    The order in which events and their chips are taken is drawn by hash, those with more chips than wanted last. All
+    seeds of a recipe, and every checkpoint that is tested, see the same chips.
 
     Args:
         events: The event of each chip.
@@ -114,22 +114,13 @@ def choose_chips(
     """
     if (limit is not None and limit < 1) or (fraction is not None and not 0 < fraction <= 1):
         raise UsageError("a part of the data needs a limit of at least 1 and a fraction above 0 and at most 1")
-    wanted = min(limit or len(events), max(1, round((fraction or 1) * len(events))))
+    wanted, sizes = min(limit or len(events), max(1, round((fraction or 1) * len(events)))), Counter(events.values())
 
-    def draw(name: str) -> bytes:
-        return hashlib.sha256(f"0/{name}".encode()).digest()
+    def turn(chip: str) -> tuple[bool, bytes, bytes]:
+        event, other = (hashlib.sha256(name.encode()).digest() for name in (events[chip], chip))
+        return sizes[events[chip]] > wanted, event, other
 
-    sizes = Counter(events.values())
-    rank = {event: place for place, event in enumerate(sorted(sizes, key=draw))}
-    kept: set[str] = set()
-    room = wanted
-    for event in rank:
-        if sizes[event] <= room:
-            kept.add(event)
-            room -= sizes[event]
-    chosen = {chip for chip, event in events.items() if event in kept}
-    rest = sorted(events.keys() - chosen, key=lambda chip: (rank[events[chip]], draw(chip)))
-    chosen.update(rest[:room])
+    chosen = set(sorted(events, key=turn)[:wanted]) if wanted < len(events) else events.keys()
     return {chip: event for chip, event in events.items() if chip in chosen}
 
 
@@ -164,16 +155,12 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if split != "predict" else [])]
         for name, chips in read_splits(arguments, split).items():
             for part in parts:
-                suffix = protocols.suffix_of(protocol, part)
-                if lacking := [f"{chip}{suffix}" for chip in chips if chip not in source.having(part)]:
+                if lacking := [chip for chip in chips if chip not in source.having(part)]:
                     what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file: {_examples(lacking)}"
                     fix = "fetch or extract the missing files, or take the chips out of the split"
                     raise DataError(what, where=source.root, fix=fix)
             state.chips[name] = len(chips)
             state.digests[name] = digest_of(source, list(chips), parts)
-            published = protocol.counts.get(name, len(chips))
-            if state.commit and len(chips) != published:  # a sample of what was published
-                console.say(f"{name} has {len(chips):,} chips; {protocol.name} was published with {published:,}")
     state.warnings.extend(shared_events(there, splits))
     for warning in state.warnings:
         console.warn(warning)
@@ -216,12 +203,9 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] 
 
 def read_commit(root: Path) -> str | None:
     """The hub's commit that `data fetch` noted beside the chips; None where there is no note, or a damaged one."""
-    note = _read_note(root, FETCH_NOTE)
-    try:
-        return str(json.loads(note)["commit"]) if note else None
-    except (ValueError, KeyError, TypeError) as error:
-        console.warn(f"{FETCH_NOTE} below {root} is damaged, so the data's commit is not known: {error!r}")
-        return None
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(_read_note(root, FETCH_NOTE) or "")["commit"])
+    return None
 
 
 def _read_note(root: Path, name: str) -> str | None:

@@ -115,9 +115,8 @@ def generate(
     rules, held_out = PROTOCOLS[protocol], (events + 2) // 5
     counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
     lists: dict[str, list[str]] = {split: [] for split in SPLITS}
-    subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
-    words = [f"--events {events} --chips {chips} --size {size} --protocol {protocol} --seed {seed} --layout {layout}"]
-    note = f"floodrepro data synth {' '.join(words)} --layout-variant {','.join(variants)}\n"
+    flags = f"--events {events} --chips {chips} --size {size} --protocol {protocol} --seed {seed} --layout {layout}"
+    note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".synth-", dir=root) as hidden:
@@ -131,21 +130,22 @@ def generate(
                     # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
                     seen = rules.data_version == "v1" and split == "train" and number == 1
                     lists["test" if seen else split].append(chip)
-                    if seen or split == "test":
-                        subsets["test_seen_events" if seen else "test_holdout"].append(chip)
                     progress(sum(map(len, lists.values())), chips)
             if layout == "hub":
                 _pack(made, lists, rules)
-            for name, ids in (lists | (subsets if rules.data_version == "v1" else {})).items():
+            if rules.data_version == "v1":
+                trained = set(map(protocols.event_of, lists["train"]))
+                for name, wanted in (("test_seen_events", True), ("test_holdout", False)):
+                    lists[name] = [chip for chip in lists["test"] if (protocols.event_of(chip) in trained) == wanted]
+            for name, ids in lists.items():
                 _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
             _write(made / SYNTH_NOTE, note.encode())
-            for path in sorted(made.iterdir(), key=lambda path: path.name == SYNTH_NOTE):
-                path.rename(root / path.name)  # fails where another call has put a data set meanwhile
+            for path in sorted(made.iterdir(), key=lambda path: (path.name == SYNTH_NOTE, path.name)):
+                path.rename(root / path.name)  # the first one fails where another call has put a data set meanwhile
     except OSError as error:
         problem = f"the data set cannot be written: {error.strerror or error}"
         raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
-    chips_by_split = {split: len(ids) for split, ids in lists.items()}
-    return {"root": str(root), "protocol": protocol, "seed": seed, "events": counts, "chips": chips_by_split}
+    return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 
 def write_scenes(root: Path) -> None:
@@ -234,17 +234,9 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
 
 
 def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], hazard: str, edge: str) -> dict[str, Array]:
-    """A whole event of (H, W) pixels, as the satellites and the mappers saw it.
+    """A whole event as the satellites (DEM, S1RTC, S2L2A, SCL) and the mappers (permanent, hit, mapped: H, W) saw it.
 
-    Args:
-        rng: The event's own generator; the same state gives the same scene.
-        shape: Height and width in pixels.
-        hazard: `flood`, or `fire`, which burns what a flood would cover.
-        edge: Whose swath ends inside the scene, so that pixels are missing: `S1RTC`, `S2L2A` or neither.
-
-    Returns:
-        `DEM` (H, W) int16 metres; `S1RTC` (T, 2, H, W) float16 dB, NaN where missing; `S2L2A` (T, 12, H, W) int16,
-        NO_DATA where missing; `SCL` (T, H, W) uint8; (H, W) bool each: `permanent` water, `hit`, and `mapped`.
+    A fire burns what a flood would cover. `edge` is the sensor whose swath ends inside: NaN or NO_DATA lie beyond.
     """
     rows, columns = np.mgrid[: shape[0], : shape[1]] / min(shape)
     river = 0.25 * shape[1] / min(shape) + 0.1 * np.sin(4 * rows + 6 * rng.random())
@@ -311,6 +303,7 @@ def _event_chips(
     truth[~scene["mapped"]] = IGNORE_INDEX
     time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
     orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
+    suffixes = {part: protocols.suffix_of(protocol, part) for part in PARTS}
     for number in range(chips):
         row, column = (place * size for place in divmod(number, columns))
         east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row
@@ -324,10 +317,7 @@ def _event_chips(
             "DEM": _geotiff(scene["DEM"][window], east, north, NO_DATA, variant["tiff"]),
             "MASK": _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
         }
-        yield (
-            chip,
-            {f"{part}/{chip}{protocols.suffix_of(protocol, part)}": content for part, content in contents.items()},
-        )
+        yield chip, {f"{part}/{chip}{suffixes[part]}": content for part, content in contents.items()}
 
 
 def _attributes(event: np.datetime64, modality: str) -> dict[str, str]:
@@ -338,14 +328,7 @@ def _attributes(event: np.datetime64, modality: str) -> dict[str, str]:
 def zarr_zip(
     bands: Array, masks: Mapping[str, Array], attributes: Mapping[str, Any], variant: Mapping[str, Any]
 ) -> bytes:
-    """A radar or optical file: consolidated Zarr v2 in a ZIP whose bytes depend on nothing but the content.
-
-    Args:
-        bands: (T, C, H, W).
-        masks: By name, (T, H, W) each.
-        attributes: Of the root.
-        variant: One of `VARIANTS`.
-    """
+    """A radar or optical file (T, C, H, W) with masks (T, H, W): Zarr v2 in a ZIP, its bytes decided by the content."""
     names = S2_BANDS if bands.shape[1] == len(S2_BANDS) else S1_BANDS
     store: dict[str, Any] = {}
     group = zarr.group(store=store)
