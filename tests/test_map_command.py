@@ -8,7 +8,7 @@ import rasterio
 import torch
 import yaml
 
-from floodrepro.data.scenes import write_scene
+from floodrepro.data.synth import write_scene
 from floodrepro.evaluation import chip_table
 from map_scenes import make_scene, save
 

@@ -53,7 +53,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     audit.add_argument("--split", type=_listed(), metavar="NAMES", help="split files, as val,test (default: all)")
     audit.add_argument("--limit", type=int, metavar="N", help="chips of each split, at most")
     audit.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split")
-    audit.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core, up to 32)")
+    audit.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core)")
     audit.add_argument("--strict", action="store_true", help="an event in two splits is an error")
     stats = add(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     stats.add_argument("--split", default="train", metavar="NAME", help="of which split (default: train)")
@@ -68,7 +68,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--size", type=int, default=64, metavar="PX", help="a chip's edge in pixels (default: 64)")
     synth.add_argument("--protocol", choices=known, default="v0", help="mask classes (default: v0)")
     synth.add_argument("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
-    synth.add_argument("--layout", default="extracted", help="extracted, or hub: the hub's tars (default: extracted)")
+    synth.add_argument("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
     synth.add_argument("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
     synth.add_argument("--layout-variant", type=_listed(), default=["time", "quarters"], help="storage, in turn")
 
@@ -149,8 +149,8 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
+    from floodrepro.data.audit import draw_chip
     from floodrepro.data.chips import Chips
-    from floodrepro.data.show import draw_chip
 
     facts = draw_chip(Chips(args.root, PROTOCOLS[args.protocol]), args.chip, args.output)
     lines = [f"{part} {key}: {value}" for part, held in facts.items() for key, value in held.items()]
@@ -159,8 +159,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _synth(args: argparse.Namespace) -> None:
-    from floodrepro.data.scenes import write_scenes
-    from floodrepro.data.synth import generate
+    from floodrepro.data.synth import generate, write_scenes
 
     chosen = {name: getattr(args, name) for name in ("events", "chips", "size", "protocol", "seed", "layout")}
     with console.progress("chips") as progress:
@@ -169,9 +168,7 @@ def _synth(args: argparse.Namespace) -> None:
         write_scenes(args.root)
     rows = [["split", "events", "chips"]]
     rows += [[split, str(report["events"][split]), str(count)] for split, count in report["chips"].items()]
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in report["class_shares"].items())
-    text = f"{console.columns(rows)}\n{shares}; ignored {report['ignored_share']:.1%}\n{args.root}"
-    console.emit(report, text, args.format)
+    console.emit(report, f"{console.columns(rows)}\n{args.root}", args.format)
 
 
 def _listed(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
