@@ -55,9 +55,10 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
 def run_validate(args: argparse.Namespace) -> int:
     """Measure a checkpoint on the validation split."""
     cli = shared.parse_recipe_for_checkpoint(args)
-    from floodrepro.evaluation.passes import validate
+    from floodrepro.evaluation.passes import ChipPass, run_pass
 
-    result = validate(cli, args.ckpt)
+    data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
+    result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
     console.emit(result, _two_columns(result["metrics"]), args.format)
     return 0
 

@@ -1,4 +1,4 @@
-"""The chip table: one row per chip, from which every figure of a report is computed. numpy and pyarrow only.
+"""The chip table: one row per chip, from which every figure of a report is computed. Needs no torch.
 
 N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes the file.
 """
@@ -19,9 +19,7 @@ from floodrepro.evaluation.metrics import Counts
 from floodrepro.run_folder import replacing
 
 SCHEMA = 2
-BINS = 50
-"""Bins of probability, equally wide from 0 to 1, each with its lower edge: a sweep of thresholds in steps of 0.02."""
-
+BINS = 50  # of probability, equally wide from 0 to 1, each with its lower edge: thresholds in steps of 0.02
 _KEY = "floodrepro"
 
 

@@ -1,7 +1,4 @@
-"""``floodrepro test --masks``: anybody's masks become a chip table like any model's.
-
-H, W = rows and columns of a chip.
-"""
+"""``floodrepro test --masks``: anybody's masks become a chip table like any model's. H, W = pixels of a chip."""
 
 import contextlib
 from collections.abc import Container, Mapping, Sequence
@@ -13,13 +10,13 @@ import numpy.typing as npt
 import rasterio
 from rasterio import DatasetReader
 from rasterio.coords import disjoint_bounds
-from rasterio.crs import CRS
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from floodrepro import console
+from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, data_arguments, protocol_of, uses_flood_data_module
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR
 from floodrepro.data.splits import check_data
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable
@@ -29,7 +26,6 @@ from floodrepro.run_folder import timestamp
 
 _NONE = "none"  # in --values: a value that means no data
 _ADVICE = "give GeoTIFFs named after chips (CHIP.tif, CHIP_pred.tif), or rasters that cover them"
-_ANY_CRS = CRS.from_epsg(3857)  # where neither side needs one
 
 
 def tabulate_masks(
@@ -53,17 +49,16 @@ def tabulate_masks(
         chips: Chip ids of the split and the event of each.
         name: What the table is called in reports.
         split: Its name.
-        scale: For masks of probabilities of the positive class: the value that means 1. None for masks of classes.
+        scale: For masks of probabilities of the positive class: the value that means 1.
         values: The class of each value, as `parse_values` reads it. By default a value is a class.
 
     Raises:
-        UsageError: The recipe has another data module, probabilities are given for more than two classes, or `values`
-            does not parse.
+        UsageError: The recipe has another data module, or more than two classes for probabilities.
         DataError: A file cannot be read, holds values that are not known, or no mask covers any chip.
     """
-    protocol, arguments = protocol_of(recipe), data_arguments(recipe)
+    protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
     classes, positive = len(protocol.class_names), protocol.positive_class
-    if not uses_flood_data_module(recipe):
+    if not protocols.uses_flood_data_module(recipe):
         raise UsageError("masks are compared on chips of floodrepro's own data module", where="data.class_path")
     if scale is not None and classes != 2:
         raise UsageError(f"the protocol has {classes} classes: masks of probabilities need two", fix="give classes")
@@ -149,8 +144,9 @@ def _open(file: Path) -> DatasetReader:
         dataset = rasterio.open(file)
     except rasterio.errors.RasterioError as error:
         raise DataError(f"a mask cannot be read: {error}", where=file) from error
-    if dataset.count != 1:
-        raise DataError(f"a mask has {dataset.count} bands, expected 1", where=file, fix="gdal_translate -b 1")
+    if dataset.count != 1 or dataset.crs is None:
+        what = f"a mask has {dataset.count} bands and the CRS {dataset.crs}, expected one band and any CRS"
+        raise DataError(what, where=file, fix="gdal_translate -b 1 -a_srs EPSG:N")
     return dataset
 
 
@@ -183,19 +179,13 @@ def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Conta
     """
     found = np.full(grid.shape, np.nan)
     for raster in rasters:
-        source, crs = {}, grid.crs
-        if raster.crs is None or crs is None:
-            if raster.shape != grid.shape:
-                what = "the mask has no CRS and another size than the chip"
-                raise DataError(what, where=raster.name, fix="gdal_edit -a_srs")
-            source, crs = {"src_crs": _ANY_CRS, "src_transform": grid.transform}, _ANY_CRS
-        elif disjoint_bounds(raster.bounds, transform_bounds(crs, raster.crs, *grid.bounds)):
+        if disjoint_bounds(raster.bounds, transform_bounds(grid.crs, raster.crs, *grid.bounds)):
             continue
+        place = {"crs": grid.crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
         if raster.nodata in named:
-            source["src_nodata"] = np.nan
-        place = {"crs": crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
+            place["src_nodata"] = np.nan
         # Nearest, to the pixel: GDAL's usual tolerance moves one pixel in a hundred to its neighbour.
-        with WarpedVRT(raster, **source, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
+        with WarpedVRT(raster, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
             found = np.where(np.isnan(found), warped.read(1), found)
     return found
 

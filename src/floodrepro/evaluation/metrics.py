@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+# Pixels of the class in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one
+# field decides its IoU.
 MIN_FLOOD_PIXELS = 100
-"""Pixels of the class in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one
-field decides its IoU."""
 
 
 def scores(counts: Counts) -> dict[str, float | None]:
@@ -80,9 +80,8 @@ def which_iou(
 ) -> list[dict[str, Any]]:
     """Three figures that papers call "the IoU of flood", from counts (N, K, K) and events (N,) of chips.
 
-    Returns:
-        Three entries with `name`, `iou` of class k (None where undefined), `n` and `of` (what n counts): pooled over
-        all pixels, mean over chips whose truth has the class, mean over events whose truth has MIN_FLOOD_PIXELS of it.
+    Pooled over all pixels, mean over chips whose truth has class k, mean over events whose truth has MIN_FLOOD_PIXELS
+    of it: each with `name`, `iou` (None where undefined), `n` and `of` (what n counts).
     """
     groups = {"chips": (counts, 1), "events": (pool_by_event(counts, events)[1], MIN_FLOOD_PIXELS)}
     pooled = class_scores(counts.sum(axis=0), k)["iou"]
@@ -126,11 +125,9 @@ def expected_calibration_error(diagram: Reliability) -> float | None:
 
 
 def threshold_sweep(histogram: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
-    """What calling the positive class wherever its probability is at least a threshold would have given.
+    """Thresholds (B,), the lower edges of the bins, and the confusion counts (B, 2, 2) that each would have given.
 
-    Returns:
-        From `ChipTable.histogram` (N, 2, B): thresholds (B,), the lower edges of the bins, where counts are exact, and
-        confusion counts (B, 2, 2).
+    The positive class is called wherever its probability is at least the threshold.
     """
     pooled = histogram.sum(axis=0)
     called = pooled[:, ::-1].cumsum(axis=1)[:, ::-1]

@@ -1,4 +1,4 @@
-"""One pass over a split with a checkpoint: validate and predict. The config counts, not what the checkpoint recalls."""
+"""One pass over a split with a checkpoint. The config counts, not what the checkpoint recalls."""
 
 import math
 import sys
@@ -33,11 +33,7 @@ _SUFFIXES = [protocols.suffix_of(p, part) for p in protocols.PROTOCOLS.values() 
 
 
 class ChipPass(Callback):
-    """Sees the logits of every batch of a pass; values that are not finite end it. A validation needs no more.
-
-    Args:
-        checkpoint: The weights.
-    """
+    """Sees the logits of every batch of a pass; values that are not finite end it. A validation needs no more."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
@@ -93,13 +89,8 @@ class ChipWriter(ChipPass):
     """Writes GeoTIFFs on each chip's grid: ``CHIP_pred.tif``, and ``CHIP_prob.tif`` of the positive class.
 
     TerraTorch's own writer names files after the DEM and marks where the DEM has no data. Of a data module of other
-    files, a pixel is unseen where its file has no data in any band.
-
-    Args:
-        checkpoint: The weights.
-        recipe: Says where the chips are and what their classes are.
-        folder: Where the files go.
-        probabilities: The type of ``CHIP_prob.tif``, float32 or uint8; None writes none.
+    files, a pixel is unseen where its file has no data in any band. `probabilities` is a type, float32 or uint8, or
+    None.
     """
 
     def __init__(self, checkpoint: Path, recipe: Recipe, folder: Path, probabilities: str | None) -> None:
@@ -111,11 +102,7 @@ class ChipWriter(ChipPass):
             self._source = Chips(Path(root), protocols.protocol_of(recipe))
 
     def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
-        """Write a batch.
-
-        Raises:
-            RunFolderError: The disk is full.
-        """
+        """Write a batch; on a full disk, a RunFolderError is raised and nothing half-written stays."""
         for file, scores in zip(files, logits.float().cpu(), strict=True):
             with rasterio.open(file, driver="GTiff" if self._source else None) as grid:
                 profile = {"driver": "GTiff", "count": 1, "compress": "deflate", "crs": grid.crs}
@@ -154,14 +141,7 @@ class ChipWriter(ChipPass):
 
 
 def run_pass(
-    cli: RecipeCLI,
-    stage: str,
-    watch: ChipPass,
-    split: str,
-    *,
-    test_file: str | None = None,
-    test_name: str | None = None,
-    **options: Any,
+    cli: RecipeCLI, stage: str, watch: ChipPass, split: str, *, file: str | None = None, name: str | None = None
 ) -> tuple[DataState, dict[str, float]]:
     """Look at data and weights, build the recipe's objects, put the weights in, and run one of the trainer's loops.
 
@@ -172,9 +152,8 @@ def run_pass(
         stage: validate, test or predict.
         watch: Names the weights, and takes what they predict.
         split: train, val, test or predict.
-        test_file: Chip ids that are tested in place of the recipe's test split.
-        test_name: What TerraTorch calls them in its metrics; None for its plain names.
-        options: Of the trainer's loop.
+        file: Chip ids that are tested in place of the recipe's test split.
+        name: What TerraTorch calls them in its metrics; None for its plain names.
 
     Returns:
         The state of the data, and TerraTorch's metrics by their names.
@@ -190,10 +169,10 @@ def run_pass(
 
     def reading_only(config: Namespace) -> None:
         without_files(config, progress_bar=not log)
-        if test_file is not None:
-            config.data.init_args.test_split = test_file
+        if file is not None:
+            config.data.init_args.test_split = file
             if "test_dataloaders_names" in config.model.init_args:
-                config.model.init_args.test_dataloaders_names = [test_name] if test_name else None
+                config.model.init_args.test_dataloaders_names = [name] if name else None
 
     cli.build(reading_only)
     load_strictly(weights, cli.model, cli.recipe)
@@ -201,32 +180,17 @@ def run_pass(
     cli.trainer.callbacks.append(watch)
     with console.progress("batches") as show, console.stdout_to_stderr():
         watch.show = show if log else None
+        options = {"return_predictions": False} if stage == "predict" else {"verbose": False}
         results = getattr(cli.trainer, stage)(cli.model, datamodule=cli.datamodule, **options)
-    metrics = {name: float(value) for result in results or () for name, value in result.items()}
-    if bad := [name for name, value in metrics.items() if not math.isfinite(value)]:
+    metrics = {key: float(value) for result in results or () for key, value in result.items()}
+    if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
         fix = "a batch without a labelled pixel may have no loss: another --data.init_args.batch_size"
         raise CheckpointError(f"not finite: {', '.join(bad)}", where=watch.checkpoint, fix=fix)
     return data, metrics
 
 
-def validate(cli: RecipeCLI, checkpoint: Path) -> dict[str, Any]:
-    """Run TerraTorch's own validation loop once; raises as `run_pass`.
-
-    Returns:
-        JSON types: `stage`, `checkpoint`, `chips` by split, and `metrics` of TerraTorch by its names.
-    """
-    data, metrics = run_pass(cli, "validate", ChipPass(checkpoint), "val", verbose=False)
-    return {"stage": "validate", "checkpoint": str(checkpoint), "chips": data.chips, "metrics": metrics}
-
-
 def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: str | None = None) -> list[Path]:
-    """Write one GeoTIFF for each chip of the predict split, in the chip's own CRS, and return the files.
-
-    Args:
-        cli: The parsed recipe.
-        checkpoint: The weights.
-        output: Folder for the masks; made if it is not there.
-        probabilities: The type in which the positive class's probability is written too, float32 or uint8, if it is.
+    """Write what `ChipWriter` writes for each chip of the predict split into a new or empty folder; return the files.
 
     Raises:
         UsageError: The folder holds something, or cannot be made.
@@ -238,8 +202,7 @@ def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: st
             raise UsageError("the output folder is not empty and nothing in it is overwritten", where=output)
     except OSError as error:
         raise UsageError(f"the output folder cannot be made: {error.strerror}", where=output) from error
-    writer = ChipWriter(checkpoint, cli.recipe, output, probabilities)
-    run_pass(cli, "predict", writer, "predict", return_predictions=False)
+    run_pass(cli, "predict", ChipWriter(checkpoint, cli.recipe, output, probabilities), "predict")
     return sorted(output.glob("*.tif"))
 
 

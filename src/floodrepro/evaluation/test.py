@@ -30,16 +30,11 @@ _SEEN = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_r
 
 
 class ChipCounts(ChipPass):
-    """Counts, chip by chip, what TerraTorch's test loop predicts, and how fast: waiting for data included.
-
-    Args:
-        checkpoint: The weights.
-        positive: The class whose probabilities are kept; the last one by default.
-    """
+    """Counts, chip by chip, what TerraTorch's test loop predicts, and how fast: waiting for data included."""
 
     def __init__(self, checkpoint: Path, positive: int = -1) -> None:
         super().__init__(checkpoint)
-        self._positive = positive
+        self._positive = positive  # the class whose probabilities are kept
         self._batches: list[dict[str, Any]] = []
         self._rates: list[float] = []
         self._memory: dict[str, float] = {}
@@ -96,13 +91,12 @@ def tabulate_checkpoint(
         baselines: Whether the baselines' tables are written too, where they are not there yet.
 
     Returns:
-        JSON types: `stage`, `checkpoint`, `chips` by split, `metrics` of TerraTorch by its names (those of subsets are
-        computed from the table), `tables` by split, and `disagreement`, the largest difference between TerraTorch's
-        metrics and the table's. No tables where the trainer was told to leave batches out.
+        JSON types: `stage`, `checkpoint`, `chips` by split, `metrics` of TerraTorch by its names (None where a class
+        is absent; those of subsets are computed from the table), `tables` by split, and `disagreement`, the largest
+        difference between TerraTorch's metrics and the table's. No tables where the trainer left batches out.
 
     Raises:
-        UsageError: The recipe has no such split.
-        UsageError, DataError, CheckpointError: As `run_pass`.
+        UsageError, DataError, CheckpointError: The recipe has no such split; as `run_pass`.
         RunFolderError: The table cannot be written.
         FloodreproError: TerraTorch's metrics and the table's differ.
     """
@@ -117,8 +111,7 @@ def tabulate_checkpoint(
     test_name = chosen.name if chosen.subsets or chosen.name not in protocols.SPLITS else None
     protocol, kind = protocols.protocol_of(recipe), split if split in ("train", "val") else "test"
     counter = ChipCounts(checkpoint, protocol.positive_class)
-    names = {"test_file": chosen.file, "test_name": test_name}
-    data, metrics = run_pass(cli, "test", counter, kind, **names, verbose=False)
+    data, metrics = run_pass(cli, "test", counter, kind, file=chosen.file, name=test_name)
     arguments, precision = protocols.data_arguments(recipe), str(cli.trainer.precision)
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
     surroundings, run = environment(precision), RunFolder.of_checkpoint(checkpoint)
@@ -138,7 +131,7 @@ def tabulate_checkpoint(
         "precision": precision,
         "device": surroundings["cpu"]["model"] if on_cpu else surroundings["accelerator"]["name"],
         "environment": surroundings,
-        "metrics": dict(metrics),
+        "metrics": metrics,
         "made": timestamp(),
     }
     table = counter.table(metadata, chosen.events)
@@ -151,17 +144,17 @@ def tabulate_checkpoint(
     if not chosen.events:
         console.warn("this data module names no flood events: each file counts as an event of its own")
     ours = scores(table.counts.sum(axis=0))
-    theirs = {name.rsplit("/", 1)[-1]: value for name, value in metrics.items()}  # 0 of a class that is absent
-    disagreement = max(abs((ours[name] or 0.0) - theirs[name]) for name in ours.keys() & theirs.keys())
+    pairs = {key: ours[key.rsplit("/", 1)[-1]] for key in metrics if key.rsplit("/", 1)[-1] in ours}
+    disagreement = max(abs((own or 0.0) - metrics[key]) for key, own in pairs.items())  # of an absent class it says 0
     if disagreement > _AGREEMENT:
         what = f"TerraTorch's metrics and those from the chips' counts differ by {disagreement:g}"
         fix = "this is an error in floodrepro, or in a library of another version: please report it"
         raise FloodreproError(f"{what}; no table was written", where=checkpoint, fix=fix)
+    shown: dict[str, float | None] = metrics | {key: None for key, own in pairs.items() if own is None}
     for name, listed in chosen.subsets.items():
         kept = [chip for chip in listed if chip not in failed]
         parts[name] = table.subset(kept, split=name, subset_of=chosen.name, metrics={})
-        by_name = scores(parts[name].counts.sum(axis=0))
-        metrics |= {f"test/{name}/{metric}": value for metric, value in by_name.items() if value is not None}
+        shown |= {f"test/{name}/{key}": own for key, own in scores(parts[name].counts.sum(axis=0)).items()}
     paths = {name: table_path(checkpoint, name, folder) for name in parts}
     for name, part in parts.items():
         write_table(part, paths[name])
@@ -169,7 +162,7 @@ def tabulate_checkpoint(
         write_baselines(recipe, table, path.parent.parent)
     chips = {name: len(part) for name, part in parts.items()}
     tables = {name: str(place) for name, place in paths.items()}
-    return found | {"chips": chips, "tables": tables, "disagreement": disagreement}
+    return found | {"chips": chips, "metrics": shown, "tables": tables, "disagreement": disagreement}
 
 
 def choose_split(recipe: Recipe, split: str) -> ChosenSplit:

@@ -111,20 +111,19 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
         What did not fit and was left out: counts and first names; empty where all did.
 
     Raises:
-        CheckpointError: A value is not finite. With `strict`, something does not fit; without, nothing fits.
+        CheckpointError: A value is not finite; with `strict` something, without it everything does not fit.
     """
     check_finite(checkpoint)
     own, given = model.state_dict(), checkpoint.weights
+
+    def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.shape, tensor.is_floating_point()
+
     misfits = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
         # torch would copy int8 as if it were weights, and the real part of complex ones
-        "of another shape or kind": [
-            name
-            for name in given
-            if name in own
-            and (given[name].shape, given[name].is_floating_point()) != (own[name].shape, own[name].is_floating_point())
-        ],
+        "of another shape or kind": [name for name in own if name in given and kind(given[name]) != kind(own[name])],
     }
     left_out = {name for names in misfits.values() for name in names}
     fitting = {name: tensor for name, tensor in given.items() if name not in left_out}
@@ -140,11 +139,6 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
 
 def load_strictly(checkpoint: Checkpoint, task: Any, recipe: Recipe) -> None:
     """Put all weights into a task's model; the recipe counts, and a checkpoint that remembers another is named.
-
-    Args:
-        checkpoint: What `read_checkpoint` returned.
-        task: TerraTorch task with a ``model``.
-        recipe: The recipe that the task was built from.
 
     Raises:
         CheckpointError: The weights belong to another model, or are not finite.

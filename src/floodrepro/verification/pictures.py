@@ -139,7 +139,7 @@ def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "chips.txt"
         split.write_text("".join(f"{chip}\n" for chip in chips), encoding="utf-8")
-        run_pass(cli, "test", maps, "test", test_file=str(split), verbose=False)
+        run_pass(cli, "test", maps, "test", file=str(split))
     return maps
 
 
