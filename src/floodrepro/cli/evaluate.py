@@ -59,7 +59,7 @@ def run_validate(args: argparse.Namespace) -> int:
 
     data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
     result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
-    console.emit(result, _two_columns(result["metrics"]), args.format)
+    console.emit(result, _two_columns(metrics), args.format)
     return 0
 
 
