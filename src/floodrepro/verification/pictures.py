@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import torch
-from lightning.pytorch import Trainer
 
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
@@ -19,7 +18,7 @@ from floodrepro.errors import TableError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import iou
-from floodrepro.evaluation.passes import prepare, run_loop
+from floodrepro.evaluation.passes import chip_of, run_pass
 from floodrepro.evaluation.test import ChipCounts
 from floodrepro.run_folder import sha256_of
 from floodrepro.training.terratorch_cli import RecipeCLI
@@ -44,7 +43,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
 
     Raises:
         TableError: The table is missing, damaged, another checkpoint's, or has no chip to show.
-        UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.prepare`.
+        UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.run_pass`.
     """
     table = chip_table.read_table(table_file)
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
@@ -53,7 +52,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
     shown, name = choose_chips_to_show(table, positive), table.class_names[positive]
     chips = [str(table.chips[row]) for row in shown.values()]
     maps = _predict_chips(cli, checkpoint, chips)
-    again = maps.table({}).subset(chips).counts
+    again = maps.table({}, {}).subset(chips).counts
     source = Chips(Path(protocols.data_arguments(cli.recipe)["data_root"]), protocols.protocol_of(cli.recipe))
     drawn: list[dict[str, Any]] = []
     rows: list[list[Cell]] = []
@@ -125,27 +124,22 @@ class _Maps(ChipCounts):
 
     seen: dict[str, dict[str, npt.NDArray[np.int8]]]
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+    def use(self, logits: torch.Tensor, files: list[str], batch: Any, task: Any) -> None:
         """Keep the batch's maps."""
-        done = len(self._chips)
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
-        assert self._logits is not None
-        pairs = (pl_module.squeeze_ground_truth(batch["mask"]), self._logits.argmax(dim=1))
+        super().use(logits, files, batch, task)
+        pairs = (task.squeeze_ground_truth(batch["mask"]), logits.argmax(dim=1))
         truth, prediction = (each.to(torch.int8).cpu().numpy() for each in pairs)
-        for n, chip in enumerate(self._chips[done:]):
-            self.seen[chip] = {"truth": truth[n], "prediction": prediction[n]}
+        for n, file in enumerate(files):
+            self.seen[chip_of(file)] = {"truth": truth[n], "prediction": prediction[n]}
 
 
 def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
+    maps = _Maps(checkpoint)
+    maps.seen = {}
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "chips.txt"
         split.write_text("".join(f"{chip}\n" for chip in chips), encoding="utf-8")
-        prepare(cli, checkpoint, "test", test_file=str(split))
-        ignored = (cli.recipe["model"].get("init_args") or {}).get("ignore_index", protocols.IGNORE_INDEX)
-        maps = _Maps(checkpoint, ignored)
-        maps.seen = {}
-        cli.trainer.callbacks.append(maps)
-        run_loop(cli, "test", verbose=False)
+        run_pass(cli, "test", maps, "test", file=str(split))
     return maps
 
 
