@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from floodrepro.errors import UsageError
-from floodrepro.verification.check import number
+from floodrepro.verification.checks import number
 
 METHODS = {
     "counter": "read from the device's own energy counter",

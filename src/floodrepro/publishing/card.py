@@ -222,7 +222,7 @@ def _what(recipe: Recipe, record: Mapping[str, Any] | None) -> str:
     start = "What the training started from is not known."
     if record or base_model(recipe):
         start = f"Training {start_of_weights(recipe, record or {})}."
-    parts = architecture(recipe)[0]
+    parts = architecture(recipe)
     return f"Segments image time series ({modalities}) into {classes}: {parts}, trained with TerraTorch. {start}"
 
 
