@@ -38,18 +38,11 @@ def ask(name: str, evidence: Evidence) -> Check:
         found = dict(zip(("status", "finding"), unanswered.args, strict=True))
     about, margin = CRITERIA[name], CRITERIA["parity"]["margin_pp"]
     split = evidence.table.metadata.get("split", "test") if evidence.table else "test"
-    nothing = {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None}
-    return (
-        nothing
-        | found
-        | {
-            "id": name,
-            "title": about["title"],
-            "claim": about["claim"].format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **about),
-            "evidence": [file.format(split=split) for file in about["files"]],
-            "code": f"{function.__module__ if function else 'floodrepro.verification.measure'}.{name}",
-        }
-    )
+    answer: Check = {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None, **found, "id": name}
+    answer["title"], answer["evidence"] = about["title"], [file.format(split=split) for file in about["files"]]
+    answer["claim"] = about["claim"].format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **about)
+    answer["code"] = f"{function.__module__ if function else 'floodrepro.verification.measure'}.{name}"
+    return answer
 
 
 def required_checks(asked: str | None) -> list[str]:
