@@ -110,3 +110,11 @@ def trained(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     )
     assert outcome.code == 0, outcome.err
     return RunFolder(runs / "trained")
+
+
+@pytest.fixture(scope="session")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the checks are given of a sound run; no test changes it."""
+    from verification_fixtures import sound_evidence  # the other tests need none of its libraries
+
+    return sound_evidence(tmp_path_factory.mktemp("evidence"))

@@ -16,13 +16,10 @@ import pytest
 
 from floodrepro.errors import FloodreproError, TableError
 from floodrepro.verification import results as results_file
-from floodrepro.verification.battery import MEASURED
-from floodrepro.verification.check import Check, Evidence, Plot, Value
+from floodrepro.verification.checks import CRITERIA, Evidence, figure
 from floodrepro.verification.figures import panels_png, png
 from floodrepro.verification.report import draw, md, render, to_html, write_report
-from verification_fixtures import WITHOUT_TORCH, demo_recipe, gather, make_run, make_table, missed, summarise
-
-OTHER = {"name": "reference.ckpt", "sha256": "4e" * 32}
+from verification_fixtures import OTHER, WITHOUT_TORCH, demo_recipe, make_table, missed, summarise
 
 
 def panel() -> dict[str, Any]:
@@ -39,17 +36,6 @@ def panel() -> dict[str, Any]:
 
 
 PICTURE = panels_png([panel()], ["rest", "flood"], 1, 10.0)
-
-
-@pytest.fixture(scope="module")
-def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
-    """A sound run with a reference and everything measured; shared, for no test changes it."""
-    found = gather(make_run(tmp_path_factory.mktemp("runs") / "mine"))
-    artefacts = {name: Check("pass", "as it should be", code=f"measure.{name}") for name in MEASURED}
-    pictures = [Plot("panels", "panels", "Pictures", caption="A row a chip")]
-    artefacts["panels"] = replace(artefacts["panels"], plots=pictures)
-    other = make_table(6, 3, seed=1, checkpoint=OTHER)
-    return replace(found, measured=artefacts, reference=other, reference_name="IBM's model")
 
 
 def written(results: dict[str, Any], folder: Path) -> tuple[str, str]:
@@ -83,14 +69,14 @@ def words(page: str) -> str:
 
 
 def test_report_has_the_order_that_a_reviewer_wants(pages: tuple[str, str]):
-    parts = ["# Verification", "Not the published data", "**", "forest.png", "## Scores", "panels.png", "events.png"]
-    parts = [part for part in parts if part != "**"] + ["## Checks", "<details", "## How to reproduce"]
+    parts = ["# Verification", "Not the published data", "Equivalent", "forest.png", "## Scores", "panels.png"]
+    parts += ["events.png", "## Checks", "<details", "## How to reproduce"]
     places = [pages[0].index(part) for part in parts]
     assert places == sorted(places)
 
 
 def test_worst_checks_come_first_and_every_one_names_the_function_that_made_it(evidence: Evidence):
-    bad = Check("fail", "not finite (a.b): 1", [Value("not finite (a.b)", 1, at_most=0)])
+    bad = {"status": "fail", "finding": "not finite (a.b): 1", "values": [figure("not finite", 1, at_most=0)]}
     results = summarise(replace(evidence, measured=evidence.measured | {"weights": bad}))
     markdown = text_of(results)
     table = markdown.split("## Checks")[1].split("<details")[0]
@@ -101,15 +87,6 @@ def test_worst_checks_come_first_and_every_one_names_the_function_that_made_it(e
         assert f"`{check['code']}`" in markdown
     assert results["verdict"]["word"] == "failed"
     assert "Required and not met: Weights and buffers" in markdown
-
-
-def test_markdown_and_html_say_the_same(pages: tuple[str, str]):
-    def plain(text: str) -> list[str]:
-        return re.findall(r"[A-Za-z0-9.]{3,}", text)
-
-    from_markdown = re.sub(r"<[^>]+>|!\[[^]]*\]\([^)]*\)|[\\|`#>-]", " ", pages[0])
-    on_page = set(plain(words(pages[1])))
-    assert [word for word in plain(from_markdown) if word not in on_page] == []
 
 
 # What must not be hidden
@@ -126,7 +103,7 @@ def test_skipped_and_undecided_checks_are_no_passes(evidence: Evidence):
     summary = summarise(replace(evidence, measured={}))["summary"]
     assert {"weights", "load_back", "round_trip"} <= set(summary["not_met"])
     assert summary["skipped"] >= 4
-    assert sum(summary[word] for word in ("passed", "failed", "undecided", "skipped")) == 15
+    assert sum(summary[word] for word in ("passed", "failed", "undecided", "skipped")) == len(CRITERIA)
 
 
 def test_run_without_a_reference_is_not_compared_and_is_no_failure(evidence: Evidence):
@@ -137,7 +114,7 @@ def test_run_without_a_reference_is_not_compared_and_is_no_failure(evidence: Evi
 
 
 def test_wrong_reference_is_not_reported_as_a_difference(evidence: Evidence):
-    results = summarise(replace(evidence, reference=make_table(5, 3, seed=1, checkpoint=OTHER)))
+    results = summarise(replace(evidence, reference=make_table(11, seed=1, checkpoint=OTHER)))
     assert results["verdict"]["outcome"] is None
     assert "wrong reference" in results["verdict"]["sentence"]
     named = summarise(replace(evidence, reference_name="ibm/x"))
@@ -161,20 +138,11 @@ def test_what_went_wrong_on_the_way_stands_above_the_scores(evidence: Evidence, 
 
 
 def test_published_columns_stand_beside_the_same_chips_alone(evidence: Evidence):
-    entry = {
-        "name": "A paper",
-        "protocol": "v0",
-        "split": "test",
-        "chips": 18,
-        "source": "p",
-        "figures": {"IoU_1": 0.4},
-    }
-    labels = [c["label"] for c in summarise(replace(evidence, published={"a": entry}))["scores"]["columns"]]
-    assert "A paper" in labels
-    other = {"a": entry | {"chips": 14_556}}
-    results = summarise(replace(evidence, published=other))
-    assert "A paper" not in [column["label"] for column in results["scores"]["columns"]]
-    assert "18 chips" in results["banner"]
+    entry = {"name": "A paper", "protocol": "v0", "split": "test", "source": "p", "figures": {"IoU_1": 0.4}}
+    for chips, stands in ((96, True), (14_556, False)):
+        results = summarise(replace(evidence, published={"a": entry | {"chips": chips}}))
+        assert ("A paper" in [column["label"] for column in results["scores"]["columns"]]) is stands
+    assert "96 chips" in results["banner"]
     assert "14,556" in results["banner"]
 
 
@@ -184,11 +152,11 @@ def test_scores_have_baselines_precision_recall_and_the_share_of_the_truth(evide
     everything = {"everything": replace(evidence.table, counts=counts)}
     found = summarise(replace(evidence, baselines=everything))["scores"]
     rows = {row["label"]: row["values"] for row in found["rows"]}
-    assert [column["label"] for column in found["columns"]] == ["mine", "IBM's model", "everything"]
+    assert [column["label"] for column in found["columns"]] == ["seed-42", "IBM's model", "everything"]
     share = rows["share of flood in the truth"][0]
     assert rows["flood precision"][2] == pytest.approx(share)
     assert rows["flood recall"][2] == 1.0
-    assert rows["flood IoU, mean over 5 events"][0] > 0.5
+    assert rows["flood IoU, mean over 11 events"][0] > 0.5
 
 
 def test_class_that_is_absent_is_a_dash_and_never_zero(evidence: Evidence):
@@ -291,13 +259,9 @@ def pixels(content: bytes) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(content))
 
 
-def test_forest_shades_the_margin_and_run_of_two_epochs_is_no_guide(whole: dict[str, Any]):
+def test_forest_shades_the_margin(whole: dict[str, Any]):
     forest = pixels(png(whole["forest"]))
     assert (np.abs(forest[..., :3] - np.array([216, 236, 216]) / 255).max(axis=-1) < 0.01).sum() > 500
-    two, ten = ({"label": str(n), "x": list(range(n)), "y": [float(n)] * n} for n in (2, 10))
-    plot = {"kind": "lines", "title": "", "x_label": "", "y_label": "", "series": [two, ten]}
-    blue = np.array([0, 114, 178]) / 255  # the colour of a first series, which a guide would not have
-    assert (np.abs(pixels(png(plot))[..., :3] - blue).max(axis=-1) < 0.05).sum() > 50
 
 
 def test_pictures_show_hits_misses_and_what_is_ignored():
@@ -307,4 +271,4 @@ def test_pictures_show_hits_misses_and_what_is_ignored():
 
 
 def test_picture_that_is_not_there_is_said_to_be_missing(whole: dict[str, Any]):
-    assert "the picture is missing" in text_of(whole)
+    assert "The picture is missing" in text_of(whole)

@@ -14,7 +14,7 @@ import torch
 
 from floodrepro.evaluation import chip_table
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification.battery import CHECKS
+from floodrepro.verification.checks import CRITERIA
 from verification_fixtures import WITHOUT_TORCH, make_run
 
 ASKED = "weights,load_back,round_trip,panels,identities"
@@ -59,7 +59,7 @@ def reference_of(run: RunFolder) -> Path:
 
 def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified: RunFolder):
     found = results_of(verified)
-    assert [check["id"] for check in found["checks"]] == list(CHECKS)
+    assert [check["id"] for check in found["checks"]] == list(CRITERIA)
     assert found["reference"]["checkpoint"]["name"] == "reference.ckpt"
     assert "reference" in found["verdict"]["sentence"]
     assert all(check["code"].endswith(f".{check['id']}") for check in found["checks"])
@@ -98,7 +98,7 @@ DAMAGED = {
     "evaluation/test/best.parquet": "events",
     "evaluation/val/best.parquet": "identities",
     "metrics.csv": "convergence",
-    "verification/evidence/weights.json": "weights",
+    "verification/evidence/measured.json": "weights",
     "run.json": "provenance",
     "../declared.json": "variance",
 }

@@ -16,7 +16,7 @@ from floodrepro.evaluation.chip_table import BINS, ChipTable
 from floodrepro.evaluation.metrics import Counts, scores
 from floodrepro.run_folder import RunFolder
 from floodrepro.verification import battery, results
-from floodrepro.verification.check import Evidence, SeedRun
+from floodrepro.verification.checks import CHECKS, CRITERIA, Evidence, SeedRun
 
 CLASS_NAMES = {
     "v0": ["rest", "flood"],
@@ -38,6 +38,7 @@ class Absent(MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 """
 MADE = "2026-03-01T11:00:00+00:00"
+OTHER = {"name": "reference.ckpt", "sha256": "4e" * 32}  # the reference's checkpoint
 
 
 def make_table(
@@ -209,6 +210,25 @@ def gather(run: RunFolder, reference: Path | None = None, **changes: Any) -> Evi
     """All evidence of a run, as verify reads it, changed as given."""
     found = battery.gather(run, "test", reference, run.verification / "evidence", name="IBM's model")
     return replace(found, **changes)
+
+
+def sound_evidence(runs: Path) -> Evidence:
+    """A sound run, one of three that were declared together, a reference, and everything measured."""
+    found = gather(make_run(runs / "seed-42", table=make_table(seed=42)))
+    measured = {name: {"status": "pass", "finding": "as it should be"} for name in CRITERIA.keys() - CHECKS.keys()}
+    measured["panels"] |= {"plots": [{"name": "panels", "kind": "panels", "caption": "A row a chip"}]}
+    return replace(
+        found,
+        seeds=[declared(seed) for seed in (42, 44, 45)],
+        reference=make_table(seed=43, checkpoint=OTHER),
+        reference_name="IBM's model",
+        measured=measured,
+    )
+
+
+def figure_of(check: dict[str, Any], start: str) -> dict[str, Any]:
+    """The figure of a check whose name starts so."""
+    return next(value for value in check["values"] if value["name"].startswith(start))
 
 
 def summarise(evidence: Evidence, required: str | None = None) -> dict[str, Any]:

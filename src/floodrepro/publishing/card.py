@@ -18,7 +18,7 @@ from floodrepro.publishing.export import ExportedWeights, read_exported
 from floodrepro.recipe import Recipe, fingerprint
 from floodrepro.run_folder import RunFolder, free_name, replacing, sha256_of
 from floodrepro.verification import report, results
-from floodrepro.verification.check import number
+from floodrepro.verification.checks import number
 from floodrepro.verification.checks.run import device_of
 
 CARD, RESULTS = "README.md", "results.json"
@@ -140,7 +140,7 @@ def _fill_in(
         record=record,
         chips=chips["train"],
         modalities=arguments.get("modalities") or model_args.get("backbone_modalities") or [],
-        parts=results.architecture(recipe)[0],
+        parts=results.architecture(recipe),
         start=results.start_of_weights(recipe, record) if record or base else None,
         required=report.required_sentence(found) if found else "",
         training=[*_hyperparameters(recipe), *report.run_facts(record)],

@@ -1,4 +1,4 @@
-"""The checks in the order of the report, and all that they are given, read from files. Nothing is measured here."""
+"""The checks' answers, and all that they are given, read from files. Nothing is measured here."""
 
 import csv
 import json
@@ -12,45 +12,37 @@ from floodrepro.errors import TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.run_folder import DECLARATION, RunFolder, sha256_of
-from floodrepro.verification.check import Answer, Check, Evidence, SeedRun, Status, check, from_json
-from floodrepro.verification.checks import comparison, run, scores
+from floodrepro.verification.checks import CHECKS, CRITERIA, Check, Evidence, SeedRun, Status, Unanswered
 
-
-def _measured(name: str) -> Answer:
-    """A check whose answer `measure` has kept."""
-
-    def kept(evidence: Evidence) -> Check:
-        if name not in evidence.measured:
-            raise evidence.without(name, "it was not measured: floodrepro verify without --no-measure does so")
-        return evidence.measured[name]
-
-    kept.__name__ = name
-    return check(kept)
-
-
-MEASURED = {name: _measured(name) for name in ("weights", "load_back", "round_trip", "panels")}
-CHECKS = {
-    one.__name__: one
-    for one in (
-        comparison.parity,
-        comparison.head_to_head,
-        comparison.variance,
-        comparison.reference,
-        scores.events,
-        scores.calibration,
-        scores.identities,
-        run.convergence,
-        run.throughput,
-        run.data,
-        run.provenance,
-    )
-} | MEASURED
+MEASURED = "measured.json"
+"""What `measure` found: `measured_on`, the sha256 of the weights, and `checks`, an answer a check."""
 _Absent = dict[str, tuple[Status, str]]
 
 
 def run_checks(evidence: Evidence) -> list[Check]:
-    """Every check's answer."""
-    return [ask(evidence) for ask in CHECKS.values()]
+    """Every check's answer, in the order of the report."""
+    return [ask(name, evidence) for name in CRITERIA]
+
+
+def ask(name: str, evidence: Evidence) -> Check:
+    """A check's answer; of a check that has no function in `checks/`, the one that `measure` kept."""
+    function = CHECKS.get(name)
+    try:
+        if function:
+            found = function(evidence)
+        elif name in evidence.measured:
+            found = evidence.measured[name]
+        else:
+            raise evidence.without(MEASURED, "it was not measured: floodrepro verify without --no-measure does so")
+    except Unanswered as unanswered:
+        found = dict(zip(("status", "finding"), unanswered.args, strict=True))
+    about, margin = CRITERIA[name], CRITERIA["parity"]["margin_pp"]
+    split = evidence.table.metadata.get("split", "test") if evidence.table else "test"
+    answer: Check = {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None, **found, "id": name}
+    answer["title"], answer["evidence"] = about["title"], [file.format(split=split) for file in about["files"]]
+    answer["claim"] = about["claim"].format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **about)
+    answer["code"] = f"{function.__module__ if function else 'floodrepro.verification.measure'}.{name}"
+    return answer
 
 
 def required_checks(asked: str | None) -> list[str]:
@@ -60,17 +52,12 @@ def required_checks(asked: str | None) -> list[str]:
         UsageError: There is no such check.
     """
     if asked is None:
-        return list(load_criteria()["required"])
-    wanted = list(CHECKS) if asked == "all" else asked.split(",")
-    if unknown := [name for name in wanted if name not in CHECKS]:
-        known = f"one of {', '.join(CHECKS)}, or all"
+        return [name for name, about in CRITERIA.items() if about.get("required")]
+    wanted = list(CRITERIA) if asked == "all" else asked.split(",")
+    if unknown := [name for name in wanted if name not in CRITERIA]:
+        known = f"one of {', '.join(CRITERIA)}, or all"
         raise UsageError(f"there is no check {unknown[0]!r}", where="--require", fix=known)
     return wanted
-
-
-def load_criteria() -> dict[str, Any]:
-    """What each check claims, and `required`: verification/checks.yaml of the package."""
-    return recipes.read_yaml(Path(__file__).parent / "checks.yaml")
 
 
 def load_published() -> dict[str, dict[str, Any]]:
@@ -79,23 +66,12 @@ def load_published() -> dict[str, dict[str, Any]]:
 
 
 def gather(
-    home: RunFolder,
-    split: str,
-    reference: Path | None,
-    measured: Path,
-    *,
-    name: str = "",
-    data_root: Path | None = None,
+    home: RunFolder, split: str, reference: Path | None, measured: Path, name: str = "", data_root: Path | None = None
 ) -> Evidence:
     """Read all that is known of a run. What is damaged, and was not asked for by name, counts as absent.
 
-    Args:
-        home: The run folder.
-        split: Whose chip table is judged.
-        reference: Chip table to compare with.
-        measured: Folder of the answers that `measure` kept.
-        name: What to call the reference; by default what its table is of.
-        data_root: Where the chips lie, if not where the recipe says: their audit is looked for there.
+    `reference` is a chip table, called `name` or by what it is of, and `measured` the folder of what `measure` kept.
+    The data's audit is looked for in `data_root`, or where the recipe has it.
 
     Raises:
         UsageError: The run folder holds no recipe.
@@ -106,36 +82,35 @@ def gather(
     if reference is not None:
         other, there = chip_table.read_table(reference), RunFolder(reference.resolve().parent.parent.parent)
         there = there if there.recipe.is_file() else None  # the table may lie in no run folder
+        name = name or (f"{there.path.name}/{other.name}" if there else other.name)
     weights = sha256_of(home.best) if home.best.is_file() else None
     table = _own_table(home, split, weights, absent)
-    subsets = {
-        path.parent.name: _table(path, absent)
-        for path in sorted(home.evaluation.glob(f"*/{home.best.stem}.parquet"))
-        if path.parent.name != split
-    }
+    parts = {path.parent.name: path for path in sorted(home.evaluation.glob(f"*/{home.best.stem}.parquet"))}
+    subsets = {part: _table(path, absent) for part, path in parts.items() if part != split}
     baselines = sorted((home.evaluation / "baselines" / split).glob("*.parquet"))
-    positive, names = positive_class_of(recipe), class_names_of(recipe)
+    kept = _json(measured / MEASURED, MEASURED, absent)
+    if kept and weights and kept.get("measured_on") != weights:
+        absent[MEASURED], kept = ("skip", "it was measured on other weights, and not on these"), {}
     root = data_root or data_arguments(recipe).get("data_root")
     manifests = [Path(root) / MANIFEST, Path(root).parent / MANIFEST] if root else []
-    manifest = next((path for path in manifests if path.is_file()), None)
+    positive, names = positive_class_of(recipe), class_names_of(recipe)
     return Evidence(
         run=home,
         record=_json(home.record, "record", absent),
         recipe=recipe,
-        criteria=load_criteria(),
         class_name=names[positive] if positive < len(names) else f"class {positive}",
         positive=positive,
         metrics=_metrics(home, absent),
         table=table,
         subsets={key: one for key, one in subsets.items() if one and table and one.metadata.get("subset_of") == split},
         reference=other,
-        reference_name=name or (f"{there.path.name}/{other.name}" if there and other else other.name if other else ""),
+        reference_name=name,
         reference_record=_json(there.record, "reference_record", absent) | {"run": there.path.name} if there else {},
         reference_metrics=_metrics(there, {}) if there else (),
         baselines={path.stem: one for path in baselines if (one := _table(path, absent))},
-        measured=_answers(measured, weights, absent),
+        measured=kept.get("checks") or {},
         seeds=_seeds(home, split, absent),
-        audit=_json(manifest, "audit", absent) if manifest else {},
+        audit=next((_json(path, "audit", absent) for path in manifests if path.is_file()), {}),
         published=load_published(),
         absent=absent,
     )
@@ -144,13 +119,11 @@ def gather(
 def _own_table(home: RunFolder, split: str, weights: str | None, absent: _Absent) -> ChipTable | None:
     """The table of the run's best checkpoint; one of other weights counts as missing."""
     path = home.evaluation / split / f"{home.best.stem}.parquet"
+    table = _table(path, absent, "table") if path.is_file() else None
     if not path.is_file():
         absent["table"] = ("skip", f"there is no chip table: floodrepro test --ckpt {home.best.name} writes it")
-        return None
-    table = _table(path, absent, "table")
-    if table and weights and (table.metadata.get("checkpoint") or {}).get("sha256") != weights:
-        what = f"the chip table was made from other weights than {home.best.name}: test it again"
-        absent["table"] = ("skip", what)
+    elif table and weights and (table.metadata.get("checkpoint") or {}).get("sha256") != weights:
+        absent["table"] = ("skip", f"the chip table was made from other weights than {home.best.name}: test it again")
         return None
     return table
 
@@ -175,21 +148,6 @@ def _metrics(home: RunFolder, absent: _Absent) -> list[dict[str, str]]:
         absent["metrics"] = ("fail", f"metrics.csv cannot be read: {error}")
         return []
     return rows
-
-
-def _answers(folder: Path, weights: str | None, absent: _Absent) -> dict[str, Check]:
-    """What `measure` found of these weights; that of an earlier checkpoint counts as missing."""
-    found = {}
-    for name in MEASURED:
-        entry = _json(folder / f"{name}.json", name, absent)
-        if entry and weights and entry.get("measured_on") != weights:
-            absent[name] = ("skip", "it was measured on other weights, and not on these")
-        elif entry:
-            try:
-                found[name] = from_json(entry["check"])
-            except (KeyError, TypeError, AttributeError) as error:
-                absent[name] = ("fail", f"{name}.json holds no answer of a check: {error}")
-    return found
 
 
 def _seeds(home: RunFolder, split: str, absent: _Absent) -> list[SeedRun]:

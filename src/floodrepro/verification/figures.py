@@ -1,11 +1,13 @@
-"""The plots of a report as PNGs. The same plot gives the same bytes with the same matplotlib."""
+"""The pictures of a report: its plots, and the chips that it shows. The same input gives the same bytes.
+
+Shape suffixes: T = timesteps, C = bands, H, W = pixels.
+"""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import numpy.typing as npt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,52 +15,50 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-DPI = 110
-WIDTH = 7.6  # inches
+from floodrepro.data import protocols
+from floodrepro.errors import TableError
+from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.metrics import iou
+
+MIN_SHARE = 0.01
+"""Share of counted pixels of the class from which a chip's IoU says something: on fewer, one field decides it."""
+
+_NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is not -9999 in float16
+_DPI, _WIDTH = 110, 7.6  # of plots, in inches
 # Okabe and Ito, Color Universal Design (2008): told apart with every common colour blindness, as are the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _FAINT, _POSITIVE, _LAND, _IGNORED, _NO_DATA = "#888888", "#0072B2", "#eeece6", "#8c8c8c", "#d8b4d0"
-_ERRORS = {"right": _LAND, "hit": _POSITIVE, "miss": "#D55E00", "false alarm": "#F0E442", "ignored": _IGNORED}
+_ERRORS = {"neither": _LAND, "hit": _POSITIVE, "miss": "#D55E00", "false alarm": "#F0E442", "ignored": _IGNORED}
 _DB = (-25.0, 0.0)  # VV backscatter of land and water lies within
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "figure.facecolor": "white",
-}
+_STYLE = {"font.size": 9, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4", "legend.frameon": False}
 
 
 def png(plot: Mapping[str, Any]) -> bytes:
-    """A `check.Plot` of kind lines, dots or forest, as it lies in results.json, as a PNG."""
+    """A plot, as it lies in results.json, as a PNG.
+
+    It has `kind`, `series` and `x_label`; a series has `label`, `x` and `y`. The kinds are `lines`, with a `y_label`;
+    `dots`, where y are labels; and `forest`, where x are differences with a `low` and a `high`, y are labels, and the
+    plot's `margin` is shaded on either side of 0.
+    """
     kind, series = plot["kind"], plot["series"]
     labels = [] if kind == "lines" else [str(label) for label in series[0]["y"]]
     height = {"forest": 0.75 + 0.3 * len(labels), "dots": 1.0 + 0.22 * len(labels)}.get(kind, 3.2)
-    with _style():
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's own is
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
-        axes.set(title=plot["title"], xlabel=plot["x_label"], ylabel=plot["y_label"])
+        axes.set(xlabel=plot["x_label"], ylabel=plot.get("y_label", ""))
         for n, one in enumerate(series):
-            x, y = _numbers(one["x"]), range(len(labels)) if labels else _numbers(one["y"])
+            # None becomes NaN, where matplotlib leaves a gap
+            x, y = (np.array(range(len(labels)) if labels and axis == "y" else one[axis], float) for axis in "xy")
             look = {"color": _COLOURS[n % 6], "marker": _MARKERS[n % 6], "label": one["label"]}
-            if one.get("guide"):
-                axes.plot(x, y, color=_FAINT, linestyle="--", linewidth=1, label=one["label"], zorder=1)
-            elif kind == "lines":
+            if kind == "lines":
                 axes.plot(x, y, **look | ({} if len(x) <= 40 else {"marker": ""}), markersize=4)
-            elif kind == "dots":
-                axes.plot(x, y, **look, linestyle="", markersize=6 + 3 * n, fillstyle="none" if n else "full")
             else:
-                whiskers = np.abs(np.array([_numbers(one["low"]), _numbers(one["high"])]) - x)
+                axes.plot(x, y, **look, linestyle="", markersize=6 + 3 * n, fillstyle="none" if n else "full")
+            if kind == "forest":
+                whiskers = np.abs(np.array([one["low"], one["high"]], float) - x)
                 axes.errorbar(x, y, xerr=whiskers, fmt="none", ecolor=look["color"], capsize=3)
-                axes.plot(x, y, **look, linestyle="")
         if labels:
             axes.set_yticks(range(len(labels)), labels)
             axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
@@ -70,6 +70,53 @@ def png(plot: Mapping[str, Any]) -> bytes:
         elif len(series) > 1:
             axes.legend(loc="best", fontsize=8)
         return _encode(figure)
+
+
+def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
+    """Rows of the chips to show, by kind, as far as there are any: best, median and worst IoU, and empty.
+
+    The first three have a share of MIN_SHARE of the class in the truth, the empty one has none and the most false
+    alarms. Ids break ties.
+
+    Raises:
+        TableError: There is no chip to show.
+    """
+    pixels, truth = table.counts.sum(axis=(1, 2)), table.counts[:, positive].sum(axis=1)
+    called, figures = table.counts[:, :, positive].sum(axis=1), iou(table.counts, positive)
+    having = np.flatnonzero((truth > 0) & (truth >= MIN_SHARE * pixels)).tolist()
+    having.sort(key=lambda row: (-figures[row], str(table.chips[row])))
+    empty = np.flatnonzero((truth == 0) & (pixels > 0)).tolist()
+    empty.sort(key=lambda row: (-called[row], str(table.chips[row])))
+    rows: dict[str, int] = {}
+    for kind, place in (("best", 0), ("median", len(having) // 2), ("worst", -1)):
+        if having and having[place] not in rows.values():
+            rows[kind] = having[place]
+    if empty:
+        rows["empty"] = empty[0]
+    if not rows:
+        raise TableError("all pixels of the chip table are ignored: there is no chip to show")
+    return rows
+
+
+def take_pictures(optical: npt.NDArray[Any], radar: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    """True colour (H, W, 3) uint8 and VV (H, W) in dB before and at the event, as they are on disk.
+
+    `optical` and `radar` (T, C, H, W) are all bands of a chip's Sentinel-2 and Sentinel-1.
+    """
+    colours = [protocols.S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
+    times = [protocols.BEFORE, protocols.EVENT]
+    bands = optical[times][:, colours].astype(np.float32)
+    seen, bands = (bands != protocols.NO_DATA).all(axis=1), np.moveaxis(bands, 1, -1)
+    # One stretch for both dates and all bands, so that a change of colour is one on the ground; from the darker date
+    # of each pixel, for a cloud on one date would leave the land black on both.
+    darker = np.where(seen[..., None], bands, np.inf).min(axis=0)
+    land = darker[np.isfinite(darker)]
+    low, high = np.percentile(land, (2, 98)) if land.size else (0.0, 1.0)
+    rgb = 255 * np.where(seen[..., None], np.clip((bands - low) / max(high - low, 1.0), 0, 1), 0)
+    rgb = np.rint(rgb).astype(np.uint8)
+    vv = radar[times][:, protocols.S1_BANDS.index("vv")].astype(np.float32)
+    vv = np.where(vv > _NO_BACKSCATTER, vv, np.float32(np.nan))
+    return {"before_rgb": rgb[0], "event_rgb": rgb[1], "before_vv": vv[0], "event_vv": vv[1]}
 
 
 def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positive: int, metres: float) -> bytes:
@@ -86,9 +133,8 @@ def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positi
     palette[positive] = _POSITIVE
     classes, errors = ListedColormap([_IGNORED, *palette]), ListedColormap(list(_ERRORS.values()))
     grey = matplotlib.colormaps["gray"].with_extremes(bad=_NO_DATA)
-    labels = {"right, not " + names[positive] if key == "right" else key: colour for key, colour in _ERRORS.items()}
-    legend = dict(zip(names, palette, strict=True)) | labels | {"S1 no data": _NO_DATA}
-    with _style():
+    legend = dict(zip(names, palette, strict=True)) | _ERRORS | {"S1 no data": _NO_DATA}
+    with matplotlib.style.context(["default", _STYLE]):  # whatever the user's own is
         figure = Figure(figsize=(12, 1.95 * len(panels) + 0.5), layout="constrained")
         for panel, axes in zip(panels, figure.subplots(len(panels), 7, squeeze=False), strict=True):
             is_true, is_called = panel["truth"] == positive, panel["prediction"] == positive
@@ -113,19 +159,8 @@ def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positi
         return _encode(figure)
 
 
-def _style() -> Any:
-    """A context with floodrepro's own settings of matplotlib, whatever the user's are."""
-    default: dict[Any, Any] = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
-    return matplotlib.rc_context(default | _STYLE)
-
-
 def _encode(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})  # neither time nor version
+    figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})  # neither time nor version
     return file.getvalue()
-
-
-def _numbers(values: Sequence[float | None]) -> list[float]:
-    """Floats, NaN where there is none: matplotlib leaves a gap."""
-    return [math.nan if value is None else float(value) for value in values]

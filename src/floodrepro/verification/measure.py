@@ -1,36 +1,42 @@
 """What needs torch: chip tables that are missing, and the checks of weights, exported pair and pictures.
 
-Their answers are kept in `verification/evidence/`, from which `battery.gather` reads them.
-
 Shape suffixes: N = chips, C = bands, T = timesteps, H, W = pixels.
 """
 
+import contextlib
 import json
+import math
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import rasterio
 import torch
 from torch import Tensor
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.data.protocols import data_arguments
-from floodrepro.errors import CheckpointError, DataError, FloodreproError, RunFolderError, TableError, UsageError
+from floodrepro.data import protocols
+from floodrepro.data.chips import Chips
+from floodrepro.errors import CheckpointError, DataError, FloodreproError, TableError, UsageError
 from floodrepro.evaluation import chip_table
-from floodrepro.evaluation.test import table_path, tabulate_checkpoint
+from floodrepro.evaluation.metrics import iou
+from floodrepro.evaluation.passes import chip_of, run_pass
+from floodrepro.evaluation.test import ChipCounts, table_path, tabulate_checkpoint
 from floodrepro.publishing.export import ExportedWeights, export, read_exported
-from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_atomically
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
-from floodrepro.verification.battery import load_criteria
-from floodrepro.verification.check import Check, Table, Value, judge
-from floodrepro.verification.pictures import panels
+from floodrepro.verification.battery import MEASURED
+from floodrepro.verification.checks import CRITERIA, Check, figure, judge
+from floodrepro.verification.figures import MIN_SHARE, choose_chips_to_show, panels_png, take_pictures
 
 _READS_SAFETENSORS = (2, 13)  # torch from this version on: its torch.load opens them
 # Runs in an interpreter of its own, where nothing of floodrepro can be imported. The chips are raw, so that the
@@ -64,145 +70,126 @@ def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | Non
         FloodreproError: It cannot be tested.
     """
     folder = None if RunFolder.of_checkpoint(checkpoint) else run.evaluation / "reference"
-    path = table_path(checkpoint, split, folder)
-    if _made_from(path) != sha256_of(checkpoint):
+    path, made_from = table_path(checkpoint, split, folder), None
+    with contextlib.suppress(TableError):  # there is none, or it is damaged
+        made_from = (chip_table.read_table(path).metadata.get("checkpoint") or {}).get("sha256")
+    if made_from != sha256_of(checkpoint):
         console.say(f"{checkpoint} has no chip table over {split} yet: testing it")
         try:
             config = config_beside(checkpoint)
         except UsageError:
             config = run.recipe
-        cli = _parse(config, data_root)
-        tabulate_checkpoint(cli, checkpoint, split=split, folder=folder, baselines=folder is None)
+        tabulate_checkpoint(_parse(config, data_root), checkpoint, split=split, folder=folder, baselines=folder is None)
     return path
 
 
 def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None) -> None:
-    """Make the checks of weights, exported pair and pictures, and keep each answer, whatever the others say.
+    """Make the checks of weights, exported pair and pictures, and keep answers and `panels.png` in the folder.
 
-    Args:
-        run: The run folder.
-        folder: Where the answers go, `<check>.json`, and `panels.png`.
-        split: Whose chip table the pictures are compared with.
-        data_root: Where the chips are, if not where the recipe says.
-
-    Raises:
-        RunFolderError: The folder cannot be written.
+    An error fails its check; what is no fault of the run, chips that are elsewhere or fp16 on a CPU, skips it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     digest, table = sha256_of(run.best), table_path(run.best, split)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"the evidence cannot be written: {error.strerror}"
-        raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
-
-    def keep(name: str, check: Callable[[], Check]) -> None:
-        console.say(f"measuring {name.replace('_', ' ')}")
-        path = folder / f"{name}.json"
-        try:
-            answer = check()
-        except DataError as error:  # the chips are elsewhere: nothing is wrong with the run
-            console.warn(f"{name} is left out: {error.what}")
-            path.unlink(missing_ok=True)
-            return
-        except FloodreproError as error:
-            answer = Check("fail", error.what)
-        kept = {"measured_on": digest, "check": asdict(replace(answer, code=f"{__name__}.{name}"))}
-        write_atomically(path, json.dumps(kept, indent=1) + "\n")
-
+    answers: dict[str, Check] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        keep("weights", lambda: weights(run.recipe, run.best, run.checkpoints / "last.ckpt"))
-        keep("load_back", lambda: load_back(run.recipe, run.best, *_pair(run, digest, Path(scratch))))
-        keep("round_trip", lambda: round_trip(run.recipe, run.best, *_pair(run, digest, Path(scratch))))
-    keep("panels", lambda: panels(_readable_here(run.recipe, data_root), run.best, table, folder))
+
+        def of_pair(check: Callable[[Path, Path, ExportedWeights], Check]) -> Check:
+            pair, which = _pair(run, digest, Path(scratch))
+            found = check(run.recipe, run.best, pair)
+            return found | {"notes": [*found.get("notes", []), f"The pair that was measured: {which}."]}
+
+        makers: dict[str, Callable[[], Check]] = {
+            "weights": lambda: weights(run.recipe, run.best, run.checkpoints / "last.ckpt"),
+            "load_back": partial(of_pair, load_back),
+            "round_trip": partial(of_pair, round_trip),
+            "panels": lambda: panels(_parse(run.recipe, data_root), run.best, table, folder),
+        }
+        for name, make in makers.items():
+            console.say(f"measuring {name.replace('_', ' ')}")
+            try:
+                answers[name] = make()
+            except FloodreproError as error:
+                status = "skip" if isinstance(error, DataError | UsageError) else "fail"
+                answers[name] = {"status": status, "finding": error.what}
+    write_atomically(folder / MEASURED, json.dumps({"measured_on": digest, "checks": answers}, indent=1) + "\n")
 
 
 def weights(recipe: Path, checkpoint: Path, state: Path) -> Check:
     """Every tensor of a checkpoint against the recipe's model, and which of them never had a gradient.
 
-    Parameters alone do not tell: one overflow can leave NaN in a BatchNorm buffer only.
-
-    Args:
-        recipe: The recipe whose model the checkpoint holds.
-        checkpoint: A ``.ckpt``, ``.pt`` or ``.safetensors``.
-        state: The run's full state, ``last.ckpt``; it may be missing.
+    Parameters alone do not tell: one overflow can leave NaN in a BatchNorm buffer only. `state` is the run's full
+    state, ``last.ckpt``; without it, or with another optimizer than Adam, movement is unknown.
 
     Raises:
         UsageError: The recipe does not build.
-        CheckpointError: The checkpoint cannot be read, or the full state is damaged or another model's.
+        CheckpointError: The checkpoint or the full state cannot be read.
     """
     found = read_checkpoint(checkpoint).weights
     model = _build_on_cpu(recipe).model.model
-    expected: dict[str, Tensor] = model.state_dict()
     parameters = [name for name, _ in model.named_parameters()]  # one name where two share a tensor
-    ours, theirs = ({k: f"{v.dtype} {tuple(v.shape)}" for k, v in one.items()} for one in (found, expected))
+    ours, theirs = ({k: f"{v.dtype} {tuple(v.shape)}" for k, v in one.items()} for one in (found, model.state_dict()))
     other = [
         f"{name}: {ours.get(name, 'missing')} for {theirs.get(name, 'nothing')}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name)
     ]
-    bad = {name: tensor for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())}
-    sizes = [sum(one[name].numel() for name in parameters if name in one) for one in (found, expected)]
+    bad = [name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())]
     values = [
-        _named("tensors with values that are not finite", list(bad)),
+        _named("tensors with values that are not finite", bad),
         _named("tensors that differ from the recipe's model", other),
-        Value("parameters", sizes[0], expected=sizes[1]),
+        figure("parameters", sum(found[name].numel() for name in parameters if name in found)),
     ]
     moved = "how far they moved is unknown"
     if (unmoved := _unmoved(parameters, state)) is not None:
-        values.append(_named("trained tensors that never moved", unmoved, load_criteria()["weights"]["unmoved"]))
+        values.append(_named("trained tensors that never moved", unmoved, CRITERIA["weights"]["unmoved"]))
         moved = f"{len(parameters)} trained tensors, all moved"
-    rows = [
-        [name, "parameter" if name in parameters else "buffer", int(tensor.isnan().sum()), int(tensor.isinf().sum())]
-        for name, tensor in bad.items()
-    ]
-    tables = [Table("Values that are not finite", ["tensor", "kind", "NaN", "inf"], rows)]
-    return judge(values, f"{len(found)} tensors, all finite; {moved}", tables=tables)
+    return judge(values, f"{len(found)} tensors, all finite; {moved}")
 
 
-def load_back(recipe: Path, checkpoint: Path, pair: ExportedWeights, which: str, size: int = 64) -> Check:
-    """Predict fixed chips with the run's model and with the exported pair in plain TerraTorch.
+def load_back(recipe: Path, checkpoint: Path, pair: ExportedWeights, size: int = 64) -> Check:
+    """Predict fixed chips of so many pixels with the run's model and with the exported pair in plain TerraTorch.
 
     The other side is a fresh process in which floodrepro cannot be imported:
     ``LightningInferenceModel.from_config(config, weights)``. Both sides are given raw values (no-data replaced) and
     normalise them with what their own YAML says.
 
-    Args:
-        recipe: The run's recipe.
-        checkpoint: The run's weights.
-        pair: Exported YAML and safetensors.
-        which: Which pair it is, in words.
-        size: Height and width of the chips in pixels.
-
     Raises:
+        DataError: The recipe names no statistics: there is nothing to make chips of.
         CheckpointError: The checkpoint does not fit, or the pair does not load in plain TerraTorch.
     """
-    cli, asked = _build_on_cpu(recipe), load_criteria()["load_back"]
+    cli, asked, notes = _build_on_cpu(recipe), CRITERIA["load_back"], []
     load_strictly(read_checkpoint(checkpoint), cli.model, cli.recipe)
     chips = _raw_chips(cli.recipe, size)
-    with torch.inference_mode():
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         ours: Tensor = cli.model.model.eval()(cli.datamodule.aug({"image": dict(chips)})["image"]).output
-    notes = [f"The pair that was measured: {which}."]
-    with tempfile.TemporaryDirectory() as folder:
-        file = pair.path
+        given, logits, file = Path(scratch) / "chips.pt", Path(scratch) / "logits.pt", pair.path
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _READS_SAFETENSORS:
-            file = Path(folder) / "twin.pt"
+            file = Path(scratch) / "twin.pt"
             torch.save({f"model.{k}": v for k, v in read_checkpoint(pair.path).weights.items()}, file)
             notes.append(f"torch {torch.__version__} cannot load safetensors (2.13 can): a .pt twin was loaded.")
-        theirs = _predict_without_floodrepro(pair.config, file, chips, Path(folder))
+        settings = {"precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
+        torch.save({"chips": chips} | settings, given)
+        # -I keeps this checkout, and whatever PYTHONPATH names, out of the other interpreter's path.
+        command = [sys.executable, "-I", "-W", "ignore", "-c", _WITHOUT_FLOODREPRO]
+        command += [str(path.resolve()) for path in (pair.config, file, given, logits)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+        if done.returncode != 0:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            raise CheckpointError(f"plain TerraTorch does not load the pair: {lines[-1]}", where=pair.path)
+        theirs: Tensor = torch.load(logits, weights_only=True)
     if theirs.shape != ours.shape:
         what = f"plain TerraTorch predicts {tuple(theirs.shape)} where the run's model predicts {tuple(ours.shape)}"
         raise CheckpointError(what, where=pair.config)
-    finite = bool((ours.isfinite() & theirs.isfinite()).all())
-    gap = float((ours - theirs).abs().max()) if finite else None
+    gap = float((ours - theirs).abs().max())
     equal = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double().mean(dim=(1, 2))
     values = [
-        Value("largest difference of logits", gap, at_most=asked["logit_difference"]),
-        Value("smallest share of equal pixels", float(equal.min()), at_least=asked["equal_argmax"]),
+        figure("largest difference of logits", gap if math.isfinite(gap) else None, at_most=asked["logit_difference"]),
+        figure("smallest share of equal pixels", float(equal.min()), at_least=asked["equal_argmax"]),
     ]
     return judge(values, f"{len(ours)} chips of {size * size:,} pixels predicted the same", notes=notes)
 
 
-def round_trip(recipe: Path, checkpoint: Path, pair: ExportedWeights, which: str) -> Check:
+def round_trip(recipe: Path, checkpoint: Path, pair: ExportedWeights) -> Check:
     """The exported file against the checkpoint: tensors to the bit, and the hashes in its header.
 
     Raises:
@@ -210,34 +197,94 @@ def round_trip(recipe: Path, checkpoint: Path, pair: ExportedWeights, which: str
     """
     source, written = read_checkpoint(checkpoint).weights, read_checkpoint(pair.path).weights
 
-    def same(one: Tensor, other: Tensor) -> bool:
-        bits = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
-        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*bits)
+    def bits(tensor: Tensor | None) -> tuple[Any, ...] | None:
+        if tensor is None:
+            return None
+        return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
-    both = source.keys() & written.keys()
-    differing = (source.keys() ^ written.keys()) | {name for name in both if not same(source[name], written[name])}
+    names = sorted(source.keys() | written.keys())
+    differing = [name for name in names if bits(source.get(name)) != bits(written.get(name))]
     hashes = {"recipe_sha256": recipes.fingerprint(recipes.read_yaml(recipe)), "source_sha256": sha256_of(checkpoint)}
     values = [
-        _named("tensors that differ from the checkpoint's", sorted(differing)),
-        *(Value(f"{key} in the header", pair.metadata.get(key), expected=sha) for key, sha in hashes.items()),
+        _named("tensors that differ from the checkpoint's", differing),
+        *(figure(f"{key} in the header", pair.metadata.get(key), expected=sha) for key, sha in hashes.items()),
     ]
-    notes = [f"The pair that was measured: {which}."]
-    return judge(values, f"{len(source)} tensors, bit for bit", notes=notes)
+    return judge(values, f"{len(source)} tensors, bit for bit")
 
 
-def _named(what: str, names: Sequence[str], allowed: int = 0) -> Value:
+def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> Check:
+    """Run TerraTorch's test loop over a few chips of a table, compare their counts with it, and draw `panels.png`.
+
+    Raises:
+        TableError: The table is missing, damaged, another checkpoint's, or has no chip to show.
+        UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.run_pass`.
+    """
+    table = chip_table.read_table(table_file)
+    if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
+        raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
+    positive = protocols.positive_class_of(cli.recipe)
+    shown, name = choose_chips_to_show(table, positive), table.class_names[positive]
+    chips, counts = [str(table.chips[row]) for row in shown.values()], table.counts[list(shown.values())]
+    maps = _predict_chips(cli, checkpoint, chips)
+    # The fewest that must have been predicted otherwise: a pixel leaves one count and enters another.
+    moved = (np.abs(maps.table({}, {}).subset(chips).counts - counts).sum(axis=(1, 2)) + 1) // 2
+    worst = float((moved / counts.sum(axis=(1, 2))).max())
+    source = Chips(Path(protocols.data_arguments(cli.recipe)["data_root"]), protocols.protocol_of(cli.recipe))
+    drawn = []
+    for kind, chip, one in zip(shown, chips, counts, strict=True):
+        alarms = f"no {name} in truth, {one[:, positive].sum() / one.sum():.1%} predicted"
+        says = alarms if kind == "empty" else f"{name} IoU {float(iou(one, positive)):.3f}"
+        pictures = take_pictures(source.bands(chip, "S2L2A"), source.bands(chip, "S1RTC"))
+        drawn.append({"title": f"{kind}: {chip}, {says}", **maps.seen[chip], **pictures})
+    with rasterio.open(source.path(chips[0], protocols.LABEL_DIR), driver="GTiff") as mask:
+        metres = float(abs(mask.transform.a))
+    (folder / "panels.png").write_bytes(panels_png(drawn, table.class_names, positive, metres))
+    caption = (
+        "A row a chip: Sentinel-2 in true colour and Sentinel-1 VV before and at the event, the truth, the prediction, "
+        f"and where they differ. Best, median and worst by {name} IoU among chips whose truth has at least "
+        f"{MIN_SHARE:.0%} {name}; the empty chip is the one without any that has the most false alarms."
+    )
+    what, allowed = (
+        "largest share of pixels predicted otherwise than in the table",
+        CRITERIA["panels"]["differing_share"],
+    )
+    found = f"{', '.join(shown)} chip shown, " + (f"{worst:.2g} differ" if worst else "as in the table")
+    plot = {"name": "panels", "kind": "panels", "caption": caption}
+    return judge([figure(what, worst, at_most=allowed)], found, plots=[plot])
+
+
+class _Maps(ChipCounts):
+    """Keeps truth and prediction (H, W) of each chip, besides counting them."""
+
+    seen: dict[str, dict[str, npt.NDArray[np.int8]]]
+
+    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
+        """Keep the batch's maps."""
+        super().use(logits, files, batch, task)
+        pairs = (task.squeeze_ground_truth(batch["mask"]), logits.argmax(dim=1))
+        truth, prediction = (each.to(torch.int8).cpu().numpy() for each in pairs)
+        for n, file in enumerate(files):
+            self.seen[chip_of(file)] = {"truth": truth[n], "prediction": prediction[n]}
+
+
+def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
+    maps = _Maps(checkpoint)
+    maps.seen = {}
+    with tempfile.TemporaryDirectory() as folder:
+        split = Path(folder) / "chips.txt"
+        split.write_text("".join(f"{chip}\n" for chip in chips), encoding="utf-8")
+        run_pass(cli, "test", maps, "test", file=str(split))
+    return maps
+
+
+def _named(what: str, names: Sequence[str], allowed: int = 0) -> dict[str, Any]:
     """How many there are, and the first of them by name."""
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-    return Value(f"{what} ({shown})" if names else what, len(names), at_most=allowed)
+    return figure(f"{what} ({shown})" if names else what, len(names), at_most=allowed)
 
 
 def _unmoved(names: Sequence[str], state: Path) -> list[str] | None:
-    """Which parameters never had a gradient: their second moments in Adam's state are zero. None for other optimizers.
-
-    Args:
-        names: Of the model's parameters, in the order in which the optimizer was given them.
-        state: The run's full state.
-    """
+    """Which parameters, in the model's order, never had a gradient: Adam's second moments of them are zero."""
     if not state.is_file():
         return None
     try:
@@ -252,43 +299,22 @@ def _unmoved(names: Sequence[str], state: Path) -> list[str] | None:
     return [name for n, name in named.items() if n not in moments or not moments[n]["exp_avg_sq"].any()]
 
 
-def _raw_chips(recipe: Recipe, size: int) -> dict[str, Tensor]:
-    """Raw values (N, C, T, H, W) by modality: noise around the recipe's means, zeros, and both in halves."""
-    arguments, generator = data_arguments(recipe), torch.Generator().manual_seed(0)
+def _raw_chips(recipe: recipes.Recipe, size: int) -> dict[str, Tensor]:
+    """Raw values (2, C, T, H, W) by modality: noise around the recipe's means, of the second chip a half is zero."""
+    arguments, generator = protocols.data_arguments(recipe), torch.Generator().manual_seed(0)
     if not arguments.get("means"):
         raise DataError("the recipe has no means of its own data: no fixed chips can be made for it")
     chips = {}
     for name, means in arguments["means"].items():
-        shape = (len(means), len(arguments.get("timesteps") or range(4)), size, size)
+        shape = (2, len(means), len(arguments.get("timesteps") or range(4)), size, size)
         mean, std = (torch.tensor(arguments[key][name]).view(-1, 1, 1, 1) for key in ("means", "stds"))
-        noise = mean + std * torch.randn(*shape, generator=generator)
-        halves = noise.flip(-1).clone()
-        halves[..., : size // 2] = 0
-        chips[name] = torch.stack([noise, torch.zeros(shape), halves])
+        chips[name] = mean + std * torch.randn(shape, generator=generator)
+        chips[name][1, ..., : size // 2] = 0
     return chips
 
 
-def _predict_without_floodrepro(config: Path, weights: Path, chips: Mapping[str, Tensor], folder: Path) -> Tensor:
-    given, logits = folder / "chips.pt", folder / "logits.pt"
-    settings = {"precision": torch.get_float32_matmul_precision(), "threads": torch.get_num_threads()}
-    torch.save({"chips": dict(chips)} | settings, given)
-    # -I keeps this checkout, and whatever PYTHONPATH names, out of the other interpreter's path.
-    files = [str(file.resolve()) for file in (config, weights, given, logits)]
-    command = [sys.executable, "-I", "-W", "ignore", "-c", _WITHOUT_FLOODREPRO, *files]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise CheckpointError(f"plain TerraTorch does not load the pair: {lines[-1]}", where=weights)
-    predicted: Tensor = torch.load(logits, weights_only=True)
-    return predicted
-
-
 def _pair(run: RunFolder, digest: str, scratch: Path) -> tuple[ExportedWeights, str]:
-    """The pair in `export/` if it is the best checkpoint's; else one that is made for this measurement alone.
-
-    Raises:
-        CheckpointError: A pair in `export/` is damaged.
-    """
+    """The pair in `export/` if it is the best checkpoint's; else one that is made for this measurement alone."""
     for file in sorted(run.export.glob("*.safetensors")):
         if (pair := read_exported(file)).metadata.get("source_sha256") == digest:
             return pair, "as it lies in export/"
@@ -297,16 +323,9 @@ def _pair(run: RunFolder, digest: str, scratch: Path) -> tuple[ExportedWeights, 
     return pair, "made for this check, since export/ holds none of this checkpoint"
 
 
-def _parse(config: Path, data_root: Path | None, *more: str) -> RecipeCLI:
+def _parse(config: Path, data_root: Path | None) -> RecipeCLI:
     overrides = recipes.data_overrides(data_root, recipes.read_yaml(config)) if data_root else []
-    return RecipeCLI([config], [*overrides, *more])
-
-
-def _readable_here(config: Path, data_root: Path | None) -> RecipeCLI:
-    """A recipe, parsed; in fp32 where it asks for fp16 and there is no GPU."""
-    fp16 = str((recipes.read_yaml(config).get("trainer") or {}).get("precision")).startswith("16")
-    more = ["--trainer.precision=32-true"] if fp16 and not torch.cuda.is_available() else []
-    return _parse(config, data_root, *more)
+    return RecipeCLI([config], overrides)
 
 
 def _build_on_cpu(recipe: Path) -> RecipeCLI:
@@ -316,11 +335,3 @@ def _build_on_cpu(recipe: Path) -> RecipeCLI:
     cli.config.trainer.accelerator, cli.config.trainer.precision = "cpu", "32-true"
     cli.build()
     return cli
-
-
-def _made_from(table: Path) -> str | None:
-    """The sha256 of the checkpoint that a table was made from; None where there is no table, or a damaged one."""
-    try:
-        return (chip_table.read_table(table).metadata.get("checkpoint") or {}).get("sha256")
-    except TableError:
-        return None

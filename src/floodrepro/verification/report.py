@@ -7,7 +7,7 @@ The same input gives the same bytes, and neither torch nor a GPU is needed.
 import base64
 import json
 import re
-import statistics
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
@@ -19,24 +19,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import write_atomically
-from floodrepro.verification.check import NOTHING, number
+from floodrepro.verification.checks import NOTHING, number
 from floodrepro.verification.checks.run import device_of
 from floodrepro.verification.figures import png
-from floodrepro.verification.results import COMPARISONS
 
 PICTURE = "panels.png"
 _FOLDER = Path(__file__).parent
 _MARKUP = re.compile(r"([\\`*_\[\]|])")
-_ORDER = ("fail", "undecided", "skip", "pass")
-_WORDS = {"fail": "failed", "undecided": "undecided", "skip": "not made", "pass": "passed"}
+_WORST_FIRST = ("fail", "undecided", "skip", "pass")
 
 
 def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """Write results.json, report.md, report.html and figures/*.png into a folder and return the HTML page.
 
-    Args:
-        results: The content of results.json.
-        folder: Where they go; `evidence/panels.png` in it is the picture of chips, if there is one.
+    `evidence/panels.png` in the folder is the picture of chips, if there is one.
 
     Raises:
         RunFolderError: The folder cannot be written.
@@ -66,7 +62,11 @@ def draw(results: Mapping[str, Any], picture: Path) -> dict[str, bytes]:
 
 def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """report.md as text; a figure that is not given is said to be missing."""
-    checks = sorted(results["checks"], key=lambda check: _ORDER.index(check["status"]))
+    checks = sorted(results["checks"], key=lambda check: _WORST_FIRST.index(check["status"]))
+    other = results["reference"] or {}
+    known = {"epochs": other.get("epochs"), "seed": other.get("seed"), **(other.get("checkpoint") or {})}
+    listed = [str(other.get("name")), *(f"{key} {value}" for key, value in known.items() if value and key != "name")]
+    facts = [*run_facts(results["run"]), *([("reference", ", ".join(listed))] if other else [])]
     return fill_in(
         _FOLDER / "report.md.j2",
         results=results,
@@ -75,7 +75,7 @@ def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
         figures=figures,
         figure_path=figure_path,
         required=required_sentence(results),
-        facts=[*run_facts(results["run"]), *_reference_facts(results), *how_to_reproduce(results["run"])],
+        facts=[*facts, *how_to_reproduce(results["run"])],
     )
 
 
@@ -131,37 +131,39 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
 def required_sentence(results: Mapping[str, Any]) -> str:
     """What became of the required checks; the report and the model card have the same sentence."""
     summary, checks = results["summary"], {check["id"]: check for check in results["checks"]}
-    title = {name: check["title"] for name, check in checks.items()}
-    met = [name for name in summary["required"] if name not in summary["not_met"]]
-    words = {name: check["outcome"] or _WORDS[check["status"]] for name, check in checks.items()}
-    compared = [f"{title[name]} ({words[name]})" for name in met if name in COMPARISONS]
+    met = [checks[name] for name in summary["required"] if name not in summary["not_met"]]
+    compared = [check for check in met if check["outcome"] or check["status"] != "pass"]
     parts = {
-        "Required and not met": [title[name] for name in summary["not_met"]],
-        "Required comparisons": compared,
-        f"{'The other' if compared or summary['not_met'] else 'All'} required checks passed": [
-            title[name] for name in met if name not in COMPARISONS
+        "Required and not met": [checks[name]["title"] for name in summary["not_met"]],
+        "Required comparisons": [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared],
+        "The list of required checks was shortened; not asked for": [
+            checks[name]["title"] for name in summary["left_out"]
         ],
-        "The list of required checks was shortened; not asked for": [title[name] for name in summary["left_out"]],
     }
-    return " ".join(f"{label}: {', '.join(names)}." for label, names in parts.items() if names)
+    found = [f"{label}: {', '.join(names)}." for label, names in parts.items() if names]
+    passed = len(met) - len(compared)
+    return " ".join([*found, *([f"{passed} required checks passed."] if passed else [])])
 
 
 def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What a run was, label and text, as far as its record has it; the model card has the same."""
-    environment, progress = run.get("environment") or {}, run.get("progress") or {}
-    packages = environment.get("packages") or {}
+    environment, progress, data = (run.get(key) or {} for key in ("environment", "progress", "data"))
+    packages, events = environment.get("packages") or {}, data.get("events") or {}
     named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
-    chips = (run.get("data") or {}).get("chips") or {}
-    steps = [epoch["seconds"] / epoch["steps"] for epoch in run.get("epoch_times") or [] if epoch.get("steps")]
+    apart = "; no event of test is in train" if {"train", "test"} <= events.keys() and not data.get("warnings") else ""
     started, ended = (datetime.fromisoformat(run[key]) if run.get(key) else None for key in ("started", "ended"))
     memory = (run.get("memory_gib") or {}).get("after_warm_up") or {}
     rate, skipped = run.get("chips_per_second"), progress.get("skipped_steps")
+
+    def by_split(counts: Mapping[str, int]) -> str:
+        return ", ".join(f"{count:,} {split}" for split, count in counts.items())
+
     facts = {
         "model": "; ".join(run.get("model") or []),
         "device": device_of(run) if environment else "",
         "precision": (environment.get("numerics") or {}).get("precision"),
-        "chips": ", ".join(f"{count:,} {split}" for split, count in chips.items()),
-        "events": _events(run.get("data") or {}),
+        "chips": by_split(data.get("chips") or {}),
+        "events": by_split(events) + apart,
         "epochs": progress.get("epochs"),
         "epoch of the weights": run["best_epoch"] + 1 if run.get("best_epoch") is not None else "",
         "val/loss of that epoch": score(run["best_val_loss"]) if run.get("best_val_loss") is not None else "",
@@ -169,40 +171,23 @@ def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         "seed": run.get("seed"),
         "from start to end": ended - started if started and ended else "",
         "speed": f"{rate['median']:g} chips/s (median epoch)" if rate else "",
-        "a step": f"{statistics.median(steps):.3g} s (median epoch)" if steps else "",
         "peak memory": ", ".join(f"{name} {value:g} GiB" for name, value in memory.items()),
         "versions": ", ".join(f"{name} {packages[name]}" for name in named if name in packages),
     }
     return [(label, str(text)) for label, text in facts.items() if text not in (None, "")]
 
 
-def _events(data: Mapping[str, Any]) -> str:
-    events = data.get("events") or {}
-    listed = ", ".join(f"{count:,} {split}" for split, count in events.items())
-    apart = {"train", "test"} <= events.keys() and not data.get("warnings")
-    return f"{listed}; no event of test is in train" if apart else listed
-
-
-def _reference_facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    other = results["reference"] or {}
-    known = {"epochs": other.get("epochs"), "seed": other.get("seed"), **(other.get("checkpoint") or {})}
-    listed = [f"{key} {value}" for key, value in known.items() if value is not None and key != "name"]
-    return [("reference", ", ".join([str(other["name"]), *listed]))] if other else []
-
-
 def how_to_reproduce(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Code, data and commands of a run, and the hashes of what it left; the model card has the same."""
-    data, weights = run.get("data") or {}, (run.get("checkpoint") or {}).get("sha256")
-    code = run.get("code") or {}
+    """Code, data and command of a run, and the hashes of what it left; the model card has the same."""
+    data, code = run.get("data") or {}, run.get("code") or {}
     commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
     changed = " with changes" if code.get("dirty") else ""
-    origin = "generated" if data.get("generated") else data.get("commit") or "not recorded"
-    commands = run.get("commands") or [" ".join(run.get("command") or []) or "not recorded"]
+    origin = f"generated by {data['generated']}" if data.get("generated") else data.get("commit") or "not recorded"
     return [
         ("code", f"floodrepro {code.get('floodrepro')}, {commit}{changed}" if code else "not recorded"),
         ("data revision", f"{origin}, protocol {run.get('protocol')}"),
         *((f"data digest, {split}", digest) for split, digest in (data.get("digests") or {}).items()),
-        *((f"command {number}", command) for number, command in enumerate(commands, 1)),
+        ("command", shlex.join(run.get("command") or []) or "not recorded"),
         ("recipe sha256", run.get("recipe_sha256") or "not recorded"),
-        ("checkpoint sha256", weights or "not tested"),
+        ("checkpoint sha256", (run.get("checkpoint") or {}).get("sha256") or "not tested"),
     ]

@@ -1,64 +1,170 @@
-"""The scores of one run: event by event, as probabilities, and recomputed from the chip table's counts."""
+"""The scores: against a reference, event by event, as probabilities, and recomputed from the chip table's counts.
 
-from dataclasses import replace
+The primary score is the IoU of the positive class over all pixels of the split ("pooled").
+"""
+
+import itertools
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from floodrepro.evaluation import metrics
-from floodrepro.evaluation.chip_table import ChipTable, refuse_to_compare
-from floodrepro.evaluation.metrics import iou, pool_by_event
-from floodrepro.verification.check import Cell, Check, Evidence, Plot, Table, Unanswered, Value, check, judge
+from floodrepro import recipe as recipes
+from floodrepro.errors import TableError
+from floodrepro.evaluation import intervals, metrics
+from floodrepro.evaluation.chip_table import ChipTable, on_common_chips, refuse_to_compare
+from floodrepro.evaluation.metrics import Counts, iou, pool_by_event
+from floodrepro.verification import checks
+from floodrepro.verification.checks import CRITERIA, Check, Evidence, Unanswered, check, figure, judge
 
-ROWS = 40  # events that one plot or table shows
+_ROWS = 40  # events that one plot or table shows
 _BINS = 10  # of the reliability diagram
+
+
+@check
+def parity(evidence: Evidence) -> Check:
+    """The pooled score against the reference's: two one-sided tests over events (`evaluation.intervals.jackknife`)."""
+    k, name, enough = evidence.positive, evidence.iou_name, CRITERIA["parity"]["enough_events"]
+    names, ours, theirs, chips, notes = _pair(evidence)
+    if not (ours[..., k].any() or theirs[..., k].any()):
+        raise Unanswered("fail", f"neither the run nor the reference ever predicts {evidence.class_name}")
+    if (having := int((ours[:, k].sum(axis=1) > 0).sum())) < 2:
+        raise Unanswered("skip", f"{evidence.class_name} in {having} of {len(ours)} events, two are needed")
+    try:
+        primary = intervals.jackknife(ours, partial(iou, k=k), other=theirs, positive=k)
+        printed = intervals.jackknife(ours, metrics.mean_iou, other=theirs, positive=k)
+    except ValueError as error:
+        raise Unanswered("skip", str(error)) from error
+    if len(ours) < enough:
+        notes.append(f"{len(ours)} events are few: with fewer than {enough} the interval is rough.")
+    without = iou(ours.sum(axis=0) - ours, k) - iou(theirs.sum(axis=0) - theirs, k)
+    mover = int(np.argmax(np.abs(without - primary.estimate)))
+    gap = checks.points(100 * float(without[mover]), CRITERIA["parity"]["margin_pp"])
+    notes += [
+        f"Without {names[mover]}, the event that moves it most, the difference is {gap} pp.",
+        "The interval holds for these two sets of weights and for events like these, if the difference is spread over "
+        "events. A kind of event that is missing here can hide any difference.",
+    ]
+    tested = _difference(f"{name}, pooled", primary, chips)
+    values = [tested, _difference("mIoU, pooled (printed, not tested)", printed, chips)]
+    return _decide(primary, "events", values=values, notes=notes)
+
+
+@check
+def head_to_head(evidence: Evidence) -> Check:
+    """The mean of the events' own differences to the reference, each event once, with a paired t interval."""
+    k, name, least = evidence.positive, evidence.iou_name, metrics.MIN_FLOOD_PIXELS
+    _, ours, theirs, chips, notes = _pair(evidence)
+    try:
+        mean = intervals.mean_over_events(ours, other=theirs, positive=k)
+    except ValueError as error:
+        raise Unanswered("skip", str(error)) from error
+    gaps = (iou(ours, k) - iou(theirs, k))[ours[:, k].sum(axis=1) >= least]
+    won, lost = int((gaps > 0).sum()), int((gaps < 0).sum())
+    values = [_difference(f"{name}, mean over events", mean, chips)]
+    notes.append(f"Events with fewer than {least} pixels of it in the truth are left out.")
+    return _decide(mean, "events", f"; {won} of {len(gaps)} events won, {lost} lost", values=values, notes=notes)
+
+
+@check
+def variance(evidence: Evidence) -> Check:
+    """All runs that were declared together, their spread, and their mean against the reference."""
+    runs, k, name = evidence.seeds, evidence.positive, evidence.iou_name
+    least = CRITERIA["variance"]["min_seeds"]
+    if len(runs) < 2:
+        raise evidence.without("seeds", "one run: its spread over seeds is unknown")
+    figures = [float(iou(run.table.counts.sum(axis=0), k)) if run.table else np.nan for run in runs]
+    _refuse_copies(evidence)
+    if np.isnan(figures).any():
+        raise Unanswered("skip", f"{name} is undefined in a run")
+    rows = [[run.run, run.seed, run.status, one] for run, one in zip(runs, figures, strict=True)]
+    table = {"title": "All declared runs", "columns": ["run", "seed", "status", name], "rows": rows}
+    deviation = 100 * float(np.std(figures, ddof=1))
+    mean = figure(f"{name}, mean over seeds", float(np.mean(figures)))
+    values = [mean, figure("standard deviation over seeds", deviation, "pp")]
+    found, few = f"{len(runs)} seeds, standard deviation {deviation:.1f} pp", len(runs) < least
+    if few or evidence.reference is None:
+        skip = f"{found}; at least {least} seeds are needed" if few else ""
+        return judge(values, f"{found}; there is no reference to compare their mean with", skip, tables=[table])
+    pairs = [_on_common_chips(run.table, evidence.reference) for run in runs if run.table]
+    ours = [float(iou(one.counts.sum(axis=0), k)) for one, _, _ in pairs]
+    result = intervals.over_seeds(ours, float(iou(pairs[0][1].counts.sum(axis=0), k)))
+    values.append(_difference(f"{name}, mean over {len(runs)} seeds", result))
+    note = "Over seeds, chips and the reference's score are taken as they are: for events see the check of parity."
+    return _decide(result, "seeds", values=values, tables=[table], notes=[note])
+
+
+@check
+def reference(evidence: Evidence) -> Check:
+    """A reference whose sha256 is known, measured here, against its published figures on the published chips.
+
+    It shows data version, normalisation and label map to be the published ones, from end to end.
+    """
+    table = evidence.reference
+    if table is None:
+        raise evidence.without("reference", "no reference was given")
+    known = {entry["sha256"]: entry for entry in evidence.published.values() if "sha256" in entry}
+    entry = known.get(_sha256(table))
+    if entry is None:
+        raise Unanswered("skip", "no figures of this reference are published that floodrepro knows")
+    here = f"{len(table):,} chips of {table.metadata.get('split')} ({table.metadata.get('protocol')})"
+    there = f"{entry['chips']:,} chips of {entry['split']} ({entry['protocol']})"
+    if here != there:
+        raise Unanswered("skip", f"published on {there}, here: {here}")
+    scores, digits = _terratorch_scores(table), entry["decimals"]
+    values = []
+    for metric, printed in entry["figures"].items():
+        low, high = (round(printed + sign * 0.5 * 10.0**-digits, digits + 1) for sign in (-1, 1))
+        values.append(figure(metric, scores.get(metric), n_chips=len(table), at_least=low, at_most=high))
+    found = f"{len(values)} figures of {entry['name']} to {digits} decimals"
+    return judge(values, found, notes=[f"Published: {entry['source']}."])
 
 
 @check
 def events(evidence: Evidence) -> Check:
     """The score of each event's pooled counts; false alarms where an event has none of the class in its truth."""
-    asked, k, name = evidence.criteria["events"], evidence.positive, evidence.iou_name
-    class_name, zero = evidence.class_name, asked["zero_iou"]
-    table = evidence.usable_table()
+    asked, k, name = CRITERIA["events"], evidence.positive, evidence.iou_name
+    class_name, zero, table = evidence.class_name, asked["zero_iou"], evidence.usable_table()
     names, counts = pool_by_event(table.counts, table.events)
     pixels, figures = counts[:, k].sum(axis=1), iou(counts, k)
-    chips = np.unique(table.events, return_counts=True)[1]
     large = np.flatnonzero(pixels >= asked["min_pixels"])
     if not len(large):
         raise Unanswered("skip", f"no event has {asked['min_pixels']} pixels of {class_name} or more")
     order = large[np.argsort(figures[large], kind="stable")].tolist()
     missed = [names[n] for n in order if figures[n] < zero]
-    share, most = len(missed) / len(large), asked["max_zero_iou_share"]
+    share, largest = len(missed) / len(large), 100 * float(pixels.max() / pixels.sum())
     values = [
-        Value(f"share of events with {name} below {zero:g}", share, at_most=most),
-        Value(f"{name}, mean over events", float(figures[large].mean()), n_events=len(large)),
-        Value(f"{name}, median over events", float(np.median(figures[large])), n_events=len(large)),
-        Value(f"{name}, worst event", float(figures[order[0]])),
-        Value(f"share of all {class_name} pixels in the largest event", 100 * float(pixels.max() / pixels.sum()), "%"),
+        figure(f"share of events with {name} below {zero:g}", share, at_most=asked["max_zero_iou_share"]),
+        figure(f"{name}, mean over events", float(figures[large].mean()), n_events=len(large)),
+        figure(f"{name}, median over events", float(np.median(figures[large])), n_events=len(large)),
+        figure(f"{name}, worst event", float(figures[order[0]])),
+        figure(f"share of all {class_name} pixels in the largest event", largest, "%"),
     ]
-    found = f"{figures[order[0]]:.2f} to {figures[order[-1]]:.2f} over {len(large)} events"
-    about: list[list[Cell]] = [[names[n], int(chips[n]), int(pixels[n])] for n in range(len(names))]
-    columns = ["event", "chips", f"{class_name} pixels"]
-    scored = [[*about[n], float(figures[n])] for n in order[:ROWS]]
-    rest = [[*about[n], int(counts[n, :, k].sum())] for n in range(len(names)) if n not in set(order)][:ROWS]
-    tables = [
-        Table("Events, the worst first", [*columns, name], scored),
-        Table(f"Events with little or no {class_name}", [*columns, f"called {class_name}"], rest),
-    ]
-    shown = [names[n] for n in order[:ROWS]]
-    series = [{"label": "this run", "x": figures[order[:ROWS]].round(6).tolist(), "y": shown}]
+    models = {"this run": figures}
     if evidence.reference is not None and not refuse_to_compare(table, evidence.reference):
-        theirs = iou(pool_by_event(evidence.reference.counts, evidence.reference.events)[1], k)
-        series.append({"label": "the reference", "x": theirs[order[:ROWS]].round(6).tolist(), "y": shown})
-    caption = f"{name} by event, the worst on top{f' ({ROWS} shown)' if len(order) > ROWS else ''}."
-    plot = Plot("events", "dots", f"{name} by event", name, "", series, caption)
-    answer = judge(values, found, tables=tables, plots=[plot])
-    return replace(answer, finding=f"{answer.finding}: {', '.join(missed[:5])}") if missed else answer
+        models["the reference"] = iou(pool_by_event(evidence.reference.counts, evidence.reference.events)[1], k)
+    series = [
+        {"label": label, "x": each[order[:_ROWS]].round(6).tolist(), "y": [names[n] for n in order[:_ROWS]]}
+        for label, each in models.items()
+    ]
+    caption = f"{name} by event, the worst on top{f' ({_ROWS} shown)' if len(order) > _ROWS else ''}."
+    plot = {"name": "events", "kind": "dots", "x_label": name, "series": series, "caption": caption}
+    title = f"Events, the worst first; those with little or no {class_name} last"
+    columns = ["event", "chips", f"{class_name} pixels", f"called {class_name}", *(f"{name}, {one}" for one in models)]
+    about = (np.unique(table.events, return_counts=True)[1], pixels, counts[:, :, k].sum(axis=1), *models.values())
+    dry = [n for n in range(len(names)) if n not in set(order)]
+    rows = [[names[n], *(each[n].item() for each in about)] for n in [*order[:_ROWS], *dry[:_ROWS]]]
+    found = f"{figures[order[0]]:.2f} to {figures[order[-1]]:.2f} over {len(large)} events"
+    result = judge(values, found, tables=[{"title": title, "columns": columns, "rows": rows}], plots=[plot])
+    if missed:
+        result["finding"] += f": {', '.join(missed[:5])}"
+    return result
 
 
 @check
 def calibration(evidence: Evidence) -> Check:
     """Probabilities of the class against its frequencies, its area, and collapse to one class."""
-    asked, k, class_name = evidence.criteria["calibration"], evidence.positive, evidence.class_name
+    asked, k, class_name = CRITERIA["calibration"], evidence.positive, evidence.class_name
     table = evidence.usable_table()
     true, pixels = table.counts[:, k].sum(axis=1), table.counts.sum(axis=(1, 2))
     called = table.counts[:, :, k].sum(axis=1)
@@ -69,57 +175,132 @@ def calibration(evidence: Evidence) -> Check:
     diagram = metrics.reliability(table.histogram, table.confidence, _BINS)
     likely = metrics.Reliability(diagram.edges[1:], diagram.pixels[1:], diagram.confidence[1:], diagram.frequency[1:])
     mixed = (true > 0) & (true < pixels)
-    one_class = ((called == 0) | (called == pixels))[mixed]
     thresholds, swept = metrics.threshold_sweep(table.histogram)
     best = int(np.lexsort((np.abs(thresholds - 0.5), -iou(swept, 1)))[0])  # of equal ones the nearest to 0.5
     least, most = asked["area_ratio"]
-    values = [
-        Value("expected calibration error", metrics.expected_calibration_error(diagram), at_most=asked["ece"]),
-        Value("predicted over true area", float(called.sum() / true.sum()), at_least=least, at_most=most),
-        Value("Brier score", table.brier),
-        Value(f"best threshold of {class_name} on these chips", float(thresholds[best])),
-    ]
-    found = f"calibration error {values[0].text}, predicted over true area {values[1].text}"
-    error = metrics.expected_calibration_error(likely)
-    if error is not None and diagram.pixels[0]:  # else it is the same figure
-        name = f"the same where the probability is {diagram.edges[1]:g} or more"
-        values.insert(1, Value(name, error, at_most=asked["ece_likely"]))
+    error = figure("expected calibration error", metrics.expected_calibration_error(diagram), at_most=asked["ece"])
+    area = figure("predicted over true area", float(called.sum() / true.sum()), at_least=least, at_most=most)
+    values = [error, area]
+    if diagram.pixels[0] and likely.pixels.any():  # else it is the same figure, or none
+        name, rest = f"the same where the probability is {diagram.edges[1]:g} or more", asked["ece_likely"]
+        values.insert(1, figure(name, metrics.expected_calibration_error(likely), at_most=rest))
     if mixed.any():
-        name, share = "share of chips with both that are predicted as one class", float(one_class.mean())
-        values.insert(-2, Value(name, share, n_chips=len(one_class), at_most=asked["one_class_share"]))
-    filled = diagram.pixels > 0
-    curve = {"x": diagram.confidence[filled].round(6).tolist(), "y": diagram.frequency[filled].round(6).tolist()}
-    plot = Plot(
-        "reliability",
-        "lines",
-        f"Reliability of {class_name}",
-        f"mean probability of {class_name}",
-        f"share of pixels that are {class_name}",
-        [{"label": "this run"} | curve, {"label": "equal", "x": [0.0, 1.0], "y": [0.0, 1.0], "guide": True}],
-        "Below the diagonal the model is more certain than it should be, above it less.",
-    )
-    return judge(values, found, plots=[plot])
+        name, share = "share of chips with both that are predicted as one class", asked["one_class_share"]
+        one_class = ((called == 0) | (called == pixels))[mixed]
+        values.append(figure(name, float(one_class.mean()), n_chips=len(one_class), at_most=share))
+    values.append(figure("Brier score", table.brier))
+    values.append(figure(f"best threshold of {class_name} on these chips", float(thresholds[best])))
+    found = f"calibration error {error['text']}, predicted over true area {area['text']}"
+    return judge(values, found)
 
 
 @check
 def identities(evidence: Evidence) -> Check:
     """TerraTorch's own metrics against the same figures from the chip table's counts, for run and reference."""
     tables = {"run": evidence.usable_table()} | ({"reference": evidence.reference} if evidence.reference else {})
-    most, gaps = evidence.criteria["identities"]["difference"], {}
+    gaps = {}
     for name, table in tables.items():
-        found, metrics_there = terratorch_scores(table), table.metadata.get("metrics") or {}
+        found, metrics_there = _terratorch_scores(table), table.metadata.get("metrics") or {}
         stored = {key.rsplit("/", 1)[-1]: value for key, value in metrics_there.items()}
         if both := found.keys() & stored.keys():
             gaps[name] = max(abs(float(stored[key]) - (found[key] or 0.0)) for key in both)
-    values = [Value(f"{name}: largest difference of a metric", gap, at_most=most) for name, gap in gaps.items()]
+    most = CRITERIA["identities"]["difference"]
+    values = [figure(f"{name}: largest difference of a metric", gap, at_most=most) for name, gap in gaps.items()]
     damaged = {name: why for name, (status, why) in evidence.absent.items() if status == "fail" and "table" in name}
-    values += [Value(name, why, expected="readable") for name, why in damaged.items()]
+    values += [figure(name, why, expected="readable") for name, why in damaged.items()]
     skip = "" if "run" in gaps else "the chip table holds none of TerraTorch's metrics"
     return judge(values, f"the same to {max(gaps.values(), default=0.0):.1g}", skip)
 
 
-def terratorch_scores(table: ChipTable) -> dict[str, float | None]:
+def _terratorch_scores(table: ChipTable) -> dict[str, float | None]:
     """TerraTorch's scores of the pooled counts by its names, and `Class_Accuracy_k`, the recall of class k."""
     counts = table.counts.sum(axis=0)
     recall = {f"Class_Accuracy_{k}": metrics.class_scores(counts, k)["recall"] for k in range(table.num_classes)}
     return metrics.scores(counts) | recall
+
+
+def _pair(evidence: Evidence) -> tuple[list[str], Counts, Counts, int, list[str]]:
+    """Events, both models' counts by event on common chips, the number of these, and notes.
+
+    Raises:
+        Unanswered: Something is missing, a skip; or the reference is of other chips or another protocol, a failure.
+    """
+    table, other = evidence.usable_table(), evidence.reference
+    if other is None:
+        raise evidence.without("reference", "no reference was given")
+    ours, theirs, left_out = _on_common_chips(table, other)
+    if _same_model(table, other):
+        raise Unanswered("skip", "the reference is this very model: a comparison with itself shows nothing")
+    notes = [f"{left_out} chips that one of the two did not see in full are left out."] if left_out else []
+    names, counts = pool_by_event(ours.counts, ours.events)
+    return names, counts, pool_by_event(theirs.counts, theirs.events)[1], len(ours), notes
+
+
+def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
+    """Both tables on the chips that both have seen in full, and how many chips were left out."""
+    try:
+        ours, theirs, left_out = on_common_chips(table, other)
+    except TableError as error:
+        raise Unanswered("skip", error.what) from error
+    if reason := refuse_to_compare(ours, theirs):
+        raise Unanswered("fail", f"wrong reference: {reason}")
+    return ours, theirs, left_out
+
+
+def _decide(result: intervals.Result, counted: str, more: str = "", **parts: Any) -> Check:
+    """The answer that a difference to the reference gives."""
+    margin, level, enough = (CRITERIA["parity"][key] for key in ("margin_pp", "level", "enough_events"))
+    tests = (margin / 100, (1 - level) / 2)
+    word = result.verdict(*tests)
+    low, high = (checks.points(100 * end, margin) for end in result.interval(level))
+    basis = f"{'rough: ' if counted == 'events' and result.n < enough else ''}{result.n} {counted}"
+    gap = f"{checks.points(100 * result.estimate, margin)} pp ({100 * level:g} % CI {low} to {high}, {basis})"
+    if word == "equivalent":
+        found = {"status": "pass", "outcome": word, "finding": f"{gap}, within ±{margin:g} pp{more}"}
+    elif word == "different":
+        status, how = ("pass", "better") if result.estimate > 0 else ("fail", "worse")
+        found = {"status": status, "outcome": f"different ({how})", "finding": gap + more}
+    else:
+        needed = result.needed(*tests)
+        how_many = f"about {checks.number(needed)} {counted} like these" if needed else f"no number of {counted}"
+        finding = f"{gap}, margin ±{margin:g} pp; {how_many} would decide{more}"
+        found = {"status": word, "outcome": word, "finding": finding}
+    return found | parts
+
+
+def _difference(name: str, result: intervals.Result, chips: int | None = None) -> dict[str, Any]:
+    level = CRITERIA["parity"]["level"]
+    low, high = (100 * end for end in result.interval(level))
+    counted = {"n_chips": chips, "n_events": result.n} if chips else {}  # else over seeds
+    return figure(f"difference in {name}", 100 * result.estimate, "pp", low, high, level, **counted)
+
+
+def _refuse_copies(evidence: Evidence) -> None:
+    """Fail declared runs that have no result, are copies, are of other chips, or have another recipe than declared."""
+    if dropped := [f"{run.run} ({run.status})" for run in evidence.seeds if run.table is None]:
+        raise Unanswered("fail", f"declared, but without a chip table: {', '.join(dropped)}")
+    tables = {run.run: run.table for run in evidence.seeds if run.table is not None}
+    named = tables | ({"the reference": evidence.reference} if evidence.reference else {})
+    for one, other in itertools.combinations(named, 2):
+        if _same_model(named[one], named[other]):
+            raise Unanswered("fail", f"{other} is a copy of {one}")
+        if other in tables and (reason := refuse_to_compare(tables[one], tables[other])):
+            raise Unanswered("fail", f"{one} and {other} do not compare: {reason}")
+    for run in evidence.seeds:
+        recipe = recipes.fingerprint({**evidence.recipe, "seed_everything": run.seed})
+        about = tables[run.run].metadata  # a table made with overrides does not name its run's recipe
+        if not about.get("recipe_changes") and about.get("recipe_sha256", recipe) != recipe:
+            raise Unanswered("fail", f"{run.run} is not of this recipe with the declared seed")
+
+
+def _same_model(table: ChipTable, other: ChipTable) -> bool:
+    """Whether two tables are of the same weights, by their hash or because they predict every chip alike."""
+    if _sha256(table) and _sha256(table) == _sha256(other):
+        return True
+    one, another = table.histogram, other.histogram
+    alike = one is another if one is None or another is None else np.array_equal(one, another)
+    return alike and np.array_equal(table.counts, other.counts)
+
+
+def _sha256(table: ChipTable) -> Any:
+    return (table.metadata.get("checkpoint") or {}).get("sha256")
