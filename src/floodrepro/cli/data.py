@@ -10,7 +10,7 @@ import yaml
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import add_format
+from floodrepro.cli.shared import add_format, new_file
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError
 
@@ -57,11 +57,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     audit.add_argument("--strict", action="store_true", help="an event in two splits is an error")
     stats = add(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     stats.add_argument("--split", default="train", metavar="NAME", help="of which split (default: train)")
-    stats.add_argument("--output", type=_new, required=True, metavar="YAML", help="file to write; must be new")
+    stats.add_argument("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
     show = add(_show, "draw a chip with its dates, orbits and clouds", "folder of chips")
     show.add_argument("chip", help="chip id")
     show.add_argument("--protocol", choices=known, default="custom", help="says how masks are named (default: custom)")
-    show.add_argument("--output", type=_new, required=True, metavar="PNG", help="picture to write; must be new")
+    show.add_argument("--output", type=new_file, required=True, metavar="PNG", help="picture to write; must be new")
     synth = add(_synth, "generate chips of plausible events", "folder to write; must hold no data set")
     synth.add_argument("--events", type=int, default=8, metavar="N", help="events, at least 3 (default: 8)")
     synth.add_argument("--chips", type=int, default=128, metavar="M", help="chips over all events (default: 128)")
@@ -181,11 +181,3 @@ def _listed(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def _new(text: str) -> Path:
-    if Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text} is there already and is not overwritten")
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
-    return Path(text)

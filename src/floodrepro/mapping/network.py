@@ -8,8 +8,7 @@ import torch
 
 from floodrepro.data.protocols import NO_DATA
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS
-from floodrepro.mapping.tiles import Array
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS, Array
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
@@ -18,11 +17,7 @@ _LARGEST_BATCH = 64
 
 
 class Network:
-    """The recipe's model with the weights of a checkpoint, on the recipe's device and in its precision.
-
-    Args:
-        cli: The parsed recipe.
-        weights: What `read_checkpoint` returned.
+    """The model of a parsed recipe with the weights of a checkpoint, on the recipe's device and in its precision.
 
     Attributes:
         bands: Names of the bands by modality, in the model's order.
@@ -87,5 +82,4 @@ class Network:
         shapes = {m: (len(self.steps[m]), len(self.bands[m]), crop, crop) for m in self.bands}
         self.probabilities({modality: [np.zeros(shape, np.int16)] for modality, shape in shapes.items()})
         each = torch.cuda.max_memory_allocated(self.device) - before
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(min(max(0.7 * free // max(each, 1), 1), _LARGEST_BATCH))
+        return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), _LARGEST_BATCH))
