@@ -46,41 +46,40 @@ def test_every_command_of_the_list_is_one_that_its_parser_takes(cli):
 
 
 @pytest.fixture(scope="module")
-def generated(cli, tmp_path_factory) -> tuple[Path, Outcome]:
-    """The demo's first stage, which needs no torch."""
-    folder = tmp_path_factory.mktemp("reproduce") / "demo"
-    return folder, cli("reproduce", "--demo", "--run-dir", folder, "--until", "synth")
+def generated(cli, tmp_path_factory) -> tuple[list[str], Outcome]:
+    """The demo's first stage, which needs no torch: stopped on its way and called again."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    argv = ["reproduce", "--demo", "--run-dir", str(folder), "--until", "synth"]
+    with subprocess.Popen([sys.executable, "-m", "floodrepro", *argv]) as stopped:
+        while not any(folder.glob("**/S1RTC")):
+            time.sleep(0.02)
+        stopped.terminate()
+    assert stopped.returncode == 143
+    return argv, cli(*argv)
 
 
 def test_finished_stage_is_skipped_until_its_command_or_output_changes(cli, generated):
-    folder, first = generated
-    again = cli("reproduce", "--demo", "--run-dir", folder, "--until", "synth")
+    argv, first = generated
+    folder, again = Path(argv[3]), cli(*argv)
     assert (first.code, again.code) == (0, 0), first.err
+    assert len(list((folder / "ImpactMesh-Flood/data/S1RTC").iterdir())) == 128
     assert "[1/1] synth: done already" in again.err
     os.utime(folder / "ImpactMesh-Flood" / "split", (1, 1))
-    changed = cli("reproduce", "--demo", "--run-dir", folder, "--until", "synth")
-    assert "done already" not in changed.err
-
-
-def test_killed_synth_starts_again_and_a_lost_output_or_damaged_record_is_found(cli, tmp_path):
-    argv = ("reproduce", "--demo", "--run-dir", str(tmp_path), "--until", "synth")
-    radar = tmp_path / "ImpactMesh-Flood" / "data" / "S1RTC"
-    with subprocess.Popen([sys.executable, "-m", "floodrepro", *argv]) as killed:
-        while not radar.is_dir():
-            time.sleep(0.02)
-        killed.terminate()
-    again = cli(*argv)
-    assert (killed.returncode, again.code, len(list(radar.iterdir()))) == (143, 0, 128), again.err
-    shutil.rmtree(radar)
     assert "done already" not in cli(*argv).err
-    (tmp_path / "runs" / ".done-synth.json").write_text("{")
+
+
+def test_lost_output_and_a_damaged_record_are_found(cli, generated):
+    argv, _ = generated
+    shutil.rmtree(Path(argv[3]) / "ImpactMesh-Flood/data/S1RTC")
+    assert "done already" not in cli(*argv).err
+    (Path(argv[3]) / "runs" / ".done-synth.json").write_text("{")
     assert cli(*argv).code == 2  # what is left there may be somebody's
-    (tmp_path / "runs" / "declared.json").write_text("{")
+    (Path(argv[3]) / "runs" / "declared.json").write_text("{")
     assert "(a damaged file) were declared here" in cli(*argv).report[0]
 
 
 def test_first_failure_ends_the_list_with_its_exit_code(cli, generated, tmp_path):
-    data = generated[0] / "ImpactMesh-Flood"  # chips are there already, which synth refuses
+    data = Path(generated[0][3]) / "ImpactMesh-Flood"  # chips are there already, which synth refuses
     wrong = cli("reproduce", "--demo", "--run-dir", tmp_path, "--data-root", data)
     assert wrong.code == 2
     assert "stage synth ended with exit code 2" in wrong.err

@@ -93,7 +93,7 @@ _V0 = Protocol(
     stds=STDS_0_1_2,
     repo="ibm-esa-geospatial/ImpactMesh-Flood",
     size_gb=210,  # inferred from the sizes of chips; no published figure
-    recipe="impactmesh_flood",
+    recipe="terramind_v1_base_impactmesh_flood_amd",
 )
 _V1_BINARY = replace(
     _V0,
@@ -103,7 +103,7 @@ _V1_BINARY = replace(
     data_version="v1",
     counts={"train": 19_448, "val": 2_171, "test": 2_959},
     size_gb=72,  # inferred in the same way
-    recipe="impactmesh_flood_v1_binary",
+    recipe="terramind_v1_base_impactmesh_flood_v1_binary",
 )
 _V1 = replace(
     _V1_BINARY,
@@ -114,7 +114,7 @@ _V1 = replace(
     means=MEANS_0_2_0,
     stds=STDS_0_2_0,
     positive_class=2,
-    recipe="impactmesh_flood_v1",
+    recipe="terramind_v1_base_impactmesh_flood_v1",
 )
 _CUSTOM = Protocol(name="custom", title="your own chips, with the classes and statistics of the recipe")
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (_V0, _V1_BINARY, _V1, _CUSTOM)}
