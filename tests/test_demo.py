@@ -29,8 +29,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str,
     assert process.returncode == 143, said
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    places = json.loads(done.stdout[done.stdout.rindex("{") :])
-    return run, places, done.stderr
+    report = json.loads(done.stdout[done.stdout.index('{\n  "verdict"') :])
+    return run, report["where"], done.stderr
 
 
 def scores(run: RunFolder) -> dict[str, float]:

@@ -76,10 +76,13 @@ def run_reproduce(args: argparse.Namespace) -> int:
         raise RunFolderError("another reproduction is running here", where=run_dir, fix="another --run-dir") from error
     if "card" in wanted:
         run = RunFolder(run_dir / f"seed-{seeds[0]}")
-        places = {"run": run.path, "report": run.verification / "report.html", "card": run.export / "README.md"}
-        where = {name: str(path) for name, path in places.items()}
-        lines = [*([_DEMO_NOTE] if args.demo else []), *(f"{name:<8}{path}" for name, path in where.items())]
-        console.emit(where, "\n".join(lines), args.format)
+        found = json.loads(run.results.read_text(encoding="utf-8"))
+        verdict, summary = found["verdict"], found["summary"]
+        where = {"run": run.path, "report": run.verification / "report.html", "card": run.export / "README.md"}
+        lines = [f"{verdict['word']}: {verdict['sentence']}", f"checks: {summary['text']}"]
+        lines += [*([_DEMO_NOTE] if args.demo else []), *(f"{name:<8}{path}" for name, path in where.items())]
+        places = {name: str(path) for name, path in where.items()}
+        console.emit({"verdict": verdict, "summary": summary, "where": places}, "\n".join(lines), args.format)
     return 0
 
 
