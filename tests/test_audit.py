@@ -15,10 +15,10 @@ from floodrepro.data import audit as auditing
 from floodrepro.data.audit import FIGURES, MANIFEST, audit
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import PROTOCOLS
-from floodrepro.data.splits import check_data, read_split
+from floodrepro.data.splits import check_data
 from floodrepro.data.synth import VARIANTS, generate, zarr_zip
 from floodrepro.errors import DataError
-from test_splits import recipe_of, split
+from test_splits import chips_of, recipe_of, split
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def mine(clean, tmp_path) -> Path:
 
 
 def first_chip(root: Path) -> str:
-    return read_split(split(root, "train"))[0]
+    return chips_of(root, "train")[0]
 
 
 def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, scl=True, **attributes: str) -> None:
@@ -170,7 +170,7 @@ def test_swapped_classes_are_found_by_how_radar_falls(mine):
 
 
 def test_optical_offset_in_some_events_is_found(mine):
-    lifted = read_split(split(mine, "val"))
+    lifted = chips_of(mine, "val")
     for chip in lifted:
         rewrite(mine, chip, "S2L2A", lambda bands: np.where(bands > 0, bands + 1000, bands).astype(np.int16))
     assert lifted[0].split("_")[0] in found_in(mine)["optical offset of 1000 in some events"]["message"]
@@ -187,17 +187,17 @@ def test_findings_of_a_kind_are_one_line_with_a_count_and_three_examples(mine):
 
 def test_faults_of_split_files_are_findings_and_other_chips_are_still_read(mine):
     with split(mine, "val").open("a") as file:
-        file.write(f"{read_split(split(mine, 'val'))[0]}\n")
+        file.write(f"{chips_of(mine, 'val')[0]}\n")
     found = found_in(mine)
     assert "listed twice" in found["split file"]["message"]
     with split(mine, "train").open("a") as file:
-        file.write(f"{read_split(split(mine, 'test'))[0]}\n")
+        file.write(f"{chips_of(mine, 'test')[0]}\n")
     assert found_in(mine)["chip in two splits"]["severity"] == "error"
 
 
 def test_only_the_splits_that_are_asked_for_are_read(mine):
     for split_name in ("train", "test"):
-        for chip in read_split(split(mine, split_name)):
+        for chip in chips_of(mine, split_name):
             (mine / "data" / "MASK" / f"{chip}_annotation_flood.tif").unlink()
     manifest = audit(mine, PROTOCOLS["v1"], splits=["val"], jobs=1)
     assert manifest["findings"] == []
@@ -208,7 +208,7 @@ def test_only_the_splits_that_are_asked_for_are_read(mine):
 def test_statistics_are_those_of_the_valid_pixels(clean):
     manifest = audit(clean, PROTOCOLS["v1"], jobs=1, splits=["train"])
     source = Chips(clean)
-    radar = np.stack([source.bands(chip, "S1RTC") for chip in read_split(split(clean, "train"))]).astype(np.float64)
+    radar = np.stack([source.bands(chip, "S1RTC") for chip in chips_of(clean, "train")]).astype(np.float64)
     found = manifest["bands"]["train"]["S1RTC"]
     assert found["mean"] == pytest.approx(np.nanmean(radar, axis=(0, 1, 3, 4)), abs=1e-3)
     assert found["std"] == pytest.approx(np.nanstd(radar, axis=(0, 1, 3, 4)), abs=1e-3)

@@ -13,11 +13,12 @@ import pytest
 
 from floodrepro.data import fetch as fetching
 from floodrepro.data.chips import Chips
-from floodrepro.data.splits import FETCH_NOTE, read_commit, read_split
+from floodrepro.data.splits import FETCH_NOTE, read_commit
 from floodrepro.data.synth import generate
 from floodrepro.data.weights import REFERENCE
 from floodrepro.errors import DataError
 from hub_server import HubServer
+from test_splits import chips_of
 
 REPO = "ibm-esa-geospatial/ImpactMesh-Flood"
 
@@ -190,7 +191,7 @@ def test_sample_reads_only_the_chips_that_it_extracts(tmp_path):
         read = server.sent.total()
     report = json.loads(out)
     source = Chips(root)
-    listed = {s: read_split(root / "split" / f"impactmesh_flood_{s}.txt") for s in ("train", "val", "test")}
+    listed = {s: chips_of(root, s) for s in ("train", "val", "test")}
     assert {split: len(chips) for split, chips in listed.items()} == {"train": 2, "val": 2, "test": 2}
     assert len({chip.split("_")[0] for chip in listed["train"]}) == 2
     whole, useful = sum(map(len, files.values())), sum(report["files"].values())

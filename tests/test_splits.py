@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from floodrepro.data.protocols import DATA_MODULE, PROTOCOLS, class_names_of, event_of, positive_class_of, protocol_of
-from floodrepro.data.splits import FETCH_NOTE, check_data, choose_chips, read_events, read_split
+from floodrepro.data.splits import FETCH_NOTE, check_data, choose_chips, read_events
 from floodrepro.data.synth import generate
 from floodrepro.errors import DataError, UsageError
 
@@ -22,9 +22,13 @@ def split(root: Path, name: str) -> Path:
     return root / "split" / f"impactmesh_flood_{name}.txt"
 
 
+def chips_of(root: Path, name: str) -> list[str]:
+    return list(read_events(split(root, name)))
+
+
 def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffEMSR1_1\n\n  EMSR2_1 \r\n\n".encode())
-    assert read_split(tmp_path / "a.txt") == ["EMSR1_1", "EMSR2_1"]
+    assert list(read_events(tmp_path / "a.txt")) == ["EMSR1_1", "EMSR2_1"]
 
 
 def test_second_column_names_the_event(tmp_path):
@@ -39,7 +43,7 @@ def test_second_column_names_the_event(tmp_path):
 def test_faulty_split_file_is_named(tmp_path, content, named):
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(DataError, match=named) as error:
-        read_split(tmp_path / "a.txt")
+        read_events(tmp_path / "a.txt")
     assert "a.txt" in str(error.value.where)
 
 
@@ -76,7 +80,7 @@ def test_digest_of_a_split_depends_on_no_other_split_and_not_on_folders_or_tars(
 
 def test_changed_file_changes_the_digest_of_its_split_only(own_chips):
     before = check_data(recipe_of(own_chips), ("train", "val")).digests
-    chip = read_split(split(own_chips, "val"))[0]
+    chip = chips_of(own_chips, "val")[0]
     with (own_chips / "data" / "DEM" / f"{chip}_DEM.tif").open("ab") as file:
         file.write(b"\0")
     after = check_data(recipe_of(own_chips), ("train", "val")).digests
@@ -85,8 +89,8 @@ def test_changed_file_changes_the_digest_of_its_split_only(own_chips):
 
 
 def test_event_in_two_splits_is_a_warning_for_subsets_as_well_and_an_error_where_asked(own_chips):
-    moved = read_split(split(own_chips, "train"))[0]
-    train = [chip for chip in read_split(split(own_chips, "train")) if chip != moved]
+    moved = chips_of(own_chips, "train")[0]
+    train = [chip for chip in chips_of(own_chips, "train") if chip != moved]
     split(own_chips, "train").write_text("\n".join(train))
     with split(own_chips, "val").open("a") as file:
         file.write(f"{moved}\n")
@@ -98,7 +102,7 @@ def test_event_in_two_splits_is_a_warning_for_subsets_as_well_and_an_error_where
 
 
 def test_chip_in_two_splits_is_an_error_that_names_it(own_chips):
-    chip = read_split(split(own_chips, "train"))[0]
+    chip = chips_of(own_chips, "train")[0]
     with split(own_chips, "test").open("a") as file:
         file.write(f"{chip}\n")
     with pytest.raises(DataError, match=chip):
@@ -106,7 +110,7 @@ def test_chip_in_two_splits_is_an_error_that_names_it(own_chips):
 
 
 def test_unknown_chip_and_missing_part_are_named_and_only_what_is_read_is_needed(own_chips):
-    chip = read_split(split(own_chips, "val"))[0]
+    chip = chips_of(own_chips, "val")[0]
     (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").unlink()
     with pytest.raises(DataError, match=f"1 of 3 chips of val have no S1RTC file: {chip}"):
         check_data(recipe_of(own_chips), ("val",))
@@ -116,11 +120,6 @@ def test_unknown_chip_and_missing_part_are_named_and_only_what_is_read_is_needed
     assert check_data(recipe, ("predict",)).chips == {"predict": 3}
     with pytest.raises(DataError, match="MASK"):
         check_data(recipe, ("test",))
-
-
-def test_split_that_is_not_named_is_refused(chips):
-    with pytest.raises(UsageError, match="names no val split"):
-        check_data(recipe_of(chips, val_split=None), ("val",))
 
 
 def test_limit_holds_for_several_test_splits_together(tmp_path):
@@ -133,12 +132,10 @@ def test_limit_holds_for_several_test_splits_together(tmp_path):
 
 
 def test_own_chips_of_any_name_and_classes_are_custom(own_chips):
-    for folder in [*(own_chips / "data").iterdir(), own_chips / "split"]:
-        for file in list(folder.iterdir()):
-            if folder.name == "split":
-                file.write_text(file.read_text().replace("EMSR9", "NYC-9"))
-            else:
-                file.rename(file.with_name(file.name.replace("EMSR9", "NYC-9").replace("annotation_flood", "label")))
+    for file in (own_chips / "split").iterdir():
+        file.write_text(file.read_text().replace("EMSR9", "NYC-9"))
+    for file in list((own_chips / "data").rglob("EMSR*")):
+        file.rename(file.with_name(file.name.replace("EMSR9", "NYC-9").replace("annotation_flood", "label")))
     names = ["bare", "crop", "wet"]
     recipe = recipe_of(own_chips, protocol="custom", class_names=names, mask_suffix="_label.tif")
     assert check_data(recipe, ("train", "val", "test")).chips == {"train": 12, "val": 3, "test": 3}
@@ -146,18 +143,15 @@ def test_own_chips_of_any_name_and_classes_are_custom(own_chips):
     assert (class_names_of(recipe), positive_class_of(recipe)) == (names, 2)
 
 
-def test_commit_of_the_fetch_is_in_the_state(own_chips):
+def test_commit_of_the_fetch_or_the_command_that_generated_chips_is_in_the_state(own_chips):
     (own_chips / FETCH_NOTE).write_text(json.dumps({"repo": "a/b", "commit": "0" * 40}))
-    assert check_data(recipe_of(own_chips), ("val",)).commit == "0" * 40
+    state = check_data(recipe_of(own_chips), ("val",))
+    assert state.commit == "0" * 40
+    assert str(state.generated).startswith("floodrepro data synth --events")
+    assert {"train", "val", "test"} <= state.events.keys()
     for damaged in ("", "[]", "{}"):
         (own_chips / FETCH_NOTE).write_text(damaged)
         assert check_data(recipe_of(own_chips), ("val",)).commit is None
-
-
-def test_generated_chips_are_known_by_the_command_that_made_them(chips):
-    state = check_data(recipe_of(chips), ("val",))
-    assert str(state.generated).startswith("floodrepro data synth --events")
-    assert {"train", "val", "test"} <= state.events.keys()
 
 
 def test_other_data_modules_are_not_looked_at():
@@ -172,9 +166,14 @@ def test_other_data_modules_are_not_looked_at():
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"protocol": "v2"}, "v2"), ({"label_map": [0, 0, 1]}, "label_map"), ({"class_names": ["a", "b"]}, "class_names")],
+    [
+        ({"protocol": "v2"}, "v2"),
+        ({"label_map": [0, 0, 1]}, "label_map"),
+        ({"class_names": ["a", "b"]}, "class_names"),
+        ({"val_split": None}, "names no val split"),
+    ],
 )
-def test_recipe_with_keys_of_another_protocol_is_refused(chips, changes, named):
+def test_recipe_without_a_split_or_with_keys_of_another_protocol_is_refused(chips, changes, named):
     with pytest.raises(UsageError, match=named):
         check_data(recipe_of(chips, **changes), ("val",))
 

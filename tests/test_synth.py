@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from floodrepro.data import synth
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import AFTER, BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTOCOLS, SPLITS, event_of
-from floodrepro.data.splits import read_split
+from floodrepro.data.protocols import AFTER, BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, SPLITS, event_of
+from floodrepro.data.splits import SYNTH_NOTE
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError, UsageError
+from test_splits import chips_of
 
 SMALL = {"events": 4, "chips": 12, "size": 32, "protocol": "v0", "seed": 7}
 
@@ -42,7 +44,7 @@ def test_same_seed_gives_the_same_bytes(tmp_path, layout):
 
 def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_path):
     report = generate(tmp_path, **SMALL)
-    lists = {split: read_split(tmp_path / "split" / PROTOCOLS["v0"].split_file(split)) for split in SPLITS}
+    lists = {split: chips_of(tmp_path, split) for split in SPLITS}
     source = Chips(tmp_path)
     listed = {chip for chips in lists.values() for chip in chips}
     assert {part: source.having(part) for part in PARTS} == dict.fromkeys(PARTS, listed)
@@ -53,9 +55,9 @@ def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_pat
 
 
 def test_version_1_tests_on_chips_of_its_training_events_and_says_which(scenes):
-    lists = {name: read_split(scenes / "split" / f"impactmesh_flood_{name}.txt") for name in ("train", "test")}
+    lists = {name: chips_of(scenes, name) for name in ("train", "test")}
     for name in ("test_seen_events", "test_holdout"):
-        lists[name] = read_split(scenes / "split" / f"impactmesh_flood_{name}.txt")
+        lists[name] = chips_of(scenes, name)
     assert sorted(lists["test_seen_events"] + lists["test_holdout"]) == sorted(lists["test"])
     assert {event_of(chip) for chip in lists["test_seen_events"]} <= {event_of(chip) for chip in lists["train"]}
 
@@ -87,10 +89,10 @@ def test_pixels_are_missing_in_both_satellites_and_never_where_radar_sees_nothin
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("events", 2), ("chips", 3), ("size", 40), ("protocol", "custom"), ("seed", -1)],
+    [("events", 2), ("chips", 3), ("size", 40)],
 )
 def test_wrong_argument_is_named_by_its_flag(tmp_path, argument, value):
-    with pytest.raises(UsageError, match=f"--{argument} is '?{value}"):
+    with pytest.raises(UsageError, match=f"--{argument} is {value}"):
         generate(tmp_path / "new", **SMALL | {argument: value})
     with pytest.raises(UsageError, match="--layout-variant"):
         generate(tmp_path / "new", **SMALL, variants=["none"])
@@ -106,16 +108,19 @@ def test_data_set_is_never_overwritten(tmp_path, held):
 
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])
-def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, layout):
-    barrier = threading.Barrier(2)
+def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, layout):
+    barrier, real = threading.Barrier(2), synth._write
 
-    def both(done: int, total: int) -> None:
-        if done == total:  # neither has seen anything of the other
+    def both(path: Path, content: bytes) -> None:
+        real(path, content)
+        if path.name == SYNTH_NOTE:  # written last: neither has seen anything of the other
             barrier.wait()
+
+    monkeypatch.setattr(synth, "_write", both)
 
     def start(seed: int) -> bool:
         try:
-            generate(tmp_path / "one", **SMALL | {"seed": seed}, layout=layout, progress=both)
+            generate(tmp_path / "one", **SMALL | {"seed": seed}, layout=layout)
         except DataError:
             return False
         return True
@@ -123,6 +128,7 @@ def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, layout):
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(start, (7, 8)))
     assert sorted(done) == [False, True]
+    monkeypatch.undo()
     generate(tmp_path / "alone", **SMALL | {"seed": 7 if done[0] else 8}, layout=layout)
     assert digests(tmp_path / "one") == digests(tmp_path / "alone")
 

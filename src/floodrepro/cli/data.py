@@ -66,7 +66,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     synth.add_argument("--events", type=int, default=8, metavar="N", help="events, at least 3 (default: 8)")
     synth.add_argument("--chips", type=int, default=128, metavar="M", help="chips over all events (default: 128)")
     synth.add_argument("--size", type=int, default=64, metavar="PX", help="a chip's edge in pixels (default: 64)")
-    synth.add_argument("--protocol", choices=known, default="v0", help="mask classes (default: v0)")
+    drawn = [name for name, rules in PROTOCOLS.items() if rules.class_names]
+    synth.add_argument("--protocol", choices=drawn, default="v0", help="mask classes (default: v0)")
     synth.add_argument("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
     synth.add_argument("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
     synth.add_argument("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
@@ -120,8 +121,7 @@ def _audit(args: argparse.Namespace) -> None:
     recipe = recipes.read_yaml(recipes.find(args.config)) if args.config else {}
     rules = protocol_of(recipe) if args.protocol in (None, "custom") else PROTOCOLS[args.protocol]
     chosen = {"splits": args.split, "limit": args.limit, "fraction": args.fraction}
-    with console.progress("chips read") as progress:
-        manifest = audit(args.root, rules, jobs=args.jobs, strict=args.strict, progress=progress, **chosen)
+    manifest = audit(args.root, rules, jobs=args.jobs, strict=args.strict, **chosen)
     rows = [["split", "chips", "events"]]
     rows += [[split, f"{c['chips']:,}", f"{c['events']:,}"] for split, c in manifest["splits"].items()]
     lines = [f"{f['severity']}: {f['check']} ({f['count']}): {f['message']}" for f in manifest["findings"]]
@@ -162,8 +162,7 @@ def _synth(args: argparse.Namespace) -> None:
     from floodrepro.data.synth import generate, write_scenes
 
     chosen = {name: getattr(args, name) for name in ("events", "chips", "size", "protocol", "seed", "layout")}
-    with console.progress("chips") as progress:
-        report = generate(args.root, variants=args.layout_variant, progress=progress, **chosen)
+    report = generate(args.root, variants=args.layout_variant, **chosen)
     if args.scene:
         write_scenes(args.root)
     rows = [["split", "events", "chips"]]

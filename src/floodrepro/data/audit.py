@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, S1_BANDS, S2_BANDS, SPLITS, TIMESTEPS
-from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events
+from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events, split_files
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
@@ -25,7 +25,9 @@ MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
 SCHEMA = 2
 
 Finding = tuple[str, str, str, str]  # severity, kind, what was found, chip
-Facts = dict[str, Array]  # by name, a sum and a number for each timestep (2, T): they add up over chips; see `_measure`
+# They add up over chips: by name, a sum and a number for each timestep (2, T); by modality, of the valid pixels of each
+# band, sum, number and sum of squares (3, T, C).
+Facts = dict[str, Array]
 
 _BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
 _SATELLITES = ("S2L2A", "S1RTC")
@@ -56,7 +58,6 @@ def audit(
     fraction: float | None = None,
     jobs: int | None = None,
     strict: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Read every chip of some splits once, write `data-manifest.json` and `data-audit.parquet`, and return the first.
 
@@ -68,7 +69,6 @@ def audit(
         fraction: Share of the chips of each split.
         jobs: Threads; one for each core where None.
         strict: Whether an event in two splits is an error.
-        progress: Called with the number of chips that were read, and of all.
 
     Raises:
         UsageError: The protocol has no classes.
@@ -96,7 +96,8 @@ def audit(
     totals: dict[tuple[str, str], Facts] = defaultdict(dict)  # by split and event
     darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
     ordered = [chip for chip in source.having(PARTS[0]) if chip in whole]  # as they lie in a tar
-    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:  # decoding and numpy let threads run
+    workers = jobs or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool, console.progress("chips read") as progress:  # numpy lets threads run
         checked = pool.map(partial(check_chip, source), ordered)
         for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, checked, strict=True), start=1):
             findings += found
@@ -117,7 +118,7 @@ def audit(
     }
     write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     if totals:
-        pq.write_table(pa.Table.from_pylist(list(_figures(totals))), root / FIGURES)
+        pq.write_table(_figures(totals), root / FIGURES)
     return manifest
 
 
@@ -240,7 +241,7 @@ def _read_lists(
     root: Path, splits: Sequence[str] | None, limit: int | None, fraction: float | None
 ) -> tuple[dict[str, dict[str, str]], list[Finding]]:
     """Chips and events by split, train, val and test first, and what is wrong with the split files."""
-    files = {file.stem.split("_", 2)[-1]: file for file in sorted((root / "split").glob("*.txt"))}
+    files = split_files(root / "split")
     names = sorted(splits or files, key=lambda name: SPLITS.index(name) if name in SPLITS else len(SPLITS))
     if strange := set(names) - set(files) or ({"any split"} if not files else set()):
         fix = f"--split {','.join(files)}" if files else "floodrepro data fetch"
@@ -284,53 +285,48 @@ def _valid(values: Array) -> Array:
     return np.isfinite(values) & (values > NO_DATA)
 
 
-def _pair(values: Array, among: Array) -> Array:
-    """The sum of some values (T, H, W) and their number, for each timestep: (2, T); of a single one, for all."""
-    pair = np.stack([values.sum(axis=(1, 2)), among.sum(axis=(1, 2))]).astype(np.float64)
+def _pair(values: Array, among: Array | None = None) -> Array:
+    """The sum of some pixels (T, H, W) and their number, for each timestep (2, T); of a single one, for all."""
+    number = np.ones_like(values, bool) if among is None else among
+    pair = np.stack([values.sum(axis=(1, 2)), number.sum(axis=(1, 2))]).astype(np.float64)
     return np.broadcast_to(pair, (2, len(TIMESTEPS)))
 
 
 def _measure(arrays: Mapping[str, Array], protocol: protocols.Protocol) -> Facts:
-    """What a chip holds, as sums and numbers of pixels. Names that begin with `_` are no columns of the figures."""
-    facts = {"_chips": np.ones((2, len(TIMESTEPS)))}
+    """What a chip holds, by modality and by column of the figures; `_change_VALUE` is of VV where the mask is VALUE."""
+    facts = {"chips": np.ones((2, len(TIMESTEPS)))}
     classes = range(len(protocol.label_map))
-    for part, bands in [(part, bands) for part, bands in _BANDS.items() if part in arrays]:
-        values = arrays[part] if part in _SATELLITES else arrays[part][None, None]
+    for part in [part for part in _BANDS if part in arrays]:
+        values = arrays[part] if part in _SATELLITES else np.stack([arrays[part][None]] * len(TIMESTEPS))
         valid = _valid(values)
         kept = np.where(valid, values, 0).astype(np.float64)
-        for i, band in enumerate(bands):
-            facts[f"mean_{band}"] = _pair(kept[:, i], valid[:, i])
-            facts[f"_square_{band}"] = _pair(kept[:, i] ** 2, valid[:, i])
+        facts[part] = np.stack([layer.sum(axis=(2, 3)) for layer in (kept, valid, kept**2)])
         if part in _SATELLITES:
-            name = "no_optical" if part == "S2L2A" else "no_radar"
-            facts[name] = _pair(np.logical_not(valid.all(axis=1)), np.ones_like(valid[:, 0]))
+            facts["no_optical" if part == "S2L2A" else "no_radar"] = _pair(np.logical_not(valid.all(axis=1)))
         if part == "S1RTC" and "MASK" in arrays:
             for value in classes:
                 chosen = (valid[BEFORE, 0] & valid[EVENT, 0] & (arrays["MASK"] == value))[None]
                 facts[f"_change_{value}"] = _pair((kept[EVENT, 0] - kept[BEFORE, 0]) * chosen, chosen)
     if "SCL" in arrays:
-        facts["cloud"] = _pair(np.isin(arrays["SCL"], _CLOUDY), np.ones_like(arrays["SCL"], bool))
+        facts["cloud"] = _pair(np.isin(arrays["SCL"], _CLOUDY))
     if "MASK" in arrays:
-        mask = arrays["MASK"][None]
-        for value in (IGNORE_INDEX, *classes):
-            facts[f"share_of_mask_{value}"] = _pair(mask == value, np.ones_like(mask, bool))
+        facts |= {f"share_of_mask_{value}": _pair(arrays["MASK"][None] == value) for value in (IGNORE_INDEX, *classes)}
     return facts
 
 
 def _add_up(groups: Iterable[Facts]) -> Facts:
-    """The facts of several groups of pixels together; what no group has is zero."""
-    added: Facts = defaultdict(lambda: np.zeros((2, len(TIMESTEPS))))
-    for name, pair in [fact for facts in groups for fact in facts.items()]:
-        added[name] = added[name] + pair
+    """The facts of several groups of pixels together."""
+    added: Facts = {}
+    for name, sums in [fact for facts in groups for fact in facts.items()]:
+        added[name] = added[name] + sums if name in added else sums
     return added
 
 
 def _statistics(facts: Facts) -> dict[str, dict[str, list[float]]]:
     """Mean and standard deviation of the valid pixels, by modality and band."""
     found = {}
-    for part, bands in _BANDS.items():
-        total, count = np.transpose([facts[f"mean_{band}"].sum(axis=1) for band in bands])
-        squares, _ = np.transpose([facts[f"_square_{band}"].sum(axis=1) for band in bands])
+    for part in [part for part in _BANDS if part in facts]:
+        total, count, squares = facts[part].sum(axis=1)
         if count.all():
             std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
             found[part] = {"mean": (total / count).round(3).tolist(), "std": std.round(3).tolist()}
@@ -340,7 +336,8 @@ def _statistics(facts: Facts) -> dict[str, dict[str, list[float]]]:
 def _compare_events(facts: Facts, darkest: Mapping[str, float], protocol: protocols.Protocol) -> list[Finding]:
     """What only many chips together show: classes swapped, and an offset between the optical images of events."""
     findings: list[Finding] = []
-    changes = {value: facts[f"_change_{value}"].sum(axis=1) for value in range(len(protocol.label_map))}
+    names = {value: f"_change_{value}" for value in range(len(protocol.label_map))}
+    changes = {value: facts[name].sum(axis=1) for value, name in names.items() if name in facts}
     falls = {value: total / count for value, (total, count) in changes.items() if count >= _FEW * len(TIMESTEPS)}
     struck = protocol.label_map.index(protocol.positive_class)
     if protocol.hazard.startswith("flood") and struck in falls and len(falls) > 1 and falls[struck] > -_FALL:
@@ -355,11 +352,15 @@ def _compare_events(facts: Facts, darkest: Mapping[str, float], protocol: protoc
     return findings
 
 
-def _figures(totals: Mapping[tuple[str, str], Facts]) -> Iterator[dict[str, Any]]:
-    """A row for each split, event and timestep: means over its pixels, None where there are none."""
-    names = sorted({name for facts in totals.values() for name in facts if not name.startswith("_")})
+def _figures(totals: Mapping[tuple[str, str], Facts]) -> pa.Table:
+    """A row for each split, event and timestep: means over its pixels, none where there are none."""
+    rows = []
     for (split, event), facts in sorted(totals.items()):
         for step, timestep in enumerate(TIMESTEPS):
-            row = {"split": split, "event": event, "timestep": timestep, "chips": int(facts["_chips"][0, step])}
-            sums = {name: facts[name][:, step] for name in names}
-            yield row | {name: total / count if count else None for name, (total, count) in sums.items()}
+            sums = {name: pair[:, step] for name, pair in facts.items() if not name.startswith("_")}
+            for part in [part for part in _BANDS if part in sums]:
+                means = zip(_BANDS[part], sums.pop(part)[:2].T, strict=True)
+                sums |= {f"mean_{band}": pair for band, pair in means}
+            row = {"split": split, "event": event, "timestep": timestep, "chips": int(sums.pop("chips")[0])}
+            rows.append(row | {name: total / count if count else None for name, (total, count) in sums.items()})
+    return pa.table({name: [row.get(name) for row in rows] for name in {name: None for row in rows for name in row}})

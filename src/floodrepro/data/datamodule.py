@@ -270,7 +270,10 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         if self.augment and self.trainer is not None and self.trainer.training:
             symmetries = [draw_symmetry(self._seed(), self.trainer.current_epoch, chip) for chip in chips]
         images = {modality: self._image(batch[modality], symmetries) for modality in self.modalities}
-        ready = Batch(image=images, filename=[self._filename(chip) for chip in chips])
+        # TerraTorch's writer takes a georeference from these: a chip without DEM and mask has its first modality.
+        parts, having = ("DEM", LABEL_DIR, *self.modalities), self.source.having
+        names = [self.source.path(chip, next(part for part in parts if chip in having(part))) for chip in chips]
+        ready = Batch(image=images, filename=names)
         if "mask" in batch:
             ready["mask"] = torch.stack(list(map(apply_symmetry, symmetries, batch["mask"]))).long()
         ready.chips, ready.events = chips, tuple(self._events[chip] for chip in chips)
@@ -294,11 +297,6 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         if raw.is_floating_point():
             image.nan_to_num_(nan=self.no_data_replace)  # numpy's and torch's agree on infinities as well
         return image if wanted > 1 else image[:, :, 0]
-
-    def _filename(self, chip: str) -> str:
-        """A file that TerraTorch's writer can take a georeference from; a chip without one has its first modality."""
-        parts = ("DEM", LABEL_DIR, *self.modalities)
-        return self.source.path(chip, next(part for part in parts if chip in self.source.having(part)))
 
     def _dataloader_factory(self, split: str) -> Any:
         """As torchgeo's, with pinned memory and prefetching; a list of loaders if there are several test splits.

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from floodrepro import console
 from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
-from floodrepro.data.splits import FETCH_NOTE, data_in, read_commit, read_split
+from floodrepro.data.splits import FETCH_NOTE, data_in, read_commit, read_events, split_files
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
@@ -41,8 +41,8 @@ def fetch(
         root: Folder to fill; it holds one commit.
         repo: Id of the data set.
         revision: Branch, tag or commit.
-        splits: Any of train, val, test.
-        parts: Any of S2L2A, S1RTC, DEM, MASK.
+        splits: Any of `SPLITS`.
+        parts: Any of `PARTS`.
         protocol: Name of the protocol that the data has to fit.
         sample: Number of chips to extract in place of fetching archives, shared by the splits; a few of each event
             where the order in the archives allows it.
@@ -82,7 +82,8 @@ def fetch(
         whole = root / ".fetch"  # `split/` is not written before the note; a sample's lists its own chips only
         get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
         get(local_dir=whole, allow_patterns=lists)
-        chips = {path.stem.split("_", 2)[-1]: read_split(path) for path in sorted((whole / "split").glob("*.txt"))}
+        files_of = split_files(whole / "split")
+        chips = {name: list(read_events(file)) for name, file in files_of.items()}
         version = _check_version(chips, protocol, f"{repo}@{commit}")
         # Before the archives: a folder with any of them says of which commit.
         note = {"repo": repo, "commit": commit, "asked": revision, "sample": sample}
@@ -98,10 +99,9 @@ def fetch(
         else:
             files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
             chips = {name: [chip for chip in ids if chip in set(map(_chip_of, files))] for name, ids in chips.items()}
-            for path in map(Path, lists):
-                (root / path).parent.mkdir(exist_ok=True)
-                ids = chips[path.stem.split("_", 2)[-1]]
-                write_atomically(root / path, "".join(f"{chip}\n" for chip in ids))
+            (root / "split").mkdir(exist_ok=True)
+            for name, file in files_of.items():
+                write_atomically(root / "split" / file.name, "".join(f"{chip}\n" for chip in chips[name]))
     except (OSError, tarfile.TarError) as error:  # an answer of the hub is an OSError as well
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
         raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error

@@ -41,11 +41,6 @@ class DataState:
         return asdict(self)
 
 
-def read_split(path: Path) -> list[str]:
-    """The chip ids of a split file, in its order. See `read_events` for the format."""
-    return list(read_events(path))
-
-
 def read_events(path: Path) -> dict[str, str]:
     """The chips of a split file and the event of each, in the file's order.
 
@@ -69,45 +64,41 @@ def read_events(path: Path) -> dict[str, str]:
     return {row[0]: row[1] if len(row) > 1 and row[1] else protocols.event_of(row[0]) for row in rows}
 
 
+def split_files(folder: Path) -> dict[str, Path]:
+    """The split files in a folder, by the name of the split that each lists."""
+    return {file.stem.split("_", 2)[-1]: file for file in sorted(folder.glob("*.txt"))}
+
+
 def read_splits(arguments: Mapping[str, Any], split: str) -> dict[str, dict[str, str]]:
     """The chips that a recipe reads of a split, and the event of each: by the split's name, or the names of several.
 
-    Args:
-        arguments: The `init_args` of the data section: `<split>_split` is a path or, by name, several; `limit` and
-            `fraction` keep a part of the chips (see `choose_chips`).
-        split: train, val, test or predict.
+    Of the `init_args` of a data section, `<split>_split` is a path or, by name, several; `limit` and `fraction` keep a
+    part of the chips (see `choose_chips`).
 
     Raises:
         UsageError: The recipe names no such split.
         DataError: A split file cannot be read.
     """
-    given = arguments.get(f"{split}_split")
+    key, given = f"data.init_args.{split}_split", arguments.get(f"{split}_split")
     if not given:
-        key = f"data.init_args.{split}_split"
         raise UsageError(f"the recipe names no {split} split", where=key, fix=f"--{key} FILE")
     files: Mapping[str, str] = given if isinstance(given, Mapping) else {split: given}
     listed = {name: read_events(Path(file)) for name, file in files.items()}
     union = {chip: event for chips in listed.values() for chip, event in chips.items()}
     kept = choose_chips(union, limit=arguments.get("limit"), fraction=arguments.get("fraction"))
     chosen = {name: {c: e for c, e in chips.items() if c in kept} for name, chips in listed.items()}
-    for name in [name for name, chips in chosen.items() if not chips]:
-        console.warn(f"limit and fraction leave no chip of {name}")
-        del chosen[name]
-    return chosen
+    if empty := [name for name, chips in chosen.items() if not chips]:
+        console.warn(f"limit and fraction leave no chip of {', '.join(empty)}")
+    return {name: chips for name, chips in chosen.items() if chips}
 
 
 def choose_chips(
     events: Mapping[str, str], *, limit: int | None = None, fraction: float | None = None
 ) -> dict[str, str]:
-    """A part of the chips and the event of each, in the order given: whole events, but for the last that is taken.
+    """At most `limit` chips, or a fraction of them, and the event of each: whole events, but for the last one taken.
 
     The order in which events and their chips are taken is drawn by hash, those with more chips than wanted last. All
     seeds of a recipe, and every checkpoint that is tested, see the same chips.
-
-    Args:
-        events: The event of each chip.
-        limit: Number of chips to keep, at most.
-        fraction: Share of the chips to keep, above 0 and at most 1.
 
     Raises:
         UsageError: The limit or the fraction is out of range.
@@ -127,11 +118,8 @@ def choose_chips(
 def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
     """Check that every chip of the named splits has the files that a recipe reads; no pixel is read.
 
-    impactmesh finds a missing file only when its turn comes, hours into an epoch.
-
-    Args:
-        recipe: A resolved recipe. One with another data module than floodrepro's is not looked at.
-        splits: Any of train, val, test, predict; masks are not needed for predict.
+    impactmesh finds a missing file only when its turn comes, hours into an epoch. Masks are not needed for predict. A
+    recipe with another data module than floodrepro's is not looked at.
 
     Raises:
         UsageError: The recipe names no such split.
@@ -147,9 +135,8 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         with suppress(UsageError, DataError):  # one that is not looked at here may not be named, or not fetched yet
             found = read_splits(arguments, split)
             there |= {name if name == split else f"{split}/{name}": chips for name, chips in found.items()}
-    generated = (_read_note(root, SYNTH_NOTE) or "").strip() or None
     events = {name: len(set(chips.values())) for name, chips in there.items()}
-    state = DataState(protocol.name, commit=read_commit(root), generated=generated, events=events)
+    state = DataState(protocol.name, commit=read_commit(root), generated=_read_note(root, SYNTH_NOTE), events=events)
     for split in splits:
         source = Chips(Path((split == "predict" and arguments.get("predict_data_root")) or root), protocol)
         parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if split != "predict" else [])]
@@ -179,11 +166,9 @@ def digest_of(source: Chips, chips: Sequence[str], parts: Sequence[str]) -> str:
 
 
 def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] = SPLITS) -> list[str]:
-    """One sentence for each pair of splits that share events; published splits do.
+    """One sentence for each pair of splits that share events, as published splits do, and one of which is asked for.
 
-    Args:
-        splits: By split, its chips and their events. Names as `test/holdout` are of one split: parts may share chips.
-        asked: Pairs without any of these are not looked at.
+    Splits are given as chips and their events. Names as `test/holdout` are of one split: its parts may share chips.
 
     Raises:
         DataError: A chip is in two splits.
@@ -210,7 +195,7 @@ def read_commit(root: Path) -> str | None:
 
 def _read_note(root: Path, name: str) -> str | None:
     notes = [note for note in (root / name, root.parent / name) if note.is_file()]
-    return notes[0].read_text(encoding="utf-8") if notes else None
+    return notes[0].read_text(encoding="utf-8").strip() if notes else None
 
 
 def data_in(root: Path) -> list[str]:

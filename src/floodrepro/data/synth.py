@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from numcodecs import Blosc, Zlib, blosc
 from rasterio.warp import Resampling, reproject
 from scipy import ndimage
 
+from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Array, Chips
 from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTOCOLS, S1_BANDS, S2_BANDS, SPLITS
@@ -77,7 +78,6 @@ def generate(
     seed: int,
     layout: str = "extracted",
     variants: Sequence[str] = ("time", "quarters"),
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write a generated data set and return what was written; the same arguments give the same bytes.
 
@@ -90,24 +90,20 @@ def generate(
         events: Number of events, 3 or more: about 60/20/20 % of them in train, val and test.
         chips: Number of chips over all events.
         size: Height and width of a chip in pixels.
-        protocol: Name in `PROTOCOLS`; it gives mask values and file names.
+        protocol: Name in `PROTOCOLS` of one with classes; it gives mask values and file names.
         seed: 0 or more.
         layout: `extracted` (`data/<PART>/`) or `hub` (`<split>/<PART>.tar`, as on the Hugging Face hub).
         variants: How chips are stored, names of `VARIANTS`; chips take them in turn.
-        progress: Called after each chip with the number of chips done and the number of all.
 
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
         DataError: `root` cannot be written.
     """
-    known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
     demands = {
         f"--root holds a data set ({', '.join(data_in(root))}), and nothing is overwritten": not data_in(root),
         f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}": 3 <= events <= MAX_EVENTS,
         f"--chips is {chips}, expected at least one an event, {events}": chips >= events,
         f"--size is {size}, expected a multiple of 16 from 32 to 512": size in range(32, 513, 16),
-        f"--protocol is {protocol!r}, expected {', '.join(known)}": protocol in known,
-        f"--seed is {seed}, expected 0 or more": seed >= 0,
         f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}": set(variants) <= set(VARIANTS),
     }
     if problems := [problem for problem, met in demands.items() if not met]:
@@ -119,7 +115,7 @@ def generate(
     note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".synth-", dir=root) as hidden:
+        with tempfile.TemporaryDirectory(prefix=".synth-", dir=root) as hidden, console.progress("chips") as progress:
             made = Path(hidden)
             for event, split in enumerate(np.repeat(SPLITS, list(counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
@@ -175,13 +171,12 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
     """
     output.mkdir(parents=True, exist_ok=True)
     source, offset, names = Chips(root), 1000 if mixed else 0, [*S2_BANDS, "SCL"]
-    grids = {chip: source.grid(chip, "DEM") for chip in chips}
-    crs, pixel = grids[chips[0]][0], grids[chips[0]][1].a
-    left, top = min(grid.c for _, grid in grids.values()), max(grid.f for _, grid in grids.values())
-    corners = {c: (round((top - grid.f) / pixel), round((grid.c - left) / pixel)) for c, (_, grid) in grids.items()}
+    places = {chip: [int(word[1:]) for word in chip.split("_")[-2:]] for chip in chips}  # x, y: see `_event_chips`
+    left, top = min(x for x, _ in places.values()), max(y for _, y in places.values())
+    corners = {chip: ((top - y) // 10, (x - left) // 10) for chip, (x, y) in places.items()}
     size = len(source.raster(chips[0], "DEM"))
     height, width = (max(corner[axis] for corner in corners.values()) + size for axis in (0, 1))
-    place = {"crs": crs, "transform": rasterio.Affine(pixel, 0, left, 0, -pixel, top)}
+    place = {"crs": f"EPSG:{EPSG}", "transform": rasterio.Affine(10, 0, left - 5, 0, -10, top + 5)}
 
     def mosaic(missing: float, images: Mapping[str, Array]) -> Array:
         """The images (…, H, W) of all chips in their places."""
@@ -202,7 +197,7 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
 
     def save_in_degrees(stem: str, values: Array) -> dict[str, str]:
         """Write each optical band in EPSG:4326 to a file of its own and return the names."""
-        files, given = {}, {"src_crs": crs, "src_transform": place["transform"], "src_nodata": NO_DATA}
+        files, given = {}, {"src_crs": place["crs"], "src_transform": place["transform"], "src_nodata": NO_DATA}
         for band, image in zip(names, values, strict=True):
             method = Resampling.nearest if band == "SCL" else Resampling.bilinear
             given |= {"dst_crs": "EPSG:4326", "dst_resolution": _DEGREES, "resampling": method}
@@ -302,6 +297,7 @@ def _event_chips(
         truth[scene["permanent"]] = 1
     truth[~scene["mapped"]] = IGNORE_INDEX
     time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
+    times = {s: ";".join(np.datetime_as_string(time + np.array(days, "m8[D]"), "s")) for s, days in DAYS.items()}
     orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
     suffixes = {part: protocols.suffix_of(protocol, part) for part in PARTS}
     for number in range(chips):
@@ -312,17 +308,12 @@ def _event_chips(
         variant = variants[number % len(variants)]
         chip = f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}"
         contents = {
-            "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, _attributes(time, "S2L2A"), variant),
-            "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, _attributes(time, "S1RTC") | orbits, variant),
+            "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, {"datetime": times["S2L2A"]}, variant),
+            "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, {"datetime": times["S1RTC"]} | orbits, variant),
             "DEM": _geotiff(scene["DEM"][window], east, north, NO_DATA, variant["tiff"]),
             "MASK": _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
         }
         yield chip, {f"{part}/{chip}{suffixes[part]}": content for part, content in contents.items()}
-
-
-def _attributes(event: np.datetime64, modality: str) -> dict[str, str]:
-    times = event + np.array(DAYS[modality], "timedelta64[D]")
-    return {"datetime": ";".join(np.datetime_as_string(times, unit="s").tolist())}
 
 
 def zarr_zip(
