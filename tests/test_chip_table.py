@@ -115,10 +115,6 @@ def test_class_beyond_the_last_is_refused_and_not_counted_for_the_next_chip(trut
         count(*batch, classes=2)
 
 
-def test_two_files_of_one_name_are_two_rows():
-    assert len(ChipTable.of_batches([("a", "a")] * 5, [counted(*drawn(5, 2, 0))], {}).events) == 5
-
-
 def test_flipped_bit_or_a_cut_is_an_error_never_a_count(tmp_path: Path):
     """In any place of the file: a page's checksum, or the structure around it."""
     path, table = tmp_path / "t.parquet", make(60)

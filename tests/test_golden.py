@@ -110,9 +110,7 @@ def test_training_gives_the_golden_losses_to_the_bit_or_on_another_stack_within_
         assert_close(losses, golden["loss"])
 
 
-@pytest.mark.parametrize("override", ["--optimizer.init_args.lr=1.01e-4", f"--data.init_args.seed={42 ^ 1}"])
-def test_another_learning_rate_or_augmentation_is_caught_even_by_another_stacks_tolerance(chips, override):
-    golden = json.loads(FILE.read_text())["loss"][:3]
-    losses, _ = train(chips, override, steps=3)
+def test_one_percent_of_learning_rate_is_caught_even_by_another_stacks_tolerance(chips):
+    losses, _ = train(chips, "--optimizer.init_args.lr=1.01e-4", steps=3)
     with pytest.raises(AssertionError):
-        assert_close(losses, golden)
+        assert_close(losses, json.loads(FILE.read_text())["loss"][:3])

@@ -14,8 +14,6 @@ import pytest
 from huggingface_hub import constants
 
 from floodrepro import recipe as recipes
-from floodrepro.errors import CheckpointError
-from floodrepro.publishing import upload
 from floodrepro.publishing.card import write_card
 from hub_server import HubServer, Model
 from verification_fixtures import gather, keep, make_run, summarise, write_pair
@@ -232,12 +230,3 @@ def test_folder_without_one_whole_pair_and_a_card_is_refused(cli, exported: Path
 @pytest.mark.parametrize("repo", ["flood", "a/b/c", "me/", "me/flood..git"])
 def test_name_that_can_be_no_repository_is_a_usage_error(cli, exported: Path, repo: str):
     assert cli("publish", "--export", exported, "--repo", repo, "--dry-run").code == 2
-
-
-def test_file_that_changes_between_the_plan_and_the_upload_is_not_sent(server, exported: Path, publish, monkeypatch):
-    plan = upload.make_plan(exported, REPO, branch="main", private=False)
-    next(exported.glob("*.yaml")).write_text("another: text\n")
-    monkeypatch.setenv("HF_TOKEN", server.token)
-    with pytest.raises(CheckpointError, match=r"\.yaml was changed since the plan was made"):
-        upload.upload(plan)
-    assert server.models == {}

@@ -8,7 +8,7 @@ from typing import Any
 from floodrepro import console
 from floodrepro.cli.shared import add_format, plain_name
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.recipe import find, read_yaml
+from floodrepro.recipe import find, fingerprint, read_yaml
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, timestamp
 
 _VERIFY = """\
@@ -81,9 +81,8 @@ def _measure(run: RunFolder, evidence: Path, args: argparse.Namespace) -> Path |
     reference: Path | None = args.reference
     if reference and not reference.is_file():
         raise UsageError("the reference is not found", where=reference, fix="--reference CHECKPOINT, or its .parquet")
-    is_checkpoint = reference is not None and reference.suffix != ".parquet"
     if args.no_measure:
-        if is_checkpoint:
+        if reference and reference.suffix != ".parquet":
             raise UsageError("--no-measure compares with a chip table", where="--reference", fix="give its .parquet")
         return reference
     if not run.best.is_file():
@@ -92,7 +91,7 @@ def _measure(run: RunFolder, evidence: Path, args: argparse.Namespace) -> Path |
     from floodrepro.verification import measure
 
     measure.table_of(run, run.best, args.split, args.data_root)
-    if reference and is_checkpoint:
+    if reference and reference.suffix != ".parquet":
         reference = measure.table_of(run, reference, args.split, args.data_root)
     measure.measure_all(run, evidence, args.split, args.data_root)
     return reference
@@ -129,6 +128,8 @@ def run_export(args: argparse.Namespace) -> int:
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
     recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
+    if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
+        raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")
     name = args.name or (run.path.resolve().name if run else checkpoint.stem)
     home = run if run and checkpoint.resolve() == run.best.resolve() else None
     found: dict[str, Any] = {}
@@ -170,18 +171,17 @@ def run_publish(args: argparse.Namespace) -> int:
     from floodrepro.publishing.upload import make_plan, upload
 
     plan = make_plan(args.export, args.repo, branch=args.branch, private=args.private)
-    rows = [["file", "bytes", "sha256"]]
-    rows += [[name, f"{(args.export / name).stat().st_size:,}", digest] for name, digest in plan["files"].items()]
-    licence = "none: write one into the card, or export --card-only --licence ID"
     visible = "private" if args.private else "public if it is new"
     lines = {
         "from": plan["folder"],
         "to": f"{plan['endpoint']}/{plan['repo']}  (branch {plan['branch']}, {visible})",
         "verdict": plan["verdict"] or "none",
-        "licence": plan["licence"] or licence,
+        "licence": plan["licence"] or "none: write one into the card, or export --card-only --licence ID",
         "against": plan["objection"] and f"{plan['objection']} Refused without --force.",
         "left out": ", ".join(plan["left_out"]),
     }
+    rows = [["file", "bytes", "sha256"]]
+    rows += [[name, f"{(args.export / name).stat().st_size:,}", digest] for name, digest in plan["files"].items()]
     listing = "\n".join([*(f"{key:<8} {text}" for key, text in lines.items() if text), console.columns(rows)])
     if args.dry_run:
         console.emit(plan, listing, args.format)

@@ -1,7 +1,6 @@
 """The model card: what run.json, results.json and the recipe say, for a reader of the hub. Its words are README.md.j2.
 
-A card is written once. From then on it is its author's: another one never replaces it, the old one is set aside, as is
-any other results.json or picture.
+A card is its author's from then on: another one never replaces it, the old one is set aside.
 """
 
 import shutil
@@ -74,9 +73,9 @@ def write_card(
     picture = run.verification / "figures" / report.PICTURE if run and found else None
     text = _fill_in(name, weights, recipe, record, found, licence, factors, picture=bool(picture and picture.is_file()))
     try:
-        for old in filter(Path.exists, (folder / target for target in (CARD, RESULTS, report.PICTURE))):
-            aside = old.replace(old.with_name(free_name(old)))
-            console.say(f"{old.name}, which was there, is now {aside.name}")
+        if (folder / CARD).exists():
+            aside = (folder / CARD).replace(folder / free_name(folder / CARD))
+            console.say(f"{CARD}, which was there, is now {aside.name}")
         for source in (run.results, picture) if run and found else ():
             if source and source.is_file():
                 with replacing(folder / source.name) as partial:
@@ -100,9 +99,11 @@ def _fill_in(
     picture: bool,
 ) -> str:
     """The card's text, metadata included; see `write_card`."""
-    protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
-    model_args = (recipe["model"].get("init_args") or {}).get("model_args") or {}
-    base, (energy, emitted) = results.base_model(recipe), energy_of(record, factors)
+    protocol, base, (energy, emitted) = (
+        protocols.protocol_of(recipe),
+        results.base_model(recipe),
+        energy_of(record, factors),
+    )
     source = {
         "checkpoint": {"sha256": weights.metadata.get("source_sha256")},
         "protocol": protocol.name,
@@ -136,18 +137,17 @@ def _fill_in(
         metadata=ModelCardData(**data).to_yaml(),
         name=name,
         protocol=protocol,
+        recipe=recipe,
         results=found,
         record=record,
         chips=chips["train"],
-        modalities=arguments.get("modalities") or model_args.get("backbone_modalities") or [],
         parts=results.architecture(recipe),
         start=results.start_of_weights(recipe, record) if record or base else None,
         required=report.required_sentence(found) if found else "",
-        training=[*_hyperparameters(recipe), *report.run_facts(record)],
+        training=report.run_facts(record),
         energy=energy,
         weights=weights,
-        bands={key: len(means) for key, means in (arguments.get("means") or {}).items()},
-        times=[protocols.TIMESTEPS[step] for step in arguments.get("timesteps") or ()],
+        timesteps=protocols.TIMESTEPS,
         generated=generated,
         published=published,
         licence=licence,
@@ -158,12 +158,7 @@ def _fill_in(
 
 
 def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """run.json (empty without a run) and results.json of a run, if they are of this recipe and checkpoint.
-
-    Args:
-        run: The run folder; None where there is none.
-        recipe: The recipe.
-        digest: The checkpoint's sha256.
+    """run.json (empty without a run) and results.json of a run, for this recipe and the checkpoint of this sha256.
 
     Raises:
         RunFolderError: The run is not finished, or a record is of another recipe or checkpoint.
@@ -261,22 +256,3 @@ def _eval_results(protocol: protocols.Protocol, generated: str | None, found: Ma
         for row in found["scores"]["rows"]
         if row["values"][0] is not None
     ]
-
-
-def _hyperparameters(recipe: Recipe) -> list[tuple[str, str]]:
-    """What the recipe asks for."""
-
-    def named(section: Mapping[str, Any]) -> str:
-        arguments = [f"{key} {value}" for key, value in (section.get("init_args") or {}).items()]
-        return f"{str(section.get('class_path', '')).rpartition('.')[2]} {', '.join(arguments)}".strip()
-
-    trainer = recipe.get("trainer") or {}
-    rows = {
-        "loss": (recipe["model"].get("init_args") or {}).get("loss"),
-        "optimizer": named(recipe.get("optimizer") or {}),
-        "learning rate schedule": named(recipe.get("lr_scheduler") or {}),
-        "batch": protocols.data_arguments(recipe).get("batch_size"),
-        "epochs, at most": trainer.get("max_epochs"),
-        "precision of the recipe": trainer.get("precision"),
-    }
-    return [(label, str(value)) for label, value in rows.items() if value]

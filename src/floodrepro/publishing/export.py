@@ -51,7 +51,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or holds values that are not finite.
-        UsageError: The recipe describes another model than the checkpoint, or a file of that name is there already.
+        UsageError: The recipe is another model's, or a file of that name is there already.
         RunFolderError: The folder cannot be written.
     """
     from safetensors.torch import save_file
@@ -119,7 +119,7 @@ def read_exported(path: Path) -> ExportedWeights:
 
 
 def with_stock_data(recipe: Recipe) -> Recipe:
-    """The recipe with impactmesh's own data module, its statistics and transforms as here.
+    """The recipe with impactmesh's own data module, its statistics as here, to predict and to test.
 
     That module reads extracted chips only, masks as they are, and all bands.
     """
@@ -129,14 +129,6 @@ def with_stock_data(recipe: Recipe) -> Recipe:
     arguments = stock["data"]["init_args"]
     kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
     kept["predict_data_root"] = arguments.get("predict_data_root") or arguments["data_root"]
-    if arguments.get("augment", True):
-        steps = {"n_timesteps": len(arguments.get("timesteps") or range(4))}
-        kept["train_transform"] = [
-            {"class_path": "terratorch.datasets.transforms.FlattenTemporalIntoChannels"},
-            {"class_path": "albumentations.D4"},
-            {"class_path": "albumentations.pytorch.ToTensorV2"},
-            {"class_path": "terratorch.datasets.transforms.UnflattenTemporalFromChannels", "init_args": steps},
-        ]
     stock["data"] = {
         "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
         "init_args": kept,
@@ -152,10 +144,8 @@ def _sort_header(file: Path) -> None:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # else safetensors escaped it otherwise: the file is whole, only not sorted
-            stream.seek(8)
-            stream.write(text.ljust(length))
+        stream.seek(8)
+        stream.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def _portable(recipe: Recipe) -> Recipe:

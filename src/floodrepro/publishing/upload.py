@@ -1,4 +1,4 @@
-"""Put an export on the hub: first a plan that contacts nobody, then one commit of exactly what the plan lists."""
+"""Put an export on the hub: first a plan that contacts nobody, then one commit of the files that it lists."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,9 +32,11 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
         CheckpointError: The pair or the card is damaged, or the results are of other weights.
     """
     try:
-        validate_repo_id(repo if "/" in repo else "an owner is missing")
+        validate_repo_id(repo)
     except HFValidationError as error:
         raise UsageError(f"--repo is no OWNER/NAME: {error}", where=repo) from error
+    if "/" not in repo:
+        raise UsageError("--repo is no OWNER/NAME", where=repo)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1 or not (folder / CARD).is_file():
         what = f"the folder needs one .safetensors and a {CARD}: it has {len(found)} .safetensors"
@@ -75,7 +77,6 @@ def upload(plan: Mapping[str, Any]) -> str:
     ``create_commit``.
 
     Raises:
-        CheckpointError: A file was changed since the plan was made.
         FloodreproError: There is no token, or the hub refuses or cannot be reached.
     """
     repo, branch, private, where = plan["repo"], plan["branch"], plan["private"], f"{plan['endpoint']}/{plan['repo']}"
@@ -83,10 +84,6 @@ def upload(plan: Mapping[str, Any]) -> str:
         what = "HF_HUB_OFFLINE forbids every request" if constants.HF_HUB_OFFLINE else "there is no token for the hub"
         raise FloodreproError(what, where=where, fix=f"unset HF_HUB_OFFLINE; {_LOGIN}")
     files = [CommitOperationAdd(name, Path(plan["folder"], name)) for name in plan["files"]]
-    for file, (name, digest) in zip(files, plan["files"].items(), strict=True):
-        if file.upload_info.sha256.hex() != digest:
-            what = f"{name} was changed since the plan was made"
-            raise CheckpointError(what, where=plan["folder"], fix="publish again")
     api = HfApi(endpoint=plan["endpoint"], library_name="floodrepro", library_version=__version__)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
