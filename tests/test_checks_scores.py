@@ -254,19 +254,15 @@ def test_classes_without_probabilities_leave_calibration_skipped(evidence: Evide
     assert ask("parity", replace(evidence, reference=masks))["outcome"] == "equivalent"
 
 
-def test_declared_run_without_a_result_fails_variance(evidence: Evidence):
-    dropped = SeedRun(45, "failed", None, "seed-45")
-    answer = ask("variance", replace(evidence, seeds=[*evidence.seeds[:2], dropped]))
-    assert (answer["status"], "seed-45 (failed)" in answer["finding"]) == ("fail", True)
-
-
-def test_copy_and_undeclared_recipe_fail_variance(evidence: Evidence):
-    copy = replace(evidence.seeds[1], seed=45, run="seed-45")
-    answer = ask("variance", replace(evidence, seeds=[*evidence.seeds[:2], copy]))
-    assert (answer["status"], answer["finding"]) == ("fail", "seed-45 is a copy of seed-44")
-    other = declared(45, recipe_sha256="0" * 64)
-    answer = ask("variance", replace(evidence, seeds=[*evidence.seeds[:2], other]))
-    assert (answer["status"], "seed-45" in answer["finding"]) == ("fail", True)
+@pytest.mark.parametrize("plant", ["no result", "a copy", "another recipe"])
+def test_declared_run_that_is_no_training_of_its_own_fails_variance(evidence: Evidence, plant: str):
+    third, says = {
+        "no result": (SeedRun(45, "failed", None, "seed-45"), "without a chip table: seed-45 (failed)"),
+        "a copy": (replace(evidence.seeds[1], seed=45, run="seed-45"), "seed-45 is a copy of seed-44"),
+        "another recipe": (declared(45, recipe_sha256="0" * 64), "seed-45 is not of this recipe"),
+    }[plant]
+    answer = ask("variance", replace(evidence, seeds=[*evidence.seeds[:2], third]))
+    assert (answer["status"], says in answer["finding"]) == ("fail", True), answer["finding"]
 
 
 def test_seeds_without_a_reference_show_their_spread_and_two_are_too_few(evidence: Evidence):

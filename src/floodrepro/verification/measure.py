@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,8 @@ def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None
 
         makers: dict[str, Callable[[], Check]] = {
             "weights": lambda: weights(run.recipe, run.best, run.checkpoints / "last.ckpt"),
-            "load_back": partial(of_pair, load_back),
-            "round_trip": partial(of_pair, round_trip),
+            "load_back": lambda: of_pair(load_back),
+            "round_trip": lambda: of_pair(round_trip),
             "panels": lambda: panels(_parse(run.recipe, data_root), run.best, table, folder),
         }
         for name, make in makers.items():
