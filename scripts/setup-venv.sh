@@ -14,7 +14,7 @@ find_python() {
 }
 
 setup_venv() {
-  local python extra=${1:-} stamp=.venv/floodrepro-installed sum
+  local python extra=${1:-} stamp=.venv/floodrepro-installed sum backend=cpu
   if [ ! -e .venv ]; then
     python=$(find_python) || exit 2
     say "making .venv with $("$python" --version)"
@@ -24,17 +24,15 @@ setup_venv() {
   sum=$(cat pyproject.toml constraints.txt | cksum)
   # shellcheck disable=SC2254  # a pattern: an environment with an extra has all that one without needs
   case $(cat "$stamp" 2>/dev/null) in ${extra:-*}" $sum") say "using .venv as it is"; return ;; esac
-  local -a install=(--quiet --constraint constraints.txt --editable ".${extra:+[$extra]}")
-  if ! command -v uv >/dev/null; then
+  if command -v uv >/dev/null; then
+    if [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then backend=auto; fi
+    say "installing with uv, torch for: $backend (auto: this machine's GPU, several GB)"
+    set -- uv pip install --python .venv/bin/python --torch-backend "$backend"
+  else
     say "installing: several GB, with torch for CUDA (with uv on PATH, a small torch for CPUs where no GPU is)"
     set -- .venv/bin/python -m pip install --disable-pip-version-check
-  elif [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then
-    say "installing with uv: several GB, with torch for this machine's GPU"
-    set -- uv pip install --python .venv/bin/python --torch-backend auto
-  else
-    say "installing with uv: torch for CPUs, as no GPU is here"
-    set -- uv pip install --python .venv/bin/python --torch-backend cpu
   fi
-  "$@" "${install[@]}" || fail "the installation failed" "see the message above, then run this again: $* ${install[*]}"
+  set -- "$@" --quiet --constraint constraints.txt --editable ".${extra:+[$extra]}"
+  "$@" || fail "the installation failed" "see the message above, then run this again: $*"
   echo "$extra $sum" >"$stamp"
 }

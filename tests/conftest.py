@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from floodrepro.cli.main import main
 from floodrepro.data.synth import generate
 from floodrepro.run_folder import RunFolder
-from floodrepro.system import doctor
+from floodrepro.system import environment
 
 ROOT = Path(__file__).parents[1]
 CHIPS = {"events": 6, "chips": 18, "size": 32, "protocol": "v0", "seed": 1}
@@ -42,9 +42,7 @@ class Outcome:
 
 
 # Handed out first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_demo", "test_resume", "test_ddp", "test_bench")
-
-
+LONGEST = ("test_demo", "test_resume", "test_ddp", "test_fit", "test_callbacks_exact_resume", "test_measured")
 FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 
@@ -79,13 +77,13 @@ def cli() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def torch_answer() -> dict[str, Any]:
     """What torch says of this machine; asking takes seconds."""
-    return doctor.ask_torch()
+    return environment.ask_torch()
 
 
 @pytest.fixture
 def asked_once(torch_answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the doctor have that answer at once."""
-    monkeypatch.setattr(doctor, "ask_torch", lambda: torch_answer)
+    monkeypatch.setattr(environment, "ask_torch", lambda: torch_answer)
 
 
 @pytest.fixture(scope="session")

@@ -19,17 +19,11 @@ _NAMES = ("floodrepro", "flood")  # flood: docs/mi300x.md's shell function aroun
 
 @dataclass(frozen=True)
 class Command:
-    """A `floodrepro` command line of a document.
-
-    Args:
-        document: Path relative to the repository.
-        words: What follows `floodrepro`, shell variables replaced by 0.
-        mark: What it needs, by a comment above it or a sentence of the page; empty where nothing is said.
-    """
+    """A `floodrepro` command line of a document."""
 
     document: str
-    words: tuple[str, ...]
-    mark: str = ""
+    words: tuple[str, ...]  # what follows `floodrepro`, shell variables replaced by 0
+    mark: str = ""  # what it needs, by a comment above it or a sentence of the page
 
     def __str__(self) -> str:
         return f"{self.document}: {shlex.join(self.words)}"

@@ -89,10 +89,6 @@ class HubServer:
         """Plant a fault for a file."""
         self.faults[path].append(Fault(**fault))
 
-    def forget(self) -> None:
-        """Start counting anew."""
-        self.sent.clear()
-
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -101,24 +97,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    @property
-    def hub(self) -> HubServer:
-        return self.server.hub
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_POST(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.answer()
-
-    def do_PUT(self) -> None:
-        self.do_POST()
-
     def answer(self) -> None:
+        self.hub: HubServer = self.server.hub
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append((self.command, self.path))
         host = "cdn" if self.headers.get("Host", "").startswith("localhost") else "hub"
         address = urlsplit(self.path)
@@ -142,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_lfs_batch()
             else:
                 self.send_error_code(401, "RepoNotFound")  # what the hub says where there is no token
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
 
     def send_api(self, parts: list[str]) -> None:
         what, revision = parts[0], unquote(parts[1])
@@ -250,28 +233,17 @@ class _Handler(BaseHTTPRequestHandler):
             start, stop = int(first), min(int(last) + 1, stop) if last else stop
             if start >= len(content):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(content)}"})
-        self.send_response(206 if asked else 200)
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes", "Content-Length": stop - start}
-        if asked:
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.send_body(path, content[start:stop], fault)
-        return None
-
-    def send_body(self, path: str, body: bytes, fault: Fault) -> None:
-        """Write the body block by block, count what goes out, and break off where the fault says so."""
-        end = len(body) if fault.cut_after is None else min(len(body), fault.cut_after)
-        for start in range(0, end, BLOCK):
-            block = body[start : min(start + BLOCK, end)]
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
+        headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if asked else {}
+        self.send_head(206 if asked else 200, stop - start, headers)
+        end = stop if fault.cut_after is None else min(stop, start + fault.cut_after)
+        for place in range(start, end if self.command == "GET" else start, BLOCK):
+            block = content[place : min(place + BLOCK, end)]
             self.hub.sent[path] += len(block)  # before it is written: a client that has the last byte may ask at once
             self.wfile.write(block)
-            if fault.rate:
-                time.sleep(len(block) / fault.rate)
-        if end < len(body):
-            self.close_connection = True
+            time.sleep(len(block) / fault.rate if fault.rate else 0)
+        self.close_connection |= end < stop
+        return None
 
     def send_json(self, data: object) -> None:
         self.send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})
@@ -280,12 +252,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(status, b"", {"X-Error-Code": code})
 
     def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send_head(status, len(body), headers)
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def send_head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
 
 def _is_lfs(path: str) -> bool:

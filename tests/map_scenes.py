@@ -1,10 +1,20 @@
-"""Scenes and a network for the tests of `floodrepro map` that need no TerraMind: they map a scene in a second."""
+"""Scenes and a network for the tests of `floodrepro map` that need no TerraMind: they map a scene in a second.
 
+    python tests/map_scenes.py WIDTH HEIGHT FOLDER
+
+maps a scene of sparse files and prints the memory beyond the process in GiB, seconds, and µs of CPU a pixel.
+"""
+
+import json
+import resource
+import sys
+import time
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import rasterio
+import rasterio.windows
 import yaml
 from rasterio import Affine
 
@@ -16,7 +26,7 @@ LEFT, TOP, CRS = 350_000, 5_200_000, "EPSG:32633"
 DAYS = {"S1RTC": ("2026-07-11", "2026-08-16", "2026-08-28", "2026-09-09")}
 DAYS["S2L2A"] = ("2026-07-12", "2026-08-17", "2026-08-27", "2026-09-08")
 PLAN = {"names": ["rest", "flood"], "positive": 1, "permanent": None, "permanent_file": None, "threshold": None}
-PLAN |= {"crop": 64, "stride": 48, "batch": 2, "min_hectares": 0.0}
+PLAN |= {"crop": 64, "stride": 48, "min_hectares": 0.0}
 
 
 def save(path, values, names=(), crs=CRS, transform=None, **profile):
@@ -82,9 +92,44 @@ class RadarNetwork:
         return np.stack(out).astype(np.float32)
 
     def fitting_batch(self, crop):
-        return 1
+        return 2
 
 
 def run(scene: Path, output: Path, network=None, **options):
     """Map a scene with the network above."""
     return map_scene(network or RadarNetwork(), read_scene(scene), PLAN | options, output, {"weights": "none"})
+
+
+def make_sparse_scene(folder: Path, height: int, width: int) -> Path:
+    """Files without a block, but for a row of lakes in the event's radar, 512 px apart."""
+    folder.mkdir(parents=True)
+    place = {"width": width, "height": height, "crs": CRS, "transform": Affine(10, 0, LEFT, 0, -10, TOP)}
+    place |= {"driver": "GTiff", "dtype": "int16", "tiled": True, "sparse_ok": True, "compress": "deflate"}
+    files = {"S2L2A.tif": 12, "S1RTC.tif": 2, "event.tif": 2, "DEM.tif": 1}
+    for name, count in files.items():
+        with rasterio.open(folder / name, "w", count=count, **place) as file:
+            if name == "event.tif":
+                lakes = np.where(np.hypot(*np.mgrid[-256:256, -256:256]) < 180, -20, -9)[:height]
+                rows = np.tile(np.stack([lakes, lakes - 6]), (1, 1, -(-width // 512)))[:, :, :width].astype(np.int16)
+                file.write(rows, window=rasterio.windows.Window(0, 0, width, len(lakes)))
+    scene: dict = {"S2L2A": {"nodata": []}, "S1RTC": {}, "DEM": {"files": "DEM.tif"}}
+    for sensor, days in DAYS.items():
+        for step, day in zip(STEPS, days, strict=True):
+            name = "event.tif" if (sensor, step) == ("S1RTC", "event") else f"{sensor}.tif"
+            scene[sensor][step] = {"time": day, "files": [{"raster": name, "offset": 0}]}
+    (folder / "scene.yaml").write_text(yaml.safe_dump(scene))
+    return folder / "scene.yaml"
+
+
+def measure(width: int, height: int, folder: Path) -> dict:
+    """GiB of resident memory beyond the process, seconds, and µs of CPU a pixel of a map of a sparse scene."""
+    scene = make_sparse_scene(folder, height, width)
+    before, began = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), time.monotonic()
+    record = run(scene, folder / "map", crop=256, stride=208)
+    peak, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_time()
+    gib, seconds = (peak - before) / 2**30, time.monotonic() - began
+    return {"gib": gib, "seconds": seconds, "us_cpu_a_pixel": cpu / width / height * 1e6} | record["km2"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

@@ -93,20 +93,17 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
     }
 
 
-def _make_tiffs(folder: Path, count: int = 12) -> None:
+def _make_tiffs(folder: Path) -> None:
     import rasterio
 
     folder.mkdir(parents=True)
     draw = np.random.default_rng(3)
-    for number in range(count):
+    for number in range(12):
         image = draw.normal(size=(3, 32, 32)).astype("float32")
-        mask = (image[:1] > 0).astype("uint8")
-        for kind, pixels in (("image", image), ("mask", mask)):
-            path = folder / f"chip{number}_{kind}.tif"
-            with rasterio.open(
-                path, "w", driver="GTiff", width=32, height=32, count=len(pixels), dtype=pixels.dtype
-            ) as f:
-                f.write(pixels)
+        for kind, pixels in (("image", image), ("mask", (image[:1] > 0).astype("uint8"))):
+            profile = {"driver": "GTiff", "width": 32, "height": 32, "count": len(pixels), "dtype": pixels.dtype}
+            with rasterio.open(folder / f"chip{number}_{kind}.tif", "w", **profile) as file:
+                file.write(pixels)
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -125,19 +122,15 @@ def different(one: Path, other: Path) -> tuple[list[str], int]:
     """Paths of the leaves that differ between two checkpoints, and the number of leaves; the folders' names are one."""
     import torch
 
-    states = []
-    for path in (one, other):
-        state = dict(leaves(torch.load(path, map_location="cpu", weights_only=True)))
-        folder = str(path.parents[1])
-        states.append(
-            {k.replace(folder, ""): v.replace(folder, "") if isinstance(v, str) else v for k, v in state.items()}
-        )
-    first, second = states
+    def state_of(path: Path) -> dict[str, Any]:
+        folder, state = str(path.parents[1]), leaves(torch.load(path, map_location="cpu", weights_only=True))
+        return {k.replace(folder, ""): v.replace(folder, "") if isinstance(v, str) else v for k, v in state}
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor):
             return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
         return type(a) is type(b) and a == b
 
+    first, second = state_of(one), state_of(other)
     names = sorted(first.keys() | second.keys())
     return [n for n in names if n not in first or n not in second or not same(first[n], second[n])], len(names)

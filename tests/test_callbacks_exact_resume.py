@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from floodrepro.callbacks import AtomicCheckpointIO
 from floodrepro.errors import CheckpointError, Interrupted, UsageError
-from floodrepro.training.resume import newest_state
+from floodrepro.training.fit import newest_state
 from terratorch_runs import demo, different, generic, terratorch_fit, with_callbacks
 from tiny_training import Data, Kill, Killed, train
 
@@ -72,14 +72,9 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path):
     assert different(tmp_path / "long" / LAST, tmp_path / "short" / LAST)[0] == []
 
 
-def test_a_moved_run_keeps_its_best_score(tmp_path: Path):
-    train(tmp_path / "straight")
-    with pytest.raises(Killed):
-        train(tmp_path / "before", Kill(35))
-    (tmp_path / "before").rename(tmp_path / "after")
-    trainer = train(tmp_path / "after", resume=tmp_path / "after" / LAST)
-    assert different(tmp_path / "straight" / LAST, tmp_path / "after" / LAST)[0] == []
-    assert Path(trainer.checkpoint_callback.best_model_path).parent == tmp_path / "after" / "checkpoints"
+def test_a_run_that_stopped_early_does_not_train_on_when_it_was_killed_before_its_mark(tmp_path: Path):
+    stopped = fit(tmp_path, "early stopping").global_step
+    assert fit(tmp_path, "early stopping", resume=tmp_path / LAST).global_step == stopped < 9 * 6
 
 
 def test_a_trial_run_leaves_no_file(tmp_path: Path):
@@ -120,21 +115,35 @@ def test_a_damaged_state_is_kept_and_the_one_before_is_used(tmp_path: Path, caps
             newest_state(tmp_path)
 
 
-def test_a_second_signal_stops_at_once_and_the_first_saves(tmp_path: Path):
-    class Told(Callback):
-        def __init__(self, times: int) -> None:
-            self.times = times
+class Told(Callback):
+    """Sends signals in the first backward of the fifth step."""
 
-        def on_before_backward(self, trainer, *args):
-            for _ in range(self.times if trainer.global_step == 3 else 0):
-                os.kill(os.getpid(), signal.SIGTERM)
+    def __init__(self, times: int) -> None:
+        self.times = times
 
-    for times, how in ((2, "at once"), (1, "the state of step 4 is saved")):
-        with pytest.raises(Interrupted, match=how) as caught:
-            train(tmp_path / str(times), Told(times), every=100)
-        assert caught.value.code == 143
-    assert not (tmp_path / "2" / LAST).exists()
-    assert torch.load(tmp_path / "1" / LAST, weights_only=True)["global_step"] == 4
+    def on_before_backward(self, trainer, *args):
+        while trainer.global_step == 4 and self.times:
+            self.times -= 1
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path):
+    with pytest.raises(Interrupted, match="at once") as caught:
+        train(tmp_path, Told(2), every=100)
+    assert caught.value.code == 143
+    assert not (tmp_path / LAST).exists()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_signal_saves_the_step_and_one_with_accumulated_gradients_is_ended_first(accumulated, tmp_path: Path):
+    """Half a step's gradients are in no state."""
+    settings = {"accumulate_grad_batches": accumulated, "max_epochs": 4, "every": 100}
+    train(tmp_path / "straight", **settings)
+    with pytest.raises(Interrupted, match="the state of step 5 is saved"):
+        train(tmp_path / "told", Told(1), **settings)
+    assert torch.load(tmp_path / "told" / LAST, weights_only=True)["global_step"] == 5
+    train(tmp_path / "told", resume=tmp_path / "told" / LAST, **settings)
+    assert different(tmp_path / "straight" / LAST, tmp_path / "told" / LAST)[0] == []
 
 
 # One after the other on one run of plain `terratorch fit`, with real signals: the exit code, and the step of the state.

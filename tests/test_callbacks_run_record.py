@@ -48,7 +48,7 @@ def test_waiting_for_data_is_told_from_work_and_validation_is_neither(tmp_path: 
     monkeypatch.setattr(Chips, "__getitem__", slowly)
     records: list[dict] = []
     start = time.monotonic()
-    train(tmp_path, Note(write=records.append))
+    train(tmp_path, Note(write=lambda **record: records.append(record)))
     seconds, waiting = (sum(epoch[key] for epoch in records[-1]["epoch_times"]) for key in ("seconds", "waiting"))
     assert 2 * 12 * 0.01 <= waiting < seconds, "two epochs of 12 chips of 10 ms"
     assert seconds < time.monotonic() - start - 2 * 12 * 0.1, "a validation took 1.2 s more"

@@ -70,7 +70,7 @@ def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path,
     fresh = model()
     nn.init.zeros_(fresh[0].weight)
     told = load_weights(fresh, read_checkpoint(tmp_path / "w.pt"), strict=False)
-    assert told == "1 missing (0.bias), 1 unexpected (stray), 1 of another shape (1.weight)"
+    assert told == "1 missing (0.bias), 1 unexpected (stray), 1 of another shape or kind (1.weight)"
     assert told in capsys.readouterr().err
     assert torch.equal(fresh[0].weight, weights["0.weight"])
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pt")
@@ -93,18 +93,12 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
 @pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
 def test_integer_and_complex_weights_are_refused(tmp_path: Path, kind: torch.dtype):
     torch.save({name: tensor.to(kind) for name, tensor in model().state_dict().items()}, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=r"6 not of floats \(0.weight"):
+    with pytest.raises(CheckpointError, match=r"6 of another shape or kind \(0.weight"):
         load_weights(model(), read_checkpoint(tmp_path / "w.pt"))
 
 
-def test_names_that_become_one_without_their_prefixes_are_refused(tmp_path: Path):
-    torch.save({"model.a": torch.ones(1), "a": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="two tensors are both named a"):
-        read_checkpoint(tmp_path / "w.pt")
-
-
 def test_hyper_parameters_of_other_kinds_are_not_a_recipes(tmp_path: Path):
-    for remembered in ([1], "text", {"model_args": "text"}):
+    for remembered in ([1], "text"):
         torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": remembered}, tmp_path / "w.pt")
         assert read_checkpoint(tmp_path / "w.pt").hyper_parameters == {}
 
@@ -152,7 +146,7 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
     path, trace = tmp_path / "evil.pt", tmp_path / "ran"
     content = {"state_dict": {"w": torch.ones(1)}, "extra": Payload(trace)}
     torch.save(content, path) if form == "zip" else path.write_bytes(pickle.dumps({"extra": Payload(trace)}))
-    with pytest.raises(CheckpointError, match="holds code, not only tensors"):
+    with pytest.raises(CheckpointError, match="holds code, not only tensors" if form == "zip" else "no checkpoint"):
         read_checkpoint(path)
     assert not trace.exists()
 
@@ -171,15 +165,12 @@ def test_code_beside_a_downloaded_export_runs_only_where_its_config_is_given(cli
     assert not (tmp_path / "ran").exists()
 
 
-def test_class_path_beside_a_download_finds_no_code_in_the_working_folder(tmp_path: Path):
-    """``python -m`` would look there, as the installed script does not."""
-    (tmp_path / "mods.py").write_text("from pathlib import Path\nPath(__file__).with_name('ran').touch()\n")
-    (tmp_path / "model.yaml").write_text("model: {class_path: mods.Model}\ndata: {class_path: mods.Data}\n")
-    torch.save(model().state_dict(), tmp_path / "model.pt")
-    argv = [sys.executable, "-m", "floodrepro", "test", "--ckpt", "model.pt"]
+def test_module_of_the_working_folder_is_not_imported(tmp_path: Path):
+    """``python -m`` would look there first, as the installed script does not: beside a download it may be anything."""
+    (tmp_path / "yaml.py").write_text("raise SystemExit('imported')\n")
+    argv = [sys.executable, "-m", "floodrepro", "configs", "ls"]
     done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, "No module named 'mods'" in done.stderr) == (2, True), done.stderr
-    assert not (tmp_path / "ran").exists()
+    assert (done.returncode, "demo" in done.stdout) == (0, True), done.stderr
 
 
 def test_checkpoint_with_a_class_names_it_and_how_to_strip_it(tmp_path: Path):

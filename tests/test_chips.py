@@ -1,6 +1,5 @@
 """Reading chips: any layout gives the pixels that zarr and GDAL give, and damage is an error, never a pixel."""
 
-import io
 import json
 import os
 import pickle
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from numcodecs import Blosc, Zlib
 
 from floodrepro.data import chips as reading
-from floodrepro.data.chips import Chips, Window, radar_faults, read_bands, read_raster, tar_index
+from floodrepro.data.chips import Chips, radar_faults, read_bands, read_raster, tar_index
 from floodrepro.data.protocols import PARTS, suffix_of
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError
@@ -59,8 +58,7 @@ def stock(path: Path) -> np.ndarray:
 
 
 def ours(path: Path) -> np.ndarray:
-    with path.open("rb", buffering=0) as stream:
-        return (read_bands if path.suffix == ".zip" else read_raster)(Window(stream))
+    return (read_bands if path.suffix == ".zip" else read_raster)(path.read_bytes())
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -115,8 +113,7 @@ def test_any_zarr_layout_is_read_as_zarr_reads_it(tmp_path, data):
             archive.writestr(name, bytes(content))
     assert same(ours(path), stock(path))
     place = np.empty(shape, values.dtype.newbyteorder("="))
-    with path.open("rb", buffering=0) as stream:
-        assert read_bands(Window(stream), lambda *_: place) is place
+    assert read_bands(path.read_bytes(), lambda *_: place) is place
     assert same(place, stock(path))
 
 
@@ -203,36 +200,18 @@ def test_vrt_named_as_a_chip_opens_no_other_file(folders, tmp_path):
             read("a", "MASK")
 
 
-def test_flipped_bit_in_any_chunk_is_an_error_that_names_the_chip(folders, tmp_path):
-    chip = sorted(Chips(folders).having("DEM"))[0]
-    path = tmp_path / "data" / "S1RTC" / file_of(folders, chip, "S1RTC").name
-    path.parent.mkdir(parents=True)
-    content = file_of(folders, chip, "S1RTC").read_bytes()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        chunks = [info for info in archive.infolist() if info.filename.startswith("bands/0.")]
-    for info in chunks:
-        path.write_bytes(flip(content, 8 * (info.header_offset + 60 + info.file_size // 2)))
-        with pytest.raises(DataError, match=f"{chip}_S1RTC.zarr.zip is damaged"):
-            Chips(tmp_path).bands(chip, "S1RTC")
-
-
-def test_missing_chunk_without_fill_value_and_a_renamed_one_are_errors(tmp_path):
-    for number, (fill, rename) in enumerate([(None, None), (0, b"bands/9")]):
-        path = tmp_path / f"{number}.zip"
-        with zarr.ZipStore(path, mode="w") as store:
-            zarr.group(store=store).array("bands", np.ones((2, 1, 4, 4), "i2"), chunks=(1, 1, 4, 4), fill_value=fill)
-            zarr.consolidate_metadata(store)
-        content = path.read_bytes()
-        if rename:
-            place = content.rindex(b"bands/1.0.0.0")  # in the directory: its header keeps the right name
-            path.write_bytes(content[:place] + rename + content[place + len(rename) :])
-        else:
-            with zipfile.ZipFile(path) as full, zipfile.ZipFile(tmp_path / "less.zip", "w") as less:
-                for name in full.namelist():
-                    if name != "bands/1.0.0.0":
-                        less.writestr(name, full.read(name))
-            path = tmp_path / "less.zip"
-        assert outcome(ours, path) is None
+@pytest.mark.parametrize("fill", [None, 0])
+def test_missing_chunk_without_fill_value_and_a_renamed_one_are_errors(tmp_path, fill):
+    path, name = tmp_path / "chip.zip", b"bands/1.0.0.0"
+    with zarr.ZipStore(path, mode="w") as store:
+        zarr.group(store=store).array("bands", np.ones((2, 1, 4, 4), "i2"), chunks=(1, 1, 4, 4), fill_value=fill)
+        zarr.consolidate_metadata(store)
+    content = path.read_bytes()
+    place = content.rindex(name)  # in the directory
+    if fill is None:  # its header has the other name as well: to zipfile the chunk is not there
+        content = content.replace(name, b"bands/9.0.0.0")
+    path.write_bytes(content[:place] + b"bands/9.0.0.0" + content[place + len(name) :])
+    assert outcome(ours, path) is None
 
 
 def test_empty_folder_hides_no_tars_and_parts_may_lie_in_either(folders, tars):
@@ -264,20 +243,20 @@ def test_index_comes_from_headers_is_kept_and_is_made_anew_for_another_tar(tars,
     assert read
 
 
-def test_index_of_a_read_only_folder_lies_in_the_users_cache(tars, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(reading.os, "access", lambda *_: False)  # root may write anywhere
-    Chips(tars)
-    assert not list(tars.rglob("*.index.json"))
-    assert len(list((tmp_path / "cache").rglob("*.index.json"))) == 12
-
-
-def test_index_needs_no_home(tars, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # nobody's, as in a container
+@pytest.mark.parametrize("writable", [False, True])
+def test_index_of_a_read_only_folder_lies_in_the_users_cache_else_no_home_is_needed(
+    tars, tmp_path, monkeypatch, writable
+):
+    if writable:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)  # nobody's, as in a container
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(reading.os, "access", lambda *_: False)  # root may write anywhere
     assert len(Chips(tars).having("DEM")) == 8
-    assert len(list(tars.rglob("*.index.json"))) == 12
+    assert len(list((tars if writable else tmp_path / "cache").rglob("*.index.json"))) == 12
+    assert writable or not list(tars.rglob("*.index.json"))
 
 
 def test_one_of_several_processes_reads_the_headers_and_the_others_wait(tars, tmp_path, monkeypatch):
@@ -297,24 +276,12 @@ def test_one_of_several_processes_reads_the_headers_and_the_others_wait(tars, tm
     assert (tmp_path / "opened").read_text() == "once\n"
 
 
-def test_process_is_handed_the_places_of_its_chips_only(tars):
-    source, chip = Chips(tars), min(Chips(tars).having("DEM"))
-    few = pickle.loads(pickle.dumps(source.only([chip])))
-    assert few.having("DEM") == {chip}
-    assert same(few.raster(chip, "DEM"), source.raster(chip, "DEM"))
-
-
 def test_stray_files_in_a_tar_are_passed_over(tars):
     tar = tars / "train" / "DEM.tar"
     before = Chips(tars).having("DEM")
     with tarfile.open(tar, "a") as archive:
-        for name in (
-            "DEM/.DS_Store",
-            "DEM/._EMSR9001_1_30TXM_x1_y1_DEM.tif",
-            "README.md",
-            "../DEM/../../EMSR1_1_DEM.tif",
-        ):
-            archive.addfile(tarfile.TarInfo(name))
+        for name in (".DS_Store", "._EMSR9001_1_30TXM_x1_y1_DEM.tif", "README.md", "../../EMSR1_1_DEM.tif"):
+            archive.addfile(tarfile.TarInfo(f"DEM/{name}"))
         link = tarfile.TarInfo("DEM/EMSR1_1_DEM.tif")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
@@ -332,7 +299,7 @@ def test_tar_that_is_cut_short_is_named(tars):
 def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
     source = Chips(folders)
     chip = sorted(source.having("DEM"))[0]
-    truth, real, failures = source.raster(chip, "DEM"), os.preadv, [116, 5]  # ESTALE, EIO
+    truth, real, failures = source.raster(chip, "DEM"), os.pread, [116, 5]  # ESTALE, EIO
 
     def fails(*arguments):
         if failures:
@@ -340,7 +307,7 @@ def test_transient_error_of_the_disk_is_tried_twice_more(folders, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(reading, "_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(reading.os, "preadv", fails)
+    monkeypatch.setattr(reading.os, "pread", fails)
     assert same(source.raster(chip, "DEM"), truth)
     failures += [5, 5, 5]
     with pytest.raises(DataError, match=f"DEM of {chip} cannot be read: hiccup"):

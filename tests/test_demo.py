@@ -3,20 +3,20 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from floodrepro.data.protocols import event_of
 from floodrepro.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, str], str]:
     """The demo, stopped by SIGTERM in its first fit and run again."""
     folder = tmp_path_factory.mktemp("demo")
     command = [ROOT / "scripts" / "reproduce.sh", "--demo", "--run-dir", folder, "--format", "json"]
@@ -29,32 +29,30 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict, str
     assert process.returncode == 143, said
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    last = done.stdout[done.stdout.index('{\n  "verdict"') :]
-    return run, json.loads(last), done.stderr
+    places = json.loads(done.stdout[done.stdout.rindex("{") :])
+    return run, places, done.stderr
 
 
-def scores(run: RunFolder) -> dict[str, dict[str, float]]:
+def scores(run: RunFolder) -> dict[str, float]:
+    """Flood IoU by the label of its column."""
     table = json.loads(run.results.read_text())["scores"]
-    labels = [column["label"] for column in table["columns"]]
-    return {row["metric"]: dict(zip(labels, row["values"], strict=True)) for row in table["rows"]}
+    [values] = [row["values"] for row in table["rows"] if row["metric"] == "IoU_1"]
+    return {column["label"]: value for column, value in zip(table["columns"], values, strict=True)}
 
 
 def test_demo_learns_floods_of_events_it_has_not_seen(demo):
-    iou = scores(demo[0])["IoU_1"]
+    iou = scores(demo[0])
     assert iou["seed-42"] >= 0.5
     assert iou["seed-42"] > 1.5 * iou["everything"]
-    split = demo[0].path.parents[1] / "ImpactMesh-Flood" / "split"
-    events = [
-        {line.split("_")[0] for line in (split / f"impactmesh_flood_{name}.txt").read_text().split()}
-        for name in ("train", "val", "test")
-    ]
-    assert all(events)
-    assert len(set.union(*events)) == sum(len(one) for one in events)
+    files = [*(demo[0].path.parents[1] / "ImpactMesh-Flood" / "split").glob("*.txt")]
+    events = [{event_of(chip) for chip in file.read_text().split()} for file in files]
+    assert [bool(one) for one in events] == [True] * 3
+    assert len(set.union(*events)) == sum(map(len, events))
 
 
 def test_demo_leaves_what_it_names_and_says_what_it_does(demo):
-    _, report, said = demo
-    assert all(Path(path).exists() for path in report["where"].values())
+    _, places, said = demo
+    assert all(Path(path).exists() for path in places.values())
     assert [f"[{n}/7]" in said for n in range(1, 8)] == [True] * 7
     assert said.count("done already") == 1  # the chips were whole when the first fit was stopped
     for noise in ("Total FLOPs", "is not the published data", "litlogger"):
@@ -62,24 +60,22 @@ def test_demo_leaves_what_it_names_and_says_what_it_does(demo):
 
 
 def test_demo_is_verified_against_a_second_model_and_claims_no_more_than_it_shows(demo):
-    run, report, _ = demo
+    run, places, _ = demo
     results = json.loads(run.results.read_text())
     status = {check["id"]: check["status"] for check in results["checks"]}
     for name in ("weights", "load_back", "round_trip", "panels", "identities", "data"):
         assert status[name] == "pass", name
-    assert report["verdict"]["word"] in ("undecided", "different (better)", "equivalent")
-    assert "the shorter-trained model" in report["verdict"]["sentence"]
+    assert results["verdict"]["word"] in ("undecided", "different (better)", "equivalent")
+    assert "the shorter-trained model" in results["verdict"]["sentence"]
     assert str(run.path.parents[1]) not in run.results.read_text()
-    card = Path(report["where"]["card"]).read_text()
-    assert f"{scores(run)['IoU_1']['seed-42']:.4f}" in card
+    card = Path(places["card"]).read_text()
+    assert f"{scores(run)['seed-42']:.4f}" in card
     assert "More Information Needed" not in card
 
 
-def test_demo_again_skips_every_stage(demo):
+def test_demo_again_skips_every_stage(demo, cli):
     run, _, _ = demo
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*") if path.is_file()}
-    command = [sys.executable, "-m", "floodrepro", "reproduce", "--demo", "--run-dir", run.path.parents[1]]
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert again.stderr.count("done already") == 7
+    again = cli("reproduce", "--demo", "--run-dir", run.path.parents[1])
+    assert (again.code, again.err.count("done already")) == (0, 7), again.err
     assert {path: path.stat().st_mtime_ns for path in before} == before

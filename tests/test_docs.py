@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-import floodrepro
 from conftest import FAULTS
 from doc_commands import DOCUMENTS, ROOT, Command, blocks, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
@@ -39,30 +38,20 @@ def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeyp
     assert taken or "--help" in command.words
 
 
-def test_a_wrong_command_in_a_document_would_be_found():
-    assert len(ALL) > 20
-    assert main(("fit", "--config", "demo", "--nam", "x")) == 2
-    assert main(("data", "audit", "--rot", "x")) == 2
-
-
 def needs(command: Command) -> str:
     """What a command cannot do without: fp16 a GPU, the hub the network."""
     words = command.words
     if words[:2] in (("data", "fetch"), ("data", "weights"), ("map", "plan")):
         return "the network"
-    if words[0] == "publish" and "--dry-run" not in words:
-        return "the network"
-    if words[0] == "reproduce" and not {"--demo", "--dry-run"} & set(words):
-        return "a GPU"
-    config = words[words.index("--config") + 1] if words[0] == "fit" else ""
-    if config not in recipes.shipped() or {"--precision", "--print_config"} & set(words):
+    if {"--demo", "--dry-run", "--precision", "--print_config"} & set(words) or words[0] not in ("fit", "reproduce"):
         return ""
-    return "a GPU" if recipes.read_yaml(recipes.find(config))["trainer"]["precision"] == "16-mixed" else ""
+    config = recipes.find(words[words.index("--config") + 1]) if words[0] == "fit" else None
+    return "" if config and recipes.read_yaml(config)["trainer"]["precision"] != "16-mixed" else "a GPU"
 
 
 def test_command_that_needs_a_gpu_or_the_network_says_so():
     unsaid = [f"{command} (needs {needs(command)})" for command in ALL if needs(command) not in command.mark]
-    assert unsaid == []
+    assert (len(ALL) > 20, unsaid) == (True, [])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -124,17 +113,8 @@ def test_messages_of_the_troubleshooting_page_are_messages_of_the_program():
     assert [part for part in parts if part and part not in source] == []
 
 
-def test_citation_and_changelog_have_this_version():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert (citation["version"], citation["license"]) == (floodrepro.__version__, "Apache-2.0")
-    assert re.search(rf"^## {re.escape(floodrepro.__version__)}\b", DOCUMENTS["CHANGELOG.md"], re.MULTILINE)
-
-
-def test_every_yaml_parses_those_in_documents_too():
-    files = [*ROOT.glob("configs/*.yaml"), *ROOT.glob("*.yaml"), ROOT / ".pre-commit-config.yaml"]
-    texts = [file.read_text(encoding="utf-8") for file in files]
-    texts += [body for text in DOCUMENTS.values() for body in blocks(text, "yaml")]
-    assert all(yaml.safe_load(text) for text in texts)
+def test_every_yaml_of_a_document_parses():
+    assert all(yaml.safe_load(body) for text in DOCUMENTS.values() for body in blocks(text, "yaml"))
 
 
 def test_every_fault_of_the_reliability_page_is_planted_by_a_test():

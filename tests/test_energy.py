@@ -51,19 +51,15 @@ def test_power_is_integrated_where_a_counter_is_missing_stuck_or_failing(counter
 
 @pytest.mark.parametrize("power", [None, lambda: float("nan"), counting(300, None), lambda: -1.0])
 def test_rated_power_is_an_upper_estimate_and_without_it_there_is_no_figure(power):
-    reading = measured(PowerSource("MI300X", None, power, 750.0))
-    assert (reading["joules"], reading["method"]) == (75_000, "tdp")
-    assert "upper estimate: 750 W" in reading["note"]
-    reading = measured(PowerSource("MI300X", None, power, 750.0), PowerSource("other", None, power))
-    assert (reading["joules"], reading["kWh"], reading["method"]) == (None, None, "none")
+    source = PowerSource("MI300X", None, power, 750.0)
+    assert "upper estimate: 750 W" in measured(source)["note"]
+    both = [measured(source), measured(source, PowerSource("other", None, power))]
+    assert [(one["joules"], one["method"]) for one in both] == [(75_000, "tdp"), (None, "none")]
 
 
-def test_power_readings_far_apart_do_not_stand_for_the_time_between():
-    assert measured(PowerSource("A", None, lambda: 300.0), step=61)["method"] == "none"
-
-
-def test_without_a_gpu_there_is_no_figure():
+def test_without_a_gpu_or_readings_close_together_there_is_no_figure():
     assert measured()["note"] == "no counter, power or rated power: no GPU"
+    assert measured(PowerSource("A", None, lambda: 300.0), step=61)["method"] == "none"
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def devices(monkeypatch):
     return show
 
 
-def test_the_counter_of_nvml_is_found_by_the_address_of_the_device(devices, monkeypatch):
+def test_the_counter_of_nvml_is_found_by_the_address_of_the_device_else_torch_gives_its_power(devices, monkeypatch):
     nvml = SimpleNamespace(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByPciBusId=lambda address: {"0000:3b:00.0": 1, "0000:5e:00.0": 2}[address],
@@ -89,9 +85,6 @@ def test_the_counter_of_nvml_is_found_by_the_address_of_the_device(devices, monk
     sources = find_sources(devices(("NVIDIA H200", 0x3B), ("NVIDIA H200", 0x5E)))
     assert [source.counter() for source in sources] == [1, 2]  # joules of millijoules
     assert sources[0].tdp_w == 700
-
-
-def test_without_nvml_torch_gives_the_power_of_the_visible_device(devices, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setattr(torch.cuda, "power_draw", lambda index: 250_000 + index)
     (source,) = find_sources(devices(("NVIDIA A10", 1)))

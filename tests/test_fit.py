@@ -7,16 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from floodrepro import recipe as recipes
-from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import RunFolder, sha256_of
-from floodrepro.training.fit import _session as session
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
 SMALL = (
@@ -62,16 +60,20 @@ def test_record_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
 
 
 def test_finished_run_is_left_alone_and_the_same_command_exits_0(cli, trained, chips):
-    before = {path: path.stat().st_mtime_ns for path in trained.path.rglob("*")}
+    def files() -> dict[Path, int]:
+        """Times of all files; the lock and the log belong to whoever tries."""
+        kept = [path for path in trained.path.rglob("*") if path.is_file() and path.name not in (".lock", "log.txt")]
+        return {path: path.stat().st_mtime_ns for path in kept}
+
+    before = files()
     where = ("--data-root", chips, "--runs-root", trained.path.parent, "--name", trained.path.name)
     outcome = cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2)
     assert outcome.code == 0
     assert "finished already" in outcome.err
-    assert cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2, "--resume", "never").code == 2
     changed = cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2, "--optimizer.init_args.lr", "2e-4")
     assert changed.code == 2
     assert "optimizer.init_args.lr: 0.0001 became 0.0002" in changed.err
-    assert {path: path.stat().st_mtime_ns for path in trained.path.rglob("*")} == before
+    assert files() == before
 
 
 def test_folder_of_something_else_is_refused(fit, tmp_path: Path):
@@ -127,10 +129,9 @@ def test_fast_dev_run_leaves_no_run_folder(fit, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: fp16 is fine")
-@pytest.mark.parametrize("how", [["--precision", "fp16"], ["--trainer.precision", "16-mixed"]])
-def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path, how):
-    outcome = fit(*how)
-    assert outcome.code in (1, 2)
+def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path):
+    outcome = fit("--trainer.precision", "16-mixed")
+    assert outcome.code == 2
     assert "--precision fp32" in outcome.err
     assert list(tmp_path.iterdir()) == []
 
@@ -142,24 +143,11 @@ def test_bf16_trains_on_a_cpu_and_stdout_holds_the_result_and_nothing_else(fit, 
     assert "epoch 1/1" in outcome.err
 
 
-def test_two_fits_with_one_seed_give_the_same_weights_whatever_the_number_of_workers(fit, tmp_path: Path):
-    states = []
-    for workers, seed in ((0, 7), (2, 7), (0, 8)):
-        name = f"{workers}-{seed}"
-        outcome = fit("--data.init_args.num_workers", workers, "--seed", seed, name=name)
-        assert outcome.code == 0, outcome.err
-        last = tmp_path / name / "checkpoints" / "last.ckpt"
-        states.append(torch.load(last, weights_only=True)["state_dict"])
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    assert not all(torch.equal(value, states[2][key]) for key, value in states[0].items())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path, workers):
+def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path):
     train = own_chips / "split" / "impactmesh_flood_train.txt"
     for chip in train.read_text().split():
         (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
-    outcome = fit("--data.init_args.num_workers", workers, root=own_chips)
+    outcome = fit("--data.init_args.num_workers", 2, root=own_chips)
     assert outcome.code == 1
     assert len(outcome.report) == 3
     assert "_S1RTC.zarr.zip" in outcome.report[1]
@@ -187,17 +175,15 @@ class Faulty(Callback):
 """
 
 
-def test_fit_that_waited_while_another_trained_leaves_its_record_alone(trained, tmp_path: Path):
-    """It chose to start from the beginning before it got the lock."""
-    run = RunFolder(Path(shutil.copytree(trained.path, tmp_path / "run")))
-    before = run.record.read_bytes()
-    alone = SimpleNamespace(is_global_zero=True, world_size=1)
-    with (
-        pytest.raises(RunFolderError, match="another fit has trained in this folder"),
-        session(alone, run, SimpleNamespace(recipe={}), None, {"status": "running"}),
-    ):
-        pass
-    assert run.record.read_bytes() == before
+def test_fit_that_waited_for_the_lock_takes_up_what_the_other_one_trained(fit, trained, tmp_path: Path, monkeypatch):
+    def while_the_other_ends(path: Path, timeout: float) -> FileLock:
+        shutil.copytree(trained.path, tmp_path / "run", dirs_exist_ok=True)
+        return FileLock(path, timeout=timeout)
+
+    monkeypatch.setattr("floodrepro.training.fit.FileLock", while_the_other_ends)
+    outcome = fit("--trainer.max_epochs", 2, steps=(), size=())
+    assert (outcome.code, "finished already" in outcome.err) == (0, True), outcome.err
+    assert (tmp_path / "run" / "run.json").read_bytes() == trained.record.read_bytes()
 
 
 def test_unexpected_error_shows_its_traceback_and_keeps_it(fit, tmp_path: Path, monkeypatch):
@@ -255,7 +241,7 @@ def test_no_write_permission_is_a_clear_error(cli, chips, tmp_path: Path):
     for root in (unwritable, occupied):
         outcome = cli("fit", "--config", "demo", "--data-root", chips, "--runs-root", root)
         assert outcome.code == 1
-        assert "cannot be made" in outcome.report[0] or "disk" in outcome.report[0]  # /sys has no room at all
+        assert "cannot be written" in outcome.report[0] or "disk" in outcome.report[0]  # /sys has no room at all
     assert occupied.read_text() == "mine"
 
 

@@ -27,8 +27,7 @@ from lightning.pytorch.callbacks import Callback
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 FILE = Path(__file__).parent / "golden" / "tiny_v0_32px.json"
 RECIPE = "terramind_v1_tiny_impactmesh_flood"
@@ -58,7 +57,8 @@ def train(root: Path, *overrides: str, steps: int = 20) -> tuple[list[float], An
     losses, threads = Losses(), torch.get_num_threads()
     torch.set_num_threads(1)  # sums are split between threads: another number of them, other roundings
     try:
-        cli.build(lambda config: without_files(config, progress_bar=False))
+        without_files(cli.config)
+        cli.build()
         cli.trainer.callbacks.append(losses)
         with console.stdout_to_stderr():
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)

@@ -132,7 +132,7 @@ def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, e
     wrong = {chip: rolled(chips, chip)[0] for chip in events}
     table = tabulate_masks(recipe, [folder], events, name="GFM", values="5=flood, 7=rest")
     assert np.array_equal(table.counts, expected(chips, events, wrong))
-    assert parse_values("1=1,0=none", ["rest", "flood"]) == {1: 1, 0: None}
+    assert parse_values("1=1,0=none", ["rest", "flood"]) == {1: 1, 0: -1}
     for text in ("1=water", "flood", "a=flood"):
         with pytest.raises(UsageError, match="--values"):
             parse_values(text, ["rest", "flood"])

@@ -1,16 +1,17 @@
 """What is distributed: the wheel, the sdist, and the layers of the package inside."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
 from email import message_from_string
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+from floodrepro import __version__
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(built: Path) -> Path:
     """The wheel, unpacked as `pip install --no-deps` would."""
     [file] = built.glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
-        archive.extractall(built / "site")
+    shutil.unpack_archive(file, built / "site", "zip")
     return built / "site"
 
 
@@ -39,22 +39,18 @@ def test_wheel_has_recipes_constraints_types_and_licence(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     metadata = message_from_string(next(wheel.glob("*.dist-info/METADATA")).read_text(encoding="utf-8"))
     assert "Operating System :: POSIX :: Linux" in metadata.get_all("Classifier")
-    assert metadata["Keywords"]
-    assert metadata["Author"] == "floodrepro contributors"
     assert "](docs/" not in metadata.get_payload()  # a link that leads nowhere on an index
     assert "](https://" in metadata.get_payload()
 
 
-@pytest.mark.parametrize("command", ["doctor", "configs ls", "fit --config demo"])
+@pytest.mark.parametrize("command", ["doctor", "fit --config demo"])
 def test_wheel_without_dependencies_says_which_are_missing(wheel, command):
-    variables = {k: v for k, v in os.environ.items() if k != "FLOODREPRO_DEBUG"} | {"PYTHONPATH": str(wheel)}
     command = [sys.executable, "-S", "-m", "floodrepro", *command.split()]  # -S: no site-packages
+    variables = os.environ | {"PYTHONPATH": str(wheel)}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=wheel)
-    assert done.returncode == 1
-    assert "dependencies are not all installed" in done.stderr
-    assert "torch" in done.stderr
-    assert "pip install floodrepro" in done.stderr
-    assert len(done.stderr.splitlines()) == 2
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 2)
+    for words in ("dependencies are not all installed", "torch", "pip install floodrepro"):
+        assert words in done.stderr
 
 
 def test_sdist_is_whole(built):
@@ -63,3 +59,15 @@ def test_sdist_is_whole(built):
         names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert {name for name in tracked if (ROOT / name).is_file()} - names <= {".gitignore"}
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("CITATION.cff", f"version: {__version__}\n"),
+        ("CHANGELOG.md", f"Each such change is listed here.\n\n## {__version__}, "),
+        ("Dockerfile.rocm", f'image.version="{__version__}"'),
+    ],
+)
+def test_all_that_names_the_version_names_the_same(file, line):
+    assert line.lower() in (ROOT / file).read_text(encoding="utf-8").lower()

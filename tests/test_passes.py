@@ -1,9 +1,12 @@
 """validate, test and predict: plain TerraTorch's figures, the config before the checkpoint's memory, chips by name."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -16,14 +19,13 @@ from sklearn.metrics import confusion_matrix
 
 from conftest import CHIPS
 from floodrepro import console
-from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import EVENT, NO_DATA, PROTOCOLS
+from floodrepro import recipe as recipes
+from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA
 from floodrepro.errors import RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.metrics import iou, scores
 from floodrepro.evaluation.passes import ChipWriter
-from processes import Command
 
 ONE_CHIP = ("--data.init_args.batch_size", "1")
 
@@ -82,9 +84,6 @@ def test_table_gives_terratorchs_metrics_again_and_says_what_the_model_saw(teste
     assert list(metadata["data"]["digests"]) == ["test"]
     assert {"modalities", "means", "stds", "timesteps"} <= metadata["inputs"].keys()
     assert not any("/" in str(value) for value in metadata["inputs"].values())
-
-
-def test_a_test_leaves_its_table_and_the_baselines(tested, trained):
     baselines = {f"baselines/test/{name}.parquet" for name in ("everything", "nothing", "vv-drop", "vv-vh-change")}
     files = {str(path.relative_to(trained.evaluation)) for path in trained.evaluation.rglob("*") if path.is_file()}
     assert files == {"test/best.parquet"} | baselines
@@ -213,15 +212,38 @@ def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_mask_that_finds_the_disk_full_is_an_error(chips, tmp_path: Path):
+@contextlib.contextmanager
+def full_disk(bytes_of_a_file: int) -> Iterator[None]:
+    """No file may grow beyond it, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_leaves_no_half_written_mask(trained, chips, tmp_path: Path):
     chip = split_of(chips, "test")[0]
-    (tmp_path / f"{chip}_pred.tif").symlink_to("/dev/full")
-    file = next((chips / "data" / "DEM").glob(f"{chip}*"))
-    writer = ChipWriter(tmp_path, 1, None, Chips(chips / "data", PROTOCOLS["v0"]))
-    logits = torch.zeros(1, 2, CHIPS["size"], CHIPS["size"])
-    batch = {"filename": [str(file)]}
-    with pytest.raises(RunFolderError, match="No space left"):
-        writer.write_on_batch_end(mock.Mock(), None, ((logits, None), None), None, batch)
+    recipe = recipes.read_yaml(trained.recipe)
+    writer = ChipWriter(trained.best, recipe, tmp_path, "float32")
+    logits = torch.randn(1, 2, CHIPS["size"], CHIPS["size"], generator=torch.Generator().manual_seed(0))
+    file = str(chips / "data" / "DEM" / f"{chip}_DEM.tif")
+    with full_disk(2_000), pytest.raises(RunFolderError, match=r"cannot be written: File too large"):
+        writer.use(logits, [file], {}, None)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{chip}_pred.tif"]  # 32 x 32 classes take less
+    with rasterio.open(tmp_path / f"{chip}_pred.tif") as mask:
+        assert np.array_equal(mask.read(1), logits[0].argmax(dim=0))
+
+
+def test_full_disk_is_a_clear_error_and_leaves_the_table_that_is_there(cli, tested, trained, tmp_path: Path):
+    folder = tmp_path / "tables"
+    shutil.copytree(Path(json.loads(tested.out)["tables"]["test"]).parent, folder / "test")
+    before = {path.name: path.read_bytes() for path in (folder / "test").iterdir()}
+    with full_disk(4_000):
+        outcome = cli("test", "--ckpt", trained.best, "--output", folder, "--no-baselines")
+    assert (outcome.code, "cannot be written" in outcome.err, "Traceback" in outcome.err) == (1, True, False)
+    assert {path.name: path.read_bytes() for path in (folder / "test").iterdir()} == before
 
 
 def test_config_wins_over_the_checkpoint_and_the_difference_is_named(cli, trained, tested, metrics, tmp_path: Path):
@@ -283,17 +305,28 @@ def test_several_test_splits_are_tested_in_one_pass(cli, trained, tested, chips,
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
 
 
-@pytest.mark.parametrize(("command", "says"), [("test", "3 chips, the first is EMSR"), ("predict", "EMSR")])
-def test_finite_weights_that_predict_nan_leave_no_table_and_no_mask(cli, trained, tmp_path: Path, command, says):
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_finite_weights_that_predict_nan_leave_no_table_and_no_mask(cli, trained, tmp_path: Path, command):
     content = torch.load(trained.best, weights_only=True)
     name = next(key for key in content["state_dict"] if key.endswith("running_var"))
     content["state_dict"][name][0] = -1.0  # its root is NaN
     torch.save(content, tmp_path / "best.ckpt")
-    flags = ("--config", trained.recipe, "--output", tmp_path / "out")
-    outcome = cli(command, "--ckpt", tmp_path / "best.ckpt", *flags)
-    assert outcome.code == 1
-    assert f"not finite for {says}" in outcome.err
+    output = ("--output", tmp_path / "out") if command != "validate" else ()
+    outcome = cli(command, "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe, *output)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "predicts values that are not finite for 3 chips, the first is EMSR" in outcome.err
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_metric_that_is_not_finite_is_an_error_that_names_it(cli, trained, own_chips):
+    """Cross-entropy is 0 / 0 where no pixel of a batch has a label."""
+    for path in (own_chips / "data" / "MASK").iterdir():
+        with rasterio.open(path, "r+") as mask:
+            mask.write(np.full_like(mask.read(), IGNORE_INDEX))
+    arguments = ("--ckpt", trained.best, "--data-root", own_chips, "--model.init_args.loss", "ce")
+    outcome = cli("validate", *arguments, "--format", "json")
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "not finite: val/loss" in outcome.err
 
 
 def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):
@@ -302,18 +335,6 @@ def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_p
     assert outcome.code == 1
     assert "cannot be written" in outcome.err
     assert "batches" not in outcome.err
-
-
-def test_full_disk_is_a_clear_error_and_leaves_the_table_that_is_there(tested, trained, tmp_path: Path):
-    folder = tmp_path / "tables"
-    shutil.copytree(Path(json.loads(tested.out)["tables"]["test"]).parent, folder / "test")
-    before = {path.name: path.read_bytes() for path in (folder / "test").iterdir()}
-    command = ("test", "--ckpt", trained.best, "--output", folder, "--no-baselines")
-    full = Command(*command, log=tmp_path / "log", limit_file_size=8_000)
-    assert full.wait() == 1
-    assert "cannot be written" in full.log
-    assert "Traceback" not in full.log
-    assert {path.name: path.read_bytes() for path in (folder / "test").iterdir()} == before
 
 
 def test_test_of_some_batches_leaves_no_table_that_looks_whole(cli, trained, tmp_path: Path):

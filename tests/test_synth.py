@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from floodrepro.data import synth
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import AFTER, BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTOCOLS, SPLITS, event_of
-from floodrepro.data.splits import data_in, read_split
+from floodrepro.data.splits import read_split
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError, UsageError
 
@@ -41,12 +40,6 @@ def test_same_seed_gives_the_same_bytes(tmp_path, layout):
     assert digests(tmp_path / "one") == digests(tmp_path / "two") != digests(tmp_path / "other")
 
 
-def test_more_events_leave_the_earlier_ones_as_they_are(tmp_path):
-    generate(tmp_path / "three", **SMALL | {"events": 3, "chips": 6})
-    generate(tmp_path / "five", **SMALL | {"events": 5, "chips": 10})
-    assert digests(tmp_path / "three" / "data").items() < digests(tmp_path / "five" / "data").items()
-
-
 def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_path):
     report = generate(tmp_path, **SMALL)
     lists = {split: read_split(tmp_path / "split" / PROTOCOLS["v0"].split_file(split)) for split in SPLITS}
@@ -57,7 +50,6 @@ def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_pat
     assert [len(found) for found in events] == list(report["events"].values()) == [2, 1, 1]
     assert len(set.union(*events)) == 4
     assert json.loads(json.dumps(report)) == report
-    assert sum(report["class_shares"].values()) == pytest.approx(1)
 
 
 def test_version_1_tests_on_chips_of_its_training_events_and_says_which(scenes):
@@ -95,7 +87,7 @@ def test_pixels_are_missing_in_both_satellites_and_never_where_radar_sees_nothin
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("events", 2), ("chips", 3), ("size", 40), ("protocol", "custom"), ("seed", -1), ("layout", "zip")],
+    [("events", 2), ("chips", 3), ("size", 40), ("protocol", "custom"), ("seed", -1)],
 )
 def test_wrong_argument_is_named_by_its_flag(tmp_path, argument, value):
     with pytest.raises(UsageError, match=f"--{argument} is '?{value}"):
@@ -114,24 +106,21 @@ def test_data_set_is_never_overwritten(tmp_path, held):
 
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])
-def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, monkeypatch, layout):
-    barrier, looked = threading.Barrier(2), threading.local()
+def test_of_two_at_a_time_in_a_new_folder_one_is_refused(tmp_path, layout):
+    barrier = threading.Barrier(2)
 
-    def both_find_it_empty(root: Path) -> list[str]:
-        held = data_in(root)
-        if not hasattr(looked, "once"):
-            looked.once = barrier.wait()
-        return held
+    def both(done: int, total: int) -> None:
+        if done == total:  # neither has seen anything of the other
+            barrier.wait()
 
     def start(seed: int) -> bool:
         try:
-            generate(tmp_path / "one", **SMALL | {"seed": seed}, layout=layout)
-        except (DataError, UsageError):
+            generate(tmp_path / "one", **SMALL | {"seed": seed}, layout=layout, progress=both)
+        except DataError:
             return False
         return True
 
-    with monkeypatch.context() as patch, ThreadPoolExecutor(2) as pool:
-        patch.setattr(synth, "data_in", both_find_it_empty)
+    with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(start, (7, 8)))
     assert sorted(done) == [False, True]
     generate(tmp_path / "alone", **SMALL | {"seed": 7 if done[0] else 8}, layout=layout)

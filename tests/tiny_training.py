@@ -34,21 +34,21 @@ class Task(LightningModule):
         self.loss(batch, "val/loss")
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        optimizer, schedulers = torch.optim.AdamW(self.parameters(), lr=0.01), torch.optim.lr_scheduler
         if self.schedule is None:
             return optimizer
         if self.schedule == "plateau":
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0, factor=0.5)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            plateau = schedulers.ReduceLROnPlateau(optimizer, patience=0, threshold=1.0, factor=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
+        steps = schedulers.StepLR(optimizer, 3, 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": steps, "interval": "step"}}
 
 
 class Chips(Dataset[Any]):
     """Samples of four values: dictionaries with a file name, or plain tensors."""
 
-    def __init__(self, *, count: int = 12, named: bool = True) -> None:
-        self.values, self.named = torch.randn(count, 4, generator=torch.Generator().manual_seed(1)), named
+    def __init__(self, *, named: bool) -> None:
+        self.values, self.named = torch.randn(12, 4, generator=torch.Generator().manual_seed(1)), named
 
     def __len__(self) -> int:
         return len(self.values)
@@ -76,15 +76,15 @@ class Shuffled(DistributedSampler[int]):
 class Data(LightningDataModule):
     """Batches of two; *resumable* as floodrepro's own data module is, else shuffled by torch."""
 
-    def __init__(self, *, resumable: bool = True, named: bool = True, workers: int = 0) -> None:
+    def __init__(self, *, resumable: bool = True, named: bool = True) -> None:
         super().__init__()
-        self.resumable, self.chips, self.workers = resumable, Chips(named=named), workers
+        self.resumable, self.chips = resumable, Chips(named=named)
 
     def train_dataloader(self) -> DataLoader[Any]:
         if not self.resumable:
-            return DataLoader(self.chips, 2, shuffle=True, num_workers=self.workers)
+            return DataLoader(self.chips, 2, shuffle=True)
         sampler = Shuffled(len(self.chips), self.trainer)
-        return DataLoader(self.chips, 2, sampler=sampler, num_workers=self.workers, generator=torch.Generator())
+        return DataLoader(self.chips, 2, sampler=sampler, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.chips, 4)

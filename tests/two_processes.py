@@ -28,6 +28,17 @@ class Fault(Callback):
             pl_module.model[1].running_mean[0] = torch.nan
 
 
+class Notes(Callback):
+    """Writes down the chips that each process trains on; named in a recipe."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with (self.folder / f"train-{trainer.global_rank}.txt").open("a") as file:
+            file.write(" ".join(batch.chips) + "\n")
+
+
 def environments(**more: str) -> list[dict[str, str]]:
     """What tells each of two processes of one machine who it is."""
     with socket.socket() as free:

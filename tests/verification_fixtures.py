@@ -187,7 +187,8 @@ def make_run(
     path: Path, *, recipe: recipes.Recipe | None = None, table: ChipTable | None = None, **changes: Any
 ) -> RunFolder:
     """A finished and tested run of the demo recipe without weights, its record changed as given."""
-    run = RunFolder.create(path)
+    run = RunFolder(path)
+    path.mkdir(parents=True)
     recipe = recipe or demo_recipe()
     run.save_recipe(recipe)
     run.checkpoints.mkdir()

@@ -1,3 +1,3 @@
 """Re-run, check and trust the fine-tuning of TerraMind for flood mapping."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

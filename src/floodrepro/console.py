@@ -39,16 +39,16 @@ def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     lines = []
     for row in rows:
         sized = enumerate(zip(row, widths, strict=True))
-        cells = [cell.ljust(width) if i < right_from else cell.rjust(width) for i, (cell, width) in sized]
+        cells = [f"{cell:{'<' if i < right_from else '>'}{width}}" for i, (cell, width) in sized]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback (done, total) that shows on stderr how far a loop has come, its rate and the time left.
+    """Yield a callback (done, total) that shows on stderr how far a loop has come, if it is no short one.
 
-    On a terminal one line is redrawn; in a log a line is written every half minute. A short loop shows nothing.
+    On a terminal one line is redrawn; in a log a line is written every half minute.
     """
     from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 
@@ -104,8 +104,7 @@ def run(main: Callable[[], int]) -> int:
         sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
         return code
     except FloodreproError as error:
-        print(error.report(), file=sys.stderr)
-        return error.exit_code
+        failure = error
     except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
         return int(done.code or 0)
     except KeyboardInterrupt:
@@ -117,13 +116,13 @@ def run(main: Callable[[], int]) -> int:
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
         if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
             _drop_stdout()
-            print(FloodreproError(f"a file or stdout cannot be written: {error.strerror}").report(), file=sys.stderr)
-            return FloodreproError.exit_code
-        traceback.print_exc()
-        what = f"unexpected {type(error).__name__}; the traceback is above"
-        fix = "if it is not your own code, report it together with the traceback"
-        print(FloodreproError(what, fix=fix).report(), file=sys.stderr)
-        return FloodreproError.exit_code
+            failure = FloodreproError(f"a file or stdout cannot be written: {error.strerror}")
+        else:
+            traceback.print_exc()
+            fix = "if it is not your own code, report it together with the traceback"
+            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
+    print(failure.report(), file=sys.stderr)
+    return failure.exit_code
 
 
 def _drop_stdout() -> None:

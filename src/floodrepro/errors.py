@@ -29,16 +29,13 @@ class FloodreproError(Exception):
         if worker := _FROM_WORKER.match(what):
             what, where, fix = worker["what"], worker["where"] or where, worker["fix"] or fix
         self.what = _fold(what)
-        self.where = _fold(str(where)) if where is not None else None
-        self.fix = _fold(fix) if fix is not None else None
+        self.where, self.fix = _fold(str(where or "")) or None, _fold(fix or "") or None
         super().__init__(self.what)
 
     def __str__(self) -> str:
         """One to three lines; a loader worker's traceback ends with them."""
-        where, fix = (
-            f"\n  {name}: {text}" if text else "" for name, text in (("where", self.where), ("to do", self.fix))
-        )
-        return f"{self.what}{where}{fix}"
+        more = [f"\n  {name}: {text}" for name, text in (("where", self.where), ("to do", self.fix)) if text]
+        return "".join([self.what, *more])
 
     def report(self) -> str:
         """The error as it is printed, without a final line break."""
@@ -77,6 +74,9 @@ class Incident(FloodreproError):
         epoch: Counted from 0.
         step: Optimizer steps taken before it.
         chips: Names of the chips in the batches around it; for ``input`` the bad ones only.
+
+    Attributes:
+        entry: All of it as JSON types, for ``run.json``.
     """
 
     exit_code = 3
@@ -84,23 +84,20 @@ class Incident(FloodreproError):
     def __init__(
         self, kind: str, detail: str, *, epoch: int, step: int, chips: Sequence[str], tensors: Sequence[str] = ()
     ) -> None:
-        self.kind, self.detail, self.tensors = kind, detail, list(tensors)
-        self.epoch, self.step, self.chips = epoch, step, list(chips)
-        bad = f"; not finite: {_first_three(self.tensors)}" if tensors else ""
-        named = f"; chips {_first_three(self.chips)}" if chips else ""
+        self.kind, self.step, self.tensors, self.chips = kind, step, list(tensors), list(chips)
+        self.entry = {"kind": kind, "detail": detail, "epoch": epoch, "step": step, "tensors": self.tensors}
+        self.entry |= {"chips": self.chips}
+        bad = f"; not finite: {_first_three(tensors)}" if tensors else ""
+        named = f"; chips {_first_three(chips)}" if chips else ""
         fix = "look at these chips, replace or remove them; then run the same command again"
         if self.rolls_back:
-            fix = "see incident.json; fit --on-overflow rollback resumes from the last good state in bf16"
+            fix = "see incidents in run.json; fit --on-overflow rollback resumes from the last good state in bf16"
         super().__init__(f"NaNGuard stopped the run at step {step}, epoch {epoch + 1}: {detail}{bad}{named}", fix=fix)
 
     @property
     def rolls_back(self) -> bool:
         """Whether a wider number format can help; it cannot where the input itself is bad."""
         return self.kind != "input"
-
-    def as_dict(self) -> dict[str, object]:
-        """The incident as JSON types."""
-        return {name: getattr(self, name) for name in ("kind", "detail", "tensors", "epoch", "step", "chips")}
 
 
 class Interrupted(FloodreproError, SystemExit):

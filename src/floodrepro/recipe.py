@@ -1,5 +1,7 @@
 """Recipes: where they are found, how a YAML is read, what identifies one. Cheap: nothing here imports torch."""
 
+import contextlib
+import datetime
 import difflib
 import functools
 import hashlib
@@ -21,9 +23,6 @@ SECTIONS = (
     *("seed_everything", "trainer", "data", "model", "optimizer", "lr_scheduler", "predict_output_dir"),
     *("output_file_prefix", "out_dtype", "deploy_config_file", "custom_modules_path"),
 )
-
-# What every command may look into before TerraTorch's parser has seen it, outer ones first.
-_MAPPINGS = ("trainer", "data", "data.init_args", "model", "model.init_args", "model.init_args.model_args")
 
 # Lightning's names for what --precision chooses.
 PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp32": "32-true"}
@@ -71,21 +70,19 @@ def read_yaml(path: Path) -> Recipe:
         UsageError: The file cannot be read, or it or one of its sections is no mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
-        raise UsageError(f"the YAML does not parse: {error.problem}", where=place) from error
+        content: Recipe = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
-        raise UsageError(f"the config cannot be read: {error}", where=path) from error
-    if not isinstance(content, dict):
-        raise UsageError("the YAML holds no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
-    for key in _MAPPINGS:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        raise UsageError(f"the YAML cannot be read: {getattr(error, 'problem', error)}", where=place) from error
+    # What every command may look into before TerraTorch's parser has seen it, outer ones first.
+    for key in ("", "trainer", "data", "data.init_args", "model", "model.init_args", "model.init_args.model_args"):
         value: Any = content
-        for part in key.split("."):
+        for part in filter(None, key.split(".")):
             value = (value or {}).get(part)
-        if not isinstance(value, dict | None):
-            raise UsageError(f"{key} is no mapping of keys to values", where=path, fix="see 'floodrepro configs show'")
+        if not isinstance(value, dict) and (value is not None or not key):
+            what = f"{key or 'the YAML'} is no mapping of keys to values"
+            raise UsageError(what, where=path, fix="see 'floodrepro configs show'")
     return content
 
 
@@ -95,25 +92,26 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def fold(layers: Sequence[Recipe], overrides: Sequence[str] = ()) -> Recipe:
-    """Merge layers, later ones winning, and command-line overrides. Types are not checked: TerraTorch's parser does.
-
-    Args:
-        layers: Contents of YAML files; they are not changed.
-        overrides: Such as ``--trainer.max_epochs=3``, or flag and value apart.
-    """
+    """Merge layers, later ones winning, and overrides, as `pairs` reads them. Types are left to TerraTorch's parser."""
     changes = []
-    words = iter(overrides)
-    for word in words:
-        key, given, text = word.removeprefix("--").partition("=")
-        try:
-            value = yaml.safe_load(text if given else next(words, ""))
-        except yaml.YAMLError:
-            continue  # the parser names it
+    for key, value in pairs(overrides):
         for part in reversed(key.split(".")):
             value = {part: value}
         changes.append(value)
-    folded: Recipe = functools.reduce(_merge, [*layers, *changes], {})
-    return folded
+    return dict(functools.reduce(_merge, [*layers, *changes], {}))
+
+
+def pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Key and value, as YAML reads it, of each override: ``--trainer.max_epochs=3``, or flag and value apart."""
+    words = iter(overrides)
+    for word in words:
+        key, given, text = word.removeprefix("--").partition("=")
+        text = text if given else next(words, "")
+        value: Any = text
+        with contextlib.suppress(yaml.YAMLError, ValueError):
+            value = yaml.safe_load(text)
+            value = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as text
+        yield key, text if isinstance(value, datetime.date) else value
 
 
 def _merge(old: Any, new: Any) -> Any:
@@ -137,12 +135,7 @@ def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every plain value of a nested content, with the dotted path of its key.
-
-    Args:
-        node: Mappings, lists and plain values. A list of plain values is one value.
-        path: What the paths begin with.
-    """
+    """Every plain value of nested mappings and lists, after the dotted path of its key; a list of such is one value."""
     if isinstance(node, Mapping) and node:
         items: list[tuple[Any, Any]] = list(node.items())
     elif isinstance(node, list) and any(isinstance(item, Mapping | list) for item in node):
@@ -154,56 +147,31 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
-# Where a run takes place, and its seed: what may differ between two runs of one recipe.
-_PLACE = re.compile(
-    r"seed_everything|trainer\.(default_root_dir|accelerator|devices|num_nodes|strategy|enable_\w+|logger.*)"
-    r"|data\.init_args\.((\w+_)?data_root|\w+_split(\.\w+)?|num_workers|prefetch_factor|strict|skip_damaged)"
+# Where a run takes place: what may differ between the parts of one run, and between two runs of one recipe.
+PLACE = re.compile(
+    r"trainer\.(default_root_dir|accelerator|devices|num_nodes|strategy|enable_\w+|logger.*)"
+    r"|data\.init_args\.(\w*(root|dir|path|split)(\..+)?|num_workers|prefetch_factor|pin_memory|persistent_workers"
+    r"|strict|skip_damaged)"
 )
 
 
 def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
     """The shipped recipe nearest to a resolved one, and the keys in which they differ; place and seed do not count."""
-    found = {
-        name: [key for key in differences(read_yaml(path), recipe) if not _PLACE.fullmatch(key)]
-        for name, path in shipped().items()
-    }
+    found = {}
+    for name, path in shipped().items():
+        changed = differences(read_yaml(path), recipe).keys() - {"seed_everything"}
+        found[name] = sorted(key for key in changed if not PLACE.fullmatch(key))
     nearest = min(found, key=lambda name: len(found[name]))
     return nearest, found[nearest]
 
 
 def data_overrides(root: Path, *given: Recipe) -> list[str]:
-    """Overrides that point recipes at a folder in ImpactMesh-Flood's layout: ``data`` or tars, and ``split``, inside.
-
-    Args:
-        root: The folder.
-        given: The recipes, whose split files keep their names.
-    """
-    overrides: dict[str, Any] = {"data_root": str(root / "data")}
-    for recipe in given:
-        for key, value in ((recipe.get("data") or {}).get("init_args") or {}).items():
-            if key.endswith("_split") and value:
-                files = value if isinstance(value, dict) else {"": value}
-                moved = {name: str(root / "split" / Path(file).name) for name, file in files.items()}
-                overrides[key] = json.dumps(moved) if isinstance(value, dict) else moved[""]
+    """Overrides that point recipes at a folder with ``data`` (or tars) and ``split``; split files keep their names."""
+    data: dict[str, Any] = (fold(given).get("data") or {}).get("init_args") or {}
+    overrides = {"data_root": str(root / "data")}
+    for key, value in data.items():
+        if key.endswith("_split") and value:
+            files = value if isinstance(value, dict) else {"": value}
+            moved = {name: str(root / "split" / Path(file).name) for name, file in files.items()}
+            overrides[key] = json.dumps(moved) if isinstance(value, dict) else moved[""]
     return [f"--data.init_args.{key}={value}" for key, value in overrides.items()]
-
-
-def check_precision(recipe: Recipe, *, gpu: bool) -> None:
-    """Refuse fp16 on a CPU: Lightning 2.6.1 would train in bf16 instead, other numerics than the recipe's.
-
-    Args:
-        recipe: A resolved recipe.
-        gpu: Whether torch sees a GPU.
-
-    Raises:
-        UsageError: The recipe asks for fp16 and will run on a CPU.
-    """
-    trainer = recipe.get("trainer") or {}
-    accelerator, precision = str(trainer.get("accelerator", "auto")), str(trainer.get("precision"))
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpu)
-    if on_cpu and precision in ("16", "16-mixed", "16-true"):
-        raise UsageError(
-            "fp16 does not run on a CPU: Lightning would quietly use bf16 in its place",
-            where=f"trainer.precision: {precision}, and {'trainer.accelerator is cpu' if gpu else 'torch sees no GPU'}",
-            fix="--precision fp32 (slower) or --precision bf16",
-        )

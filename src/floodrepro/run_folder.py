@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +23,6 @@ PARTIAL = ".partial"  # ends the name of a file that is being written
 class RunFolder:
     """Paths inside one run's folder. Nothing is created by asking for a path."""
 
-    evaluation_name = "evaluation"
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"  # resolved, saved before the first step
@@ -32,40 +31,19 @@ class RunFolder:
         self.metrics = path / "metrics.csv"  # of Lightning's CSV logger: a row a logging step, a row a validation
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / "best.ckpt"  # weights of the best epoch by the recipe's own monitor
-        self.evaluation = path / self.evaluation_name  # chip tables, <split>/<checkpoint>.parquet
+        self.evaluation = path / "evaluation"  # chip tables, <split>/<checkpoint>.parquet
         self.verification = path / "verification"  # results.json, the report, and what was measured for it
         self.results = self.verification / "results.json"
         self.export = path / "export"  # the exported pair and its card
         self.lock = path / ".lock"  # held by the process that trains in this folder
 
-    def is_resumable(self) -> bool:
-        """Whether a fit may begin here: the folder holds a run, or nothing but what a start that failed left."""
-        if self.record.is_file():
-            return True
-        left = {self.lock.name, self.log.name, self.recipe.name}
-        return self.path.is_dir() and all(e.name in left or e.name.endswith(PARTIAL) for e in self.path.iterdir())
-
-    @classmethod
-    def create(cls, path: Path) -> Self:
-        """Make a run folder, or take the one that exists.
-
-        Raises:
-            RunFolderError: The folder cannot be made.
-        """
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            what = f"the run folder cannot be made: {error.strerror}"
-            raise RunFolderError(what, where=path, fix="--runs-root or --run-dir DIR puts it elsewhere") from error
-        return cls(path)
+    def holds_something_else(self) -> bool:
+        """Whether the folder holds files, and no run, not even one that was stopped while it began."""
+        return not self.record.is_file() and bool({*self.path.glob("[!.]*")} - {self.log, self.recipe})
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """An existing run folder.
-
-        Raises:
-            UsageError: There is none, or it holds no recipe.
-        """
+        """An existing run folder; raises `UsageError` where there is none, or it holds no recipe."""
         run = cls(path)
         if not run.recipe.is_file():
             raise UsageError("this is no run folder: it holds no recipe.yaml", where=path, fix="give runs/NAME")
@@ -75,7 +53,7 @@ class RunFolder:
     def of_checkpoint(cls, checkpoint: Path) -> Self | None:
         """The run folder that a checkpoint lies in; None if it lies in none."""
         run = cls(checkpoint.resolve().parent.parent)
-        return run if run.checkpoints.name == checkpoint.resolve().parent.name and run.recipe.is_file() else None
+        return run if run.checkpoints == checkpoint.resolve().parent and run.recipe.is_file() else None
 
     def save_recipe(self, recipe: Recipe) -> str:
         """Save the resolved recipe and return its sha256."""
@@ -85,26 +63,21 @@ class RunFolder:
 
     def update_record(self, **entries: Any) -> None:
         """Add entries to ``run.json`` or change them; the file is whole at every moment."""
-        record = self.read_record() if self.record.exists() else {"schema": RECORD_SCHEMA}
+        record = self.read_record() or {"schema": RECORD_SCHEMA}
         write_atomically(self.record, json.dumps(record | entries, indent=2) + "\n")
 
     def read_record(self) -> dict[str, Any]:
-        """The content of ``run.json``.
-
-        Raises:
-            RunFolderError: It is missing or damaged.
-        """
+        """The content of ``run.json``, empty where there is none; raises `RunFolderError` where it is damaged."""
         try:
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
         except (OSError, ValueError, TypeError) as error:
             raise RunFolderError(f"the run's record cannot be read: {error}", where=self.record) from error
 
     def read_metrics(self) -> list[dict[str, str]]:
         """The rows of ``metrics.csv``, values as text; none for a recipe without the CSV logger."""
-        if not self.metrics.is_file():
-            return []
-        with self.metrics.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(self.metrics.read_text("utf-8").splitlines())) if self.metrics.is_file() else []
 
 
 def config_beside(checkpoint: Path) -> Path:
@@ -112,7 +85,7 @@ def config_beside(checkpoint: Path) -> Path:
 
     Raises:
         UsageError: There is none, or more than one.
-        CheckpointError: The YAML beside an export has code to be run; a download must not do so unasked.
+        CheckpointError: It has code to be run; a download must not do so unasked.
     """
     if run := RunFolder.of_checkpoint(checkpoint):
         return run.recipe
@@ -145,12 +118,18 @@ def sha256_of(path: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and nothing between."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside *path* for a file that takes its place once it is whole; an error leaves nothing of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):  # as on a read-only disk, whose first error is the one to tell

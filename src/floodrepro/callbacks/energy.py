@@ -4,6 +4,7 @@ In order of preference: ``counter`` (NVML's energy counter), ``power`` (sampled 
 times time, an upper estimate) and ``none``. One figure comes from one method, for all devices and the whole time.
 """
 
+import contextlib
 import importlib
 import math
 import threading
@@ -20,8 +21,6 @@ TDP_W = {"MI300X": 750.0, "H100 PCIe": 350.0, "H100": 700.0, "H200": 700.0}
 MAX_GAP_S = 60.0  # between power readings further apart than this, anything may have happened
 COVERAGE = 0.95  # share of the time that readings must cover before they stand for all of it
 
-Read = Callable[[], float]
-
 
 @dataclass(frozen=True)
 class PowerSource:
@@ -35,33 +34,28 @@ class PowerSource:
     """
 
     name: str
-    counter: Read | None = None
-    power: Read | None = None
-    tdp_w: float | None = None
+    counter: Callable[[], float] | None = None
+    power: Callable[[], float] | None = None
+    tdp_w: float = math.nan
 
 
 def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[PowerSource]:
-    """What there is to measure torch's devices with, one source for each physical device.
-
-    Args:
-        indices: Of the run's devices, as torch counts them.
-        root: Holds ``/sys``.
-    """
+    """What there is to measure devices with, of these indices of torch's, one source for each physical device."""
     found = {}
     for index in indices:
         device: Any = torch.cuda.get_device_properties(index)
         name, pci = str(device.name), f"device {index}"
         if hasattr(device, "pci_bus_id"):  # not in older torch
             pci = f"{device.pci_domain_id:04x}:{device.pci_bus_id:02x}:{device.pci_device_id:02x}"
-        tdp = next((watts for part, watts in TDP_W.items() if part in name), None)
+        tdp = next((watts for part, watts in TDP_W.items() if part in name), math.nan)
         if pci not in found:  # partitions of one device share its address, and its power
             found[pci] = _amd(name, pci, index, tdp, root) if torch.version.hip else _nvidia(name, pci, index, tdp)
     return list(found.values())
 
 
-def _nvidia(name: str, pci: str, index: int, tdp: float | None) -> PowerSource:
+def _nvidia(name: str, pci: str, index: int, tdp: float) -> PowerSource:
     note = ", the whole device of which the run had a MIG slice" if "MIG" in name else ""
-    counter: Read | None = None
+    counter: Callable[[], float] | None = None
     try:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
@@ -72,24 +66,21 @@ def _nvidia(name: str, pci: str, index: int, tdp: float | None) -> PowerSource:
     return PowerSource(name + note, counter, lambda: torch.cuda.power_draw(index) / 1e3, tdp)  # of milliwatts
 
 
-def _amd(name: str, pci: str, index: int, tdp: float | None, root: Path) -> PowerSource:
-    cards = [card for card in root.glob("sys/class/drm/card*/device") if card.resolve().name.startswith(pci)]
-    files = [file for card in cards for file in sorted(card.glob("hwmon/*/power1_[ai][vn]*"))]  # average or input
-    files = [file for file in files if _text(file) not in ("", "0")]  # 0: it is not measured
-    modes = {_text(mode) for card in cards for mode in card.glob("current_compute_partition")} - {"SPX", ""}
-    note = f", the whole device of which the run had a partition ({', '.join(sorted(modes))})" if modes else ""
+def _amd(name: str, pci: str, index: int, tdp: float, root: Path) -> PowerSource:
+    texts = {}
+    for card in root.glob("sys/class/drm/card*/device"):
+        for file in (*sorted(card.glob("hwmon/*/power1_[ai][vn]*")), card / "current_compute_partition"):
+            if card.resolve().name.startswith(pci):
+                with contextlib.suppress(OSError):  # it is not there, or the driver does not answer
+                    texts[file] = file.read_text().strip()
+    files = [file for file, text in texts.items() if file.name.startswith("power1") and text not in ("", "0")]
+    modes = sorted({text for file, text in texts.items() if file not in files} - {"SPX", "", "0"})
+    note = f", the whole device of which the run had a partition ({', '.join(modes)})" if modes else ""
 
     def watts() -> float:  # microwatts in the file; torch gives watts here, and 0 where amdsmi does not know
         return int(files[0].read_text()) / 1e6 if files else torch.cuda.power_draw(index) or math.nan
 
     return PowerSource(name + note, None, watts, tdp)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:  # the driver does not answer
-        return ""
 
 
 class EnergyMeter:
@@ -102,48 +93,50 @@ class EnergyMeter:
     """
 
     def __init__(
-        self, sources: Sequence[PowerSource], *, interval_s: float = 2.0, clock: Read = time.monotonic
+        self, sources: Sequence[PowerSource], *, interval_s: float = 2.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._sources, self._interval_s, self._clock = list(sources), interval_s, clock
         self._began = self._last = clock()
-        self._watts: float | None = None  # of the reading before
-        self._first: float | None = None  # joules on the counters at the start
+        self._watts = self._first = math.nan  # of the reading before; joules on the counters at the start
         self._joules = self._covered = 0.0  # of integrated power, and the seconds that it covers
         self._final: dict[str, Any] | None = None
-        self._lock, self._stopping = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._sample_until_stopped, name="energy", daemon=True)
+        self._stopping = threading.Event()
 
     def start(self) -> None:
         """Take the first reading and go on in a thread."""
         self._first, self._watts = self._sum("counter"), self._sum("power")
         self._began = self._last = self._clock()
         if self._sources:
-            threading.Thread(target=self._sample_until_stopped, name="energy", daemon=True).start()
+            self._thread.start()
 
     def reading(self) -> dict[str, Any]:
         """Energy since `start`: ``joules`` and ``kWh`` (None where unknown), ``method``, ``note`` and ``devices``."""
         if self._final is not None:
             return self._final
-        self._sample()
-        count, seconds = self._sum("counter"), self._clock() - self._began
+        seconds = self._clock() - self._began
         names = " + ".join(source.name for source in self._sources) or "no GPU"
-        rated = [source.tdp_w for source in self._sources if source.tdp_w is not None]
-        joules, method, note = math.nan, "none", f"no counter, power or rated power: {names}"
-        if self._first is not None and count is not None and count > self._first:
-            joules, method, note = count - self._first, "counter", f"energy counter of {names}"
-        elif self._joules > 0 and self._covered >= COVERAGE * seconds:
-            joules, method = self._joules, "power"
-            note = f"power of {names}, read every {self._interval_s:g} s and integrated"
-        elif rated and len(rated) == len(self._sources):
-            joules, method = sum(rated) * seconds, "tdp"
-            note = f"upper estimate: {sum(rated):g} W rated power of {names}"
+        rated = sum(source.tdp_w for source in self._sources)
+        power = self._joules if self._covered >= COVERAGE * seconds else 0
+        found = (
+            ("counter", self._sum("counter") - self._first, f"energy counter of {names}"),
+            ("power", power, f"power of {names}, read every {self._interval_s:g} s and integrated"),
+            ("tdp", rated * seconds, f"upper estimate: {rated:g} W rated power of {names}"),
+        )
+        none = ("none", math.nan, f"no counter, power or rated power: {names}")
+        method, joules, note = next((row for row in found if row[1] > 0), none)  # a NaN is not
         known = {"joules": round(joules, 3), "kWh": round(joules / 3.6e6, 9)}
-        figures = known if math.isfinite(joules) else dict.fromkeys(known)
+        figures = known if method != "none" else dict.fromkeys(known)
         return {**figures, "method": method, "note": note, "devices": len(self._sources)}
 
     def stop(self) -> dict[str, Any]:
         """End the measurement and give its `reading`; a second call gives the same one."""
-        self._final = self.reading()
         self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=1)  # or it is stuck in a driver: this reading has failed
+        if self._final is None and not self._thread.is_alive():
+            self._sample()
+        self._final = self.reading()
         return self._final
 
     def _sample_until_stopped(self) -> None:
@@ -151,22 +144,19 @@ class EnergyMeter:
             self._sample()
 
     def _sample(self) -> None:
-        if not self._lock.acquire(timeout=1):  # the other side is stuck in a driver: this reading has failed
+        """Integrate power by the trapezoid rule."""
+        watts, now = self._sum("power"), self._clock()
+        if math.isnan(watts):
             return
-        try:
-            watts, now = self._sum("power"), self._clock()
-            if watts is not None:
-                if self._watts is not None and now - self._last <= MAX_GAP_S:
-                    self._joules += (self._watts + watts) / 2 * (now - self._last)  # the trapezoid rule
-                    self._covered += now - self._last
-                self._watts, self._last = watts, now
-        finally:
-            self._lock.release()
+        if not math.isnan(self._watts) and now - self._last <= MAX_GAP_S:
+            self._joules += (self._watts + watts) / 2 * (now - self._last)
+            self._covered += now - self._last
+        self._watts, self._last = watts, now
 
-    def _sum(self, kind: str) -> float | None:
-        """All devices' readings of one kind added up; None where one of them fails or cannot be one."""
+    def _sum(self, kind: str) -> float:
+        """All devices' readings of one kind added up; NaN where one of them fails or cannot be one."""
         try:
             values = [float(getattr(source, kind)()) for source in self._sources]
         except Exception:  # whatever a driver's library raises must not end a run
-            return None
-        return sum(values) if values and all(math.isfinite(v) and v >= 0 for v in values) else None
+            return math.nan
+        return sum(values) if values and all(math.isfinite(v) and v >= 0 for v in values) else math.nan

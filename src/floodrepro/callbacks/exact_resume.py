@@ -5,8 +5,8 @@ from two moments only: before a training batch that opens no epoch, and before a
 and at the start of an epoch, from where it lets Lightning begin the epoch anew.
 """
 
-import functools
 import math
+import multiprocessing.util
 import os
 import random
 import signal
@@ -87,10 +87,9 @@ class ExactResume(Callback):
     """
 
     def __init__(self, dirpath: str | None = None, every_n_steps: int = 500) -> None:
-        self._dirpath, self._every = dirpath, every_n_steps
-        self._folder, self._process = Path(), 0
+        self._dirpath, self._folder, self._every = dirpath, Path(), every_n_steps
         self._mid_epoch = False  # whether the data can be taken up in the middle of an epoch
-        self._signal = self._asked = 0
+        self._signal = 0
         self._moment: str | None = None  # of the state that is being saved
         self._state: dict[str, Any] | None = None  # that was loaded and waits to be put back
         self._saved = -1  # step of the newest state
@@ -104,10 +103,9 @@ class ExactResume(Callback):
             kind = type(trainer.strategy).__name__
             raise UsageError(f"ExactResume does not know {kind}", fix="--trainer.strategy auto or ddp")
         self._folder = Path(self._dirpath or Path(trainer.default_root_dir, "checkpoints")).absolute()
-        self._process = os.getpid()
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a recipe's own plugin stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        _shield_loader_workers()
+        multiprocessing.util.register_after_fork(self, _shield_worker)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to write over states of another run, or beside somebody else who writes ``last.ckpt``."""
@@ -130,10 +128,8 @@ class ExactResume(Callback):
         if self._mid_epoch:  # Lightning cannot know
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         elif trainer.is_global_zero:
-            _say(
-                "the order of this data module cannot be taken up in the middle of an epoch: full states are saved "
-                "at the end of each epoch only, and a resumed run is exact from there"
-            )
+            what = "the order of this data module cannot be taken up in the middle of an epoch"
+            _say(f"{what}: full states are saved at the end of each epoch only, and a resumed run is exact from there")
         if self._state is not None and self._state["moment"] == "epoch":
             trainer.fit_loop.restarting = False  # it begins an epoch like any other
             trainer.fit_loop._resuming_from_checkpoint = False
@@ -147,7 +143,7 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Save where it is time; stop where that was asked for."""
         self._restore(trainer, pl_module)
-        step, stop = trainer.global_step, self._told_to_stop(trainer)
+        step, stop = trainer.global_step, self._told_to_stop(trainer, batch_idx)
         due = stop or step - max(self._saved, 0) >= self._every
         if due and step != self._saved and self._may_save(trainer, batch_idx):
             self._save(trainer, "batch")
@@ -162,8 +158,10 @@ class ExactResume(Callback):
         self._restore(trainer, pl_module)
         loop = trainer.fit_loop.epoch_loop
         exact = self._mid_epoch or loop._num_ready_batches_reached()
-        # Gradients that are being accumulated are in no state: a run that is killed here repeats their batches.
-        if exact and self._saved != trainer.global_step and not loop._should_accumulate():
+        # Gradients that are being accumulated are in no state, and from the last of max_steps Lightning would leave the
+        # validation out: a run that is killed here repeats the batches since the state before.
+        exact = exact and not loop._should_accumulate() and trainer.global_step != trainer.max_steps
+        if exact and self._saved != trainer.global_step:
             self._save(trainer, "validation")
 
     def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
@@ -207,9 +205,6 @@ class ExactResume(Callback):
             raise UsageError(what, fix="resume with as many devices: otherwise each step sees other chips")
         if state["moment"] == "epoch":  # an early stop is in no state of Lightning's
             trainer.should_stop = state["should_stop"]
-        if state["moment"] == "validation" and checkpoint["global_step"] == trainer.max_steps:
-            state["max_steps"] = trainer.max_steps
-            trainer.fit_loop.epoch_loop.max_steps += 1  # until the last validation begins, or it would be left out
         names = [(callback.dirpath, callback.filename) for callback in _best(trainer)]
         for callback, name in zip(_best(trainer), names, strict=True):
             if names.count(name) == 1:  # an epoch that runs again writes its file again, no -v1 beside it
@@ -217,21 +212,17 @@ class ExactResume(Callback):
             _bring_best(callback, checkpoint["callbacks"])
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a child that somebody else forked
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        elif self._signal:
+        if self._signal:
             signal.signal(number, signal.SIG_DFL)
             raise Interrupted(number, self._folder, "at once, without the steps since the last state")
         self._signal = number
         name = signal.Signals(number).name  # print() must not be interrupted by itself
         os.write(2, f"floodrepro: {name}: stopping after this batch, twice stops at once\n".encode())
 
-    def _told_to_stop(self, trainer: Any) -> bool:
+    def _told_to_stop(self, trainer: Any, batches: int) -> bool:
         """Whether to stop now; with several processes all of them answer alike."""
-        self._asked += 1
         if trainer.world_size > 1:
-            if self._asked % _AGREE_EVERY:
+            if batches % _AGREE_EVERY:
                 return False
             number = torch.tensor(self._signal, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
@@ -264,7 +255,6 @@ class ExactResume(Callback):
             return
         self._saved, mine = trainer.global_step, state["ranks"][trainer.global_rank]
         if state["moment"] == "validation":
-            trainer.fit_loop.epoch_loop.max_steps = state.get("max_steps", trainer.max_steps)
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.load_state_dict(state["validated"])
         random.setstate(mine["python"])
         np.random.set_state(mine["numpy"])
@@ -309,40 +299,30 @@ def _bring_best(callback: ModelCheckpoint, states: dict[str, Any]) -> None:
     if state is None:
         return
     callback.current_score = state["current_score"]  # Lightning saves it and does not load it
-    before, best = state["dirpath"], Path(folder, Path(state["best_model_path"]).name)
-    if before != folder and best.is_file():  # Lightning would forget all scores
-        states[callback.state_key] = _renamed(state, before, folder)
 
+    def moved(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {moved(key): moved(value) for key, value in node.items()}
+        return node.replace(state["dirpath"], folder, 1) if isinstance(node, str) else node
 
-def _renamed(node: Any, before: str, folder: str) -> Any:
-    """A state with a folder's new name in all its paths."""
-    if isinstance(node, dict):
-        return {_renamed(key, before, folder): _renamed(value, before, folder) for key, value in node.items()}
-    return node.replace(before, folder, 1) if isinstance(node, str) else node
+    if Path(folder, Path(state["best_model_path"]).name).is_file():  # or it is the best of another run
+        states[callback.state_key] = moved(state)  # Lightning would forget all scores
 
 
 def _say(text: str) -> None:
     print(f"floodrepro: {text}", file=sys.stderr, flush=True)
 
 
-@functools.cache
-def _shield_loader_workers() -> None:
-    """From now on data loaders' workers obey the training process alone, and leave signals of others to it.
+def _shield_worker(_: ExactResume) -> None:
+    """Let a forked loader worker obey the training process alone, and leave signals of others to it.
 
     Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is.
     """
-
-    def shield() -> None:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_globals.get("__name__") != "torch.utils.data.dataloader":
-            frame = frame.f_back
-        if frame is not None:  # a loader forked this process
-            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-            threading.Thread(target=obey_parent, daemon=True).start()
 
     def obey_parent() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
             pass
         os._exit(0)
 
-    os.register_at_fork(after_in_child=shield)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(target=obey_parent, daemon=True).start()

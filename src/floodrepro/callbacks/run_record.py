@@ -32,17 +32,17 @@ class RunRecord(Callback):
 
     - ``epochs``, and of each one in ``epoch_times``: ``epoch`` (from 0), ``steps`` (batches), ``chips`` (of all
       processes), ``seconds`` (without validation) and ``waiting`` (seconds until a batch was there).
-    - ``chips_per_second`` over epochs: ``median``, ``p10``, ``p90``, ``n``; ``share_waiting_for_data`` of the seconds.
+    - ``chips_per_second`` over epochs, see `percentiles`; ``share_waiting_for_data`` of the seconds.
     - ``memory_gib``: peaks of this part ``after_warm_up`` (10 batches), see `peak_memory`.
     - ``energy``: an entry for each part, see `floodrepro.callbacks.energy`.
     - ``progress``: ``epochs``, ``step``, ``skipped_steps`` (by GradScaler; null where the optimizer counts none).
 
     Args:
         path: The file; ``checkpoints/run_record.json`` below ``default_root_dir`` if None.
-        write: Called with the record in place of writing a file.
+        write: Called with the record's entries, by name, in place of writing a file.
     """
 
-    def __init__(self, path: str | None = None, write: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def __init__(self, path: str | None = None, write: Callable[..., None] | None = None) -> None:
         self._path, self._write = path, write
         self._epochs: list[dict[str, Any]] = []
         self._epoch = {"steps": 0, "chips": 0, "seconds": 0.0, "waiting": 0.0}
@@ -125,7 +125,7 @@ class RunRecord(Callback):
             "energy": self.state_dict()["energy"],
         }
         if self._write is not None:
-            self._write(record)
+            self._write(**record)
         elif not trainer.fast_dev_run:
             path = Path(self._path or Path(trainer.default_root_dir, "checkpoints", "run_record.json"))
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import yaml
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import add_format
+from floodrepro.cli.shared import add_format, new_file
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError
 
@@ -40,12 +40,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     fetch = add(_fetch, "download the data set, or a sample of its chips, from the hub", "folder for one commit of it")
     fetch.add_argument("--protocol", choices=known, help="stop before the archives if the data does not fit")
     fetch.add_argument("--revision", default="main", metavar="SHA", help="branch, tag or commit (default: main)")
-    fetch.add_argument(
-        "--split", type=_listed(SPLITS), default=SPLITS, metavar="NAMES", help="as train,val (default: all)"
-    )
-    fetch.add_argument(
-        "--modality", type=_listed(PARTS), default=PARTS, metavar="NAMES", help="as DEM,MASK (default: all)"
-    )
+    fetch.add_argument("--split", type=_listed(SPLITS), default=SPLITS, metavar="NAMES", help="as train,val")
+    fetch.add_argument("--modality", type=_listed(PARTS), default=PARTS, metavar="NAMES", help="as DEM,MASK")
     fetch.add_argument("--sample", type=int, metavar="N", help="extract N chips in place of fetching the archives")
     fetch.add_argument("--repo", metavar="ID", help="data set repository (default: the protocol's)")
     weights = add(_weights, "fetch the backbone's weights, and IBM's checkpoint, into the hub's cache", "")
@@ -57,25 +53,24 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     audit.add_argument("--split", type=_listed(), metavar="NAMES", help="split files, as val,test (default: all)")
     audit.add_argument("--limit", type=int, metavar="N", help="chips of each split, at most")
     audit.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split")
-    audit.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core, up to 32)")
+    audit.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core)")
     audit.add_argument("--strict", action="store_true", help="an event in two splits is an error")
     stats = add(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     stats.add_argument("--split", default="train", metavar="NAME", help="of which split (default: train)")
-    stats.add_argument("--output", type=_new, required=True, metavar="YAML", help="file to write; must be new")
+    stats.add_argument("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
     show = add(_show, "draw a chip with its dates, orbits and clouds", "folder of chips")
     show.add_argument("chip", help="chip id")
     show.add_argument("--protocol", choices=known, default="custom", help="says how masks are named (default: custom)")
-    show.add_argument("--output", type=_new, required=True, metavar="PNG", help="picture to write; must be new")
+    show.add_argument("--output", type=new_file, required=True, metavar="PNG", help="picture to write; must be new")
     synth = add(_synth, "generate chips of plausible events", "folder to write; must hold no data set")
     synth.add_argument("--events", type=int, default=8, metavar="N", help="events, at least 3 (default: 8)")
     synth.add_argument("--chips", type=int, default=128, metavar="M", help="chips over all events (default: 128)")
     synth.add_argument("--size", type=int, default=64, metavar="PX", help="a chip's edge in pixels (default: 64)")
     synth.add_argument("--protocol", choices=known, default="v0", help="mask classes (default: v0)")
     synth.add_argument("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
-    synth.add_argument("--layout", default="extracted", help="extracted, or hub: the hub's tars (default: extracted)")
+    synth.add_argument("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
     synth.add_argument("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
-    storage = "how chips are stored, in turn (default: time,quarters)"
-    synth.add_argument("--layout-variant", type=_listed(), default=["time", "quarters"], metavar="NAMES", help=storage)
+    synth.add_argument("--layout-variant", type=_listed(), default=["time", "quarters"], help="storage, in turn")
 
 
 def run_data(args: argparse.Namespace) -> int:
@@ -154,8 +149,8 @@ def _stats(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
+    from floodrepro.data.audit import draw_chip
     from floodrepro.data.chips import Chips
-    from floodrepro.data.show import draw_chip
 
     facts = draw_chip(Chips(args.root, PROTOCOLS[args.protocol]), args.chip, args.output)
     lines = [f"{part} {key}: {value}" for part, held in facts.items() for key, value in held.items()]
@@ -164,8 +159,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _synth(args: argparse.Namespace) -> None:
-    from floodrepro.data.scenes import write_scenes
-    from floodrepro.data.synth import generate
+    from floodrepro.data.synth import generate, write_scenes
 
     chosen = {name: getattr(args, name) for name in ("events", "chips", "size", "protocol", "seed", "layout")}
     with console.progress("chips") as progress:
@@ -174,9 +168,7 @@ def _synth(args: argparse.Namespace) -> None:
         write_scenes(args.root)
     rows = [["split", "events", "chips"]]
     rows += [[split, str(report["events"][split]), str(count)] for split, count in report["chips"].items()]
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in report["class_shares"].items())
-    text = f"{console.columns(rows)}\n{shares}; ignored {report['ignored_share']:.1%}\n{args.root}"
-    console.emit(report, text, args.format)
+    console.emit(report, f"{console.columns(rows)}\n{args.root}", args.format)
 
 
 def _listed(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
@@ -189,11 +181,3 @@ def _listed(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def _new(text: str) -> Path:
-    if Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text} is there already and is not overwritten")
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
-    return Path(text)

@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli.shared import (
-    add_checkpoint_flags,
-    add_recipe_flags,
-    parse_recipe,
-    parse_recipe_for_checkpoint,
-    plain_name,
-)
+from floodrepro.cli import shared
 from floodrepro.errors import UsageError
 
 _MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
@@ -27,14 +21,13 @@ Sentinel-1 nor Sentinel-2 has data at the event. --probabilities adds CHIP_prob.
 class as float32, NaN where nothing was seen; --probabilities uint8: 250 means 1, and 255 that nothing was seen. Which
 chips are mapped: --data.init_args.predict_split FILE, an id a line (default: the recipe's, its test split)."""
 
-
-add_validate_arguments = add_checkpoint_flags
+add_validate_arguments = shared.add_checkpoint_flags
 
 
 def add_test_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     parser.add_argument("--ckpt", "--ckpt_path", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
-    add_recipe_flags(parser, config_required=False)
+    shared.add_recipe_flags(parser, config_required=False)
     splits = "test (default; several test splits in one pass), val, train, or one of the recipe's test splits"
     parser.add_argument("--split", default="test", metavar="NAME", help=splits)
     where = "folder of the chip tables (default: evaluation/ of the run folder; of masks, here)"
@@ -43,7 +36,7 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
     masks = parser.add_argument_group("masks made by anyone else, in place of --ckpt; --config says which chips")
     masks.add_argument("--masks", type=Path, nargs="+", metavar="PATH", help="a folder of GeoTIFFs, or files")
     name = "what reports call them (default: the name of the first path)"
-    masks.add_argument("--name", type=plain_name, help=name)
+    masks.add_argument("--name", type=shared.plain_name, help=name)
     masks.add_argument("--values", metavar="1=flood,0=rest", help="class of each value; 255=none leaves one out")
     scale = "masks hold probabilities of the positive class; SCALE is the value that means 1 (default: 1)"
     masks.add_argument("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help=scale)
@@ -52,7 +45,7 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    add_checkpoint_flags(parser)
+    shared.add_checkpoint_flags(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
     kinds: dict[str, Any] = {"nargs": "?", "const": "float32", "choices": ("float32", "uint8")}
     parser.add_argument("--probabilities", **kinds, help="write the positive class's probability too")
@@ -61,11 +54,12 @@ def add_predict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_validate(args: argparse.Namespace) -> int:
     """Measure a checkpoint on the validation split."""
-    cli = parse_recipe_for_checkpoint(args)
-    from floodrepro.evaluation.passes import validate
+    cli = shared.parse_recipe_for_checkpoint(args)
+    from floodrepro.evaluation.passes import ChipPass, run_pass
 
-    result = validate(cli, args.ckpt)
-    console.emit(result, _two_columns(result["metrics"]), args.format)
+    data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
+    result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
+    console.emit(result, _two_columns(metrics), args.format)
     return 0
 
 
@@ -73,10 +67,16 @@ def run_test(args: argparse.Namespace) -> int:
     """Measure a checkpoint, or masks made by anyone else, on the test split and leave a chip table."""
     if bool(args.ckpt) == bool(args.masks):
         raise UsageError("test needs either --ckpt or --masks", fix="--ckpt runs/NAME/checkpoints/best.ckpt")
-    result = _test_masks(args) if args.masks else _test_checkpoint(args)
+    cli = shared.parse_recipe(args) if args.masks else shared.parse_recipe_for_checkpoint(args)
     from floodrepro.evaluation.chip_table import read_table
     from floodrepro.evaluation.metrics import which_iou
+    from floodrepro.evaluation.test import tabulate_checkpoint
 
+    if args.masks:
+        result = _test_masks(args, cli)
+    else:
+        options = {"split": args.split, "folder": args.output, "baselines": not args.no_baselines}
+        result = tabulate_checkpoint(cli, args.ckpt, **options)
     text = _two_columns(result["metrics"])
     for split, path in result["tables"].items():
         console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
@@ -92,7 +92,7 @@ def run_test(args: argparse.Namespace) -> int:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Write a flood mask (GeoTIFF) for every chip of the predict split."""
-    cli = parse_recipe_for_checkpoint(args)
+    cli = shared.parse_recipe_for_checkpoint(args)
     from floodrepro.evaluation.passes import predict
 
     files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
@@ -100,15 +100,7 @@ def run_predict(args: argparse.Namespace) -> int:
     return 0
 
 
-def _test_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
-    cli = parse_recipe_for_checkpoint(args)
-    from floodrepro.evaluation.test import tabulate_checkpoint
-
-    return tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=not args.no_baselines)
-
-
-def _test_masks(args: argparse.Namespace) -> dict[str, Any]:
-    cli = parse_recipe(args)
+def _test_masks(args: argparse.Namespace, cli: Any) -> dict[str, Any]:
     from floodrepro.evaluation.chip_table import write_table
     from floodrepro.evaluation.masks import tabulate_masks
     from floodrepro.evaluation.metrics import class_scores, scores

@@ -18,8 +18,6 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
     add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
     add("--deterministic", action="store_true", help="torch's deterministic mode: slower (trainer.deterministic: warn)")
-    resume = "resume an unfinished run of this name (auto, default), or refuse it"
-    add("--resume", choices=("auto", "never"), default="auto", help=resume)
     add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
     add("--weights", type=Path, metavar="FILE", help="start from a checkpoint's weights, with a fresh optimizer")
     anyway = "resume although data, packages or settings changed; recorded"
@@ -27,7 +25,6 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     overflow = "after a value that is not finite: stop (default), or resume from the last good state in bf16, once"
     add("--on-overflow", choices=("stop", "rollback"), default="stop", help=overflow)
     add("--save-every", type=_positive, default=500, metavar="STEPS", help="steps between full states (default: 500)")
-    add("--no-guard", action="store_true", help="do not watch for values that are not finite")
 
 
 def run_fit(args: argparse.Namespace) -> int:
@@ -47,13 +44,11 @@ def run_fit(args: argparse.Namespace) -> int:
     record = fit(
         cli,
         path,
-        resume=args.resume,
         ckpt_path=args.ckpt_path,
         weights=args.weights,
         allow_changes=args.resume_anyway,
         on_overflow=args.on_overflow,
         save_every=args.save_every,
-        guard=not args.no_guard,
     )
     record = {"run": str(path), **record}
     console.emit(record, _text(record), args.format)

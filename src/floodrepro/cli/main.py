@@ -24,8 +24,8 @@ COMMANDS = {
     "configs": ("floodrepro.cli.runs", "list the shipped recipes, or print one to change it"),
     "runs": ("floodrepro.cli.runs", "list runs with recipe, status, best score and age"),
     "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
-    "doctor": ("floodrepro.cli.doctor", "check whether this machine can do what a recipe needs"),
-    "bench": ("floodrepro.cli.bench", "measure speed beside plain TerraTorch"),
+    "doctor": ("floodrepro.cli.machine", "check whether this machine can do what a recipe needs"),
+    "bench": ("floodrepro.cli.machine", "measure speed beside plain TerraTorch"),
     "reproduce": ("floodrepro.cli.reproduce", "every stage from the download to the verdict; --demo at toy size"),
 }
 _TAKES_OVERRIDES = ("fit", "validate", "test", "predict", "doctor", "reproduce")

@@ -8,7 +8,7 @@ from typing import Any
 from floodrepro import console
 from floodrepro.cli.shared import add_format, plain_name
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.recipe import find, fingerprint, read_yaml
+from floodrepro.recipe import find, read_yaml
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, timestamp
 
 _VERIFY = """\
@@ -60,11 +60,10 @@ def run_verify(args: argparse.Namespace) -> int:
         found = results.load(output / "results.json")
     else:
         battery.required_checks(args.require)  # refuses an unknown id before anything is measured
-        reference = _measure(run, output / "evidence", args)
+        place, names = output / "evidence", {"name": args.reference_name, "data_root": args.data_root}
+        reference = _measure(run, place, args)
         console.say("judging")
-        evidence = battery.gather(
-            run, args.split, reference, output / "evidence", name=args.reference_name, data_root=args.data_root
-        )
+        evidence = battery.gather(run, args.split, reference, place, **names)
         found = results.summarise(evidence, battery.run_checks(evidence), args.require, timestamp())
     page = report.write_report(found, output)
     rows = [["check", "status", "finding"]]
@@ -78,17 +77,13 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def _measure(run: RunFolder, evidence: Path, args: argparse.Namespace) -> Path | None:
-    """Measure what is missing; returns the reference's chip table.
-
-    Raises:
-        FloodreproError: Something that was asked for by name is missing or damaged, or cannot be written.
-    """
+    """Measure what is missing, and return the reference's chip table."""
     reference: Path | None = args.reference
     if reference and not reference.is_file():
         raise UsageError("the reference is not found", where=reference, fix="--reference CHECKPOINT, or its .parquet")
-    to_test = reference if reference and reference.suffix != ".parquet" else None
+    is_checkpoint = reference is not None and reference.suffix != ".parquet"
     if args.no_measure:
-        if to_test:
+        if is_checkpoint:
             raise UsageError("--no-measure compares with a chip table", where="--reference", fix="give its .parquet")
         return reference
     if not run.best.is_file():
@@ -97,8 +92,8 @@ def _measure(run: RunFolder, evidence: Path, args: argparse.Namespace) -> Path |
     from floodrepro.verification import measure
 
     measure.table_of(run, run.best, args.split, args.data_root)
-    if to_test:
-        reference = measure.table_of(run, to_test, args.split, args.data_root)
+    if reference and is_checkpoint:
+        reference = measure.table_of(run, reference, args.split, args.data_root)
     measure.measure_all(run, evidence, args.split, args.data_root)
     return reference
 
@@ -123,7 +118,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Write a safetensors + YAML pair that plain TerraTorch loads, and its model card."""
-    from floodrepro.publishing.carbon import factors_of
+    from floodrepro.publishing.card import factors_of, read_records, write_card
 
     factors = factors_of(args.pue, args.grid)
     run = RunFolder.open(args.run) if args.run else RunFolder.of_checkpoint(args.ckpt)
@@ -133,18 +128,12 @@ def run_export(args: argparse.Namespace) -> int:
     output = args.output or (run.export if run else None)
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
-    if run and output.resolve().is_relative_to(run.verification.resolve()):
-        raise UsageError("this folder is for what verify writes", where=output, fix="another --output DIR")
     recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
-    if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
-        raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")
     name = args.name or (run.path.resolve().name if run else checkpoint.stem)
     home = run if run and checkpoint.resolve() == run.best.resolve() else None
     found: dict[str, Any] = {}
-    if not args.no_card:  # before anything is written
-        from floodrepro.publishing.card import read_records, write_card
-
-        read_records(home, recipe, sha256_of(checkpoint))
+    if not args.no_card:
+        read_records(home, recipe, sha256_of(checkpoint))  # what refuses a card does so before anything is written
     if not args.card_only:
         console.say("loading torch")
         from floodrepro.publishing.export import export
@@ -182,32 +171,33 @@ def run_publish(args: argparse.Namespace) -> int:
 
     plan = make_plan(args.export, args.repo, branch=args.branch, private=args.private)
     rows = [["file", "bytes", "sha256"]]
-    rows += [[name, f"{(plan.folder / name).stat().st_size:,}", digest] for name, digest in plan.files.items()]
-    visible = "private" if plan.private else "public if it is new"
-    listing = [
-        f"from      {plan.folder}",
-        f"to        {plan.endpoint}/{plan.repo}  (branch {plan.branch}, {visible})",
-        f"verdict   {plan.verdict or 'none'}",
-        f"licence   {plan.licence or 'none: write one into the card, or export --card-only --licence ID'}",
-        *([f"against   {plan.objection} Refused without --force."] if plan.objection else []),
-        *console.columns(rows).splitlines(),
-        *([f"not uploaded: {', '.join(plan.left_out)}"] if plan.left_out else []),
-    ]
+    rows += [[name, f"{(args.export / name).stat().st_size:,}", digest] for name, digest in plan["files"].items()]
+    licence = "none: write one into the card, or export --card-only --licence ID"
+    visible = "private" if args.private else "public if it is new"
+    lines = {
+        "from": plan["folder"],
+        "to": f"{plan['endpoint']}/{plan['repo']}  (branch {plan['branch']}, {visible})",
+        "verdict": plan["verdict"] or "none",
+        "licence": plan["licence"] or licence,
+        "against": plan["objection"] and f"{plan['objection']} Refused without --force.",
+        "left out": ", ".join(plan["left_out"]),
+    }
+    listing = "\n".join([*(f"{key:<8} {text}" for key, text in lines.items() if text), console.columns(rows)])
     if args.dry_run:
-        console.emit(plan.as_dict(), "\n".join(listing), args.format)
+        console.emit(plan, listing, args.format)
         return 0
-    if plan.objection and not args.force:
-        what, fix = f"this model is not published: {plan.objection}", "mend that, or --force"
-        raise CheckpointError(what, where=plan.folder, fix=fix)
-    for line in listing:
+    if plan["objection"] and not args.force:
+        what, fix = f"this model is not published: {plan['objection']}", "mend that, or --force"
+        raise CheckpointError(what, where=args.export, fix=fix)
+    for line in listing.splitlines():
         console.say(line)
     if not args.yes:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise UsageError("there is no terminal to ask on", fix="--yes, or --dry-run to look first")
-        console.say(f"type {plan.repo} to upload these files")
-        if sys.stdin.readline().strip() != plan.repo:
+        console.say(f"type {args.repo} to upload these files")
+        if sys.stdin.readline().strip() != args.repo:
             raise UsageError("that is another name: nothing was uploaded", fix="the same command again")
     with console.stdout_to_stderr():
         address = upload(plan)
-    console.emit(plan.as_dict() | {"commit": address}, f"uploaded {len(plan.files)} files: {address}", args.format)
+    console.emit(plan | {"commit": address}, f"uploaded {len(plan['files'])} files: {address}", args.format)
     return 0

@@ -43,7 +43,7 @@ def run_runs(args: argparse.Namespace) -> int:
     """List runs with recipe, status, best score and age, the newest first: runs ls."""
     shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
     found = [_summary(RunFolder(record.parent), shipped) for record in args.runs_root.rglob("run.json")]
-    found.sort(key=lambda run: run["started"] or "", reverse=True)
+    found.sort(key=lambda run: run["started"], reverse=True)
     rows = [["name", "recipe", "status", "best", "age"]]
     for run in found:
         best = "-" if run["best"] is None else f"{run['monitor']} {run['best']:.4f}"
@@ -54,27 +54,16 @@ def run_runs(args: argparse.Namespace) -> int:
 
 
 def _summary(run: RunFolder, shipped: dict[str, str]) -> dict[str, Any]:
+    found = {"name": run.path.name, "path": str(run.path)}
     try:
         record = run.read_record()
-        age, best = _age(record.get("started")), (record.get("best_metrics") or {}).get(record.get("monitor"))
-        best = None if best is None else float(best)
-    except (FloodreproError, AttributeError, TypeError, ValueError):
-        record, age, best = {"status": "unreadable"}, "-", None
-    digest = str(record.get("recipe_sha256") or "")
-    return {
-        "name": run.path.name,
-        "path": str(run.path),
-        "recipe": shipped.get(digest) or f"sha256 {digest[:12]}",
-        "status": str(record.get("status", "missing")),
-        "monitor": record.get("monitor"),
-        "best": best,
-        "started": record.get("started"),
-        "age": age,
-    }
-
-
-def _age(started: str | None) -> str:
-    if not started:
-        return "-"
-    hours = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds() / 3600
-    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"
+        digest, monitor, started = str(record["recipe_sha256"]), record.get("monitor"), record["started"]
+        hours = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds() / 3600
+        found["age"] = (
+            f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} d"
+        )
+        best = dict(record.get("best_metrics") or {}).get(monitor)  # a running run has none yet
+        found |= {"recipe": shipped.get(digest) or f"sha256 {digest[:12]}", "status": str(record["status"])}
+        return found | {"monitor": monitor, "best": None if best is None else float(best), "started": started}
+    except (FloodreproError, LookupError, TypeError, ValueError):  # one odd record hides no other run
+        return found | {"recipe": "-", "status": "unreadable", "best": None, "started": "", "age": "-"}

@@ -33,6 +33,15 @@ def plain_name(text: str) -> str:
     return text
 
 
+def new_file(text: str) -> Path:
+    """The value of a flag that names a file to write: nothing is there yet, but its folder is."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} is there already and is not overwritten")
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such folder")
+    return Path(text)
+
+
 def add_recipe_flags(parser: argparse.ArgumentParser, *, config_required: bool) -> None:
     """Add --config, --data-root, --precision, which chips to use, --format, and a note on overrides."""
     config = "a path, or a name from 'floodrepro configs ls'; later files are layers over earlier ones"

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from floodrepro import console
+from floodrepro.data import protocols
 from floodrepro.data.chips import Array, Chips, radar_faults
-from floodrepro.data.protocols import (
-    BEFORE,
-    EVENT,
-    IGNORE_INDEX,
-    LABEL_DIR,
-    MODALITIES,
-    NO_DATA,
-    PARTS,
-    S1_BANDS,
-    S2_BANDS,
-    SPLITS,
-    TIMESTEPS,
-    Protocol,
-)
+from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, S1_BANDS, S2_BANDS, SPLITS, TIMESTEPS
 from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
@@ -38,25 +27,29 @@ SCHEMA = 2
 Finding = tuple[str, str, str, str]  # severity, kind, what was found, chip
 Facts = dict[str, Array]  # by name, a sum and a number for each timestep (2, T): they add up over chips; see `_measure`
 
-_LAYOUT: dict[str, tuple[Sequence[str], Sequence[str]]] = {  # by part its bands, and what dtypes are right
-    "S2L2A": (S2_BANDS, ("int16",)),
-    "S1RTC": (S1_BANDS, ("float16", "float32")),
-    "DEM": (("elevation",), ("int16", "float32")),
-    LABEL_DIR: ((), ("int8", "uint8")),
-}
+_BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
 _SATELLITES = ("S2L2A", "S1RTC")
+_COUNTS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "int64")
+_LAYOUT: dict[str, tuple[tuple[int, ...], Sequence[str]]] = {  # axes before height and width, and dtypes that are right
+    "S2L2A": ((len(TIMESTEPS), len(S2_BANDS)), ("int16",)),
+    "S1RTC": ((len(TIMESTEPS), len(S1_BANDS)), ("float16", "float32")),
+    "DEM": ((), ("int16", "float32")),
+    "MASK": ((), ("int8", "uint8")),
+    "SCL": ((len(TIMESTEPS),), _COUNTS),
+    "cloud_mask": ((len(TIMESTEPS),), _COUNTS),
+}
 _CLOUDY = (8, 9, 10)  # Sen2Cor's scene classification: medium and high probability of cloud, thin cirrus
 _DAYS = 5  # between the radar and the optical image of the event
 _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
 _FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
 _FEW = 1000  # pixels that are too few for a mean
 _EXAMPLES = 3
-_AT_ONCE = 16  # chips that a process is given
+_SHOWN = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
 
 
 def audit(
     root: Path,
-    protocol: Protocol,
+    protocol: protocols.Protocol,
     *,
     splits: Sequence[str] | None = None,
     limit: int | None = None,
@@ -65,20 +58,17 @@ def audit(
     strict: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Read every chip of some splits once and write `data-manifest.json` and `data-audit.parquet` into the root.
+    """Read every chip of some splits once, write `data-manifest.json` and `data-audit.parquet`, and return the first.
 
     Args:
-        root: Folder with `split/` and the chips.
+        root: Folder with `split/` and the chips. The files are written into it.
         protocol: What the data should be.
         splits: Names as in the split files; all split files where None.
         limit: Number of chips of each split, at most.
         fraction: Share of the chips of each split.
-        jobs: Processes; one for each core, up to 32, where None.
+        jobs: Threads; one for each core where None.
         strict: Whether an event in two splits is an error.
         progress: Called with the number of chips that were read, and of all.
-
-    Returns:
-        The manifest.
 
     Raises:
         UsageError: The protocol has no classes.
@@ -98,56 +88,82 @@ def audit(
     except DataError as error:
         findings.append(("error", "chip in two splits", error.what, ""))
     whole: dict[str, list[tuple[str, str]]] = defaultdict(list)  # by chip, its lists and events
-    for split, chips in listed.items():
-        for chip, event in chips.items():
-            if missing := [part for part in PARTS if chip not in source.having(part)]:
-                findings.append(("error", f"no {', '.join(missing)}", "", chip))
-            else:
-                whole[chip].append((split, event))
+    for split, chip in [(split, chip) for split, chips in listed.items() for chip in chips]:
+        if missing := [part for part in PARTS if chip not in source.having(part)]:
+            findings.append(("error", f"no {', '.join(missing)}", "", chip))
+        else:
+            whole[chip].append((split, listed[split][chip]))
     totals: dict[tuple[str, str], Facts] = defaultdict(dict)  # by split and event
     darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
-    ordered = sorted(whole, key=lambda chip: source.order(chip, PARTS[0]))  # as they lie on disk
-    read = _read_all(source, ordered, jobs or min(len(os.sched_getaffinity(0)), 32))
-    for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, read, strict=True), start=1):
-        findings += found
-        for split, event in whole[chip]:
-            darkest[event] = min(darkest[event], dark)
-            held = totals[split, event]
-            held |= {name: held.get(name, 0) + pair for name, pair in facts.items()}
-        progress(done, len(ordered))
-    findings += _compare_events(list(totals.values()), darkest, protocol)
+    ordered = [chip for chip in source.having(PARTS[0]) if chip in whole]  # as they lie in a tar
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:  # decoding and numpy let threads run
+        checked = pool.map(partial(check_chip, source), ordered)
+        for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, checked, strict=True), start=1):
+            findings += found
+            for split, event in whole[chip]:
+                darkest[event] = min(darkest[event], dark)
+                totals[split, event] = _add_up([totals[split, event], facts])
+            progress(done, len(ordered))
+    findings += _compare_events(_add_up(totals.values()), darkest, protocol)
+    bands = {one: _statistics(_add_up(totals[key] for key in totals if key[0] == one)) for one in listed}
     manifest = {
         "schema": SCHEMA,
         "protocol": protocol.name,
         "deep": True,
         "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
         "digests": {split: digest_of(source, [c for c in held if c in whole], PARTS) for split, held in listed.items()},
-        "findings": group_findings(findings),
-        "bands": {one: _statistics([facts for (split, _), facts in totals.items() if split == one]) for one in listed},
+        "findings": _group(findings),
+        "bands": bands,
     }
-    try:
-        write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-        if totals:
-            _write_figures(root / FIGURES, totals)
-    except OSError as error:
-        raise DataError(f"the audit cannot be written: {error}", where=root, fix="check the disk") from error
+    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    if totals:
+        pq.write_table(pa.Table.from_pylist(list(_figures(totals))), root / FIGURES)
     return manifest
 
 
-def group_findings(findings: Sequence[Finding]) -> list[dict[str, Any]]:
-    """One entry for each severity and kind, errors first, with a count and three examples."""
-    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for severity, kind, what, chip in findings:
-        groups[severity, kind].append(": ".join(text for text in (chip, what) if text))
-    return [
-        {
-            "severity": severity,
-            "check": kind,
-            "count": len(texts),
-            "message": "; ".join(texts[:_EXAMPLES]) + ("; …" if len(texts) > _EXAMPLES else ""),
-        }
-        for (severity, kind), texts in sorted(groups.items())
-    ]
+def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]:
+    """Write a picture of a chip, and return dates, orbits and clouds by modality, each a text of four values.
+
+    It shows the optical images, VV before and at the event, and the mask. What is damaged or of another shape is left
+    out with a warning.
+
+    Raises:
+        UsageError: The picture cannot be written, or its suffix names no format.
+        DataError: The chip is not there, or nothing of it can be drawn.
+    """
+    from matplotlib.figure import Figure
+
+    arrays, attributes, _, found = _read_chip(source, chip)
+    for _, kind, what, _ in found:
+        console.warn(f"{kind}: {what}")
+    facts = {part: {key: str(held[key]) for key in _SHOWN if key in held} for part, held in attributes.items()}
+    if "cloud_mask" in arrays:
+        shares = (arrays["cloud_mask"] != 0).mean(axis=(1, 2))
+        facts["S2L2A"]["cloud"] = ";".join(f"{share:.0%}" for share in shares)
+    panels: list[tuple[str, Any, dict[str, Any]]] = []
+    if "S2L2A" in arrays:
+        colours = arrays["S2L2A"][:, [S2_BANDS.index(band) for band in ("B04", "B03", "B02")]].transpose(0, 2, 3, 1)
+        dates = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")
+        for name, date, image in zip(TIMESTEPS, dates, colours, strict=False):
+            panels.append((f"{name} {date[:10]}", np.clip(image / 3000, 0, 1), {}))
+    for step in (BEFORE, EVENT) if "S1RTC" in arrays else ():
+        image = arrays["S1RTC"][step, 0].astype(np.float32)
+        panels.append((f"VV {TIMESTEPS[step]}, dB", image, {"cmap": "gray", "vmin": -25, "vmax": 0}))
+    if "MASK" in arrays:
+        panels.append(("mask", arrays["MASK"], {"cmap": "viridis", "vmin": -1, "vmax": 2}))
+    if not panels:
+        raise DataError(f"there is nothing to draw of chip {chip}", where=source.root, fix="--root, or another chip id")
+    figure = Figure(figsize=(3 * len(panels), 3.4), layout="constrained")
+    for axes, (title, image, options) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        axes.imshow(image, interpolation="nearest", **options)
+        axes.set_title(title, fontsize=8)
+        axes.set_axis_off()
+    figure.suptitle(chip, fontsize=9)
+    try:
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the picture cannot be written: {error}", where=path, fix="--output FILE.png") from error
+    return facts
 
 
 def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Facts, float]:
@@ -155,56 +171,69 @@ def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Facts, float]:
 
     Nothing is raised for a chip that is wrong.
     """
+    arrays, attributes, grids, found = _read_chip(source, chip)
+    more = list(_check_dates(attributes))
+    if len(grids) == 2 and grids[0] != grids[1]:
+        more.append(("error", "DEM and MASK on different grids", ""))
+    band = arrays["S2L2A"][:, S2_BANDS.index("B11")] if "S2L2A" in arrays else np.empty(0)
+    dark = float(np.percentile(band[band != NO_DATA], 1)) if (band != NO_DATA).any() else np.inf
+    if "S1RTC" in arrays:
+        if faults := radar_faults(arrays["S1RTC"]):
+            more.append(("error" if "infinite" in faults else "warning", "radar values that become inputs", faults))
+        seen = arrays["S1RTC"][_valid(arrays["S1RTC"])].astype(np.float64)
+        if seen.size >= _FEW and (seen < 0).mean() < 0.5:
+            more.append(("error", "radar is linear, not in dB", f"mean {seen.mean():.3g}"))
+    if "MASK" in arrays:
+        known = {IGNORE_INDEX, *range(len(source.protocol.label_map))}
+        if strange := sorted(set(np.unique(arrays["MASK"]).tolist()) - known):
+            hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
+            more.append(("error", "mask values", f"{strange}, expected {sorted(known)}{hint}"))
+    return found + [(*finding, chip) for finding in more], _measure(arrays, source.protocol), dark
+
+
+def _group(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """One entry for each severity and kind, errors first, with a count and three examples."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for severity, kind, what, chip in findings:
+        groups[severity, kind].append(": ".join(text for text in (chip, what) if text))
+    entries = []
+    for (severity, kind), texts in sorted(groups.items()):
+        message = "; ".join(texts[:_EXAMPLES]) + ("; …" if len(texts) > _EXAMPLES else "")
+        entries.append({"severity": severity, "check": kind, "count": len(texts), "message": message})
+    return entries
+
+
+def _read_chip(
+    source: Chips, chip: str
+) -> tuple[dict[str, Array], dict[str, dict[str, Any]], list[Any], list[Finding]]:
+    """Arrays of a chip of the right dtype and shape, attributes, grids of its rasters, and what is wrong with it."""
     arrays: dict[str, Array] = {}
     attributes: dict[str, dict[str, Any]] = {}
-    found: list[tuple[str, str, str]] = []
-    for part in PARTS:
+    grids: list[Any] = []
+    found: list[Finding] = []
+    for part in [part for part in PARTS if chip in source.having(part)]:
         try:
             if part in _SATELLITES:
                 arrays[part] = source.bands(chip, part)
-                attributes[part], masks = source.extras(chip, part, "SCL")
+                attributes[part], masks = source.extras(chip, part, "SCL", "cloud_mask")
                 arrays |= masks
             else:
                 arrays[part] = source.raster(chip, part)
+                grids.append(source.grid(chip, part))
         except DataError as error:
-            found.append(("error", f"{part} is damaged", error.what))
-    edge = arrays.get(LABEL_DIR, arrays.get("DEM", np.empty((0, 0)))).shape
-    for part in [part for part in PARTS if part in arrays]:
-        bands, dtypes = _LAYOUT[part]
-        wanted = (len(TIMESTEPS), len(bands), *edge) if part in _SATELLITES else edge
-        if arrays[part].dtype.name not in dtypes:
-            found.append(("error", f"{part}: dtype", str(arrays[part].dtype)))
-        if arrays[part].shape != wanted:
-            found.append(("error", f"{part}: shape", f"{arrays.pop(part).shape}, expected {wanted}"))
-    if "DEM" in arrays and LABEL_DIR in arrays and source.grid(chip, "DEM") != source.grid(chip, LABEL_DIR):
-        found.append(("error", "DEM and MASK on different grids", ""))
-    found += _check_dates(attributes)
-    dark = np.inf
-    if "S2L2A" in arrays:
-        band = arrays["S2L2A"][:, S2_BANDS.index("B11")]
-        dark = float(np.percentile(band[band != NO_DATA], 1)) if (band != NO_DATA).any() else dark
-    if "S1RTC" in arrays:
-        if faults := radar_faults(arrays["S1RTC"]):
-            found.append(("error" if "infinite" in faults else "warning", "radar values that become inputs", faults))
-        seen = arrays["S1RTC"][_valid(arrays["S1RTC"])].astype(np.float64)
-        if seen.size >= _FEW and (seen < 0).mean() < 0.5:
-            found.append(("error", "radar is linear, not in dB", f"mean {seen.mean():.3g}"))
-    if LABEL_DIR in arrays:
-        known = {IGNORE_INDEX, *range(len(source.protocol.label_map))}
-        if strange := sorted(set(np.unique(arrays[LABEL_DIR]).tolist()) - known):
-            hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
-            found.append(("error", "mask values", f"{strange}, expected {sorted(known)}{hint}"))
-    return [(*finding, chip) for finding in found], _measure(arrays, source.protocol), dark
-
-
-def _read_all(source: Chips, chips: Sequence[str], jobs: int) -> Iterator[tuple[list[Finding], Facts, float]]:
-    """What `check_chip` returns for each chip. A process is given the places of its chips only."""
-    few = (source.only([chip]) for chip in chips)
-    if jobs == 1 or len(chips) < 2 * _AT_ONCE:
-        yield from map(check_chip, few, chips)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:  # a fork would copy locks of threads
-        yield from pool.map(check_chip, few, chips, chunksize=_AT_ONCE)
+            found.append(("error", f"{part} is damaged", error.what, chip))
+    edges = Counter(array.shape[-2:] for array in arrays.values()).most_common(1)
+    for name, array in list(arrays.items()):
+        axes, dtypes = _LAYOUT[name]
+        shape, severity = axes + edges[0][0], "error" if name in PARTS else "warning"
+        if array.dtype.name not in dtypes:
+            found.append((severity, f"{name}: dtype", f"{array.dtype}, expected {' or '.join(dtypes)}", chip))
+        elif array.shape != shape or not array.size:
+            found.append((severity, f"{name}: shape", f"{array.shape}, expected {shape}", chip))
+        else:
+            continue
+        del arrays[name]
+    return arrays, attributes, grids, found
 
 
 def _read_lists(
@@ -235,7 +264,7 @@ def _check_dates(attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
         except ValueError:
             times[part] = np.array(["NaT"], "datetime64[s]")
         known = times[part][~np.isnat(times[part])]
-        if len(times[part]) != len(TIMESTEPS) or len(known) < len(TIMESTEPS):
+        if {len(times[part]), len(known)} != {len(TIMESTEPS)}:
             yield "warning", f"{part}: a date is missing", text
         if len(set(known.tolist())) < len(known):
             yield "warning", f"{part}: a date is there twice", text
@@ -245,11 +274,10 @@ def _check_dates(attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
         days = abs(times["S1RTC"][EVENT] - times["S2L2A"][EVENT]) / np.timedelta64(1, "D")
         if days > _DAYS:
             yield "warning", f"radar and optical event more than {_DAYS} days apart", f"{days:.0f} days"
-    for key in ("sat_orbit_state", "sat_relative_orbit"):
-        orbits = str(attributes.get("S1RTC", {}).get(key, "")).split(";")
-        if len(orbits) == len(TIMESTEPS) and orbits[BEFORE].strip() != orbits[EVENT].strip():
-            yield "warning", "radar orbit changed between before and event", ";".join(orbits)
-            break
+    texts = [str(attributes.get("S1RTC", {}).get(key, "")) for key in ("sat_orbit_state", "sat_relative_orbit")]
+    orbits = [[orbit.strip() for orbit in text.split(";")] for text in texts]
+    if any(len(four) == len(TIMESTEPS) and four[BEFORE] != four[EVENT] for four in orbits):
+        yield "warning", "radar orbit changed between before and event", ", ".join(texts)
 
 
 def _valid(values: Array) -> Array:
@@ -262,57 +290,57 @@ def _pair(values: Array, among: Array) -> Array:
     return np.broadcast_to(pair, (2, len(TIMESTEPS)))
 
 
-def _measure(arrays: Mapping[str, Array], protocol: Protocol) -> Facts:
-    """What a chip holds, as sums and numbers. Names that begin with `_` are no columns of the figures.
-
-    `mean_BAND` and, of the squares, `_square_BAND` over valid pixels; over all pixels `cloud`, `no_optical`,
-    `no_radar` and `share_of_mask_VALUE`; `_change_VALUE`, of VV from before to event in dB, where the mask has a value.
-    """
+def _measure(arrays: Mapping[str, Array], protocol: protocols.Protocol) -> Facts:
+    """What a chip holds, as sums and numbers of pixels. Names that begin with `_` are no columns of the figures."""
     facts = {"_chips": np.ones((2, len(TIMESTEPS)))}
-    for part in [part for part in MODALITIES if part in arrays]:
+    classes = range(len(protocol.label_map))
+    for part, bands in [(part, bands) for part, bands in _BANDS.items() if part in arrays]:
         values = arrays[part] if part in _SATELLITES else arrays[part][None, None]
         valid = _valid(values)
         kept = np.where(valid, values, 0).astype(np.float64)
-        for i, band in enumerate(_LAYOUT[part][0]):
+        for i, band in enumerate(bands):
             facts[f"mean_{band}"] = _pair(kept[:, i], valid[:, i])
             facts[f"_square_{band}"] = _pair(kept[:, i] ** 2, valid[:, i])
         if part in _SATELLITES:
             name = "no_optical" if part == "S2L2A" else "no_radar"
             facts[name] = _pair(np.logical_not(valid.all(axis=1)), np.ones_like(valid[:, 0]))
-        if part == "S1RTC" and LABEL_DIR in arrays:
-            for value in range(len(protocol.label_map)):
-                chosen = (valid[BEFORE, 0] & valid[EVENT, 0] & (arrays[LABEL_DIR] == value))[None]
+        if part == "S1RTC" and "MASK" in arrays:
+            for value in classes:
+                chosen = (valid[BEFORE, 0] & valid[EVENT, 0] & (arrays["MASK"] == value))[None]
                 facts[f"_change_{value}"] = _pair((kept[EVENT, 0] - kept[BEFORE, 0]) * chosen, chosen)
-    if "S2L2A" in arrays and "SCL" in arrays and arrays["SCL"].shape == arrays["S2L2A"][:, 0].shape:
-        facts["cloud"] = _pair(np.isin(arrays["SCL"], _CLOUDY), np.ones_like(arrays["SCL"]))
-    if LABEL_DIR in arrays:
-        mask = arrays[LABEL_DIR][None]
-        for value in (IGNORE_INDEX, *range(len(protocol.label_map))):
+    if "SCL" in arrays:
+        facts["cloud"] = _pair(np.isin(arrays["SCL"], _CLOUDY), np.ones_like(arrays["SCL"], bool))
+    if "MASK" in arrays:
+        mask = arrays["MASK"][None]
+        for value in (IGNORE_INDEX, *classes):
             facts[f"share_of_mask_{value}"] = _pair(mask == value, np.ones_like(mask, bool))
     return facts
 
 
-def _add_up(groups: Sequence[Facts], name: str) -> Array:
-    """Sum and number of a fact over groups and timesteps."""
-    return np.asarray(sum((facts[name].sum(axis=1) for facts in groups if name in facts), np.zeros(2)))
+def _add_up(groups: Iterable[Facts]) -> Facts:
+    """The facts of several groups of pixels together; what no group has is zero."""
+    added: Facts = defaultdict(lambda: np.zeros((2, len(TIMESTEPS))))
+    for name, pair in [fact for facts in groups for fact in facts.items()]:
+        added[name] = added[name] + pair
+    return added
 
 
-def _statistics(groups: Sequence[Facts]) -> dict[str, dict[str, list[float]]]:
+def _statistics(facts: Facts) -> dict[str, dict[str, list[float]]]:
     """Mean and standard deviation of the valid pixels, by modality and band."""
     found = {}
-    for part in MODALITIES:
-        total, count = np.transpose([_add_up(groups, f"mean_{band}") for band in _LAYOUT[part][0]])
-        squares, _ = np.transpose([_add_up(groups, f"_square_{band}") for band in _LAYOUT[part][0]])
+    for part, bands in _BANDS.items():
+        total, count = np.transpose([facts[f"mean_{band}"].sum(axis=1) for band in bands])
+        squares, _ = np.transpose([facts[f"_square_{band}"].sum(axis=1) for band in bands])
         if count.all():
             std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
             found[part] = {"mean": (total / count).round(3).tolist(), "std": std.round(3).tolist()}
     return found
 
 
-def _compare_events(groups: Sequence[Facts], darkest: Mapping[str, float], protocol: Protocol) -> list[Finding]:
+def _compare_events(facts: Facts, darkest: Mapping[str, float], protocol: protocols.Protocol) -> list[Finding]:
     """What only many chips together show: classes swapped, and an offset between the optical images of events."""
     findings: list[Finding] = []
-    changes = {value: _add_up(groups, f"_change_{value}") for value in range(len(protocol.label_map))}
+    changes = {value: facts[f"_change_{value}"].sum(axis=1) for value in range(len(protocol.label_map))}
     falls = {value: total / count for value, (total, count) in changes.items() if count >= _FEW * len(TIMESTEPS)}
     struck = protocol.label_map.index(protocol.positive_class)
     if protocol.hazard.startswith("flood") and struck in falls and len(falls) > 1 and falls[struck] > -_FALL:
@@ -327,15 +355,11 @@ def _compare_events(groups: Sequence[Facts], darkest: Mapping[str, float], proto
     return findings
 
 
-def _write_figures(path: Path, totals: Mapping[tuple[str, str], Facts]) -> None:
-    """A Parquet table with a row for each split, event and timestep: means over its pixels."""
+def _figures(totals: Mapping[tuple[str, str], Facts]) -> Iterator[dict[str, Any]]:
+    """A row for each split, event and timestep: means over its pixels, None where there are none."""
     names = sorted({name for facts in totals.values() for name in facts if not name.startswith("_")})
-    rows = []
     for (split, event), facts in sorted(totals.items()):
         for step, timestep in enumerate(TIMESTEPS):
             row = {"split": split, "event": event, "timestep": timestep, "chips": int(facts["_chips"][0, step])}
-            for name in names:
-                total, count = facts[name][:, step] if name in facts else (0, 0)
-                row[name] = total / count if count else None
-            rows.append(row)
-    pq.write_table(pa.Table.from_pylist(rows), path)
+            sums = {name: facts[name][:, step] for name in names}
+            yield row | {name: total / count if count else None for name, (total, count) in sums.items()}

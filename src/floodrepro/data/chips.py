@@ -4,11 +4,9 @@ Any layout that zarr 2 and GDAL write is read by these libraries themselves; ZIP
 """
 
 import contextlib
-import copy
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import tarfile
@@ -16,7 +14,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +25,7 @@ import numpy.typing as npt
 import rasterio
 import zarr
 from numcodecs import Blosc
-from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
+from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 from floodrepro import console
@@ -70,14 +68,8 @@ class Chips:
             raise DataError(what if root.is_dir() else "the data root does not exist", where=root, fix=fix)
 
     def having(self, part: str) -> Set[str]:
-        """Ids of the chips that have a part."""
+        """Ids of the chips that have a part, those of a tar in its order."""
         return self._places[part].keys()
-
-    def only(self, chips: Sequence[str]) -> "Chips":
-        """The same for a few chips: what a process needs to read them."""
-        few = copy.copy(self)
-        few._places = {part: {c: held[c] for c in chips if c in held} for part, held in self._places.items()}
-        return few
 
     def path(self, chip: str, part: str) -> str:
         """A path that GDAL opens, named after the chip."""
@@ -89,17 +81,6 @@ class Chips:
         file, _, size = self._place(chip, part)
         return os.stat(file).st_size if size is None else size  # noqa: PTH116  # a Path for each of 320,000 is slow
 
-    def order(self, chip: str, part: str) -> tuple[str, int]:
-        """Sorts chips as they lie on disk."""
-        return self._place(chip, part)[:2]
-
-    def extras(self, chip: str, modality: str, *names: str) -> tuple[dict[str, Any], dict[str, Array]]:
-        """What else is in a chip's S2L2A or S1RTC: attributes, and those of the named arrays that are there.
-
-        Raises as `bands` does.
-        """
-        return self._open(chip, modality, functools.partial(read_extras, names=names))
-
     def bands(self, chip: str, modality: str, empty: Callable[..., Array] = np.empty) -> Array:
         """A chip's S2L2A (T, C, H, W), int16 reflectance x 10,000, or S1RTC (T, 2, H, W), float16 dB, as on disk.
 
@@ -108,35 +89,47 @@ class Chips:
         Raises:
             DataError: The part is missing or damaged; the checksum of each chunk is compared.
         """
-        return self._open(chip, modality, functools.partial(read_bands, empty=empty))
+        return self._read(chip, modality, functools.partial(read_bands, empty=empty))
+
+    def extras(self, chip: str, modality: str, *names: str) -> tuple[dict[str, Any], dict[str, Array]]:
+        """The attributes in a chip's S2L2A or S1RTC, and those of the named arrays that are there.
+
+        Raises as `bands` does.
+        """
+        return self._read(chip, modality, functools.partial(read_extras, names=names))
 
     def raster(self, chip: str, part: str) -> Array:
         """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk. Raises as `bands` does."""
-        return self._open(chip, part, read_raster)
+        return self._read(chip, part, read_raster)
 
     def grid(self, chip: str, part: str) -> tuple[Any, Any]:
         """CRS and transform of a chip's DEM or MASK. Raises as `bands` does."""
-        return self._open(chip, part, read_grid)
+        return self._read(chip, part, read_grid)
 
-    def _open(self, chip: str, part: str, reader: Callable[["Window"], T]) -> T:
-        """Let a reader read a chip's file, three times where the disk fails: a network disk's hiccup passes."""
+    def _read(self, chip: str, part: str, decode: Callable[[bytes], T]) -> T:
+        """What is decoded from a chip's file. The disk is asked three times: a network disk's hiccup passes."""
         file, offset, size = self._place(chip, part)
         for wait in (*_WAITS, None):
             try:
                 with open(file, "rb", buffering=0) as stream:  # noqa: PTH123  # as in `size`
-                    return reader(Window(stream, offset, size))
-            except DataError:  # of the memory that it was to be read into
-                raise
-            except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and GDAL raise nearly anything
-                if not isinstance(error, OSError) or isinstance(error, RasterioIOError):
-                    what = f"{chip}{suffix_of(self.protocol, part)} is damaged: {type(error).__name__}: {error}"
-                    fix = "fetch it again; --skip-damaged N leaves out up to N such chips; data audit lists all"
-                    raise DataError(what, where=self.path(chip, part), fix=fix) from error
+                    wanted = os.fstat(stream.fileno()).st_size if size is None else size
+                    content = os.pread(stream.fileno(), wanted, offset)
+                break
+            except OSError as error:
                 if wait is None:
                     what = f"the {part} of {chip} cannot be read: {error.strerror or error}"
                     raise DataError(what, where=file, fix="check the disk, then run the same command again") from error
                 time.sleep(wait)
-        raise AssertionError  # the last try returns or raises
+        try:
+            if len(content) != wanted:
+                raise EOFError("the archive ends inside it")
+            return decode(content)
+        except DataError:  # of the memory that it was to be read into
+            raise
+        except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and GDAL raise nearly anything
+            what = f"{chip}{suffix_of(self.protocol, part)} is damaged: {type(error).__name__}: {error}"
+            fix = "fetch it again; --skip-damaged N leaves out up to N such chips; data audit lists all"
+            raise DataError(what, where=self.path(chip, part), fix=fix) from error
 
     def _place(self, chip: str, part: str) -> Place:
         if chip not in self._places[part]:
@@ -146,22 +139,22 @@ class Chips:
 
     def _find(self, part: str) -> dict[str, Place]:
         suffix = suffix_of(self.protocol, part)
+
+        def chips(names: Iterable[str]) -> list[str]:
+            """Ids of those files that are a chip's; `._NAME` is what macOS puts beside a file."""
+            return [name.removesuffix(suffix) for name in names if name.endswith(suffix) and not name.startswith(".")]
+
         folder: dict[str, Place] = {}
         for parent in (self.root / "data" / part, self.root / part):
             if not folder and parent.is_dir():
                 names = os.listdir(parent)  # noqa: PTH208  # a Path for each of 80,000 is slow
-                folder = {name.removesuffix(suffix): (f"{parent}/{name}", 0, None) for name in _chips(names, suffix)}
+                folder = {chip: (f"{parent}/{chip}{suffix}", 0, None) for chip in chips(names)}
         tars: dict[str, Place] = {}
         for parent in (self.root, self.root.parent):
             for tar in [] if tars else sorted(tar for split in SPLITS for tar in (parent / split).glob(f"{part}*.tar")):
                 index = tar_index(tar)
-                tars |= {name.removesuffix(suffix): (str(tar), *index[name]) for name in _chips(index, suffix)}
+                tars |= {chip: (str(tar), *index[chip + suffix]) for chip in chips(index)}
         return tars | folder if len(folder) >= len(tars) else folder | tars
-
-
-def _chips(names: Sequence[str] | dict[str, Any], suffix: str) -> list[str]:
-    """Those file names that are a chip's; `._NAME` is what macOS puts beside a file."""
-    return [name for name in names if name.endswith(suffix) and not name.startswith(".")]
 
 
 def radar_faults(bands: Array) -> str | None:
@@ -191,14 +184,14 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache") / "floodrepro"
     elsewhere = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{tar.name}.index.json"
     saved = tar.with_name(f"{tar.name}.index.json") if os.access(tar.parent, os.W_OK) else elsewhere
-    if (known := _read_index(saved, state)) is not None:
-        return known
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):  # no locks, or no cache: every process reads for itself
             saved.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(filelock.FileLock(saved.with_name(f".{saved.name}.lock")))
-        if (known := _read_index(saved, state)) is not None:  # of another process, meanwhile
-            return known
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or of another version
+            kept = json.loads(saved.read_text(encoding="utf-8"))
+            if kept["tar"] == state:
+                return {name: (offset, size) for name, (offset, size) in kept["files"].items()}
         if state[0] > _LARGE:
             console.say(f"reading the headers of {tar}")
         try:
@@ -213,117 +206,60 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
     return index
 
 
-def _read_index(saved: Path, state: list[int]) -> dict[str, tuple[int, int]] | None:
-    """A kept index; None where there is none, or it is of another state of the tar."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or of another version
-        content = json.loads(saved.read_text(encoding="utf-8"))
-        if content["tar"] == state:
-            return {name: (offset, size) for name, (offset, size) in content["files"].items()}
-    return None
-
-
-class Window(io.RawIOBase):
-    """A part of an open file, as zipfile wants it. Each read names its place: nothing that a fork shares moves.
-
-    Args:
-        stream: The file.
-        offset: Where the part begins.
-        size: Its number of bytes; None for all that follows.
-    """
-
-    def __init__(self, stream: io.FileIO, offset: int = 0, size: int | None = None) -> None:
-        super().__init__()
-        self._descriptor, self._offset, self._at = stream.fileno(), offset, 0
-        self.size = os.fstat(self._descriptor).st_size - offset if size is None else size
-
-    def seekable(self) -> bool:
-        """Whether `seek` works: it does."""
-        return True
-
-    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
-        """Move to a place, counted from the start, from here, or from the end."""
-        self._at = place + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence]
-        if self._at < 0:
-            raise ValueError("a place before the file's start")
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer with the next bytes, fewer at the end, and return their number.
-
-        Raises:
-            EOFError: The file is shorter than the part should be.
-        """
-        wanted = memoryview(buffer)[: max(self.size - self._at, 0)]
-        if os.preadv(self._descriptor, [wanted], self._offset + self._at) != len(wanted):
-            raise EOFError("the archive ends inside it")
-        self._at += len(wanted)
-        return len(wanted)
-
-
-def read_extras(file: Window, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
+def read_extras(content: bytes, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
     """Attributes of a zarr ZIP, and those of the named arrays that are there; all checksums are compared."""
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         group = zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
     return dict(group.attrs), {name: group[name][...] for name in names if name in group}
 
 
-def read_grid(file: Window) -> tuple[Any, Any]:
+def read_grid(content: bytes) -> tuple[Any, Any]:
     """CRS and transform of a GeoTIFF."""
-    with MemoryFile(file.read(file.size)) as memory, memory.open(driver="GTiff") as dataset:
+    with MemoryFile(content) as memory, memory.open(driver="GTiff") as dataset:
         return dataset.crs, dataset.transform
 
 
-def read_raster(file: Window) -> Array:
+def read_raster(content: bytes) -> Array:
     """The only band (H, W) of a GeoTIFF, as GDAL reads it: it refuses damage that tifffile takes for pixels."""
     # Reading the georeference, which nobody asks for here, would take twice as long as the pixels.
     with (
         rasterio.Env(GDAL_GEOREF_SOURCES="NONE", GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR"),
-        MemoryFile(file.read(file.size)) as memory,
+        MemoryFile(content) as memory,
         memory.open(driver="GTiff") as dataset,
     ):
         return np.asarray(dataset.read(1))
 
 
-def read_bands(file: Window, empty: Callable[..., Array] = np.empty) -> Array:
+def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
     """The array `bands` of a zarr ZIP, decoded into what `empty(shape, dtype)` returns.
-
-    One chunk after the other is read, its checksum compared, and decoded while it is in the processor's cache: zarr
-    itself would read all of them first, which takes a quarter longer.
 
     Raises:
         ValueError: A chunk is missing that no fill value stands for.
         Exception: Whatever zipfile, zarr and numcodecs raise for a damaged file.
     """
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {info.filename: info for info in archive.infolist()}
         array = _open_array(archive.read("bands/.zarray"))
         dtype = array.dtype.newbyteorder("=")  # torch takes no big-endian arrays
         out = empty(array.shape, dtype)
         blosc = isinstance(array.compressor, Blosc) and not array.filters and array.order == "C"
-        spare = np.empty(array.chunks, dtype) if blosc and array.dtype == dtype else None
-        room = np.empty(max(len(info.orig_filename) + info.compress_size for info in members.values()) + 30, np.uint8)
-        complete = True
-        for index in itertools.product(*(range(count) for count in array.cdata_shape)):
-            place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in zip(index, array.chunks, strict=True))]
-            key = f"bands/{array._chunk_key(index)}"
-            if key not in members:
-                if array.fill_value is None:
-                    raise ValueError(f"chunk {key} is missing")
-                place[...], complete = array.fill_value, False
-                continue
-            chunk = _read_member(file, archive, members[key], room)
-            if spare is not None:
-                whole = place.shape == array.chunks and place.flags.c_contiguous
-                if int.from_bytes(chunk[4:8], "little") != spare.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
-                    raise ValueError(f"chunk {key} has another size")  # numcodecs 0.15 would leave the rest as it was
-                values = place if whole else spare
-                array.compressor.decode(chunk, values)
+        chunks = {f"bands/{array._chunk_key(index)}": index for index in np.ndindex(*array.cdata_shape)}
+        if not chunks.keys() <= members.keys():
+            if array.fill_value is None:
+                raise ValueError("chunks are missing")
+            out[...] = array.fill_value
+            for info in archive.infolist():
+                archive.open(info).close()  # raises for a file of two names: a chunk would be taken for one left out
+        for name in [name for name in chunks if name in members]:
+            corner = zip(chunks[name], array.chunks, strict=True)
+            place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in corner)]
+            chunk = _member(content, archive, members[name])
+            if blosc and array.dtype == dtype and place.shape == array.chunks and place.flags.c_contiguous:
+                if int.from_bytes(chunk[4:8], "little") != place.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
+                    raise ValueError(f"{name} has another size")  # numcodecs 0.15 would leave the rest as it was
+                array.compressor.decode(chunk, place)
             else:
-                values = array._decode_chunk(chunk)
-            if values is not place:
-                place[...] = values[tuple(slice(edge) for edge in place.shape)]
-        for info in () if complete else archive.infolist():
-            archive.open(info).close()  # raises for a file of two names: a chunk would be taken for one left out
+                place[...] = array._decode_chunk(chunk)[tuple(slice(edge) for edge in place.shape)]
     return out
 
 
@@ -333,14 +269,13 @@ def _open_array(metadata: bytes) -> zarr.Array:
     return zarr.open_array({".zarray": metadata}, mode="r")
 
 
-def _read_member(file: Window, archive: zipfile.ZipFile, info: zipfile.ZipInfo, room: Array) -> Any:
-    """A member's content, its checksum compared. A stored one is read at once, into `room`, where zipfile copies it."""
+def _member(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+    """A member of a ZIP, its checksum compared. zipfile copies a stored one, this does not."""
     name = info.orig_filename.encode()
-    start, stop = 30 + len(name), 30 + len(name) + info.compress_size  # APPNOTE.TXT of PKWARE, 4.3.7
-    file.seek(info.header_offset)
-    content: Any = room[: file.readinto(room[:stop])].data
-    if info.compress_type != zipfile.ZIP_STORED or content[28:30] != b"\0\0" or content[30:start] != name:
+    start = info.header_offset + 30 + len(name)  # APPNOTE.TXT of PKWARE, 4.3.7
+    stored = memoryview(content)[start : start + info.compress_size]
+    if info.compress_type != zipfile.ZIP_STORED or content[start - len(name) - 2 : start] != b"\0\0" + name:
         return archive.read(info)
-    if zlib.crc32(content[start:]) != info.CRC or info.file_size != info.compress_size:
+    if zlib.crc32(stored) != info.CRC or info.file_size != info.compress_size:
         raise zipfile.BadZipFile(f"the checksum of {info.filename} differs")
-    return content[start:]
+    return stored

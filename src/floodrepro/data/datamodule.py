@@ -11,7 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError
 
-RawChip = dict[str, Any]
-
 _UNKNOWN = -128  # in a lookup table: a mask value that the label map does not know
 _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips`
 
@@ -40,15 +38,14 @@ _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips
 class Batch(dict[str, Any]):
     """What the model is given: `image` (by modality), `mask` and `filename`.
 
-    TerraTorch passes every further key of a batch to the model as an argument. So chip ids (`chips`) and the event of
-    each (`events`) are attributes.
+    Chip ids and the event of each are attributes: TerraTorch passes every further key to the model as an argument.
     """
 
     chips: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
 
 
-class ChipDataset(Dataset[RawChip]):
+class ChipDataset(Dataset[dict[str, Any]]):
     """Chips of one split as they are on disk, read a batch at a time.
 
     Args:
@@ -62,28 +59,16 @@ class ChipDataset(Dataset[RawChip]):
         self, source: Chips, chips: Sequence[str], modalities: Sequence[str], label_map: Sequence[int] | None
     ) -> None:
         self.source, self.chips, self.modalities = source, list(chips), list(modalities)
-        self._classes = None
+        self._known = None if label_map is None else [IGNORE_INDEX, *range(len(label_map))]
+        self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
         if label_map is not None:
-            self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
-            self._classes[IGNORE_INDEX % 256] = IGNORE_INDEX
-            self._classes[: len(label_map)] = label_map
+            self._classes[self._known] = [IGNORE_INDEX, *label_map]  # -1 is the table's last place
 
     def __len__(self) -> int:
         """Number of chips."""
         return len(self.chips)
 
-    def __getitem__(self, index: int) -> RawChip:
-        """One chip: what `__getitems__` gives, without the batch's axis.
-
-        Raises:
-            DataError: It cannot be read.
-        """
-        batch = self.__getitems__([index])
-        if batch["failed"]:
-            raise batch["failed"][0][1]
-        return {name: batch[name][0] for name in batch if name not in ("failed", "odd")}
-
-    def __getitems__(self, indices: Sequence[int]) -> RawChip:
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
 
         `chip` holds the ids, `failed` the errors of chips that are left out, `odd` what is odd in which. Chips are
@@ -106,41 +91,39 @@ class ChipDataset(Dataset[RawChip]):
             return array
 
         for chip in (self.chips[index] for index in indices):
+            faults = None
             try:
-                faults = self._read(chip, place)
+                for modality in self.modalities:
+                    if modality == "DEM":
+                        elevation = self.source.raster(chip, modality)
+                        place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
+                    else:
+                        bands = self.source.bands(chip, modality, partial(place, modality))
+                        faults = radar_faults(bands) if modality == "S1RTC" else faults
+                if self._known:
+                    mask = self._read_mask(chip)
+                    place("mask", mask.shape, mask.dtype)[...] = mask
             except DataError as error:
                 failed.append((chip, error))
                 continue
-            if faults:
-                odd.append((chip, faults))
+            odd += [(chip, faults)] if faults else []
             chips.append(chip)
-        whole: RawChip = {name: tensor[: len(chips)] for name, tensor in batch.items()}
-        return whole | {"chip": chips, "failed": failed, "odd": odd}
+        tensors = {name: tensor[: len(chips)] for name, tensor in batch.items()}
+        return {**tensors, "chip": chips, "failed": failed, "odd": odd}
 
-    def _read(self, chip: str, place: Callable[..., Array]) -> str | None:
-        """Read a chip into the arrays that place(name, shape, dtype) gives; what is odd about its radar is returned."""
-        faults = None
-        for modality in self.modalities:
-            if modality == "DEM":
-                elevation = self.source.raster(chip, modality)
-                place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
-                continue
-            bands = self.source.bands(chip, modality, partial(place, modality))
-            faults = radar_faults(bands) if modality == "S1RTC" else faults
-        if self._classes is not None:
-            values = self.source.raster(chip, LABEL_DIR)
-            narrow = values.astype(np.int8)
-            mask = self._classes.take(narrow.view(np.uint8))  # -1 becomes 255: the table's last place
-            if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-                known = [IGNORE_INDEX, *np.flatnonzero(self._classes[:255] != _UNKNOWN).tolist()]
-                strange = sorted(set(np.unique(values).tolist()) - set(known))
-                raise DataError(
-                    f"the mask of {chip} holds {strange}, expected {known}",
-                    where=self.source.path(chip, LABEL_DIR),
-                    fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
-                )
-            place("mask", mask.shape, mask.dtype)[...] = mask
-        return faults
+    def _read_mask(self, chip: str) -> Array:
+        """The classes (H, W) of a chip's mask, int8."""
+        values = self.source.raster(chip, LABEL_DIR)
+        narrow = values.astype(np.int8)
+        mask = self._classes.take(narrow.view(np.uint8))
+        if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+            strange = sorted(set(np.unique(values).tolist()) - set(self._known or ()))
+            raise DataError(
+                f"the mask of {chip} holds {strange}, expected {self._known}",
+                where=self.source.path(chip, LABEL_DIR),
+                fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
+            )
+        return mask
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -264,42 +247,33 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         """One loader for each test split, in a list if there are several. impactmesh 0.2.0 has one of its own."""
         return self._dataloader_factory("test")
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Record chips that could not be read and those with odd values.
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn raw chips, on the device by now, into what the model is given, and record what is wrong with some.
 
         Raises:
             DataError: More chips than `skip_damaged` could not be read, or all of a batch.
         """
-        if "failed" not in batch:
+        if "chip" not in batch:
             return batch
-        for chip, error in batch.pop("failed"):
-            if chip not in self.failed_chips:
-                if len(self.failed_chips) >= self.skip_damaged:
-                    raise error
-                self.failed_chips[chip] = error.what
-                console.warn(f"left out {len(self.failed_chips)} of {self.skip_damaged}: {error.what}")
-        for chip, faults in batch.pop("odd"):
+        for chip, error in [(chip, error) for chip, error in batch["failed"] if chip not in self.failed_chips]:
+            if len(self.failed_chips) >= self.skip_damaged:
+                raise error
+            self.failed_chips[chip] = error.what
+            console.warn(f"left out {len(self.failed_chips)} of {self.skip_damaged}: {error.what}")
+        for chip, faults in batch["odd"]:
             if chip not in self.odd_chips and len(self.odd_chips) < _NAMED:
                 console.warn(f"the radar of {chip} holds {faults}")
             self.odd_chips[chip] = faults
-        if not batch["chip"]:
-            raise DataError("no chip of a batch can be read", where=self.data_root, fix="floodrepro data audit")
-        return batch
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Turn raw chips, on the device by now, into what the model is given."""
-        if "chip" not in batch:
-            return batch
         chips, symmetries = tuple(batch["chip"]), [0] * len(batch["chip"])
+        if not chips:
+            raise DataError("no chip of a batch can be read", where=self.data_root, fix="floodrepro data audit")
         if self.augment and self.trainer is not None and self.trainer.training:
             symmetries = [draw_symmetry(self._seed(), self.trainer.current_epoch, chip) for chip in chips]
         images = {modality: self._image(batch[modality], symmetries) for modality in self.modalities}
         ready = Batch(image=images, filename=[self._filename(chip) for chip in chips])
         if "mask" in batch:
-            pairs = zip(symmetries, batch["mask"], strict=True)
-            ready["mask"] = torch.stack([apply_symmetry(symmetry, mask) for symmetry, mask in pairs]).long()
-        ready.chips = chips
-        ready.events = tuple(self._events[chip] for chip in chips)
+            ready["mask"] = torch.stack(list(map(apply_symmetry, symmetries, batch["mask"]))).long()
+        ready.chips, ready.events = chips, tuple(self._events[chip] for chip in chips)
         return self.aug(ready)
 
     def _seed(self) -> int:
@@ -354,14 +328,13 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     def _sampler(self, split: str, count: int) -> Sampler[int] | None:
         """Lightning leaves a DistributedSampler as it is; any other it would replace in a run of several processes."""
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-        if split == "train":
+        world, rank, resumed = 1, 0, (0, 0)
+        if self.trainer is not None:
+            world, rank, loop = self.trainer.world_size, self.trainer.global_rank, self.trainer.fit_loop
             # The loader is asked for its first batches before Lightning tells the epoch of a resumed run.
-            loop = self.trainer.fit_loop if self.trainer is not None else None
-            resumed = (0, 0)
-            if loop is not None:
-                done = loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
-                resumed = (loop.epoch_progress.current.processed, done)
+            done = loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
+            resumed = (loop.epoch_progress.current.processed, done)
+        if split == "train":
             size = self.batch_size
             return ShuffledByEpoch(count, self._seed(), batch_size=size, world=world, rank=rank, resumed=resumed)
         return EachOnce(count, world=world, rank=rank) if world > 1 and split != "predict" else None

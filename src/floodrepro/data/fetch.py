@@ -4,10 +4,10 @@ import json
 import re
 import shutil
 import tarfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,6 +20,7 @@ from floodrepro.run_folder import write_atomically
 
 _BLOCK = 2**12  # bytes that are read ahead of a remote tar
 _SEEN_A_CHIP = 20  # members of a remote tar whose headers are read for each chip of a sample, at most
+_CHIP = re.compile(r"(?:.*/)?(.+)_(?:S2L2A\.zarr\.zip|S1RTC\.zarr\.zip|DEM\.tif|annotation_\w+\.tif)")
 
 
 def fetch(
@@ -47,8 +48,8 @@ def fetch(
             where the order in the archives allows it.
 
     Returns:
-        `commit`; `version` (`v0`, `v1`, or `unknown` where the counts are of neither); `chips`, by split; `files`,
-        the bytes of each by its path.
+        `commit`; `version`, such as v1 or, with other counts, `like v1`; `chips`, by split; `files`, the bytes of each
+        by its path.
 
     Raises:
         UsageError: The sample is not of 1 or more chips.
@@ -56,7 +57,6 @@ def fetch(
             another commit, or data of none; the disk is too small; a file is not what the hub says it is.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     if sample is not None and sample < 1:
         raise UsageError(f"--sample is {sample}, expected 1 or more")
@@ -66,62 +66,63 @@ def fetch(
         raise DataError(what, where=root, fix="--root of a new folder")
     try:
         commit, sizes = _list_files(repo, revision)
-        where = f"{repo}@{commit}"
         if held not in (None, commit):
             what = f"the folder holds commit {held}, and {revision} is {commit}"
             raise DataError(what, where=root, fix=f"--revision {held}, or another --root")
-        wanted = _choose(sizes, splits, parts, where)
+        wanted: list[str] = []
+        for start in (f"{split}/{part}" for split in splits for part in parts):
+            found = [path for path in sizes if path.startswith(start) and path.endswith(".tar")]
+            if not found:
+                what = f"the commit has no {start}*.tar"
+                raise DataError(what, where=f"{repo}@{commit}", fix="--split, --modality, --repo")
+            wanted += found
         lists = [path for path in sizes if path.startswith("split/") and path.endswith(".txt")]
         if sample is None:
             _check_disk(root, sum(sizes[path] for path in wanted if not (root / path).is_file()))
         whole = root / ".fetch"  # `split/` is not written before the note; a sample's lists its own chips only
         get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
         get(local_dir=whole, allow_patterns=lists)
-        version, chips = check_version(whole / "split", protocol, where=where)
+        chips = {path.stem.split("_", 2)[-1]: read_split(path) for path in sorted((whole / "split").glob("*.txt"))}
+        version = _check_version(chips, protocol, f"{repo}@{commit}")
         # Before the archives: a folder with any of them says of which commit.
         note = {"repo": repo, "commit": commit, "asked": revision, "sample": sample}
         write_atomically(root / FETCH_NOTE, json.dumps(note, indent=2) + "\n")
         if sample is None:
             get(local_dir=root, allow_patterns=[*lists, *wanted])
             console.say("comparing checksums")
-            found = HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=root)
-            if bad := [mismatch["path"] for mismatch in found.mismatches]:
+            compared = HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=root)
+            if bad := [mismatch["path"] for mismatch in compared.mismatches]:
                 what = f"not what the hub says it is: {', '.join(bad)}"
                 raise DataError(what, where=root, fix="delete what is named, then fetch again")
             files = {path: sizes[path] for path in [*lists, *wanted]}
         else:
-            files = _extract_sample(root, f"datasets/{where}", wanted, splits, parts, sample)
-            chips = _write_lists(whole / "split", root / "split", {_chip_of(name) for name in files})
-    except (HfHubHTTPError, OSError, tarfile.TarError) as error:
+            files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
+            chips = {name: [chip for chip in ids if chip in set(map(_chip_of, files))] for name, ids in chips.items()}
+            for path in map(Path, lists):
+                (root / path).parent.mkdir(exist_ok=True)
+                ids = chips[path.stem.split("_", 2)[-1]]
+                write_atomically(root / path, "".join(f"{chip}\n" for chip in ids))
+    except (OSError, tarfile.TarError) as error:  # an answer of the hub is an OSError as well
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
         raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error
-    return {"root": str(root), "commit": commit, "version": version, "chips": chips, "files": files}
+    counts = {name: len(ids) for name, ids in chips.items()}
+    return {"root": str(root), "commit": commit, "version": version, "chips": counts, "files": files}
 
 
-def check_version(folder: Path, protocol: str | None, *, where: str) -> tuple[str, dict[str, int]]:
-    """The version of the data that split files list, by their counts, and the counts by split.
-
-    Raises:
-        DataError: A split file is missing, or the data is of another version than the protocol's.
-    """
-    chips = {}
-    for split in SPLITS:
-        found = sorted(folder.glob(f"*_{split}.txt"))
-        if not found:
-            raise DataError(f"there is no split file of {split}", where=where, fix="check --repo and --revision")
-        chips[split] = len(read_split(found[0]))
-    known = {str(rules.data_version): rules.counts for rules in PROTOCOLS.values() if rules.counts}
-    version = next((name for name, counts in known.items() if counts == chips), "unknown")
+def _check_version(chips: Mapping[str, Sequence[str]], protocol: str | None, where: str) -> str:
+    """v0 or v1, as its split files are; `like v0` or `like v1` where the counts are not those of the published data."""
+    if absent := [split for split in SPLITS if split not in chips]:
+        raise DataError(f"there is no split file of {absent[0]}", where=where, fix="check --repo and --revision")
+    kind = "v1" if "test_holdout" in chips else "v0"  # only version 1 has further test splits
+    found = {split: len(chips[split]) for split in SPLITS}
+    version = kind if (kind, found) in [(p.data_version, p.counts) for p in PROTOCOLS.values()] else f"like {kind}"
     needed = PROTOCOLS[protocol].data_version if protocol else None
-    kind = version
-    if version == "unknown":  # a subset, or generated chips
-        kind = "like v1" if any(folder.glob("*_test_holdout.txt")) else "like v0"
-    if needed and not kind.endswith(needed):
-        counts = ", ".join(f"{count:,} {split}" for split, count in chips.items())
+    if needed not in (None, kind):
+        counts = ", ".join(f"{count:,} {split}" for split, count in found.items())
         fix = f"--revision of a commit that holds {needed}, or another --protocol"
         fix += "; v1-binary reads version 1 as version 0's two classes" if needed == "v0" else ""
-        raise DataError(f"protocol {protocol} needs {needed} data, this is {kind}: {counts}", where=where, fix=fix)
-    return version, chips
+        raise DataError(f"protocol {protocol} needs {needed} data, this is {version}: {counts}", where=where, fix=fix)
+    return version
 
 
 def _list_files(repo: str, revision: str) -> tuple[str, dict[str, int]]:
@@ -136,17 +137,6 @@ def _list_files(repo: str, revision: str) -> tuple[str, dict[str, int]]:
     commit = str(answer.json()["sha"])
     tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
     return commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-
-
-def _choose(sizes: Mapping[str, int], splits: Sequence[str], parts: Sequence[str], where: str) -> list[str]:
-    """Paths of the archives, `<split>/<PART>*.tar`, the small ones first."""
-    chosen: list[str] = []
-    for start in (f"{split}/{part}" for split in splits for part in parts):
-        found = [path for path in sizes if path.startswith(start) and path.endswith(".tar")]
-        if not found:
-            raise DataError(f"the commit has no {start}*.tar", where=where, fix="--split, --modality, --repo")
-        chosen += found
-    return sorted(chosen, key=lambda path: (sizes[path], path))
 
 
 def _check_disk(root: Path, needed: int) -> None:
@@ -165,9 +155,8 @@ def _extract_sample(
 
     files: dict[str, int] = {}
     for number, split in enumerate(splits):
-        count = (sample + len(splits) - 1 - number) // len(splits)
-        chosen: list[str] = []
-        contents: dict[str, dict[str, bytes]] = {}  # by chip, the content of each path
+        count, chosen = (sample + len(splits) - 1 - number) // len(splits), list[str]()
+        contents: dict[str, dict[str, bytes]] = defaultdict(dict)  # by chip, the content of each path
         for part in sorted(parts, key=lambda part: part != LABEL_DIR):  # small masks tell what chips there are
             left = count
             for path in sorted(path for path in wanted if path.startswith(f"{split}/{part}")):
@@ -175,41 +164,29 @@ def _extract_sample(
                 remote = HfFileSystem().open(f"{where}/{path}", "rb", block_size=_BLOCK, cache_type="readahead")
                 with remote, tarfile.open(fileobj=remote, mode="r:") as archive:
                     chosen = chosen or _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
-                    for member in archive:
-                        if (chip := _chip_of(member.name)) in chosen and (file := archive.extractfile(member)):
-                            contents.setdefault(chip, {})[f"data/{part}/{Path(member.name).name}"] = file.read()
-                            console.say(f"{split} {part}: {chip}")
-                            left -= 1
-                        if not left:
-                            break
-        for held in contents.values():
-            for name, content in held.items() if len(held) == len(parts) else ():  # without a part it is of no use
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                (root / name).write_bytes(content)
-                files[name] = len(content)
+                    members = ((_chip_of(member.name), member) for member in archive)
+                    for chip, member in islice((pair for pair in members if pair[0] in chosen), left):
+                        file = archive.extractfile(member)
+                        contents[chip][f"data/{part}/{Path(member.name).name}"] = file.read() if file else b""
+                        console.say(f"{split} {part}: {chip}")
+                        left -= 1
+        whole = [held for held in contents.values() if len(held) == len(parts)]  # without a part it is of no use
+        for name, content in [item for held in whole for item in held.items()]:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+            files[name] = len(content)
     return files
 
 
 def _chip_of(name: str) -> str:
-    return re.sub(r"_(S2L2A\.zarr\.zip|S1RTC\.zarr\.zip|DEM\.tif|annotation_\w+\.tif)$", "", Path(name).name)
+    """The chip that a file is of; empty for another file."""
+    found = _CHIP.fullmatch(name)
+    return found[1] if found else ""
 
 
 def _spread(chips: Sequence[str], count: int) -> list[str]:
     """So many of the chips, in turn from each event."""
-    place: Counter[str] = Counter()
-    order = {}
-    for chip in chips:
-        place[event_of(chip)] += 1
-        order[chip] = place[event_of(chip)]
-    return sorted(order, key=lambda chip: order[chip])[:count]
-
-
-def _write_lists(whole: Path, folder: Path, chips: set[str]) -> dict[str, int]:
-    """Write each split file with those of its chips that are in the sample, and return their number by split."""
-    folder.mkdir(exist_ok=True)
-    counts = {}
-    for file in sorted(whole.glob("*.txt")):
-        kept = [chip for chip in read_split(file) if chip in chips]
-        write_atomically(folder / file.name, "".join(f"{chip}\n" for chip in kept))
-        counts[file.stem.split("_", 2)[-1]] = len(kept)
-    return counts
+    events: dict[str, list[str]] = defaultdict(list)
+    for chip in filter(None, chips):
+        events[event_of(chip)].append(chip)
+    return [chip for turn in zip_longest(*events.values()) for chip in turn if chip][:count]

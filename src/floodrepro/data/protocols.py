@@ -60,39 +60,22 @@ STDS_0_2_0: Statistics = {
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the chips of a recipe are.
+    """What the chips of a recipe are. Means and stds are of reflectance x 10,000, dB and metres."""
 
-    Args:
-        name: Key in `PROTOCOLS`.
-        title: One line for a reader.
-        class_names: One name for each class, from 0 up; IGNORE_INDEX is not among them.
-        label_map: The class of each mask value on disk, from value 0 up; IGNORE_INDEX is kept.
-        data_version: `v0` or `v1` of the published data set; None where there is no published version.
-        counts: Number of chips that the published version lists, by split; empty where nothing is published.
-        mask_suffix: End of a mask's file name, after the chip id.
-        means: By modality, a value for each band: reflectance x 10,000, dB, metres. Empty: the recipe's own only.
-        stds: The same.
-        positive_class: The class that reports speak of.
-        hazard: What the positive class is, in one word: flood, fire. It names the split files as well.
-        repo: Id of the data set on the Hugging Face hub; None where there is none.
-        size_gb: Size of the whole data set there in GB; None where it is unknown.
-        recipe: End of the names of the shipped recipes (`terramind_v1_base_<recipe>`); None where none is shipped.
-    """
-
-    name: str
-    title: str
-    class_names: tuple[str, ...] = ()
-    label_map: tuple[int, ...] = ()
-    data_version: str | None = None
-    counts: Mapping[str, int] = field(default_factory=dict)
-    mask_suffix: str = "_annotation_flood.tif"
-    means: Statistics = field(default_factory=dict)
+    name: str  # key in `PROTOCOLS`
+    title: str  # one line for a reader
+    class_names: tuple[str, ...] = ()  # one for each class, from 0 up; IGNORE_INDEX is not among them
+    label_map: tuple[int, ...] = ()  # the class of each mask value on disk, from value 0 up; IGNORE_INDEX is kept
+    data_version: str | None = None  # v0 or v1 of the published data set; None where nothing is published
+    counts: Mapping[str, int] = field(default_factory=dict)  # chips that the published version lists, by split
+    mask_suffix: str = "_annotation_flood.tif"  # end of a mask's file name, after the chip id
+    means: Statistics = field(default_factory=dict)  # empty: the recipe's own only
     stds: Statistics = field(default_factory=dict)
-    positive_class: int = 1
-    hazard: str = "flood"
-    repo: str | None = None
-    size_gb: int | None = None
-    recipe: str | None = None
+    positive_class: int = 1  # the class that reports speak of
+    hazard: str = "flood"  # what that class is, in one word: flood, fire. It names the split files as well
+    repo: str | None = None  # id of the data set on the Hugging Face hub
+    size_gb: int | None = None  # of the whole data set there; None where it is unknown
+    recipe: str | None = None  # the shipped recipe of the base model
 
     def split_file(self, split: str) -> str:
         """Name of the text file that lists the chip ids of a split, one a line."""
@@ -193,8 +176,7 @@ def fill_protocol(
         positive_class = len(names) - 1 if positive_class is None else positive_class
         hazard, suffix = names[positive_class] if names else protocol.hazard, mask_suffix or protocol.mask_suffix
         protocol = replace(protocol, class_names=names, label_map=labels, mask_suffix=suffix, hazard=hazard)
-    given = {"class_names": class_names, "label_map": label_map, "mask_suffix": mask_suffix}
-    for key, value in given.items():
+    for key, value in {"class_names": class_names, "label_map": label_map, "mask_suffix": mask_suffix}.items():
         if value and list(value) != list(getattr(protocol, key)):
             raise ValueError(f"{key} is {value}, protocol {name} has {getattr(protocol, key)}; protocol custom is free")
     return protocol if positive_class is None else replace(protocol, positive_class=positive_class)

@@ -1,6 +1,7 @@
 """Which chips come when, in a run of one process or of several."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data.distributed import DistributedSampler
@@ -26,14 +27,7 @@ class ShuffledByEpoch(DistributedSampler[int]):
     starts_mid_epoch = True  # tells `floodrepro.callbacks.ExactResume` so
 
     def __init__(
-        self,
-        count: int,
-        seed: int,
-        *,
-        batch_size: int = 1,
-        world: int = 1,
-        rank: int = 0,
-        resumed: tuple[int, int] = (0, 0),
+        self, count: int, seed: int, *, batch_size: int = 1, world: int = 1, rank: int = 0, resumed: Any = (0, 0)
     ) -> None:
         super().__init__(range(count), num_replicas=world, rank=rank, seed=seed)  # type: ignore[arg-type]
         self._count, self._batch_size, self._resumed = count, batch_size, resumed

@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
+from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import (
-    LABEL_DIR,
-    MODALITIES,
-    SPLITS,
-    data_arguments,
-    event_of,
-    protocol_of,
-    suffix_of,
-    uses_flood_data_module,
-)
+from floodrepro.data.protocols import LABEL_DIR, MODALITIES, SPLITS
 from floodrepro.errors import DataError, UsageError
 
 FETCH_NOTE = "floodrepro-fetch.json"  # beside `split/`: repository, commit and what was asked for
@@ -33,26 +25,16 @@ _SHOWN = 3  # examples in a message
 
 @dataclass(frozen=True)
 class DataState:
-    """What a run's record keeps about its data.
+    """What a run's record keeps about its data."""
 
-    Args:
-        protocol: Its name.
-        chips: Number of chips by split; several test splits are counted by their names.
-        digests: By split, sha256 over its chip ids and the sizes of the files that the recipe reads. Compare them only
-            for splits that both sides have.
-        warnings: What may change the meaning of a score, one sentence each.
-        commit: The hub's commit that the data was fetched from; None where it is not known.
-        generated: The command that generated the chips; None for chips that were not.
-        events: Number of events by split, of all splits that are there.
-    """
-
-    protocol: str
-    chips: dict[str, int] = field(default_factory=dict)
+    protocol: str  # its name
+    chips: dict[str, int] = field(default_factory=dict)  # by split; several test splits by their names
+    # By split, sha256 over chip ids and sizes of the files that the recipe reads: compare those that both sides have.
     digests: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    commit: str | None = None
-    generated: str | None = None
-    events: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # what may change the meaning of a score, one sentence each
+    commit: str | None = None  # the hub's, that the data was fetched from; None where it is not known
+    generated: str | None = None  # the command that generated the chips
+    events: dict[str, int] = field(default_factory=dict)  # by split, of all splits that are there
 
     def as_dict(self) -> dict[str, Any]:
         """The state as JSON types."""
@@ -79,13 +61,12 @@ def read_events(path: Path) -> dict[str, str]:
         what = f"the split file cannot be read: {getattr(error, 'strerror', None) or error}"
         raise DataError(what, where=path, fix="set --data-root, or floodrepro data fetch") from error
     rows = [[cell.strip() for cell in line.split(",", 1)] for line in lines if line.strip()]
-    if rows and [cell.lower() for cell in rows[0]] == ["chip", "event"]:
-        rows = rows[1:]
-    if not rows:
-        raise DataError("the split file names no chip", where=path, fix="list one chip id a line")
-    if doubles := [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]:
-        raise DataError(f"chips listed twice: {_examples(doubles)}", where=path, fix="keep one line of each")
-    return {row[0]: row[1] if len(row) > 1 and row[1] else event_of(row[0]) for row in rows}
+    rows = rows[1:] if rows and [cell.lower() for cell in rows[0]] == ["chip", "event"] else rows
+    doubles = [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]
+    if doubles or not rows:
+        what = f"chips listed twice: {_examples(doubles)}" if doubles else "the split file names no chip"
+        raise DataError(what, where=path, fix="list each chip once, one id a line")
+    return {row[0]: row[1] if len(row) > 1 and row[1] else protocols.event_of(row[0]) for row in rows}
 
 
 def read_splits(arguments: Mapping[str, Any], split: str) -> dict[str, dict[str, str]]:
@@ -116,44 +97,30 @@ def read_splits(arguments: Mapping[str, Any], split: str) -> dict[str, dict[str,
 
 
 def choose_chips(
-    events: Mapping[str, str], *, limit: int | None = None, fraction: float | None = None, seed: int = 0
+    events: Mapping[str, str], *, limit: int | None = None, fraction: float | None = None
 ) -> dict[str, str]:
-    """A part of the chips, whole events where they fit.
+    """A part of the chips and the event of each, in the order given: whole events, but for the last that is taken.
 
-    Events are taken in an order drawn from the seed, as long as they fit; the first one that does not fills the rest.
-    The seed is not the run's: all seeds of a recipe, and every checkpoint that is tested, see the same chips.
+    The order in which events and their chips are taken is drawn by hash, those with more chips than wanted last. All
+    seeds of a recipe, and every checkpoint that is tested, see the same chips.
 
     Args:
         events: The event of each chip.
         limit: Number of chips to keep, at most.
         fraction: Share of the chips to keep, above 0 and at most 1.
-        seed: Of the order.
-
-    Returns:
-        The kept chips and their events, in the order given.
 
     Raises:
         UsageError: The limit or the fraction is out of range.
     """
     if (limit is not None and limit < 1) or (fraction is not None and not 0 < fraction <= 1):
         raise UsageError("a part of the data needs a limit of at least 1 and a fraction above 0 and at most 1")
-    wanted = len(events) if fraction is None else max(1, round(fraction * len(events)))
-    wanted = min(wanted, limit or wanted)
+    wanted, sizes = min(limit or len(events), max(1, round((fraction or 1) * len(events)))), Counter(events.values())
 
-    def draw(name: str) -> bytes:
-        return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    def turn(chip: str) -> tuple[bool, bytes, bytes]:
+        event, other = (hashlib.sha256(name.encode()).digest() for name in (events[chip], chip))
+        return sizes[events[chip]] > wanted, event, other
 
-    sizes = Counter(events.values())
-    rank = {event: place for place, event in enumerate(sorted(sizes, key=draw))}
-    kept: set[str] = set()
-    room = wanted
-    for event in rank:
-        if sizes[event] <= room:
-            kept.add(event)
-            room -= sizes[event]
-    chosen = {chip for chip, event in events.items() if event in kept}
-    rest = sorted(events.keys() - chosen, key=lambda chip: (rank[events[chip]], draw(chip)))
-    chosen.update(rest[: wanted - len(chosen)])
+    chosen = set(sorted(events, key=turn)[:wanted]) if wanted < len(events) else events.keys()
     return {chip: event for chip, event in events.items() if chip in chosen}
 
 
@@ -166,18 +133,14 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         recipe: A resolved recipe. One with another data module than floodrepro's is not looked at.
         splits: Any of train, val, test, predict; masks are not needed for predict.
 
-    Returns:
-        What a run's record keeps.
-
     Raises:
         UsageError: The recipe names no such split.
         DataError: Chips, a split file or a chip's part are missing, a chip is in two splits, or, where the recipe is
             `strict`, an event is.
     """
-    protocol = protocol_of(recipe)
-    if not uses_flood_data_module(recipe):
+    protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
+    if not protocols.uses_flood_data_module(recipe):
         return DataState(protocol.name)
-    arguments = data_arguments(recipe)
     root = Path(arguments["data_root"])
     there: dict[str, dict[str, str]] = {}
     for split in SPLITS:
@@ -187,23 +150,17 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
     generated = (_read_note(root, SYNTH_NOTE) or "").strip() or None
     events = {name: len(set(chips.values())) for name, chips in there.items()}
     state = DataState(protocol.name, commit=read_commit(root), generated=generated, events=events)
-    sources: dict[Path, Chips] = {}
     for split in splits:
-        place = Path((split == "predict" and arguments.get("predict_data_root")) or root)
-        source = sources.setdefault(place, Chips(place, protocol))
+        source = Chips(Path((split == "predict" and arguments.get("predict_data_root")) or root), protocol)
         parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if split != "predict" else [])]
         for name, chips in read_splits(arguments, split).items():
             for part in parts:
-                lacking = [f"{c}{suffix_of(protocol, part)}" for c in chips if c not in source.having(part)]
-                if lacking:
+                if lacking := [chip for chip in chips if chip not in source.having(part)]:
                     what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file: {_examples(lacking)}"
                     fix = "fetch or extract the missing files, or take the chips out of the split"
                     raise DataError(what, where=source.root, fix=fix)
             state.chips[name] = len(chips)
             state.digests[name] = digest_of(source, list(chips), parts)
-            published = protocol.counts.get(name, len(chips))
-            if state.commit and len(chips) != published:  # a sample of what was published
-                console.say(f"{name} has {len(chips):,} chips; {protocol.name} was published with {published:,}")
     state.warnings.extend(shared_events(there, splits))
     for warning in state.warnings:
         console.warn(warning)
@@ -246,12 +203,9 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] 
 
 def read_commit(root: Path) -> str | None:
     """The hub's commit that `data fetch` noted beside the chips; None where there is no note, or a damaged one."""
-    note = _read_note(root, FETCH_NOTE)
-    try:
-        return str(json.loads(note)["commit"]) if note else None
-    except (ValueError, KeyError, TypeError) as error:
-        console.warn(f"{FETCH_NOTE} below {root} is damaged, so the data's commit is not known: {error!r}")
-        return None
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(_read_note(root, FETCH_NOTE) or "")["commit"])
+    return None
 
 
 def _read_note(root: Path, name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Generated chips: a small data set in ImpactMesh's layout, from nothing but a seed.
+"""Generated chips: a small data set in ImpactMesh's layout, from nothing but a seed; and its events as whole scenes.
 
 It stands in for the real data wherever what matters is that the pipeline works. Events are numbered from EMSR9001,
 beyond any Copernicus activation, so that a generated chip is never taken for a real one.
@@ -13,41 +13,30 @@ import io
 import math
 import shutil
 import tarfile
+import tempfile
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import rasterio
+import yaml
 import zarr
-from filelock import FileLock, Timeout
 from numcodecs import Blosc, Zlib, blosc
+from rasterio.warp import Resampling, reproject
 from scipy import ndimage
 
-from floodrepro.data.protocols import (
-    EVENT,
-    IGNORE_INDEX,
-    LABEL_DIR,
-    NO_DATA,
-    PARTS,
-    PROTOCOLS,
-    S1_BANDS,
-    S2_BANDS,
-    SPLITS,
-    Protocol,
-    suffix_of,
-)
+from floodrepro.data import protocols
+from floodrepro.data.chips import Array, Chips
+from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTOCOLS, S1_BANDS, S2_BANDS, SPLITS
 from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
-Array = npt.NDArray[Any]
-
-_LOCK = ".floodrepro-synth.lock"  # it stays where a data set was not finished
-_HELD = "{} holds a data set already ({}), and nothing is overwritten"
+_STEPS = ("month_before", "before", "event", "after")  # as a scene.yaml names them
+_DEGREES = 0.00018  # about 20 m
 FIRST_EVENT, MAX_EVENTS = 9001, 900  # four digits each, so that names sort in the order of generation
 EPSG, TILE = 32630, "30TXM"
 DAYS = {"S1RTC": (-30, -12, 0, 12), "S2L2A": (-33, -8, 1, 13)}  # from the event, as the satellites might pass
@@ -90,11 +79,11 @@ def generate(
     variants: Sequence[str] = ("time", "quarters"),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write a generated data set; the same arguments give the same bytes.
+    """Write a generated data set and return what was written; the same arguments give the same bytes.
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
     `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. `SYNTH_NOTE` says that the chips are
-    generated; it is written last: a killed call that is made again removes what it left, and begins anew.
+    generated. All is written into a hidden folder first: a killed call leaves that, and nothing else.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -107,96 +96,147 @@ def generate(
         variants: How chips are stored, names of `VARIANTS`; chips take them in turn.
         progress: Called after each chip with the number of chips done and the number of all.
 
-    Returns:
-        The arguments; `events` and `chips` by split; `class_shares` by name, and the `ignored_share`, of the pixels.
-
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
         DataError: `root` cannot be written.
     """
-    held = data_in(root)
     known = [name for name, rules in PROTOCOLS.items() if rules.class_names]
-    demands = (
-        (not held or (root / _LOCK).exists(), _HELD.format(root, ", ".join(held))),
-        (3 <= events <= MAX_EVENTS, f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}"),
-        (chips >= events, f"--chips is {chips}, expected at least one an event, {events}"),
-        (size % 16 == 0 and 32 <= size <= 512, f"--size is {size}, expected a multiple of 16 from 32 to 512"),
-        (protocol in known, f"--protocol is {protocol!r}, expected {', '.join(known)}"),
-        (seed >= 0, f"--seed is {seed}, expected 0 or more"),
-        (layout in ("extracted", "hub"), f"--layout is {layout!r}, expected extracted or hub"),
-        (set(variants) <= set(VARIANTS), f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}"),
-    )
-    if problems := [problem for met, problem in demands if not met]:
-        raise UsageError("; ".join(problems), fix="change the flags named above, or name a new folder")
-    rules = PROTOCOLS[protocol]
-    held_out = (events + 2) // 5
-    event_counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
-    listed: dict[str, list[str]] = {split: [] for split in SPLITS}
-    subsets: dict[str, list[str]] = {"test_seen_events": [], "test_holdout": []}
-    pixels = np.zeros(1 + len(rules.label_map), np.int64)
+    demands = {
+        f"--root holds a data set ({', '.join(data_in(root))}), and nothing is overwritten": not data_in(root),
+        f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}": 3 <= events <= MAX_EVENTS,
+        f"--chips is {chips}, expected at least one an event, {events}": chips >= events,
+        f"--size is {size}, expected a multiple of 16 from 32 to 512": size in range(32, 513, 16),
+        f"--protocol is {protocol!r}, expected {', '.join(known)}": protocol in known,
+        f"--seed is {seed}, expected 0 or more": seed >= 0,
+        f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}": set(variants) <= set(VARIANTS),
+    }
+    if problems := [problem for problem, met in demands.items() if not met]:
+        raise UsageError("; ".join(problems), where=root, fix="change the flags named above, or name a new folder")
+    rules, held_out = PROTOCOLS[protocol], (events + 2) // 5
+    counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
+    lists: dict[str, list[str]] = {split: [] for split in SPLITS}
+    flags = f"--events {events} --chips {chips} --size {size} --protocol {protocol} --seed {seed} --layout {layout}"
+    note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
     try:
-        with ExitStack() as stack:
-            stack.enter_context(_claimed(root))
-            tars: dict[tuple[str, str], tarfile.TarFile] = {}
-            for split, part in product(SPLITS, PARTS) if layout == "hub" else ():
-                (root / split).mkdir(parents=True, exist_ok=True)
-                tar = tarfile.open(root / split / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-                tars[split, part] = stack.enter_context(tar)
-            for event, split in enumerate(np.repeat(SPLITS, list(event_counts.values())).tolist()):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".synth-", dir=root) as hidden:
+            made = Path(hidden)
+            for event, split in enumerate(np.repeat(SPLITS, list(counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
-                made = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
-                for number, (chip, mask, files) in enumerate(made):
+                drawn = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
+                for number, (chip, files) in enumerate(drawn):
+                    for name, content in files.items():
+                        _write(made / "data" / name, content)
                     # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
                     seen = rules.data_version == "v1" and split == "train" and number == 1
-                    target = "test" if seen else split
-                    for part, content in files.items():
-                        name = f"{part}/{chip}{suffix_of(rules, part)}"
-                        if tars:
-                            member = tarfile.TarInfo(name)  # its defaults: mode 0644, owner 0, dated 1970-01-01
-                            member.size = len(content)
-                            tars[target, part].addfile(member, io.BytesIO(content))
-                        else:
-                            _write(root / "data" / name, content)
-                    listed[target].append(chip)
-                    if target == "test":
-                        subsets["test_seen_events" if seen else "test_holdout"].append(chip)
-                    pixels += np.bincount(mask.ravel() - IGNORE_INDEX, minlength=len(pixels))
-                    progress(sum(map(len, listed.values())), chips)
-            for name, ids in (listed | (subsets if rules.data_version == "v1" else {})).items():
-                _write(root / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
-            flags = {"events": events, "chips": chips, "size": size, "protocol": protocol, "seed": seed}
-            words = [f"--{name} {value}" for name, value in flags.items()]
-            words.append(f"--layout {layout} --layout-variant {','.join(variants)}")
-            _write(root / SYNTH_NOTE, f"floodrepro data synth {' '.join(words)}\n".encode())
+                    lists["test" if seen else split].append(chip)
+                    progress(sum(map(len, lists.values())), chips)
+            if layout == "hub":
+                _pack(made, lists, rules)
+            if rules.data_version == "v1":
+                trained = set(map(protocols.event_of, lists["train"]))
+                for name, wanted in (("test_seen_events", True), ("test_holdout", False)):
+                    lists[name] = [chip for chip in lists["test"] if (protocols.event_of(chip) in trained) == wanted]
+            for name, ids in lists.items():
+                _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
+            _write(made / SYNTH_NOTE, note.encode())
+            for path in sorted(made.iterdir(), key=lambda path: (path.name == SYNTH_NOTE, path.name)):
+                path.rename(root / path.name)  # the first one fails where another call has put a data set meanwhile
     except OSError as error:
         problem = f"the data set cannot be written: {error.strerror or error}"
-        fix = "delete what was written, if anything, and name a folder that can be written"
-        raise DataError(problem, where=error.filename or root, fix=fix) from error
-    shares = np.bincount(rules.label_map, pixels[1:], len(rules.class_names)) / pixels[1:].sum()
-    return {
-        "root": str(root),
-        "layout": layout,
-        "protocol": protocol,
-        "seed": seed,
-        "events": event_counts,
-        "chips": {split: len(ids) for split, ids in listed.items()},
-        "class_shares": dict(zip(rules.class_names, shares.tolist(), strict=True)),
-        "ignored_share": float(pixels[0] / pixels.sum()),
-    }
+        raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
+    return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
+
+
+def write_scenes(root: Path) -> None:
+    """Write a scene of each event of a generated data set below ROOT/scenes, every second one *mixed*."""
+    events = defaultdict(list)
+    for chip in sorted(Chips(root).having("DEM")):
+        events[protocols.event_of(chip)].append(chip)
+    for number, (event, chips) in enumerate(events.items()):
+        write_scene(root, chips, root / "scenes" / event, mixed=bool(number % 2))
+
+
+def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool = False) -> Path:
+    """Put the chips of an event together as rasters for `floodrepro map`, with truth.tif and a scene.yaml.
+
+    A generated event is one scene that was cut into neighbouring chips: put together again it has its river, its clouds
+    and the edge of its radar swath, and `map` over it can be compared with `predict` over its chips.
+
+    Args:
+        root: Folder of the chips.
+        chips: Ids of one event's chips; places between them stay without data.
+        output: Folder to write.
+        mixed: Write what a map has to undo: optical bands in EPSG:4326 with pixels of 20 m, each in a file of its own,
+            1000 added as from baseline 04.00 on, and radar as linear power.
+
+    Returns:
+        The scene.yaml.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    source, offset, names = Chips(root), 1000 if mixed else 0, [*S2_BANDS, "SCL"]
+    grids = {chip: source.grid(chip, "DEM") for chip in chips}
+    crs, pixel = grids[chips[0]][0], grids[chips[0]][1].a
+    left, top = min(grid.c for _, grid in grids.values()), max(grid.f for _, grid in grids.values())
+    corners = {c: (round((top - grid.f) / pixel), round((grid.c - left) / pixel)) for c, (_, grid) in grids.items()}
+    size = len(source.raster(chips[0], "DEM"))
+    height, width = (max(corner[axis] for corner in corners.values()) + size for axis in (0, 1))
+    place = {"crs": crs, "transform": rasterio.Affine(pixel, 0, left, 0, -pixel, top)}
+
+    def mosaic(missing: float, images: Mapping[str, Array]) -> Array:
+        """The images (…, H, W) of all chips in their places."""
+        first = images[chips[0]]
+        whole = np.full((*first.shape[:-2], height, width), missing, first.dtype)
+        for chip, (row, column) in corners.items():
+            whole[..., row : row + size, column : column + size] = images[chip]
+        return whole
+
+    def save(name: str, values: Array, missing: float, bands: Sequence[str], **where: Any) -> str:
+        """Write a raster (C, H, W) and return its name."""
+        profile = dict(zip(("count", "height", "width"), values.shape, strict=True)) | place | where
+        profile |= {"driver": "GTiff", "compress": "deflate", "tiled": True, "nodata": missing, "dtype": values.dtype}
+        with rasterio.open(output / name, "w", **profile) as file:
+            file.write(values)
+            file.descriptions = tuple(bands)
+        return name
+
+    def save_in_degrees(stem: str, values: Array) -> dict[str, str]:
+        """Write each optical band in EPSG:4326 to a file of its own and return the names."""
+        files, given = {}, {"src_crs": crs, "src_transform": place["transform"], "src_nodata": NO_DATA}
+        for band, image in zip(names, values, strict=True):
+            method = Resampling.nearest if band == "SCL" else Resampling.bilinear
+            given |= {"dst_crs": "EPSG:4326", "dst_resolution": _DEGREES, "resampling": method}
+            warped, grid = reproject(image[None], **given)
+            files[band] = save(f"{stem}_{band}.tif", warped, NO_DATA, [band], crs="EPSG:4326", transform=grid)
+        return files
+
+    radar = mosaic(np.nan, {chip: source.bands(chip, "S1RTC").astype(np.float32) for chip in chips})
+    radar = 10 ** (radar / 10) if mixed else radar
+    optical = mosaic(NO_DATA, {chip: source.bands(chip, "S2L2A") for chip in chips})
+    optical[optical != NO_DATA] += offset
+    classes = {chip: source.extras(chip, "S2L2A", "SCL")[1]["SCL"].astype(np.int16) for chip in chips}
+    optical = np.concatenate([optical, mosaic(NO_DATA, classes)[:, None]], axis=1)
+    scene: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
+    times = {sensor: source.extras(chips[0], sensor)[0]["datetime"].split(";") for sensor in scene}
+    for step, key in enumerate(_STEPS):
+        file: dict[str, Any] = {"raster": save(f"s1_{key}.tif", radar[step], np.nan, S1_BANDS), "bands": list(S1_BANDS)}
+        scene["S1RTC"][key] = {"time": times["S1RTC"][step], "orbit": 66, "files": [file]}
+        if mixed:
+            file = dict(save_in_degrees(f"s2_{key}", optical[step]))
+        else:
+            file = {"raster": save(f"s2_{key}.tif", optical[step], NO_DATA, names), "bands": list(names)}
+        scene["S2L2A"][key] = {"time": times["S2L2A"][step], "files": [file | {"offset": -offset}]}
+    heights, truth = ({chip: source.raster(chip, part)[None] for chip in chips} for part in ("DEM", "MASK"))
+    scene["DEM"] = {"files": [{"data": save("dem.tif", mosaic(NO_DATA, heights), NO_DATA, ["data"])}]}
+    save("truth.tif", mosaic(IGNORE_INDEX, truth), IGNORE_INDEX, ["class"])
+    (output / "scene.yaml").write_text(yaml.safe_dump(scene, sort_keys=False), encoding="utf-8")
+    return output / "scene.yaml"
 
 
 def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], hazard: str, edge: str) -> dict[str, Array]:
-    """A whole event of (H, W) pixels, as the satellites and the mappers saw it.
+    """A whole event as the satellites (DEM, S1RTC, S2L2A, SCL) and the mappers (permanent, hit, mapped: H, W) saw it.
 
-    Args:
-        rng: The event's own generator; the same state gives the same scene.
-        shape: Height and width in pixels.
-        hazard: `flood`, or `fire`, which burns what a flood would cover.
-        edge: Whose swath ends inside the scene, so that pixels are missing: `S1RTC`, `S2L2A` or neither.
-
-    Returns:
-        `DEM` (H, W) int16 metres; `S1RTC` (T, 2, H, W) float16 dB, NaN where missing; `S2L2A` (T, 12, H, W) int16,
-        NO_DATA where missing; `SCL` (T, H, W) uint8; (H, W) bool each: `permanent` water, `hit`, and `mapped`.
+    A fire burns what a flood would cover. `edge` is the sensor whose swath ends inside: NaN or NO_DATA lie beyond.
     """
     rows, columns = np.mgrid[: shape[0], : shape[1]] / min(shape)
     river = 0.25 * shape[1] / min(shape) + 0.1 * np.sin(4 * rows + 6 * rng.random())
@@ -249,9 +289,9 @@ def _field(rng: np.random.Generator, shape: tuple[int, int], smooth: float) -> A
 
 
 def _event_chips(
-    seed: int, event: int, chips: int, size: int, protocol: Protocol, variants: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, Array, dict[str, bytes]]]:
-    """The neighbouring chips of an event: id, mask as on disk (H, W), and files by part of each."""
+    seed: int, event: int, chips: int, size: int, protocol: protocols.Protocol, variants: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The neighbouring chips of an event: id, and content of each of its files by name."""
     rng = np.random.default_rng([seed, event])
     columns = int(np.ceil(np.sqrt(chips)))
     shape = (-(-chips // columns) * size, columns * size)
@@ -263,22 +303,21 @@ def _event_chips(
     truth[~scene["mapped"]] = IGNORE_INDEX
     time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
     orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
+    suffixes = {part: protocols.suffix_of(protocol, part) for part in PARTS}
     for number in range(chips):
         row, column = (place * size for place in divmod(number, columns))
         east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row
         window = np.s_[..., row : row + size, column : column + size]
         s1, s2, scl, mask = scene["S1RTC"][window], scene["S2L2A"][window], scene["SCL"][window], truth[window]
         variant = variants[number % len(variants)]
-        yield (
-            f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}",
-            mask,
-            {
-                "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, _attributes(time, "S2L2A"), variant),
-                "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, _attributes(time, "S1RTC") | orbits, variant),
-                "DEM": _geotiff(scene["DEM"][window], east, north, NO_DATA, variant["tiff"]),
-                LABEL_DIR: _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
-            },
-        )
+        chip = f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}"
+        contents = {
+            "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, _attributes(time, "S2L2A"), variant),
+            "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, _attributes(time, "S1RTC") | orbits, variant),
+            "DEM": _geotiff(scene["DEM"][window], east, north, NO_DATA, variant["tiff"]),
+            "MASK": _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
+        }
+        yield chip, {f"{part}/{chip}{suffixes[part]}": content for part, content in contents.items()}
 
 
 def _attributes(event: np.datetime64, modality: str) -> dict[str, str]:
@@ -289,14 +328,7 @@ def _attributes(event: np.datetime64, modality: str) -> dict[str, str]:
 def zarr_zip(
     bands: Array, masks: Mapping[str, Array], attributes: Mapping[str, Any], variant: Mapping[str, Any]
 ) -> bytes:
-    """A radar or optical file: consolidated Zarr v2 in a ZIP whose bytes depend on nothing but the content.
-
-    Args:
-        bands: (T, C, H, W).
-        masks: By name, (T, H, W) each.
-        attributes: Of the root.
-        variant: One of `VARIANTS`.
-    """
+    """A radar or optical file (T, C, H, W) with masks (T, H, W): Zarr v2 in a ZIP, its bytes decided by the content."""
     names = S2_BANDS if bands.shape[1] == len(S2_BANDS) else S1_BANDS
     store: dict[str, Any] = {}
     group = zarr.group(store=store)
@@ -330,23 +362,19 @@ def _geotiff(values: Array, east: int, north: int, no_data: int, options: Mappin
         return bytes(memory.read())
 
 
-@contextmanager
-def _claimed(root: Path) -> Iterator[None]:
-    """Hold a folder while its data set is written; what a killed process left unfinished there is removed first."""
-    lock = root / _LOCK
-    begun = lock.exists()
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(lock, timeout=0):
-            held = data_in(root)
-            if held and (not begun or (root / SYNTH_NOTE).exists()):
-                raise UsageError(_HELD.format(root, ", ".join(held)), fix="name a new folder")
-            for name in held:
-                shutil.rmtree(root / name)
-            yield
-            lock.unlink()
-    except Timeout as error:
-        raise UsageError("another data synth is writing here", where=root, fix="name a new folder") from error
+def _pack(made: Path, lists: Mapping[str, Sequence[str]], rules: protocols.Protocol) -> None:
+    """Put the files of each split and part into a tar, as on the hub, in place of the folders."""
+    for split, part in product(SPLITS, PARTS):
+        (made / split).mkdir(exist_ok=True)
+        with tarfile.open(made / split / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for chip in lists[split]:
+                member = tarfile.TarInfo(
+                    f"{part}/{chip}{protocols.suffix_of(rules, part)}"
+                )  # mode 0644, dated 1970-01-01
+                content = (made / "data" / member.name).read_bytes()
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    shutil.rmtree(made / "data")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -1,11 +1,11 @@
-"""The chip table: one row per chip, from which every figure of a report is computed. numpy and pyarrow only.
+"""The chip table: one row per chip, from which every figure of a report is computed. Needs no torch.
 
 N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes the file.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,50 +16,29 @@ import pyarrow.parquet as pq
 
 from floodrepro.errors import RunFolderError, TableError
 from floodrepro.evaluation.metrics import Counts
+from floodrepro.run_folder import replacing
 
 SCHEMA = 2
-BINS = 50
-"""Bins of probability, equally wide from 0 to 1, each with its lower edge: a sweep of thresholds in steps of 0.02."""
-
+BINS = 50  # of probability, equally wide from 0 to 1, each with its lower edge: thresholds in steps of 0.02
 _KEY = "floodrepro"
-_COLUMNS = {  # as they are stored; the last three are missing from a table of classes without probabilities
-    "counts": np.int64,
-    "ignored": np.int64,
-    "unseen": np.int64,
-    "histogram": np.int32,
-    "confidence": np.float32,
-    "squared_error": np.float64,
-}
 
 
 @dataclass(frozen=True)
 class ChipTable:
-    """What one pass over a split counted, chip by chip.
+    """What one pass over a split counted, chip by chip; without probabilities the histogram and what follows is None.
 
-    The histogram is of the positive class against all others. Tables of classes without probabilities have none:
-    `histogram`, `confidence` and `squared_error` are None.
-
-    Args:
-        chips: Ids (N,), in the split's order.
-        events: Event (N,) of each chip.
-        counts: Confusion counts (N, K, K), rows = truth, columns = prediction.
-        ignored: Pixels (N,) whose truth has the ignore index; they are not in `counts`.
-        unseen: Pixels (N,) with a truth but without a prediction; they are not in `counts` either.
-        histogram: Pixels (N, 2, B) by their probability of the positive class: row 0 of other classes, row 1 of it.
-        confidence: Sum (N, B) of these probabilities.
-        squared_error: Sum (N,) over pixels of (probability - [truth is the positive class])^2.
-        metadata: JSON types, as `docs/chip-table.md` lists them.
+    Pixels without a truth (ignored) or without a prediction (unseen) are in no other column.
     """
 
-    chips: npt.NDArray[np.str_]
-    events: npt.NDArray[np.str_]
-    counts: Counts
-    ignored: npt.NDArray[np.int64]
-    unseen: npt.NDArray[np.int64]
-    histogram: npt.NDArray[np.int64] | None
-    confidence: npt.NDArray[np.float64] | None
-    squared_error: npt.NDArray[np.float64] | None
-    metadata: dict[str, Any]
+    chips: npt.NDArray[np.str_]  # ids (N,), in the split's order
+    events: npt.NDArray[np.str_]  # (N,), of each chip
+    counts: Counts  # confusion counts (N, K, K), rows = truth, columns = prediction
+    ignored: npt.NDArray[np.int64]  # pixels (N,) whose truth has the ignore index
+    unseen: npt.NDArray[np.int64]  # pixels (N,) with a truth but without a prediction
+    histogram: npt.NDArray[np.int64] | None = None  # pixels (N, 2, B): of other classes, of the positive class
+    confidence: npt.NDArray[np.float64] | None = None  # sum (N, B) of the positive class's probabilities
+    squared_error: npt.NDArray[np.float64] | None = None  # sum (N,) of (probability - [truth is positive])^2
+    metadata: dict[str, Any] = field(default_factory=dict)  # JSON types, as `docs/chip-table.md` lists them
 
     @classmethod
     def of_batches(
@@ -69,8 +48,7 @@ class ChipTable:
         metadata: dict[str, Any],
     ) -> Self:
         """The table of batches that `floodrepro.evaluation.counting.count` counted; each row's chip and its event."""
-        columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
-        columns |= {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+        columns: dict[str, Any] = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         chips, events = np.array(list(rows), dtype=np.str_).T
         return cls(chips, events, **columns, metadata=metadata)
 
@@ -110,11 +88,11 @@ class ChipTable:
         Raises:
             TableError: A chip is not in the table.
         """
-        places = {str(chip): row for row, chip in enumerate(self.chips)}
-        missing = [str(chip) for chip in chips if str(chip) not in places]
-        if missing:
-            raise TableError(f"{len(missing)} chips are not in the chip table, the first is {missing[0]}")
-        rows = np.array([places[str(chip)] for chip in chips], dtype=np.int64)
+        places = {chip: row for row, chip in enumerate(self.chips.tolist())}
+        try:
+            rows = np.array([places[str(chip)] for chip in chips], dtype=np.int64)
+        except KeyError as error:
+            raise TableError(f"a chip is not in the chip table: {error.args[0]}") from error
         changed = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **changed, metadata=self.metadata | metadata)
 
@@ -126,18 +104,15 @@ def write_table(table: ChipTable, path: Path) -> None:
         RunFolderError: The folder cannot be written.
     """
     columns: dict[str, Any] = {"chip": table.chips, "event": table.events}
-    for name, kind in _COLUMNS.items():
-        values = getattr(table, name)
-        if values is not None:
-            stored = values.astype(kind)
-            columns[name] = stored if stored.ndim == 1 else [row.ravel() for row in stored]
-    shape = {"schema": SCHEMA, "classes": table.num_classes, "bins": BINS}
-    content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(shape | table.metadata)})
-    partial = path.with_name(f".{path.name}.partial")
+    for name, values in vars(table).items():
+        if isinstance(values, np.ndarray) and values.dtype.kind != "U":
+            columns[name] = values if values.ndim == 1 else [row.ravel() for row in values]
+    metadata = {"schema": SCHEMA, "classes": table.num_classes} | table.metadata
+    content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(metadata)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
-        partial.replace(path)
+        with replacing(path) as partial:
+            pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
     except OSError as error:
         raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
 
@@ -158,25 +133,20 @@ def read_table(path: Path) -> ChipTable:
             raise TableError(what, where=path, fix="run the test again with this version")
         if not len(content):
             raise TableError("the chip table has no rows: the split was empty", where=path)
-        classes, bins = metadata.pop("classes"), metadata.pop("bins")
-        shapes = {"counts": (classes, classes), "histogram": (2, bins)}
-        columns: dict[str, Any] = dict.fromkeys(_COLUMNS)
-        for name in _COLUMNS.keys() & set(content.column_names):
-            values = np.stack(content[name].to_numpy())
-            wide = values.astype(np.result_type(values, np.int64))
-            columns[name] = wide.reshape(len(wide), *shapes.get(name, values.shape[1:]))
+        classes = metadata.pop("classes")
+        shapes: dict[str, tuple[int, ...]] = {"counts": (classes, classes), "histogram": (2, -1)}
         chips, events = (np.array(content[name].to_pylist(), dtype=np.str_) for name in ("chip", "event"))
+        columns: dict[str, Any] = {}
+        for name in set(content.column_names) - {"chip", "event"}:
+            values = np.stack(content[name].to_numpy())
+            columns[name] = values.reshape(len(values), *shapes.get(name, values.shape[1:]))
         return ChipTable(chips, events, **columns, metadata=metadata)
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
 
 
 def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
-    """Why two tables cannot be compared chip by chip; None if they can.
-
-    They need the same classes, the same chips in the same order, and the same truth: counted pixels of each class in
-    each chip. `on_common_chips` makes this so where one of them has not seen all pixels.
-    """
+    """Why two tables cannot be compared chip by chip; None if they have the same classes, chips and truth."""
     if one.num_classes != other.num_classes:
         return f"{one.num_classes} classes against {other.num_classes}: another protocol"
     if one.metadata.get("protocol") != other.metadata.get("protocol"):
@@ -193,8 +163,8 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
 def on_common_chips(one: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
     """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out.
 
-    Masks that have no data in part of a chip, such as GFM's exclusion mask, would otherwise be judged on easier
-    pixels than a model that predicts them all. Tables of different chips are returned as they are.
+    A mask without data in part of a chip would otherwise be judged on easier pixels than a model that predicts them
+    all. Tables of different chips are returned as they are.
 
     Raises:
         TableError: No chip is left.
@@ -203,6 +173,6 @@ def on_common_chips(one: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTa
         return one, other, 0
     whole = (one.unseen == 0) & (other.unseen == 0)
     if not whole.any():
-        raise TableError(f"{one.name} and {other.name} have no chip of which both have seen every pixel")
+        raise TableError("the two chip tables have no chip of which both have seen every pixel")
     chips = one.chips[whole]
     return one.subset(chips), other.subset(chips), int((~whole).sum())

@@ -1,7 +1,4 @@
-"""The counts of a chip table, made where the pixels are: on the GPU, or on the CPU.
-
-B = chips of a batch, K = classes, H, W = pixels.
-"""
+"""The counts of a chip table, made where the pixels are: on the GPU, or on the CPU. B = chips, K = classes."""
 
 import math
 from typing import Any
@@ -24,19 +21,15 @@ def count(
     positive: int = -1,
     ignore_index: int = IGNORE_INDEX,
 ) -> dict[str, npt.NDArray[Any]]:
-    """The columns of `floodrepro.evaluation.chip_table.ChipTable` for a batch.
+    """The columns of `floodrepro.evaluation.chip_table.ChipTable` for a batch, by their names.
 
     Args:
-        truth: (B, H, W), integers, a tensor or an array.
+        truth: (B, H, W), integers, a tensor or an array; pixels of `ignore_index` do not count.
         prediction: (B, H, W), integers from 0 to K - 1; -1 where there is none.
-        probability: (B, H, W), of the positive class, 0 to 1.
+        probability: (B, H, W), of the positive class, 0 to 1; without it three of the columns are missing.
         classes: K.
         positive: The class that the probabilities are of; -1 is the last.
-        ignore_index: Truth of the pixels that do not count.
-
-    Returns:
-        counts (B, K, K), ignored (B,), unseen (B,) and, with probabilities, histogram (B, 2, BINS), confidence
-        (B, BINS), squared_error (B,).
+        ignore_index: See truth.
 
     Raises:
         DataError: The truth or the prediction holds a class that is none of the K.
@@ -44,8 +37,7 @@ def count(
     truth, prediction = _tensor(truth), _tensor(prediction)
     known, chips = truth != ignore_index, len(truth)
     counted = known & (prediction >= 0)
-    # Other pixels go to one more chip, which is dropped: to leave them out by a mask takes seven times as long on a
-    # CPU, and on a GPU waits for their number.
+    # Other pixels go to one more chip, which is dropped: a mask takes seven times as long on a CPU, and on a GPU waits.
     chip = torch.arange(chips, dtype=torch.int32, device=truth.device)[:, None, None]
     chip = torch.where(counted, chip, chips)
     label, called = (torch.where(counted, part, 0).int() for part in (truth, prediction))

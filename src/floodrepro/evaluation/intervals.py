@@ -1,8 +1,6 @@
 """Intervals and tests over flood events and over seeds. `docs/statistics.md` explains the choice. numpy and scipy only.
 
-Pixels of a chip and chips of an event are alike, so a whole event is left out at a time, with all its counts (Cameron
-and Miller 2015, Journal of Human Resources). Two models are always compared on the same events.
-
+A whole event is left out at a time, for its chips are alike (Cameron and Miller 2015, Journal of Human Resources).
 E = events, K = classes. Counts are int64 (E, K, K), rows = truth, one confusion matrix per event.
 """
 
@@ -17,10 +15,8 @@ from scipy import stats
 from floodrepro.evaluation.metrics import MIN_FLOOD_PIXELS as MIN_FLOOD_PIXELS
 from floodrepro.evaluation.metrics import Counts, Floats, iou
 
-Statistic = Callable[[Counts], Floats]
-"""Maps confusion counts (..., K, K) to a figure (...), NaN where it is undefined, such as `metrics.mean_iou`."""
+Statistic = Callable[[Counts], Floats]  # from counts (..., K, K) to a figure (...), NaN where it is undefined
 Verdict = Literal["equivalent", "different", "undecided"]
-
 _MOST = 1_000_000  # events or seeds; beyond it, no test set decides
 
 

@@ -1,24 +1,22 @@
-"""``floodrepro test --masks``: anybody's masks become a chip table like any model's.
-
-H, W = rows and columns of a chip.
-"""
+"""``floodrepro test --masks``: anybody's masks become a chip table like any model's. H, W = pixels of a chip."""
 
 import contextlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import rasterio
 from rasterio import DatasetReader
 from rasterio.coords import disjoint_bounds
-from rasterio.crs import CRS
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 
 from floodrepro import console
+from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, data_arguments, protocol_of, uses_flood_data_module
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR
 from floodrepro.data.splits import check_data
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable
@@ -26,10 +24,8 @@ from floodrepro.evaluation.counting import count
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import timestamp
 
-LEFT_OUT = "none"  # in --values: a value that means no data
-_SUFFIXES = (".tif", ".tiff", ".vrt")
+_NONE = "none"  # in --values: a value that means no data
 _ADVICE = "give GeoTIFFs named after chips (CHIP.tif, CHIP_pred.tif), or rasters that cover them"
-_ANY_CRS = CRS.from_epsg(3857)  # where neither side needs one
 
 
 def tabulate_masks(
@@ -53,17 +49,16 @@ def tabulate_masks(
         chips: Chip ids of the split and the event of each.
         name: What the table is called in reports.
         split: Its name.
-        scale: For masks of probabilities of the positive class: the value that means 1. None for masks of classes.
+        scale: For masks of probabilities of the positive class: the value that means 1.
         values: The class of each value, as `parse_values` reads it. By default a value is a class.
 
     Raises:
-        UsageError: The recipe has another data module, probabilities are given for more than two classes, or `values`
-            does not parse.
+        UsageError: The recipe has another data module, or more than two classes for probabilities.
         DataError: A file cannot be read, holds values that are not known, or no mask covers any chip.
     """
-    protocol, arguments = protocol_of(recipe), data_arguments(recipe)
+    protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
     classes, positive = len(protocol.class_names), protocol.positive_class
-    if not uses_flood_data_module(recipe):
+    if not protocols.uses_flood_data_module(recipe):
         raise UsageError("masks are compared on chips of floodrepro's own data module", where="data.class_path")
     if scale is not None and classes != 2:
         raise UsageError(f"the protocol has {classes} classes: masks of probabilities need two", fix="give classes")
@@ -71,7 +66,6 @@ def tabulate_masks(
     source, files = Chips(Path(arguments["data_root"]), protocol), _raster_files(masks)
     by_chip = _named_after_chips(files, chips, "prob" if scale is not None else "pred")
     named = parse_values(values, protocol.class_names) if values else {}
-    known = named or {k: k for k in range(classes)}
     batches = []
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
@@ -80,11 +74,11 @@ def tabulate_masks(
             with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR), driver="GTiff") as grid:
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
                 found = _on_chip(rasters, grid, named)
-            if scale is None:
-                prediction, probability = _classes_of(found, known, chip), None
+            probability = None if scale is None else found / scale
+            if probability is None:
+                prediction = _classes_of(found, named or {k: k for k in range(classes)}, chip)
             else:
-                probability = found / scale
-                if not (np.isnan(found) | ((probability >= 0) & (probability <= 1))).all():
+                if (probability < 0).any() or (probability > 1).any():
                     low, high = np.nanmin(probability), np.nanmax(probability)
                     what = f"the mask over {chip} holds probabilities {low:g} to {high:g}, expected 0 to 1"
                     raise DataError(what, fix="--probability 100 or --probability 255 says which value means 1")
@@ -92,7 +86,7 @@ def tabulate_masks(
             layers = (None if one is None else one[None] for one in (truth, prediction, probability))
             batches.append(count(*layers, classes=classes, positive=positive))
             show(done, len(chips))
-    metadata = {
+    metadata: dict[str, Any] = {
         "split": split,
         "class_names": list(protocol.class_names),
         "positive_class": positive,
@@ -115,20 +109,18 @@ def tabulate_masks(
     return table
 
 
-def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int | None]:
-    """What ``--values 1=flood,0=rest,255=none`` says: the class of each value, None for no data.
+def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
+    """What ``--values 1=flood,0=rest,255=none`` says: the class of each value, -1 for no data.
 
     Raises:
         UsageError: It does not parse, or names a class that the recipe does not have.
     """
-    classes: dict[str, int | None] = {LEFT_OUT: None}
-    for k, name in enumerate(class_names):
-        classes |= {str(k): k, name: k}
+    classes = {_NONE: -1} | {str(k): k for k in range(len(class_names))} | {n: k for k, n in enumerate(class_names)}
     try:
         pairs = [part.split("=") for part in text.split(",")]
         return {int(value): classes[label.strip()] for value, label in pairs}
     except (ValueError, KeyError) as error:
-        known = ", ".join([*class_names, LEFT_OUT])
+        known = ", ".join([*class_names, _NONE])
         what = f"--values has {text!r}, expected VALUE=CLASS with commas; the classes are {known}"
         raise UsageError(what, fix="--values 1=flood,0=rest") from error
 
@@ -152,15 +144,16 @@ def _open(file: Path) -> DatasetReader:
         dataset = rasterio.open(file)
     except rasterio.errors.RasterioError as error:
         raise DataError(f"a mask cannot be read: {error}", where=file) from error
-    if dataset.count != 1:
-        raise DataError(f"a mask has {dataset.count} bands, expected 1", where=file, fix="gdal_translate -b 1")
+    if dataset.count != 1 or dataset.crs is None:
+        what = f"a mask has {dataset.count} bands and the CRS {dataset.crs}, expected one band and any CRS"
+        raise DataError(what, where=file, fix="gdal_translate -b 1 -a_srs EPSG:N")
     return dataset
 
 
 def _raster_files(masks: Sequence[Path]) -> list[Path]:
     places = [file for place in masks for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
-    files = [file for file in places if file.suffix.lower() in _SUFFIXES]
-    if not files or not all(file.is_file() for file in files):
+    files = [file for file in places if file.suffix.lower() in (".tif", ".tiff", ".vrt")]
+    if not files:
         raise DataError("there are no masks here", where=masks[0], fix=_ADVICE)
     return files
 
@@ -186,31 +179,24 @@ def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Conta
     """
     found = np.full(grid.shape, np.nan)
     for raster in rasters:
-        source, crs = {}, grid.crs
-        if raster.crs is None or crs is None:
-            if raster.shape != grid.shape:
-                what = "the mask has no CRS and another size than the chip"
-                raise DataError(what, where=raster.name, fix="gdal_edit -a_srs")
-            source, crs = {"src_crs": _ANY_CRS, "src_transform": grid.transform}, _ANY_CRS
-        elif disjoint_bounds(raster.bounds, transform_bounds(crs, raster.crs, *grid.bounds)):
+        if disjoint_bounds(raster.bounds, transform_bounds(grid.crs, raster.crs, *grid.bounds)):
             continue
+        place = {"crs": grid.crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
         if raster.nodata in named:
-            source["src_nodata"] = np.nan
-        place = {"crs": crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
+            place["src_nodata"] = np.nan
         # Nearest, to the pixel: GDAL's usual tolerance moves one pixel in a hundred to its neighbour.
-        with WarpedVRT(raster, **source, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
+        with WarpedVRT(raster, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
             found = np.where(np.isnan(found), warped.read(1), found)
     return found
 
 
-def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int | None], chip: str) -> npt.NDArray[np.int64]:
+def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int], chip: str) -> npt.NDArray[np.int64]:
     """Classes (H, W) of values; -1 where there is none, or one that means no data."""
     prediction = np.full(found.shape, -1)
     for value in np.unique(found[~np.isnan(found)]).tolist():
         if value not in known:
             what = f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}"
-            fix = f"--values VALUE=CLASS,... names them, {value:g}={LEFT_OUT} leaves one out; or --probability"
+            fix = f"--values VALUE=CLASS,... names them, {value:g}={_NONE} leaves one out; or --probability"
             raise DataError(what, fix=fix)
-        place = known[value]
-        prediction[found == value] = -1 if place is None else place
+        prediction[found == value] = known[value]
     return prediction

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+# Pixels of the class in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one
+# field decides its IoU.
 MIN_FLOOD_PIXELS = 100
-"""Pixels of the class in the truth (one hectare at 10 m) from which an event counts in a mean over events: below, one
-field decides its IoU."""
 
 
 def scores(counts: Counts) -> dict[str, float | None]:
@@ -26,13 +26,13 @@ def scores(counts: Counts) -> dict[str, float | None]:
     1.2.7 reports 0.
     """
     hits, truth, predicted = _margins(counts)
-    each, f1 = _ratio(hits, truth + predicted - hits), _ratio(2 * hits, truth + predicted)
-    return {
-        "mIoU": _or_none(mean_iou(counts)),
-        **{f"IoU_{k}": _or_none(value) for k, value in enumerate(each)},
-        "F1_Score": _or_none(np.nanmean(f1)) if counts.any() else None,
-        "Pixel_Accuracy": _or_none(_ratio(hits.sum(), counts.sum())),
+    figures = {
+        "mIoU": mean_iou(counts),
+        **{f"IoU_{k}": iou(counts, k) for k in range(len(counts))},
+        "F1_Score": _mean(_ratio(2 * hits, truth + predicted)),
+        "Pixel_Accuracy": _ratio(hits.sum(), counts.sum()),
     }
+    return {name: float(value) if np.isfinite(value) else None for name, value in figures.items()}
 
 
 def class_scores(counts: Counts, k: int = -1) -> dict[str, float | None]:
@@ -64,8 +64,7 @@ def iou(counts: Counts, k: int = -1) -> Floats:
 def mean_iou(counts: Counts) -> Floats:
     """Mean IoU (...) over the classes that truth or prediction has, from counts (..., K, K); NaN without any."""
     hits, truth, predicted = _margins(counts)
-    each = _ratio(hits, truth + predicted - hits)
-    return _ratio(np.nansum(each, axis=-1), (~np.isnan(each)).sum(axis=-1))
+    return _mean(_ratio(hits, truth + predicted - hits))
 
 
 def pool_by_event(counts: Counts, events: Sequence[str] | npt.NDArray[np.str_]) -> tuple[list[str], Counts]:
@@ -81,13 +80,13 @@ def which_iou(
 ) -> list[dict[str, Any]]:
     """Three figures that papers call "the IoU of flood", from counts (N, K, K) and events (N,) of chips.
 
-    Returns:
-        Three entries with `name`, `iou` of class k (None where undefined), `n` and `of` (what n counts): pooled over
-        all pixels, mean over chips whose truth has the class, mean over events whose truth has MIN_FLOOD_PIXELS of it.
+    Pooled over all pixels, mean over chips whose truth has class k, mean over events whose truth has MIN_FLOOD_PIXELS
+    of it: each with `name`, `iou` (None where undefined), `n` and `of` (what n counts).
     """
-    found = [{"name": "pooled over all pixels", "iou": class_scores(counts.sum(axis=0), k)["iou"]}]
-    found[0] |= {"n": len(counts), "of": "chips"}
-    for of, each, least in (("chips", counts, 1), ("events", pool_by_event(counts, events)[1], MIN_FLOOD_PIXELS)):
+    groups = {"chips": (counts, 1), "events": (pool_by_event(counts, events)[1], MIN_FLOOD_PIXELS)}
+    pooled = class_scores(counts.sum(axis=0), k)["iou"]
+    found: list[dict[str, Any]] = [{"name": "pooled over all pixels", "iou": pooled, "n": len(counts), "of": "chips"}]
+    for of, (each, least) in groups.items():
         figures = iou(each[each[:, k].sum(axis=-1) >= least], k)
         mean = float(figures.mean()) if len(figures) else None
         found.append({"name": f"mean over {of} with {label}", "iou": mean, "n": len(figures), "of": of})
@@ -126,11 +125,9 @@ def expected_calibration_error(diagram: Reliability) -> float | None:
 
 
 def threshold_sweep(histogram: npt.NDArray[np.int64]) -> tuple[Floats, Counts]:
-    """What calling the positive class wherever its probability is at least a threshold would have given.
+    """Thresholds (B,), the lower edges of the bins, and the confusion counts (B, 2, 2) that each would have given.
 
-    Returns:
-        From `ChipTable.histogram` (N, 2, B): thresholds (B,), the lower edges of the bins, where counts are exact, and
-        confusion counts (B, 2, 2).
+    The positive class is called wherever its probability is at least the threshold.
     """
     pooled = histogram.sum(axis=0)
     called = pooled[:, ::-1].cumsum(axis=1)[:, ::-1]
@@ -151,5 +148,6 @@ def _ratio(part: npt.ArrayLike, whole: npt.ArrayLike) -> Floats:
     return shares
 
 
-def _or_none(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _mean(figures: Floats) -> Floats:
+    """Over the last axis, of those that are defined; NaN of none."""
+    return _ratio(np.nansum(figures, axis=-1), np.isfinite(figures).sum(axis=-1))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from floodrepro import console
@@ -14,89 +13,60 @@ from floodrepro import recipe as recipes
 from floodrepro.callbacks.run_record import peak_memory, percentiles, reset_peaks
 from floodrepro.data import protocols
 from floodrepro.data.splits import read_splits
-from floodrepro.errors import CheckpointError, FloodreproError, RunFolderError, UsageError
+from floodrepro.errors import FloodreproError, RunFolderError, UsageError
 from floodrepro.evaluation.baselines import write_baselines
 from floodrepro.evaluation.chip_table import ChipTable, write_table
 from floodrepro.evaluation.counting import count
 from floodrepro.evaluation.metrics import scores
-from floodrepro.evaluation.passes import chip_files, chip_of, prepare, run_loop
+from floodrepro.evaluation.passes import ChipPass, run_pass
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder, sha256_of, timestamp
 from floodrepro.system.environment import environment
 from floodrepro.training.terratorch_cli import RecipeCLI
 
-AGREEMENT = 1e-6
-"""TerraTorch sums counts on the device and divides in float32; the same figures from the table may differ by that."""
-
+_AGREEMENT = 1e-6  # TerraTorch sums counts on the device and divides in float32
 _WARM_UP = 3  # batches: allocators and autotuning settle
 _SEEN = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_replace")
 
 
-class ChipCounts(Callback):
-    """Counts, chip by chip, what TerraTorch's test loop predicts.
+class ChipCounts(ChipPass):
+    """Counts, chip by chip, what TerraTorch's test loop predicts, and how fast: waiting for data included."""
 
-    Args:
-        checkpoint: Whose predictions they are, for messages.
-        ignore_index: Truth of the pixels that do not count.
-        positive: The class whose probabilities are kept; the last one by default.
-    """
-
-    def __init__(self, checkpoint: Path, ignore_index: int, positive: int = -1) -> None:
-        self._checkpoint, self._ignore_index, self._positive = checkpoint, ignore_index, positive
-        self._logits: Tensor | None = None
-        self._chips: list[str] = []
+    def __init__(self, checkpoint: Path, positive: int = -1) -> None:
+        super().__init__(checkpoint)
+        self._positive = positive  # the class whose probabilities are kept
         self._batches: list[dict[str, Any]] = []
         self._rates: list[float] = []
         self._memory: dict[str, float] = {}
         self._last = 0.0
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Listen where a task turns images into logits, tiled or whole: the test step hands them to no callback."""
-        infer = pl_module.handle_full_or_tiled_inference
+        """Start the clock."""
         reset_peaks(pl_module.device)  # a training before it in this process used more
-
-        def listen(*args: Any, **kwargs: Any) -> Any:
-            output = infer(*args, **kwargs)
-            self._logits = output.output
-            return output
-
-        pl_module.handle_full_or_tiled_inference = listen
         self._last = time.perf_counter()
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
         """Count the batch; fetching the counts waits for the device, so that the clock has seen all of its work."""
-        logits = self._logits
-        assert logits is not None
-        chips = [chip_of(file) for file in chip_files(batch, trainer.test_dataloaders, len(self._chips))]
-        finite = logits.flatten(1).isfinite().all(dim=1)
-        if not bool(finite.all()):
-            bad = [chip for chip, fine in zip(chips, finite.tolist(), strict=True) if not fine]
-            what = f"the model predicts values that are not finite for {len(bad)} chips, the first is {bad[0]}"
-            fix = "floodrepro verify names weights and buffers that are not finite; no chip table was written"
-            raise CheckpointError(what, where=self._checkpoint, fix=fix)
+        ignored = task.hparams["ignore_index"]
         self._batches.append(
             count(
-                pl_module.squeeze_ground_truth(batch["mask"]),
+                task.squeeze_ground_truth(batch["mask"]),
                 logits.argmax(dim=1),
                 logits.float().softmax(dim=1)[:, self._positive],
                 classes=logits.shape[1],
                 positive=self._positive,
-                ignore_index=self._ignore_index,
+                ignore_index=protocols.IGNORE_INDEX if ignored is None else ignored,
             )
         )
-        self._chips += chips
         now = time.perf_counter()
-        self._rates.append(len(chips) / (now - self._last))
-        self._last, self._memory = now, peak_memory(pl_module.device)
+        self._rates.append(len(files) / (now - self._last))
+        self._last, self._memory = now, peak_memory(task.device)
 
-    def speed(self) -> dict[str, Any]:
-        """Chips per second of the batches after the first few, waiting for data included, and peak memory in GiB."""
-        return {"chips_per_second": percentiles(self._rates[_WARM_UP:] or self._rates), "memory_gib": self._memory}
-
-    def table(self, metadata: dict[str, Any], events: Mapping[str, str] | None = None) -> ChipTable:
+    def table(self, metadata: dict[str, Any], events: Mapping[str, str]) -> ChipTable:
         """All chips seen so far; a chip that `events` does not name is its own event."""
-        rows = [(chip, (events or {}).get(chip, chip)) for chip in self._chips]
-        return ChipTable.of_batches(rows, self._batches, metadata)
+        rates = percentiles(self._rates[_WARM_UP:] or self._rates)
+        speed = {"speed": {"chips_per_second": rates, "memory_gib": self._memory}}
+        return ChipTable.of_batches([(c, events.get(c, c)) for c in self.chips], self._batches, metadata | speed)
 
 
 class ChosenSplit(NamedTuple):
@@ -121,17 +91,16 @@ def tabulate_checkpoint(
         baselines: Whether the baselines' tables are written too, where they are not there yet.
 
     Returns:
-        JSON types: `stage`, `checkpoint`, `chips` by split, `metrics` of TerraTorch by its names (those of subsets are
-        computed from the table), `tables` by split, and `disagreement`, the largest difference between TerraTorch's
-        metrics and the table's. No tables where the trainer was told to leave batches out.
+        JSON types: `stage`, `checkpoint`, `chips` by split, `metrics` of TerraTorch by its names (None where a class
+        is absent; those of subsets are computed from the table), `tables` by split, and `disagreement`, the largest
+        difference between TerraTorch's metrics and the table's. No tables where the trainer left batches out.
 
     Raises:
-        UsageError, DataError: As `prepare`, or the recipe has no such split.
-        CheckpointError: The weights cannot be read, do not fit, or predict values that are not finite.
+        UsageError, DataError, CheckpointError: The recipe has no such split; as `run_pass`.
         RunFolderError: The table cannot be written.
         FloodreproError: TerraTorch's metrics and the table's differ.
     """
-    chosen = choose_split(cli.recipe, split)
+    recipe, chosen = cli.recipe, choose_split(cli.recipe, split)
     path = table_path(checkpoint, chosen.name, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # before the pass: on a GPU it takes a while
@@ -139,62 +108,61 @@ def tabulate_checkpoint(
         what = f"the chip table cannot be written here: {error.strerror}"
         raise RunFolderError(what, where=path.parent, fix="--output DIR") from error
 
-    kind = split if split in ("train", "val") else "test"
     test_name = chosen.name if chosen.subsets or chosen.name not in protocols.SPLITS else None
-    data = prepare(cli, checkpoint, kind, test_file=chosen.file, test_name=test_name)
-    arguments, positive = protocols.data_arguments(cli.recipe), protocols.positive_class_of(cli.recipe)
-    ignored = cli.model.hparams["ignore_index"]
-    counter = ChipCounts(checkpoint, protocols.IGNORE_INDEX if ignored is None else ignored, positive)
-    cli.trainer.callbacks.append(counter)
-    metrics = run_loop(cli, "test", verbose=False)
+    protocol, kind = protocols.protocol_of(recipe), split if split in ("train", "val") else "test"
+    counter = ChipCounts(checkpoint, protocol.positive_class)
+    data, metrics = run_pass(cli, "test", counter, kind, file=chosen.file, name=test_name)
+    arguments, precision = protocols.data_arguments(recipe), str(cli.trainer.precision)
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
-    surroundings = environment(str(cli.trainer.precision))
+    surroundings, run = environment(precision), RunFolder.of_checkpoint(checkpoint)
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
     metadata = {
         "split": chosen.name,
-        "class_names": protocols.class_names_of(cli.recipe),
-        "positive_class": positive,
-        "protocol": protocols.protocol_of(cli.recipe).name,
+        "class_names": list(protocol.class_names),
+        "positive_class": protocol.positive_class,
+        "protocol": protocol.name,
         "predictor": {"kind": "model", "name": checkpoint.name},
         "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
-        "recipe_sha256": recipes.fingerprint(cli.recipe),
-        "recipe_changes": _changes(cli.recipe, checkpoint),
+        "recipe_sha256": recipes.fingerprint(recipe),
+        "recipe_changes": list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None,
         "inputs": {key: arguments[key] for key in _SEEN if key in arguments},
         "data": data.as_dict(),
         "failed_chips": failed,
-        "precision": str(cli.trainer.precision),
+        "precision": precision,
         "device": surroundings["cpu"]["model"] if on_cpu else surroundings["accelerator"]["name"],
         "environment": surroundings,
-        "metrics": dict(metrics),
-        "speed": counter.speed(),
+        "metrics": metrics,
         "made": timestamp(),
     }
     table = counter.table(metadata, chosen.events)
-    chips: dict[str, int] = {chosen.name: len(table)}
-    tables: dict[str, str] = {}
-    found = {"stage": "test", "checkpoint": str(checkpoint), "chips": chips, "metrics": metrics, "tables": tables}
+    parts = {chosen.name: table}
+    found = {"stage": "test", "checkpoint": str(checkpoint), "chips": {chosen.name: len(table)}, "metrics": metrics}
     wanted = len(cli.trainer.test_dataloaders.dataset) - len(failed)
     if len(table) != wanted:
         console.warn(f"{len(table)} of {wanted} chips were tested (trainer.limit_test_batches): no table is written")
-        return found
+        return found | {"tables": {}}
     if not chosen.events:
         console.warn("this data module names no flood events: each file counts as an event of its own")
-    disagreement = _disagreement(table, metrics)
-    if not disagreement <= AGREEMENT:
+    ours = scores(table.counts.sum(axis=0))
+    pairs = {key: ours[key.rsplit("/", 1)[-1]] for key in metrics if key.rsplit("/", 1)[-1] in ours}
+    disagreement = max(abs((own or 0.0) - metrics[key]) for key, own in pairs.items())  # of an absent class it says 0
+    if disagreement > _AGREEMENT:
         what = f"TerraTorch's metrics and those from the chips' counts differ by {disagreement:g}"
         fix = "this is an error in floodrepro, or in a library of another version: please report it"
         raise FloodreproError(f"{what}; no table was written", where=checkpoint, fix=fix)
-    write_table(table, path)
-    tables[chosen.name] = str(path)
+    shown: dict[str, float | None] = metrics | {key: None for key, own in pairs.items() if own is None}
     for name, listed in chosen.subsets.items():
-        part = table.subset([c for c in listed if c not in failed], split=name, subset_of=chosen.name, metrics={})
-        by_name = scores(part.counts.sum(axis=0))
-        metrics |= {f"test/{name}/{metric}": value for metric, value in by_name.items() if value is not None}
-        write_table(part, table_path(checkpoint, name, folder))
-        chips[name], tables[name] = len(part), str(table_path(checkpoint, name, folder))
+        kept = [chip for chip in listed if chip not in failed]
+        parts[name] = table.subset(kept, split=name, subset_of=chosen.name, metrics={})
+        shown |= {f"test/{name}/{key}": own for key, own in scores(parts[name].counts.sum(axis=0)).items()}
+    paths = {name: table_path(checkpoint, name, folder) for name in parts}
+    for name, part in parts.items():
+        write_table(part, paths[name])
     if baselines:
-        write_baselines(cli.recipe, table, path.parent.parent)
-    return found | {"disagreement": disagreement}
+        write_baselines(recipe, table, path.parent.parent)
+    chips = {name: len(part) for name, part in parts.items()}
+    tables = {name: str(place) for name, place in paths.items()}
+    return found | {"chips": chips, "metrics": shown, "tables": tables, "disagreement": disagreement}
 
 
 def choose_split(recipe: Recipe, split: str) -> ChosenSplit:
@@ -226,18 +194,5 @@ def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path
     """
     if folder is None:
         run = RunFolder.of_checkpoint(checkpoint)
-        folder = run.evaluation if run else checkpoint.resolve().parent / RunFolder.evaluation_name
+        folder = (run or RunFolder(checkpoint.resolve().parent)).evaluation
     return folder / split / f"{checkpoint.stem}.parquet"
-
-
-def _changes(recipe: Recipe, checkpoint: Path) -> list[str] | None:
-    """Keys in which the recipe is another than that of the checkpoint's run; None outside a run folder."""
-    run = RunFolder.of_checkpoint(checkpoint)
-    return list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None
-
-
-def _disagreement(table: ChipTable, metrics: Mapping[str, float]) -> float:
-    """Largest difference between the table's scores and TerraTorch's; a class that is absent is 0 there."""
-    theirs = {name.rsplit("/", 1)[-1]: value for name, value in metrics.items()}
-    ours = scores(table.counts.sum(axis=0))
-    return max(abs((ours[name] or 0.0) - theirs[name]) for name in ours if name in theirs)

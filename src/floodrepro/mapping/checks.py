@@ -1,18 +1,15 @@
 """What can be wrong with a scene, looked at before the model runs: one line for each problem."""
 
 import itertools
+import re
 from collections.abc import Iterator
 
 import numpy as np
-from rasterio.transform import array_bounds
-from rasterio.warp import transform_bounds
 from rasterio.windows import Window
-from shapely import box
 
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.mapping.reader import read_source
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, Acquisition, Grid, Scene, Source, opened
-from floodrepro.mapping.tiles import Array
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, Acquisition, Array, Grid, Scene, Source, opened
 
 _WINDOW, _ALONG = 256, 3  # pixels of a window of the sample, and windows along each side
 _FEW = 1000  # pixels: of fewer, speckle decides
@@ -25,18 +22,10 @@ _OFFSET = 1000  # baseline 04.00 of Sentinel-2 adds it (microsoft/PlanetaryCompu
 def list_problems(scene: Scene, max_gap: float) -> list[str]:
     """All problems of a scene: dates, orbits, and what a sample of windows says of units, orders and offsets.
 
-    Args:
-        scene: What is looked at.
-        max_gap: Days that the event passes of radar and optical may lie apart.
-
-    Raises:
-        DataError: A file cannot be read.
+    The event passes of radar and optical may lie *max_gap* days apart.
     """
     problems = list(_dates(scene, max_gap))
     for a in scene.acquisitions.values():
-        if a.sources and not any(_touches(source, scene.grid) for source in a.sources):
-            problems.append(f"{a.name}: none of its files touches the area; a box is west, south, east, north")
-            continue
         for source in a.sources:
             if problem := _bands(a, source) or _values(a, source, scene.grid):
                 problems.append(f"{a.name}: {problem}")
@@ -61,18 +50,8 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
         yield f"the event passes of radar and optical are {gap:.1f} days apart (limit {max_gap:g}, --max-gap)"
 
 
-def _touches(source: Source, grid: Grid) -> bool:
-    """Whether any of a source's rasters overlaps the grid."""
-    ours = box(*array_bounds(grid.height, grid.width, grid.transform))
-    for place in dict.fromkeys(place for place, _ in source.bands.values()):
-        with opened(place) as raster:
-            if ours.intersects(box(*transform_bounds(raster.crs, grid.crs, *raster.bounds))):
-                return True
-    return False
-
-
 def _bands(a: Acquisition, source: Source) -> str | None:
-    """Whether each raster has the bands that it is said to have, by number and, where it names them, by name."""
+    """Whether each raster has the bands that it is said to have, by number and, where it tells them, name and unit."""
     for place in dict.fromkeys(place for place, _ in source.bands.values()):
         listed = {name: number for name, (where, number) in source.bands.items() if where == place}
         with opened(place) as raster:
@@ -82,6 +61,9 @@ def _bands(a: Acquisition, source: Source) -> str | None:
                 said = (raster.descriptions[number - 1] or "").lower()
                 if said in (band.lower() for band in BANDS[a.sensor]) and said != name.lower():
                     return f"band {number} of {place} calls itself {said}, and is taken for {name}"
+            unit = raster.units[0] or "m"
+            if a.sensor == "DEM" and not re.fullmatch("m|met(er|re)s?", unit, re.IGNORECASE):
+                return f"{place} says that its heights are in {unit}: convert them to metres"
     return None
 
 
@@ -97,7 +79,7 @@ def _values(a: Acquisition, source: Source, grid: Grid) -> str | None:
     if values.shape[1] < _FEW:
         return None  # it may see a corner only; the shares of map.json tell
     if a.sensor == "S1RTC":
-        return _radar(values, a.facts["unit"])
+        return _radar(values, a.unit)
     if a.sensor == "S2L2A":
         return _optical(values, source.offset)
     lowest, highest = values.min(), values.max()
@@ -125,10 +107,8 @@ def _optical(values: Array, offset: float | None) -> str | None:
     if not 20 < np.quantile(values, 0.99) <= 30_000:  # clouds and snow reach 20,000
         return f"values up to {values.max():.4g} are no reflectance x 10,000"
     if offset is None and lowest > 0.9 * _OFFSET:
-        return (
-            f"neither offset nor baseline is given, and the darkest pixels have {lowest:.0f}: "
-            f"say 'offset: -{_OFFSET}' (baseline 04.00 and later) or 'offset: 0'"
-        )
+        fix = f"say 'offset: -{_OFFSET}' (baseline 04.00 and later) or 'offset: 0'"
+        return f"neither offset nor baseline is given, and the darkest pixels have {lowest:.0f}: {fix}"
     values = values + (offset or 0)
     if offset and (below := (values < 0).mean()) > 0.2:
         return f"an offset of {offset:g} leaves {below:.0%} of the values below 0: was it taken off already?"

@@ -1,30 +1,80 @@
-"""Map a scene: strips of probability to files, resumable at any strip, and the record of what was done."""
+"""Map a scene strip by strip, in bounded memory and resumable; and compare a map with a truth.
+
+Tiles of ``crop`` pixels lie ``stride`` apart and reach both edges exactly; where they overlap, probabilities are
+averaged with raised-cosine weights before a class is chosen. Only the rows that later tiles can still change are held:
+``classes + 1`` float32 values for ``crop`` x ``width`` pixels.
+
+C = classes, H, W = rows and columns of the raster, h = rows of a strip.
+"""
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import rasterio
 import shapely
 from filelock import FileLock, Timeout
+from rasterio.windows import Window
 
 from floodrepro import console
-from floodrepro.data.protocols import NO_DATA
-from floodrepro.errors import RunFolderError
+from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
+from floodrepro.errors import DataError, RunFolderError
+from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.counting import count
 from floodrepro.mapping import write
-from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, WaterMask
-from floodrepro.mapping.scene import EVENT_STEP, PIXEL, Scene, name_of
-from floodrepro.mapping.tiles import Array, Tile, strips
-from floodrepro.run_folder import PARTIAL, write_atomically
+from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, Tile, read_water
+from floodrepro.mapping.scene import EVENT_STEP, PIXEL, Array, Grid, Scene, name_of, opened
+from floodrepro.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from floodrepro.mapping.network import Network
 
-RECORD, _WORK, _JOURNAL, _LOCK = "map.json", ".work", "journal.json", ".lock"
+_RECORD, _WORK, _JOURNAL, _LOCK = "map.json", ".map-in-progress", "journal.json", "lock"
+_TRUTH_TILE = 256  # pixels: a row of the table that compares a map with a truth
+Predict = Callable[[Sequence[Tile]], Array]  # tiles of one size -> probabilities (N, C, rows, columns)
+
+
+def strips(
+    predict: Predict, shape: tuple[int, int, int], crop: int, stride: int, batch: int, first_row: int = 0
+) -> Iterator[tuple[int, Array]]:
+    """Predict a raster from top to bottom.
+
+    Args:
+        predict: Gives the probabilities of tiles; a raster smaller than a tile is one tile of its own size.
+        shape: C, H and W.
+        crop: Edge of a tile in pixels.
+        stride: Pixels between tiles, at most ``crop``.
+        batch: Tiles in one call.
+        first_row: Strips above it, which another run has finished, are left out. The rest has the same bits: the tiles
+            that reach into it are computed again, in the same order and batches.
+
+    Yields:
+        The first row of a strip and its probabilities (C, h, W); strips follow each other without a gap.
+    """
+    classes, height, width = shape
+    rows, columns = ([*range(0, size - crop, stride), max(size - crop, 0)] for size in (height, width))
+    h, w = min(crop, height), min(crop, width)
+    # Raised-cosine weights along each axis: highest in the middle, never 0.
+    down, across = (0.501 - 0.5 * np.cos(2 * np.pi * (np.arange(size) + 0.5) / size) for size in (h, w))
+    weight = np.outer(down, across).astype(np.float32)
+    total = np.zeros((classes + 1, h, width), np.float32)  # the last one sums the weights
+    for row, end in zip(rows, [*rows[1:], height], strict=True):
+        if row + h <= first_row:
+            continue
+        for j in range(0, len(columns), batch):
+            tiles = [(row, column, h, w) for column in columns[j : j + batch]]
+            for (_, column, _, _), probability in zip(tiles, predict(tiles), strict=True):
+                total[:-1, :, column : column + w] += probability * weight
+                total[-1, :, column : column + w] += weight
+        done = end - row
+        if row >= first_row:
+            yield row, total[:-1, :done] / total[-1, :done]
+        # Keep what these tiles have left for the rows below.
+        total = np.concatenate([total[:, done:], np.zeros((classes + 1, done, width), np.float32)], axis=1)
 
 
 def map_scene(
@@ -36,9 +86,9 @@ def map_scene(
         network: Turns chip values into probabilities.
         scene: What is read.
         plan: In JSON types: names of the classes, positive (index of the class that the map is about), permanent (of
-            permanent water, or None), permanent_file (path or None), threshold (probability from which a pixel is
-            positive; None for the most probable class), crop and stride (pixels), batch (None for what fits) and
-            min_hectares (minimum mapping unit of the polygons).
+            permanent water, or None), permanent_file (absolute path or None), threshold (probability from which a
+            pixel is positive; None for the most probable class), crop and stride (pixels) and min_hectares (minimum
+            mapping unit of the polygons).
         output: Folder for the map.
         record: What map.json says of weights, recipe, problems and versions.
 
@@ -50,98 +100,55 @@ def map_scene(
         DataError: A file cannot be read.
     """
     identity, work = _identity(scene, plan, record), output / _WORK
-    if not (output / RECORD).is_file():
-        if output.is_dir() and any(path != work for path in output.iterdir()) and not (work / _JOURNAL).is_file():
+    if not (output / _RECORD).is_file():
+        if output.is_dir() and not work.is_dir() and any(output.iterdir()):
             raise RunFolderError("the folder is not empty and nothing in it is overwritten", where=output)
-        if os.path.lexists(work) and not _is_ours(work):
-            raise RunFolderError("something else lies here, and nothing in it is overwritten", where=work)
         try:
             work.mkdir(parents=True, exist_ok=True)
-            with FileLock(work / _LOCK, timeout=0):
-                _map(network, scene, plan, output, record, identity)
+            with FileLock(work / _LOCK, timeout=0), rasterio.Env(GDAL_CACHEMAX=128):  # MB; by default 5 % of the memory
+                _finish(scene, plan, output, _map_rows(network, scene, plan, work, identity), record)
         except Timeout as error:
             raise RunFolderError("another map is being made here", where=output, fix="wait for it") from error
         except write.ERRORS as error:
             fix = "make room or name another --output; the same command continues"
             raise RunFolderError(f"the map cannot be written: {error}", where=output, fix=fix) from error
-    content = read_map_record(output / RECORD, identity)
-    if _is_ours(work):
-        with suppress(OSError):  # the map is whole
-            for path in sorted(work.iterdir(), key=lambda path: path.name == _JOURNAL):  # last: it tells whose all is
-                path.unlink()
-            work.rmdir()
+    content = _read_json(output / _RECORD, identity)
+    shutil.rmtree(work, ignore_errors=True)
     return content
-
-
-def _is_ours(work: Path) -> bool:
-    """Whether a folder holds a map's beginning, or nothing yet."""
-    if work.is_symlink() or not work.is_dir():
-        return False
-    names = [path.name for path in work.iterdir()]
-    return _JOURNAL in names or all(name == _LOCK or name.endswith(PARTIAL) for name in names)
-
-
-def read_map_record(path: Path, identity: str | None = None) -> dict[str, Any]:
-    """The content of a map's record or journal.
-
-    Args:
-        path: The file.
-        identity: What the map has to be of.
-
-    Raises:
-        RunFolderError: It is missing or damaged, or the map is of something else.
-    """
-    try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
-        found = content["identity"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        fix = "move the folder away and map again"
-        raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
-    if identity not in (None, found):
-        raise RunFolderError(
-            "the folder holds a map of other files, weights or options, and nothing is overwritten",
-            where=path.parent,
-            fix="name another --output, or move this folder away",
-        )
-    return content
-
-
-def _map(
-    network: "Network", scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[str, Any], identity: str
-) -> None:
-    """Begin a map or continue it; the journal is there before any other file, and tells what they are of."""
-    work = output / _WORK
-    if (output / RECORD).is_file():  # another process has just finished it
-        return
-    if (work / _JOURNAL).is_file():
-        journal = read_map_record(work / _JOURNAL, identity)
-    else:
-        # The batch is kept from the first start on: with other batches a network's last bits may differ.
-        batch = plan["batch"] or network.fitting_batch(plan["crop"])
-        journal = {"identity": identity, "rows": 0, "counts": {}, "batch": batch}
-        write_atomically(work / _JOURNAL, json.dumps(journal))
-    _map_rows(network, scene, plan, work, journal)
-    _finish(scene, plan, output, journal, record)
 
 
 def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
-    """A hash of all that a map depends on; of files, absolute paths, sizes and dates."""
+    """A hash of all that a map depends on; of files, paths and dates."""
     places = {place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()}
-    files: list[list[Any]] = []
-    for place in filter(None, [*places, plan["permanent_file"]]):
-        stat = Path(place).stat() if Path(place).is_file() else None
-        files.append([str(Path(place).resolve()), stat.st_size, stat.st_mtime_ns] if stat else [place])
-    files.sort()
-    options = dict(plan, permanent_file=None)  # a path: it depends on where the command is called
-    parts = [record, options, scene.content, shapely.to_wkb(scene.polygons, hex=True).tolist(), scene.grid, files]
+    files = sorted(filter(None, [*places, plan["permanent_file"]]))
+    dates = [(place, Path(place).is_file() and Path(place).stat().st_mtime_ns) for place in files]
+    parts = [record, plan, scene.content, shapely.to_wkb(scene.polygons, hex=True).tolist(), scene.grid, dates]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: Path, journal: dict[str, Any]) -> None:
-    """Fill the work rasters strip by strip; the journal is written after a strip is on disk."""
+def _read_json(path: Path, identity: str | None = None, keys: Sequence[str] = ("identity",)) -> dict[str, Any]:
+    """The content of a map's record or journal, which has some keys and is to be of what *identity* says."""
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = [content[key] for key in keys]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fix = "move the folder away and map again"
+        raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
+    if identity not in (None, found[0]):
+        what = "the folder holds a map of other files, weights or options, and nothing is overwritten"
+        raise RunFolderError(what, where=path.parent, fix="name another --output, or move this folder away")
+    return content
+
+
+def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: Path, identity: str) -> dict[str, Any]:
+    """Fill the work rasters strip by strip; the journal, which is returned, is written after a strip is on disk."""
+    if (work / _JOURNAL).is_file():
+        journal = _read_json(work / _JOURNAL, identity)
+    else:  # the batch is kept: with other batches a network's last bits may differ
+        journal = {"identity": identity, "rows": 0, "counts": {}, "batch": network.fitting_batch(plan["crop"])}
+        write_atomically(work / _JOURNAL, json.dumps(journal))
     grid, reader = scene.grid, Reader(scene, network.bands, network.steps, plan["crop"])
-    rasters = write.WorkRasters(work, grid)
-    permanent = WaterMask(Path(plan["permanent_file"]), grid) if plan["permanent_file"] else None
+    positive, permanent = plan["positive"], plan["permanent_file"]
     held: dict[int, tuple[Array, Array]] = {}  # quality and what was seen of the row of tiles, by its first row
 
     def predict(tiles: Sequence[Tile]) -> Array:
@@ -157,19 +164,21 @@ def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: P
             out[wanted] = network.probabilities({m: [reader.cut(m, tiles[i]) for i in wanted] for m in network.bands})
         return out
 
-    shape, sizes = (network.classes, grid.height, grid.width), {key: plan[key] for key in ("crop", "stride")}
+    shape, sizes = (network.classes, grid.height, grid.width), (plan["crop"], plan["stride"], journal["batch"])
     with console.progress("rows") as show:
-        for row, probability in strips(predict, shape, **sizes, batch=journal["batch"], first_row=journal["rows"]):
+        for row, probability in strips(predict, shape, *sizes, first_row=journal["rows"]):
             height = probability.shape[1]
             bits, seen = (values[:height] for values in held[row])
-            classes = _classes(probability, plan["positive"], plan["threshold"])
-            if permanent is not None:
-                classes[permanent.rows(row, height)[0]] = plan["permanent"]
-            percent = np.rint(write.PROBABILITY_STEPS * probability[plan["positive"]]).astype(np.uint8)
+            percent = np.rint(write.PROBABILITY_STEPS * probability[positive]).astype(np.uint8)
+            if plan["threshold"] is not None:  # the positive class wherever it reaches it, and nowhere else
+                probability[positive] = np.where(probability[positive] >= plan["threshold"], 2, -1)
+            classes = probability.argmax(axis=0).astype(np.uint8)
+            if permanent:
+                classes[read_water(Path(permanent), grid, row, height)[0]] = plan["permanent"]
             classes[~seen] = percent[~seen] = write.NOT_SEEN
-            values = {"class": classes, "probability": percent, "quality": bits}
+            values = {"class": classes, "probability": percent, "quality": bits, "positive": classes == positive}
             for name, value in (values | _colours(reader, (row, 0, *bits.shape))).items():
-                rasters.write(name, row, value)
+                write.write_rows(work, name, grid, row, value)
             inside = bits & OUTSIDE == 0
             counts = {"area": inside, "seen": seen}
             counts |= {name: classes == number for number, name in enumerate(plan["names"])}
@@ -181,15 +190,7 @@ def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: P
                 journal["counts"][name] = journal["counts"].get(name, 0) + int(where.sum())
             write_atomically(work / _JOURNAL, json.dumps(journal))
             show(row + height, grid.height)
-
-
-def _classes(probability: Array, positive: int, threshold: float | None) -> Array:
-    """The most probable class; with a threshold, the positive class wherever it reaches it."""
-    if threshold is not None:
-        reached = probability[positive] >= threshold
-        probability = probability.copy()
-        probability[positive] = np.where(reached, 2, -1)
-    return np.asarray(probability.argmax(axis=0), np.uint8)
+    return journal
 
 
 def _colours(reader: Reader, tile: Tile) -> dict[str, Array]:
@@ -212,26 +213,47 @@ def _finish(
 ) -> None:
     """Turn the work rasters into the map's files; map.json comes last: where it is, all is."""
     console.say("writing COGs, polygons and the quicklook")
-    rasters, counts, names = write.WorkRasters(output / _WORK, scene.grid), journal["counts"], plan["names"]
-    write.write_cogs(rasters, output)
-    water = {i: name for i, name in enumerate(names) if i in (plan["positive"], plan["permanent"])}
-    polygons = write.write_polygons(rasters, output / "water.gpkg", water, plan["min_hectares"])
+    work, counts, names = output / _WORK, journal["counts"], plan["names"]
+    write.write_cogs(work, output)
     area, hazard = max(counts["area"], 1), names[plan["positive"]]
     km2 = {name: counts[name] * PIXEL**2 / 1e6 for name in ("area", "seen", *names)}
     shares = {name: count / area for name, count in counts.items() if name not in ("area", *names)}
     shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT_STEP]
     titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
-    write.write_quicklook(rasters, output / "quicklook.png", plan["positive"], titles)
-    content = {
-        "identity": journal["identity"],
-        **record,
-        "scene": scene.content,
-        **plan,
-        "batch": journal["batch"],
-        "grid": {"crs": scene.grid.crs.to_string(), "transform": scene.grid.transform.to_gdal()[:6]},
-        "resampling": RESAMPLING,
-        "km2": km2,
-        "shares_of_area": shares,
-        "polygons": polygons,
-    }
-    write_atomically(output / RECORD, json.dumps(content, indent=2, default=str))
+    write.write_quicklook(work, output / "quicklook.png", titles)
+    polygons = write.write_polygons(work, output / "water.gpkg", hazard, plan["min_hectares"])
+    content = {"identity": journal["identity"], **record, "scene": scene.content, **plan, "batch": journal["batch"]}
+    content["grid"] = {"crs": scene.grid.crs.to_string(), "transform": scene.grid.transform.to_gdal()[:6]}
+    content |= {"resampling": RESAMPLING, "km2": km2, "shares_of_area": shares, "polygons": polygons}
+    write_atomically(output / _RECORD, json.dumps(content, indent=2, default=str))
+
+
+def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
+    """The counts of a map against a truth as `read_water` has it: class 1 is the map's positive class, 0 all others.
+
+    Raises:
+        RunFolderError: The folder holds no map.
+        DataError: A file cannot be read, or no flood of the truth lies where the map has seen something.
+    """
+    record = _read_json(folder / _RECORD, keys=("names", "positive", "weights", "recipe_sha256"))
+    positive, events, counted = record["positive"], dict[str, str](), list[dict[str, Any]]()
+    with opened(str(folder / "class.tif")) as classes, opened(str(folder / "probability.tif")) as probability:
+        grid = Grid(classes.crs, classes.transform, *classes.shape)
+        for row in range(0, classes.height, _TRUTH_TILE):
+            window = Window(0, row, classes.width, min(_TRUTH_TILE, classes.height - row))
+            water, known = read_water(truth, grid, row, int(window.height), value)
+            wet = np.where(known, water, IGNORE_INDEX)
+            found, share = classes.read(1, window=window), probability.read(1, window=window) / write.PROBABILITY_STEPS
+            called = np.where(found == write.NOT_SEEN, -1, found == positive)
+            for column in range(0, classes.width, _TRUTH_TILE):
+                part = np.s_[None, :, column : column + _TRUTH_TILE]
+                events[f"row{row:06d}_column{column:06d}"] = f"row{row:06d}"
+                counted.append(count(wet[part], called[part], share[part], classes=2))
+    if not sum(int(counts["counts"][0, 1].sum()) for counts in counted):
+        fix = "look at the place of the truth, and at --truth-value"
+        raise DataError("no flood of the truth lies where the map has seen something", where=truth, fix=fix)
+    metadata: dict[str, Any] = {"split": "map", "protocol": "custom"}
+    metadata |= {"class_names": ["rest", record["names"][positive]], "positive_class": 1}
+    metadata["checkpoint"] = {"name": record["weights"]["file"]} | record["weights"]
+    metadata["recipe_sha256"] = record["recipe_sha256"]
+    return ChipTable.of_batches(events.items(), counted, metadata)

@@ -8,22 +8,16 @@ import torch
 
 from floodrepro.data.protocols import NO_DATA
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS
-from floodrepro.mapping.tiles import Array
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS, Array
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 _PATCH = 32  # two of TerraMind's patches: what TerraTorch pads images to
 _LARGEST_BATCH = 64
 
 
 class Network:
-    """The recipe's model with the weights of a checkpoint, on the recipe's device and in its precision.
-
-    Args:
-        cli: The parsed recipe.
-        weights: What `read_checkpoint` returned.
+    """The model of a parsed recipe with the weights of a checkpoint, on the recipe's device and in its precision.
 
     Attributes:
         bands: Names of the bands by modality, in the model's order.
@@ -36,7 +30,8 @@ class Network:
     """
 
     def __init__(self, cli: RecipeCLI, weights: Checkpoint) -> None:
-        cli.build(lambda config: without_files(config, progress_bar=False))
+        without_files(cli.config)
+        cli.build()
         load_strictly(weights, cli.model, cli.recipe)
         self._data = cli.datamodule
         self.device = cli.trainer.strategy.root_device
@@ -87,5 +82,4 @@ class Network:
         shapes = {m: (len(self.steps[m]), len(self.bands[m]), crop, crop) for m in self.bands}
         self.probabilities({modality: [np.zeros(shape, np.int16)] for modality, shape in shapes.items()})
         each = torch.cuda.max_memory_allocated(self.device) - before
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(min(max(0.7 * free // max(each, 1), 1), _LARGEST_BATCH))
+        return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), _LARGEST_BATCH))

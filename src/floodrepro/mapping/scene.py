@@ -1,8 +1,7 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -14,6 +13,7 @@ import pyogrio
 import rasterio
 import rasterio.warp
 import shapely
+from numpy.typing import NDArray
 from rasterio import Affine, DatasetReader
 from rasterio._err import CPLE_BaseError  # PROJ's own errors have no other name
 from rasterio.crs import CRS
@@ -24,39 +24,32 @@ from floodrepro import recipe as recipes
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.errors import DataError, UsageError
 
+Array = NDArray[Any]
 DEGREES = "EPSG:4326"
 STEPS = ("month_before", "before", "event", "after")  # the data set's timesteps 0 to 3
 EVENT_STEP = 2
 SCL = "SCL"  # Sen2Cor's scene classification, optional
 BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
 PIXEL = 10  # metres
+# What may stand in scene.yaml of a sensor, a step and a file; the last in each are notes for its reader.
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
-_NO_DATA = {"S2L2A": [0], "S1RTC": [], "DEM": []}  # besides what each file says
-
-# What scene.yaml may say, by key: a type (object: anything), a pattern of text, [what a list holds], {what a mapping
-# holds}, or a tuple of alternatives.
-_NUMBER, _TIME, _CRS = (int, float), (str, date, datetime), (str, int)
-_NOTES = dict.fromkeys(("orbit", "direction", "satellite", "coverage", "cloud"), object)
+_STEP_KEYS = ("time", "missing", "files", "orbit", "direction", "satellite", "coverage", "cloud")
+_FILE_KEYS = ("raster", "bands", "offset", "baseline", "item", "tile", "cloud")
 
 
-def _keys_of(sensor: str) -> dict[str, Any]:
-    names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else list(BANDS[sensor])
-    file: dict[str, Any] = dict.fromkeys(("item", "tile", "cloud"), object) | dict.fromkeys(("raster", *names), str)
-    file |= {"bands": [re.compile("|".join(names))], "offset": _NUMBER}
-    file["baseline"] = (*_NUMBER, re.compile(r"\d+(\.\d+)?"))
-    common = {"unit": re.compile("|".join(_UNITS[sensor])), "nodata": [_NUMBER]}
-    dated = common | _NOTES | {"time": _TIME, "missing": bool, "files": (str, [(str, file)])}
-    return dated if sensor == "DEM" else common | dict.fromkeys(STEPS, dated)
+def parse_time(value: Any, where: str) -> datetime:
+    """A time or date as YAML or a flag gives it, in UTC.
 
-
-_KEYS = {sensor: _keys_of(sensor) for sensor in BANDS} | {
-    "area": {"file": str, "box": [_NUMBER] * 4, "crs": _CRS},
-    "crs": _CRS,
-    "event": _TIME,
-    "stac": str,
-}
-_WORDS = {str: "text", bool: "true or false", dict: "a mapping of keys to values"}
-_WORDS |= dict.fromkeys((int, float), "a number") | dict.fromkeys((date, datetime), "a date")
+    Raises:
+        UsageError: It is none, or long before or after all satellites.
+    """
+    try:
+        time = datetime.fromisoformat(value.isoformat() if isinstance(value, date) else value)
+        if not 2000 <= time.year < 2100:
+            raise ValueError("no satellite flew then")
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"'{value}' is no time", where=where, fix="2026-08-28 or 2026-08-28T05:12:12Z") from error
+    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -74,9 +67,11 @@ class Acquisition:
     name: str  # as in scene.yaml, such as S1RTC.event
     sensor: str
     step: int
-    time: Any  # datetime (UTC), of the terrain model None
+    time: Any  # datetime (UTC); a terrain model may have none
     facts: Mapping[str, Any]
-    sources: tuple[Source, ...]
+    unit: str
+    nodata: list[float]  # besides what each file says
+    sources: list[Source]
 
 
 @dataclass(frozen=True)
@@ -114,10 +109,8 @@ def opened(place: str) -> Iterator[DatasetReader]:
     """
     link = place
     if re.match(r"https://\w+\.blob\.core\.windows\.net/", place):
-        try:
-            import planetary_computer
-        except ImportError as error:
-            raise UsageError("signed links need planetary-computer", fix="pip install 'floodrepro[stac]'") from error
+        import planetary_computer  # of floodrepro[stac], with which the links were found
+
         link = planetary_computer.sign_url(place)
     try:
         with (
@@ -137,103 +130,71 @@ def read_scene(path: Path) -> Scene:
         UsageError: It does not say what it has to, or says what nobody understands.
         DataError: A file of it cannot be opened.
     """
-    content = recipes.read_yaml(path)
-    _check(content, _KEYS, f"{path}: ")
+    content = _known(recipes.read_yaml(path), ("area", "crs", "event", "stac", *BANDS), path)
     found: dict[tuple[str, int], Acquisition] = {}
-    for sensor in [sensor for sensor in BANDS if content.get(sensor)]:
-        common = {"unit": _UNITS[sensor][0], "nodata": _NO_DATA[sensor]} | content[sensor]
-        steps = [common] if sensor == "DEM" else [common.get(step, {"missing": True}) for step in STEPS]
-        for step, facts in enumerate(steps):
-            name = name_of(sensor, step)
-            where = f"{path}: {name}"
-            if facts.get("missing"):
-                continue
-            files = facts.get("files")
-            if not files or (sensor != "DEM" and not facts.get("time")):
-                raise UsageError("'files' and 'time' are needed", where=where, fix="or write {missing: true}")
-            listed = [files] if isinstance(files, str) else files
-            sources = tuple(_source(file, sensor, path.parent, where) for file in listed)
-            time = parse_time(facts["time"], where) if "time" in facts else None
-            found[sensor, step] = Acquisition(name, sensor, step, time, common | facts, sources)
-    if not found:
-        raise UsageError("the scene names no files", where=path, fix="see docs/mapping.md")
+    where = str(path)
     try:
-        grid, polygons = _grid(content, path, found)
-    except ValueError as error:  # CRSError is one
-        raise UsageError(f"unknown CRS: {error}", where=path, fix="crs: EPSG:32633") from error
-    event = parse_time(content["event"], path) if content.get("event") else None
-    return Scene(content, event, found, grid, polygons)
+        for sensor in BANDS:
+            own = _STEP_KEYS if sensor == "DEM" else STEPS
+            said = _known(content.get(sensor, {}), ("unit", "nodata", *own), f"{path}: {sensor}")
+            for number, step in enumerate([said] if sensor == "DEM" else [said.get(name, {}) for name in STEPS]):
+                where = f"{path}: {name_of(sensor, number)}"
+                _known(step, (*_STEP_KEYS, *said), where)
+                if step.get("files") and not step.get("missing"):
+                    found[sensor, number] = _acquisition(sensor, number, said | step, path, where)
+        where = str(path)
+        if not found:
+            raise UsageError("the scene names no files", where=path, fix="see docs/mapping.md")
+        event = parse_time(content["event"], f"{path}: event") if "event" in content else None
+        return Scene(content, event, found, *_grid(content, path, found))
+    except (TypeError, ValueError, OverflowError, CPLE_BaseError) as error:  # CRSError is a ValueError
+        raise UsageError(f"the scene is not understood: {error}", where=where, fix="see docs/mapping.md") from error
 
 
-def _check(value: Any, known: Any, where: str) -> None:
-    """Compare what scene.yaml says with the table above.
-
-    Raises:
-        UsageError: It has an unknown key, or a value of another kind.
-    """
-    options = known if isinstance(known, tuple) else (known,)
-    for option in options:
-        if isinstance(option, dict) and isinstance(value, dict):
-            for key, content in value.items():
-                if key not in option:
-                    fix = f"known are {', '.join(sorted(option))}"
-                    raise UsageError(f"unknown name '{key}'", where=where.rstrip(".: "), fix=fix)
-                _check(content, option[key], f"{where}{key}.")
-            return
-        if isinstance(option, list) and isinstance(value, list) and len(option) in (1, len(value)):
-            for content in value:
-                _check(content, option[0], where)
-            return
-        if isinstance(option, re.Pattern) and isinstance(value, str) and option.fullmatch(value):
-            return
-        if option is object or (type(value) is option and (option is not float or math.isfinite(value))):
-            return
-    kinds = " or ".join(dict.fromkeys(map(_said, options)))
-    raise UsageError(f"{value!r} is not {kinds}", where=where.rstrip(".: "))
+def _known(content: Any, keys: Iterable[str], where: Any) -> dict[str, Any]:
+    """A part of scene.yaml, once it is a mapping of known keys."""
+    if not isinstance(content, dict):
+        raise UsageError(f"{content!r} is not a mapping of keys to values", where=where)
+    if strange := [key for key in content if key not in keys]:
+        raise UsageError(f"unknown name '{strange[0]}'", where=where, fix=f"known are {', '.join(sorted(keys))}")
+    return content
 
 
-def _said(option: Any) -> str:
-    """One alternative of the table in words."""
-    if isinstance(option, re.Pattern):
-        return str(option.pattern)
-    if isinstance(option, list):
-        return "a list" if len(option) == 1 else f"a list of {len(option)}"
-    return _WORDS[option if isinstance(option, type) else dict]
+def _acquisition(sensor: str, step: int, said: dict[str, Any], scene: Path, where: str) -> Acquisition:
+    """One sensor at one timestep; what stands at the sensor holds for its steps."""
+    units, files = _UNITS[sensor], said["files"]
+    unit, no_data = said.get("unit", units[0]), said.get("nodata", [0] if sensor == "S2L2A" else [])
+    if unit not in units:
+        raise UsageError(f"the unit '{unit}' is not known", where=where, fix=f"unit: {' or '.join(units)}")
+    sources = [_source(file, sensor, scene, where) for file in ([files] if isinstance(files, str) else files)]
+    time = None if sensor == "DEM" else parse_time(said.get("time"), where)
+    return Acquisition(name_of(sensor, step), sensor, step, time, said, unit, [float(v) for v in no_data], sources)
 
 
-def _source(entry: Any, sensor: str, folder: Path, where: str) -> Source:
-    """One entry of ``files``: a raster of all bands, a folder with a file for each band, or a file for each band."""
-    entry = {"raster": entry} if isinstance(entry, str) else entry
+def _source(entry: Any, sensor: str, scene: Path, where: str) -> Source:
+    """One entry of `files`: a raster of all bands, a folder with a file for each band, or a file for each band."""
     names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else list(BANDS[sensor])
+    entry = _known({"raster": entry} if isinstance(entry, str) else entry, (*_FILE_KEYS, *names), where)
     files = {key: entry[key] for key in ("raster", *names) if key in entry}
+    folder = scene.absolute().parent
     places = {key: file if re.match(r"\w+://|/vsi", file) else str(folder / file) for key, file in files.items()}
     bands = {name: (place, 1) for name, place in places.items()}
     if raster := places.get("raster"):
         bands = {name: (raster, number) for number, name in enumerate(entry.get("bands", BANDS[sensor]), 1)}
     if raster and Path(raster).is_dir():
-        of_band = {n: re.compile(rf"(^|[_.-]){n}([_.-]|$)", re.IGNORECASE) for n in names}
-        listed = [(n, str(f)) for n in names for f in Path(raster).iterdir() if of_band[n].search(f.stem)]
-        bands = {name: (file, 1) for name, file in listed}
-        if len(bands) < len(listed):
-            raise UsageError(f"several files of {raster} look like one band: {listed}", where=where)
+        of_band = {name: re.compile(rf"(^|[_.-]){name}([_.-]|$)", re.IGNORECASE) for name in names}
+        bands = {name: (str(f), 1) for name in names for f in Path(raster).iterdir() if of_band[name].search(f.stem)}
     if missing := [name for name in BANDS[sensor] if name not in bands]:
         raise UsageError(f"no file for band {', '.join(missing)}", where=where, fix=f"bands: {', '.join(names)}")
     # From baseline 04.00 on, 1000 is added to every pixel but no-data (microsoft/PlanetaryComputer#134).
-    baseline = entry.get("baseline")
-    offset = entry.get("offset", baseline and (-1000 if float(baseline) >= 4 else 0))
-    return Source(bands, offset)
+    baseline, offset = entry.get("baseline"), entry.get("offset")
+    by_baseline = None if baseline is None else -1000 if float(baseline) >= 4 else 0
+    return Source(bands, by_baseline if offset is None else float(offset))
 
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
-    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex.
-
-    Raises:
-        UsageError: They lie where the CRS does not reach.
-    """
-    try:
-        return shapely.transform(geometry, lambda xy: np.stack(rasterio.warp.transform(source, target, *xy.T), axis=1))
-    except CPLE_BaseError as error:
-        raise UsageError(f"the area lies nowhere on Earth: {error}", fix="look at its coordinates and CRS") from error
+    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex."""
+    return shapely.transform(geometry, lambda *xy: rasterio.warp.transform(source, target, *xy), interleaved=False)
 
 
 def in_one_piece(geometry: Any) -> Any:
@@ -241,21 +202,28 @@ def in_one_piece(geometry: Any) -> Any:
     west, _, east, _ = shapely.total_bounds(geometry)
     if east - west <= 180:
         return geometry
-    return shapely.transform(geometry, lambda xy: np.stack([xy[:, 0] % 360, xy[:, 1]], axis=1))
+    return shapely.transform(geometry, lambda x, y: (x % 360, y), interleaved=False)
+
+
+def to_degrees(geometry: Any, crs: Any) -> Any:
+    """Geometries of any CRS in degrees, with vertices so close that edges stay where they were."""
+    try:
+        geographic = CRS.from_user_input(crs).is_geographic
+        close = shapely.segmentize(in_one_piece(geometry), 0.01) if geographic else shapely.segmentize(geometry, 1000)
+        degrees = in_one_piece(to_crs(close, crs, DEGREES))
+        west, south, east, north = shapely.total_bounds(degrees)
+    except (CPLE_BaseError, shapely.GEOSException) as error:
+        raise UsageError(f"the area cannot be brought to degrees: {error}", fix="look at its coordinates") from error
+    if not (-90 <= south < north <= 90 and west < east):  # infinite or NaN is what lies outside of a CRS
+        told = f"longitude {west:g} to {east:g}, latitude {south:g} to {north:g}"
+        raise UsageError(f"the area lies nowhere on Earth: {told}", fix="a box is west, south, east, north")
+    return degrees
 
 
 def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
-    """The polygons of a GeoJSON, GeoPackage or other vector file as an array, in *crs*.
-
-    Raises:
-        UsageError: The file cannot be read or holds no polygon.
-    """
+    """The polygons of a GeoJSON, GeoPackage or other vector file as an array, in *crs*."""
     try:
-        layers = [name for name, kind in pyogrio.list_layers(path) if kind]  # a GeoPackage has tables without shapes
-        if len(layers) > 1:
-            told = f"the file has several layers ({', '.join(layers)}), and it is not known which is meant"
-            raise UsageError(told, where=path, fix="save one of them to a file of its own")
-        meta, _, wkb, _ = pyogrio.raw.read(path, *layers, columns=[], force_2d=True)
+        meta, _, wkb, _ = pyogrio.raw.read(path, columns=[], force_2d=True)
         found = shapely.make_valid(shapely.from_wkb(wkb))
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.GEOSException) as error:
         raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
@@ -263,53 +231,31 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
     parts = parts[shapely.area(parts) > 0]
     if not len(parts):
         raise UsageError("the file holds no polygon", where=path)
-    if not meta["crs"] and (np.abs(shapely.get_coordinates(parts)) > [360, 90]).any():
-        raise UsageError("the coordinates are not degrees", where=path, fix="GeoJSON is longitude, latitude")
-    return to_crs(in_one_piece(parts) if meta["crs"] in (None, DEGREES) else parts, meta["crs"] or DEGREES, crs)
-
-
-def parse_time(value: Any, where: Path | str) -> datetime:
-    """A time or date as YAML or a flag gives it, in UTC.
-
-    Raises:
-        UsageError: It is none.
-    """
-    try:
-        time = datetime.fromisoformat(value.isoformat() if isinstance(value, date) else value)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"'{value}' is no time", where=where, fix="2026-08-28 or 2026-08-28T05:12:12Z") from error
-    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    parts = to_degrees(parts, meta["crs"] or DEGREES)
+    return parts if crs == DEGREES else to_crs(parts, DEGREES, crs)
 
 
 def _grid(content: dict[str, Any], path: Path, found: dict[tuple[str, int], Acquisition]) -> tuple[Grid, Any]:
     """The grid and the area in its CRS: without `area`, the footprint of the event's first raster."""
-    area = content.get("area", {})
-    if "area" in content and set(area) not in ({"file"}, {"box"}, {"box", "crs"}):
-        raise UsageError("the area is to be a file, or a box with or without its crs", where=path)
+    area, own = _known(content.get("area", {}), ("file", "box"), path), DEGREES
     if "file" in area:
-        parts, own = read_polygons(path.parent / area["file"]), DEGREES
+        parts = read_polygons(path.parent / area["file"])
     elif "box" in area:
-        parts, own = [box(*area["box"])], area.get("crs", DEGREES)
+        parts = to_degrees([box(*area["box"])], DEGREES)
     else:
         sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT_STEP), key[0]))
         with opened(found[sensor, step].sources[0].bands[BANDS[sensor][0]][0]) as raster:
-            parts, own = [box(*raster.bounds)], CRS.from_user_input(raster.crs)
-    own = CRS.from_user_input(own)
-    if own.is_geographic:
-        parts = in_one_piece(parts)
-    west, south, east, north = shapely.total_bounds(to_crs(parts, own, DEGREES))
-    if not (-90 <= south < north <= 90 and west < east):  # infinite or NaN is what lies outside of a CRS
-        told = f"longitude {west:g} to {east:g}, latitude {south:g} to {north:g}"
-        fix = "a box is [west, south, east, north]"
-        raise UsageError(f"the area lies nowhere on Earth: {told}", where=path, fix=fix)
-    zone = int(((west + east) / 2 + 180) % 360 // 6) + 1
-    crs = CRS.from_user_input(content["crs"]) if "crs" in content else own
+            own = CRS.from_user_input(raster.crs)
+            parts = to_degrees([box(*raster.bounds)], own)
+    crs = CRS.from_user_input(content.get("crs", own))
     if not re.fullmatch(r"EPSG:32[67](0[1-9]|[1-5]\d|60)", crs.to_string()):
+        west, south, east, north = shapely.total_bounds(parts)
+        zone = int(((west + east) / 2 + 180) % 360 // 6) + 1
         nearest = f"EPSG:{326 if south + north > 0 else 327}{zone:02d}"
         if "crs" in content:  # elsewhere a pixel of 10 m is no 100 m² of ground
             raise UsageError("the CRS of a map is a UTM zone of WGS 84", where=path, fix=f"crs: {nearest}")
         crs = CRS.from_string(nearest)
-    polygons = to_crs(shapely.segmentize(parts, 0.01 if own.is_geographic else 1000), own, crs)
+    polygons = to_crs(parts, DEGREES, crs)
     bounds, slack = shapely.total_bounds(polygons), PIXEL / 1000  # what was in degrees must not add a row
     left, bottom = np.floor((bounds[:2] + slack) / PIXEL) * PIXEL
     right, top = np.maximum(np.ceil((bounds[2:] - slack) / PIXEL) * PIXEL, [left + PIXEL, bottom + PIXEL])

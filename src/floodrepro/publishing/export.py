@@ -8,53 +8,36 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from floodrepro import __version__
 from floodrepro import recipe as recipes
-from floodrepro.data.protocols import class_names_of, positive_class_of, protocol_of
+from floodrepro.data import protocols
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import sha256_of, write_atomically
-
-if TYPE_CHECKING:
-    from floodrepro.training.checkpoint import Checkpoint
+from floodrepro.run_folder import replacing, sha256_of, write_atomically
 
 _DATA_ROOT = Path("ImpactMesh-Flood")
-_STOCK_ARGUMENTS = (
-    "data_root",
-    "batch_size",
-    "num_workers",
-    "train_split",
-    "val_split",
-    "test_split",
-    "predict_split",
-    "modalities",
-    "timesteps",
-    "means",
-    "stds",
-    "no_data_value",
-    "no_data_replace",
-)
+_STOCK = ("data_root", "batch_size", "num_workers", "modalities", "timesteps", "means", "stds", "no_data_value")
+_STOCK_ARGUMENTS = (*_STOCK, "no_data_replace", "train_split", "val_split", "test_split", "predict_split")
+_HEADER = """\
+# Exported from {checkpoint}; recipe sha256 {sha256}.
+# Plain TerraTorch loads it with the .safetensors of the same name (torch 2.13 or newer):
+#   LightningInferenceModel.from_config(THIS_FILE, WEIGHTS)
+# and so does python -m impactmesh.run_inference --config THIS_FILE --ckpt WEIGHTS --output_dir DIR.
+# To test it with floodrepro from tars, or where the recipe maps labels (v1-binary), add --config RECIPE.
+"""
 
 
 @dataclass(frozen=True)
 class ExportedWeights:
-    """A safetensors file that `export` wrote, as its header describes it.
-
-    Args:
-        path: The file.
-        config: The YAML of the same name.
-        sha256: Of the safetensors file.
-        metadata: recipe_sha256, source_sha256 (of the checkpoint), hyper_parameters (JSON), floodrepro (version).
-    """
+    """A safetensors file that `export` wrote, as its header describes it."""
 
     path: Path
-    config: Path
-    sha256: str
-    metadata: Mapping[str, str]
+    config: Path  # the YAML of the same name
+    sha256: str  # of the safetensors file
+    metadata: Mapping[str, str]  # recipe_sha256, source_sha256 (of the checkpoint), hyper_parameters (JSON), …
 
 
 def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportedWeights:
@@ -66,14 +49,13 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         output: Folder for the pair; made if it is not there.
         name: Stem of both files.
 
-    Returns:
-        What was written.
-
     Raises:
         CheckpointError: The checkpoint cannot be read, or holds values that are not finite.
         UsageError: The recipe describes another model than the checkpoint, or a file of that name is there already.
         RunFolderError: The folder cannot be written.
     """
+    from safetensors.torch import save_file
+
     from floodrepro.training.checkpoint import check_finite, list_differences, read_checkpoint
 
     for section in ("data", "model"):
@@ -91,19 +73,27 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
     weights, config = output / f"{name}.safetensors", output / f"{name}.yaml"
     if there := next((file for file in (weights, config) if file.exists()), None):
         raise UsageError("the file exists already and is not overwritten", where=there, fix="--output DIR")
+    protocol, fingerprint = protocols.protocol_of(recipe), recipes.fingerprint(recipe)
     metadata = {
-        "class_names": json.dumps(class_names_of(recipe)),
+        "class_names": json.dumps(protocol.class_names),
         "floodrepro": __version__,
         "format": "pt",
         "hyper_parameters": json.dumps(given, sort_keys=True),
-        "positive_class": str(positive_class_of(recipe)),
-        "recipe_sha256": recipes.fingerprint(recipe),
+        "positive_class": str(protocol.positive_class),
+        "recipe_sha256": fingerprint,
         "source_sha256": sha256_of(checkpoint_path),
     }
+    # The names of Lightning's state dict, of which TerraTorch strips one leading "model."; clone, for safetensors
+    # refuses tensors that share memory.
+    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    header = _HEADER.format(checkpoint=checkpoint_path.name, sha256=fingerprint)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _save_weights(checkpoint, weights, metadata)
-        write_atomically(config, _yaml_text(recipe, checkpoint_path))
+        with replacing(weights) as partial:
+            save_file(tensors, partial, metadata=metadata)
+            _sort_header(partial)
+            partial.chmod(0o644)
+        write_atomically(config, header + recipes.to_yaml(_portable(recipe)))
     except OSError as error:
         raise RunFolderError(f"the export cannot be written: {error.strerror or error}", where=output) from error
     return read_exported(weights)
@@ -134,7 +124,7 @@ def with_stock_data(recipe: Recipe) -> Recipe:
     That module reads extracted chips only, masks as they are, and all bands.
     """
     stock = copy.deepcopy(recipe)
-    if not stock["data"]["class_path"].endswith("FloodDataModule"):
+    if not protocols.uses_flood_data_module(stock):
         return stock
     arguments = stock["data"]["init_args"]
     kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
@@ -151,25 +141,9 @@ def with_stock_data(recipe: Recipe) -> Recipe:
         "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
         "init_args": kept,
         # Else impactmesh guesses it from the path, "fire" first. It knows these two.
-        "dict_kwargs": {"disaster_type": "fire" if protocol_of(recipe).hazard == "fire" else "flood"},
+        "dict_kwargs": {"disaster_type": "fire" if protocols.protocol_of(recipe).hazard == "fire" else "flood"},
     }
     return stock
-
-
-def _save_weights(checkpoint: "Checkpoint", path: Path, metadata: dict[str, str]) -> None:
-    """Write the tensors under the names of Lightning's state dict, of which TerraTorch strips one leading "model."."""
-    from safetensors.torch import save_file
-
-    # clone: safetensors refuses tensors that share memory
-    tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        _sort_header(partial)
-        partial.chmod(0o644)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sort_header(file: Path) -> None:
@@ -194,23 +168,15 @@ def _portable(recipe: Recipe) -> Recipe:
     model_args = stock["model"].get("init_args", {}).get("model_args") or {}
     if "backbone_pretrained" in model_args:
         model_args["backbone_pretrained"] = False
+
+    def listed(file: str) -> str:
+        return str(_DATA_ROOT / "split" / Path(file).name)
+
     data = stock["data"].get("init_args") or {}
     for key, value in data.items():
         if key.endswith("data_root") and value:
             data[key] = str(_DATA_ROOT / "data")
-        elif key.endswith("_split") and isinstance(value, dict):
-            data[key] = {name: str(_DATA_ROOT / "split" / Path(path).name) for name, path in value.items()}
         elif key.endswith("_split") and value:
-            data[key] = str(_DATA_ROOT / "split" / Path(value).name)
+            several = isinstance(value, dict)
+            data[key] = {name: listed(file) for name, file in value.items()} if several else listed(value)
     return stock
-
-
-def _yaml_text(recipe: Recipe, checkpoint: Path) -> str:
-    return (
-        f"# Exported from {checkpoint.name}; recipe sha256 {recipes.fingerprint(recipe)}.\n"
-        "# Plain TerraTorch loads it with the .safetensors of the same name (torch 2.13 or newer):\n"
-        "#   LightningInferenceModel.from_config(THIS_FILE, WEIGHTS)\n"
-        "# and so does python -m impactmesh.run_inference --config THIS_FILE --ckpt WEIGHTS --output_dir DIR.\n"
-        "# To test it with floodrepro from tars, or where the recipe maps labels (v1-binary), add --config RECIPE.\n"
-        f"{recipes.to_yaml(_portable(recipe))}"
-    )

@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +29,6 @@ from floodrepro.recipe import Recipe, to_yaml
 from floodrepro.system.environment import environment
 
 SIDES = ("terratorch", "floodrepro")
-AGREEMENT = 1e-6  # of the metrics of both tests
 WARM_UP = 4  # steps that do not count, beside the batches that loader processes have read ahead
 
 
@@ -125,7 +123,7 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         As `sum_up`, and what was measured.
 
     Raises:
-        FloodreproError: A process failed, or the metrics of the two tests differ.
+        FloodreproError: A process failed, or ended before its steps.
     """
     arguments = recipe["data"]["init_args"]
     # Batches that lie ready before the first step say nothing about how fast they are read.
@@ -142,44 +140,36 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
             console.say(f"{action}, round {number + 1} of {rounds}: {side}")
             runs[side].append(_run_side(side, recipe, folder, f"{side}-{number}", clock, checkpoint))
+    counted = f"{runs[SIDES[0]][0]['batches']} batches each after {warm_up} of warm-up"
     return {
-        "what": f"{action}: {rounds} processes a side in turn, {runs[SIDES[0]][0]['batches']} batches each after "
-        f"{warm_up} of warm-up, with reading, without augmentation",
+        "what": f"{action}: {rounds} processes a side in turn, {counted}, with reading, without augmentation",
         "precision": str(recipe["trainer"]["precision"]),
         "batch_size": arguments["batch_size"],
-        **sum_up(runs, AGREEMENT if action == "test" else np.inf),
+        **sum_up(runs),
     }
 
 
-def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]], most: float = np.inf) -> dict[str, Any]:
+def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Speed and memory of each side, ratios of ours to theirs by round, scores, and how far the two sides' differ.
 
     Args:
         runs: What `StepClock` wrote, by side, one for each round.
-        most: By how much the scores of both sides may differ.
-
-    Raises:
-        FloodreproError: They differ by more, or one is not finite.
     """
     theirs, ours = (runs[side] for side in SIDES)
     pairs = list(zip(ours, theirs, strict=True))
-    ratios = [a["chips_per_second"] / b["chips_per_second"] for a, b in pairs]
-    peaks = {side: {kind: max(r["memory"][kind] for r in runs[side]) for kind in ours[0]["memory"]} for side in SIDES}
-    kind = "gpu_allocated_gib" if "gpu_allocated_gib" in ours[0]["memory"] else "process_gib"
-    found = {
+    shared = ours[0]["scores"].keys() & theirs[0]["scores"].keys()
+    gaps = [abs(a["scores"][name] - b["scores"][name]) for a, b in pairs for name in shared]
+    return {
         "chips_per_second": {side: percentiles([run["chips_per_second"] for run in runs[side]]) for side in SIDES},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-        "peak_memory": peaks,
-        "memory_ratio": peaks["floodrepro"][kind] / peaks["terratorch"][kind],
+        "ratio": percentiles([a["chips_per_second"] / b["chips_per_second"] for a, b in pairs]),
+        "peak_memory": {
+            side: {kind: max(run["memory"][kind] for run in runs[side]) for kind in ours[0]["memory"]} for side in SIDES
+        },
         "scores": {side: [run["scores"] for run in runs[side]] for side in SIDES},
+        "score_difference": float(np.max(gaps)) if gaps else None,  # NaN if one is
         "load_average": os.getloadavg()[0],
         "environment": ours[0]["environment"],
     }
-    shared = ours[0]["scores"].keys() & theirs[0]["scores"].keys()
-    gaps = [abs(a["scores"][name] - b["scores"][name]) for a, b in pairs for name in shared]
-    if gaps and not float(np.max(gaps)) <= most:  # NaN if one is
-        raise FloodreproError(f"the scores of both sides differ by {np.max(gaps):g}")
-    return found | ({"score_difference": max(gaps)} if gaps else {})
 
 
 def describe(found: Mapping[str, Any]) -> str:
@@ -189,9 +179,8 @@ def describe(found: Mapping[str, Any]) -> str:
         peaks = [f"{kind.removesuffix('_gib')} {value:.2f}" for kind, value in found["peak_memory"][side].items()]
         rows.append([side, *(f"{rate[q]:.2f}" for q in ("median", "p10", "p90")), ", ".join(peaks)])
     ratio = found["ratio"]
-    lines = [f"times as fast: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f} by round)"]
-    lines.append(f"times the memory: {found['memory_ratio']:.3f}")
-    if "score_difference" in found:
+    lines = [f"times as fast: {ratio['median']:.3f} (p10 {ratio['p10']:.3f}, p90 {ratio['p90']:.3f} of the rounds)"]
+    if found["score_difference"] is not None:
         lines.append(f"largest difference of loss or metrics: {found['score_difference']:.1e}")
     lines.append(f"{found['what']}; {found['precision']}, batches of {found['batch_size']}")
     return console.columns(rows) + "\n\n" + "\n".join(lines)
@@ -205,19 +194,17 @@ def _run_side(
     timed = copy.deepcopy(recipe)
     timed["data"]["init_args"]["augment"] = False
     timed["model"]["init_args"]["model_args"]["backbone_pretrained"] = False
-    timed["trainer"] |= {"devices": 1, "max_epochs": 1, "max_steps": steps}
-    timed["trainer"] |= {"enable_progress_bar": False, "enable_model_summary": False}
+    timed["trainer"] |= {"devices": 1, "max_epochs": 1, "max_steps": steps, "enable_progress_bar": False}
     callbacks = [c for c in timed["trainer"].get("callbacks") or [] if not c["class_path"].endswith("ProgressBar")]
     own = {"class_path": "floodrepro.system.bench.StepClock", "init_args": {"output": str(output), **clock}}
     timed["trainer"]["callbacks"] = [*callbacks, own]
     file.write_text(to_yaml(with_stock_data(timed) if side == "terratorch" else timed), encoding="utf-8")
     command = [sys.executable, "-m", side, "test" if checkpoint else "fit", "--config", str(file)]
-    if side == "terratorch":
-        command += ["--ckpt_path", str(checkpoint)] if checkpoint else []
-    elif checkpoint:
-        command += ["--ckpt", str(checkpoint), "--output", str(folder / name)]
+    if checkpoint is None:
+        command += [] if side == "terratorch" else ["--runs-root", str(folder / "runs"), "--name", name]
     else:
-        command += ["--runs-root", str(folder / "runs"), "--name", name]
+        command += ["--ckpt_path", str(checkpoint)]
+        command += [] if side == "terratorch" else ["--output", str(folder / name)]
     variables = os.environ | {"LIGHTLY_DID_VERSION_CHECK": "True", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:
@@ -225,5 +212,4 @@ def _run_side(
         raise FloodreproError(f"a process of the bench ended with exit code {done.returncode}", where=" ".join(command))
     if not output.is_file():
         raise FloodreproError(f"{side} ended after fewer than {steps} steps", fix="give more --steps")
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
+    return dict(json.loads(output.read_text()))

@@ -1,21 +1,17 @@
-"""Looks at a machine before a run does: packages, torch, GPU, memory, disk, data. Each fault comes with its repair.
-
-torch is asked in a process of its own: a broken build may end the process that imports it.
-"""
+"""Looks at a machine before a run does: packages, torch, GPU, memory, disk, data. Each fault comes with its repair."""
 
 import importlib.util
 import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -23,18 +19,17 @@ import floodrepro
 from floodrepro import console
 from floodrepro.errors import FloodreproError
 from floodrepro.recipe import Recipe
-from floodrepro.system.environment import gpu_drivers, small_text, version_of
-from floodrepro.system.machine import free_disk, free_memory, usable_cores
+from floodrepro.system import environment as machine
 
 # With neck and UNetDecoder: bytes of the weights, and bytes that both passes of one chip of 256 px take beside them in
 # float32, measured on a CPU. AdamW and the gradients make four times the weights of it. A run leaves its best weights,
 # two full states of three times the weights, one more while it is written, and the export.
 MODELS = {"terramind_v1_base": (673_100_000, 3_000_000_000), "terramind_v1_tiny": (56_400_000, 600_000_000)}
 TRAINED, RUN_FOLDER = 4, 1 + 3 * 3 + 1  # times the weights
-CHIP_BYTES = (12 + 2 + 1) * 4 * 4  # of a pixel in float32: 15 bands, 4 timesteps
+CHIP_BYTES = (12 + 2 + 1) * 4 * 256**2 * 4  # 15 bands, 4 timesteps, 256 px, float32
 PROCESS_BYTES = 1_200_000_000  # of a process that has imported TerraTorch 1.2.7
 STOLE_CREDENTIALS = ("2.6.2", "2.6.3")  # of lightning on PyPI: GHSA-w37p-236h-pfx3
-_ARGUMENTS = "model.init_args.model_args"
+_ARGUMENTS, _BATCH, _WORKERS = "model.init_args.model_args", "data.init_args.batch_size", "data.init_args.num_workers"
 _GIVE_TO_CONTAINER = {
     "AMD": '--device=/dev/kfd --device=/dev/dri --group-add "$(stat -c %g /dev/kfd)"',
     "NVIDIA": "--gpus all",
@@ -46,7 +41,7 @@ class Finding:
     """One line of the report: what was looked at, how it is, what was found, and what to do."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]  # fail: a run cannot work, or would not be the one that the recipe describes
+    status: str  # ok, warn, or fail: a run cannot work, or would not be the one that the recipe describes
     detail: str
     fix: str = ""  # a command to paste or flags to add; empty where the status is ok
 
@@ -65,7 +60,7 @@ def examine(
     found, devices = check_packages(), 0
     on_cpu = _of(recipe or {}, "trainer.accelerator", "auto") == "cpu"
     if not quick or (_vendor(root) and not on_cpu):
-        answer = ask_torch()
+        answer = machine.ask_torch()
         devices = 0 if on_cpu else len(answer["devices"])
         found += [check_torch(answer, _vendor(root)), *check_gpus(answer, recipe or {}, root)]
     return found if recipe is None else [*found, *check_machine(recipe, devices, runs, root), *check_backbone(recipe)]
@@ -100,18 +95,19 @@ def _is_demo(recipe: Recipe) -> bool:
     return bool(_of(recipe, "trainer.default_root_dir", "") == "runs/demo")
 
 
-def _pixels(recipe: Recipe) -> int:
-    return (64 if _is_demo(recipe) else 256) ** 2
-
-
-def _training_bytes(recipe: Recipe, batch: int) -> int | None:
-    """Memory of model, optimizer and one batch, an estimate; None for a backbone that was not measured."""
-    model = MODELS.get(_of(recipe, f"{_ARGUMENTS}.backbone", ""))
+def _sizes(recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes, estimates: the weights; what training takes for one chip beside them; a chip. 0 where not measured."""
+    weights, training = MODELS.get(_of(recipe, f"{_ARGUMENTS}.backbone", ""), (0, 0))
     half = 2 if "16" in _of(recipe, "trainer.precision", "32-true") else 1
-    return TRAINED * model[0] + batch * model[1] * _pixels(recipe) // 256**2 // half if model else None
+    smaller = (256 // 64) ** 2 if _is_demo(recipe) else 1
+    return weights, training // half // smaller, CHIP_BYTES // smaller
 
 
-def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: Literal["warn", "fail"] = "warn") -> Finding:
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: str = "warn") -> Finding:
     return Finding(name, "ok", detail) if passes else Finding(name, otherwise, detail, fix)
 
 
@@ -147,14 +143,14 @@ def check_packages() -> list[Finding]:
     except PackageNotFoundError:
         what = "floodrepro is not installed: its bounds are not known"
         return [Finding("packages", "warn", what, _pip("floodrepro"))]
-    pins = re.findall(r"^([\w.-]+)==(\S+)$", small_text(_tested_versions()) or "", re.MULTILINE)
-    pairs = [(name, pin, have) for name, pin in pins if (have := version_of(name))]
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", machine.small_text(_tested_versions()) or "", re.MULTILINE)
+    pairs = [(name, pin, have) for name, pin in pins if (have := machine.version_of(name))]
     # The local part of a version, such as +cpu, names another build of the same version.
     other = [f"{name} {have} (tested: {pin})" for name, pin, have in pairs if have.partition("+")[0] != pin]
     detail = f"{len(pairs) - len(other)} of {len(pairs)} have the tested version"
     found = [Finding("packages", "ok", "; others: ".join([detail, *([", ".join(other[:4])] if other else [])]))]
     for requirement in wanted:
-        name, have = requirement.name, version_of(requirement.name)
+        name, have = requirement.name, machine.version_of(requirement.name)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         if name == "lightning" and have in STOLE_CREDENTIALS:
@@ -166,33 +162,19 @@ def check_packages() -> list[Finding]:
     return found
 
 
-def ask_torch(timeout: float = 120) -> dict[str, Any]:
-    """What `torch_probe.probe` answers in a process of its own; ``error`` says how it ended where it did not answer."""
-    command = [sys.executable, str(Path(__file__).with_name("torch_probe.py"))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return {"devices": [], "error": f"torch gave no answer within {timeout:.0f} s"}
-    if done.returncode == 0:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    said = (done.stderr.strip().splitlines() or [""])[-1]
-    return {"devices": [], "error": f"the process that imports torch ended with exit code {done.returncode}: {said}"}
-
-
 def check_torch(answer: Mapping[str, Any], vendor: str) -> Finding:
     """Whether torch and torchvision import and belong together, by torchvision's metadata and by its operator."""
     if "torch" not in answer:
         return Finding("torch", "fail", str(answer["error"]), _torch_for(vendor))
     build = f"ROCm {answer['hip']}" if answer["hip"] else f"CUDA {answer['cuda']}" if answer["cuda"] else "CPU"
-    detail = f"{answer['torch']}, built for {build}; torchvision {version_of('torchvision') or 'is not installed'}"
-    lines = (requires("torchvision") or ()) if version_of("torchvision") else ()
-    needed = [r.specifier for r in map(Requirement, lines) if r.name == "torch"]
+    have = machine.version_of("torchvision")
+    needed = [r.specifier for r in map(Requirement, requires("torchvision") or ()) if r.name == "torch"] if have else []
+    detail, why = f"{answer['torch']}, built for {build}; torchvision {have or 'is not installed'}", ""
     if not all(specifier.contains(answer["torch"], prereleases=True) for specifier in needed):
-        return Finding("torch", "fail", f"{detail}, which needs torch{needed[0]}", _torch_for(vendor))
-    if not answer.get("nms"):
-        why = answer.get("error", "operator torchvision::nms is missing")
-        return Finding("torch", "fail", f"{detail}: {why}", _torch_for(vendor))
-    return Finding("torch", "ok", detail)
+        why = f", which needs torch{needed[0]}"
+    elif not answer.get("nms"):
+        why = f": {answer.get('error', 'operator torchvision::nms is missing')}"
+    return _judge("torch", not why, detail + why, _torch_for(vendor), "fail")
 
 
 # GPUs
@@ -214,27 +196,27 @@ def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")
         found.append(_why_no_gpu(answer, root, on_cpu=on_cpu))
         if kind == "float16":
             found.append(Finding("precision", "fail", "fp16 does not run on a CPU", "--precision fp32"))
+    modes = [machine.small_text(file) for file in root.glob("sys/class/drm/card*/device/current_compute_partition")]
+    split = any(mode not in (None, "", "SPX") for mode in modes)  # of AMD: CPX, DPX, …; SPX is a whole GPU
     for text, count in Counter(json.dumps(device | {"free": 0}) for device in devices).items():
         device = json.loads(text)
-        detail = f"{count} x {device['name']}, {device['memory'] / 2**30:.1f} GiB"
+        detail = f"{count} x {device['name']}, {_gib(device['memory'])}"
         if "error" in device:
             found.append(Finding("gpu", "fail", f"{detail}: {device['error']}", "nvidia-smi || rocm-smi"))
             continue
         detail += "".join(f", {k} {'works' if device[k] else 'does not work'}" for k in ("float16", "bfloat16"))
-        if _is_partition(device["name"], root):
+        if " MIG " in device["name"] or split:
             detail += "; a partition: power and energy are read for the whole GPU, which others may share"
         found.append(_judge("gpu", kind is None or device[kind], detail, "--precision fp32", "fail"))
-    found += _check_gpu_memory([device["free"] for device in devices if "free" in device], recipe)
-    package = root / "opt/rocm/share/amd_smi"
-    if devices and package.is_dir() and not importlib.util.find_spec("amdsmi"):
-        found.append(Finding("energy", "warn", "amdsmi is not installed: it reads the GPU's power", _pip(str(package))))
+    free, batch = [device["free"] for device in devices if "free" in device], _of(recipe, _BATCH, 8)
+    weights, training, _ = _sizes(recipe)
+    if free and weights:
+        need, room = TRAINED * weights + batch * training, min(free) - TRAINED * weights
+        detail = f"{_gib(min(free))} free, about {_gib(need)} needed for batches of {batch} (estimate)"
+        fits = next((n for n in range(batch, 1, -1) if batch % n == 0 and n * training <= room), 1)
+        fix = f"--{_BATCH} {fits} --trainer.accumulate_grad_batches {batch // fits}"
+        found.append(_judge("gpu memory", need <= min(free), detail, fix))
     return found
-
-
-def _is_partition(name: str, root: Path) -> bool:
-    """Whether a device is a MIG slice of an NVIDIA GPU, or AMD GPUs are split (CPX, DPX, …; SPX is whole)."""
-    modes = [small_text(file) for file in root.glob("sys/class/drm/card*/device/current_compute_partition")]
-    return " MIG " in name or any(mode not in (None, "", "SPX") for mode in modes)
 
 
 def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Finding:
@@ -251,78 +233,62 @@ def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Findi
     if not vendor:
         return Finding("gpu", "ok", "none is here: torch computes on the CPU")
     names = ("dev/kfd", "dev/dri/renderD*") if vendor == "AMD" else ("dev/nvidiactl", "dev/nvidia0")
-    nodes = [node for name in names for node in root.glob(name)]
-    closed = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
+    nodes = [node for name in names for node in root.glob(name) if not os.access(node, os.R_OK | os.W_OK)]
     if build != vendor:
         why, fix = f"torch is built for {build}", _torch_for(vendor)
-    elif closed:
-        why, fix = f"/{closed[0].relative_to(root)} is closed to this user", "sudo usermod -aG render,video $USER"
+    elif nodes:
+        why, fix = f"/{nodes[0].relative_to(root)} is closed to this user", "sudo usermod -aG render,video $USER"
         fix = f"docker run {_GIVE_TO_CONTAINER[vendor]} IMAGE" if in_container else f"{fix}; newgrp render"
     elif vendor == "AMD":
         why, fix = f"it may not fit ROCm {answer['hip']}", "sudo dmesg | grep -i amdgpu"
     else:  # NVIDIA's release notes of CUDA: 13 needs driver 580, 12 needs 525
         why, fix = f"it may be too old for CUDA {answer['cuda']} (13 needs 580, 12 needs 525)", _torch_for("AMD")
-    drivers = ", ".join(f"{name} {number}" for name, number in gpu_drivers(root).items()) or "of unknown version"
+    drivers = ", ".join(map(" ".join, machine.gpu_drivers(root).items())) or "of unknown version"
     # Class 0x12 is an accelerator such as an Instinct. A processor's own graphics may be of no use, and WSL always
     # has /dev/dxg: there it is a warning.
-    classes = [small_text(file) or "" for file in root.glob("sys/class/drm/renderD*/device/class")]
+    classes = [machine.small_text(file) or "" for file in root.glob("sys/class/drm/renderD*/device/class")]
     certain = (root / "dev/nvidiactl").exists() or any(code.startswith("0x12") for code in classes)
     detail = f"torch sees no GPU, but a driver for {vendor} is here ({drivers}): {why}"
     return Finding("gpu", "fail" if certain else "warn", detail, f"{fix}  # or: --trainer.accelerator cpu")
 
 
-def _check_gpu_memory(free: Sequence[int], recipe: Recipe) -> list[Finding]:
-    """Compare the smallest device with what the recipe's batch needs; an estimate."""
-    batch = _of(recipe, "data.init_args.batch_size", 8)
-    need = _training_bytes(recipe, batch)
-    if need is None or not free:
-        return []
-    detail = f"{min(free) / 2**30:.1f} GiB free, about {need / 2**30:.1f} needed for batches of {batch} (estimate)"
-    sizes = [n for n in range(1, batch) if batch % n == 0 and (_training_bytes(recipe, n) or 0) <= min(free)]
-    fits = max(sizes, default=1)
-    fix = f"--data.init_args.batch_size {fits} --trainer.accumulate_grad_batches {batch // fits}"
-    return [_judge("gpu memory", need <= min(free), detail, fix)]
-
-
 # Machine and data
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _devices_used(recipe: Recipe, available: int) -> int:
     """How many devices a recipe's ``trainer.devices`` means: a number, a list, or a text such as "0,1" or "auto"."""
-    devices = (recipe.get("trainer") or {}).get("devices", "auto")
-    if isinstance(devices, str) and "," in devices:
-        devices = [word for word in devices.split(",") if word.strip()]
-    if isinstance(devices, list):
-        return len(devices)
-    return int(devices) if str(devices).isdigit() else max(1, available)
+    devices = str((recipe.get("trainer") or {}).get("devices", "auto"))
+    if devices.startswith("[") or "," in devices:
+        return len(re.findall(r"\d+", devices))
+    return int(devices) if devices.isdigit() else max(1, available)
 
 
 def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root: Path = Path("/")) -> list[Finding]:
     """Compare cores, memory, shared memory and disk with what a recipe needs on so many GPUs: estimates."""
-    batch, workers = _of(recipe, "data.init_args.batch_size", 8), _of(recipe, "data.init_args.num_workers", 0)
-    processes, chips = _devices_used(recipe, devices), batch * CHIP_BYTES * _pixels(recipe)
-    ready = processes * workers * _of(recipe, "data.init_args.prefetch_factor", 2) * chips
-    cores, memory, shm, disk = usable_cores(root), free_memory(root), free_disk(root / "dev/shm"), free_disk(runs)
-    need = processes * (PROCESS_BYTES + 2 * chips) + ready + (0 if devices else _training_bytes(recipe, batch) or 0)
-    most, spare = max(0, cores // processes - 1), int((memory - need + ready) * workers // ready) if ready else 0
-    loaders, flag = f"{processes * workers} loader processes", "--data.init_args.num_workers"
-    less = f"{flag} {spare}" if spare > 0 else "floodrepro reproduce --demo  # or use a GPU"
-    more_shm = "sudo mount -o remount,size=16G /dev/shm  # of a container: docker run --ipc=host"
-    detail = f"{_gb(memory)} free, about {_gb(need)} needed (estimate)"
-    found = [
-        _judge("cores", not workers or workers <= most, f"{cores}, for {loaders}", f"{flag} {most}"),
-        _judge("memory", need <= memory, detail, less),
-    ]
-    detail = f"{_gb(shm)} free, {_gb(ready)} for what {loaders} hold ready"
-    found.append(_judge("/dev/shm", ready <= shm, detail, more_shm, "fail" if ready > 2 * shm else "warn"))
-    if model := MODELS.get(_of(recipe, f"{_ARGUMENTS}.backbone", "")):
-        detail = f"{_gb(disk)} free, {_gb(RUN_FOLDER * model[0])} for a run and its export (estimate)"
-        status: Literal["warn", "fail"] = "warn" if disk >= TRAINED * model[0] else "fail"
-        found.append(_judge("disk", disk >= RUN_FOLDER * model[0], detail, "--runs-root /another/disk/runs", status))
+    batch, workers = _of(recipe, _BATCH, 8), _of(recipe, _WORKERS, 0)
+    weights, training, chip = _sizes(recipe)
+    processes, chips = _devices_used(recipe, devices), batch * chip
+    loaders = f"{processes * workers} loader processes"
+    cores = machine.usable_cores(root)
+    most = max(0, cores // processes - 1)
+    found = [_judge("cores", workers <= most or not workers, f"{cores}, for {loaders}", f"--{_WORKERS} {most}")]
+
+    memory, ready = machine.free_memory(root), workers * _of(recipe, "data.init_args.prefetch_factor", 2) * chips
+    need = processes * (PROCESS_BYTES + 2 * chips + ready) + (0 if devices else TRAINED * weights + batch * training)
+    spare = int((memory - need + processes * ready) * workers // (processes * ready)) if ready else 0
+    fix = f"--{_WORKERS} {spare}" if spare > 0 else "floodrepro reproduce --demo  # or use a GPU"
+    found.append(_judge("memory", need <= memory, f"{_gib(memory)} free, about {_gib(need)} needed (estimate)", fix))
+
+    shared, ready = machine.free_disk(root / "dev/shm"), processes * ready
+    detail = f"{_gib(shared)} free, {_gib(ready)} for what {loaders} hold ready"
+    fix = "sudo mount -o remount,size=16G /dev/shm  # of a container: docker run --ipc=host"
+    found.append(_judge("/dev/shm", ready <= shared, detail, fix, "fail" if ready > 2 * shared else "warn"))
+
+    if weights:
+        disk = machine.free_disk(runs)
+        detail = f"{disk / 1e9:.1f} GB free, {RUN_FOLDER * weights / 1e9:.1f} for a run and its export (estimate)"
+        fix, otherwise = "--runs-root /another/disk/runs", "fail" if disk < TRAINED * weights else "warn"
+        found.append(_judge("disk", disk >= RUN_FOLDER * weights, detail, fix, otherwise))
     return found
 
 
@@ -358,12 +324,13 @@ def check_chips(recipe: Recipe) -> Finding:
         except FloodreproError as error:
             return Finding("data", "fail", f"{error.what} ({error.where})", str(error.fix))
         return Finding("data", "ok", ", ".join(f"{count} chips of {split}" for split, count in chips.items()))
-    where, protocol = f"--root {shlex.quote(str(folder))}", protocol_of(recipe)
+    where, protocol, missing = f"--root {shlex.quote(str(folder))}", protocol_of(recipe), f"{folder} is not here"
     if _is_demo(recipe):
         fix = f"floodrepro data synth {where} --events 16 --chips 128 --size 64 --protocol v0 --seed 42"
-        return Finding("data", "warn", f"{folder} is not here; the demo's chips are generated", fix)
+        return Finding("data", "warn", f"{missing}; the demo's chips are generated", fix)
     if protocol.repo is None:
-        return Finding("data", "fail", f"{folder} is not here", "--data-root DIR")
-    detail = f"{folder} is not here; about {protocol.size_gb} GB to download, {_gb(free_disk(folder))} free"
+        return Finding("data", "fail", missing, "--data-root DIR")
+    free = f"{machine.free_disk(folder) / 1e9:.0f} GB free"
     revision = " --revision COMMIT" if protocol.name == "v0" else ""  # main holds version 1
-    return Finding("data", "warn", detail, f"floodrepro data fetch {where} --protocol {protocol.name}{revision}")
+    fix = f"floodrepro data fetch {where} --protocol {protocol.name}{revision}"
+    return Finding("data", "warn", f"{missing}; about {protocol.size_gb} GB to download, {free}", fix)

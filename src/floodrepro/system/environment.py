@@ -1,13 +1,17 @@
-"""What a run records about where it ran: versions, commit, torch's build, devices, CPU, and what changes numerics.
+"""This machine: what a run records about it, what this process may use of it, and what torch makes of it.
 
-Nothing here names a person or a machine: no host name, no user name, no token.
+Nothing that is recorded names a person or a machine: no host name, no user name, no token.
 """
 
 import hashlib
+import json
+import math
 import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -27,9 +31,7 @@ _VARIABLES = re.compile(
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
 
 
-def environment(
-    precision: str | None = None, *, root: Path = Path("/"), variables: Mapping[str, str] = os.environ
-) -> dict[str, Any]:
+def environment(precision: str | None = None, *, root: Path = Path("/")) -> dict[str, Any]:
     """Where a run runs, in JSON types, for ``run.json``.
 
     It asks torch for its devices, which opens a context on them: call it where the run would do so anyway.
@@ -37,16 +39,9 @@ def environment(
     Args:
         precision: The trainer's precision, recorded as given.
         root: Where ``/proc``, ``/sys``, ``/etc`` and ``/opt`` are looked for.
-        variables: The environment variables.
     """
     import torch  # a command that only asks for code_version() need not wait for it
 
-    try:
-        matmul = torch.get_float32_matmul_precision()
-        convolutions = torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # torch >= 2.9 refuses to say once the new switch of a single backend was set
-        matmul = f"cuda: {torch.backends.cuda.matmul.fp32_precision}"
-        convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]  # missing in its stub
     try:
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     except RuntimeError:  # another process holds one for itself: no reason to stop a run on the CPU
@@ -76,8 +71,8 @@ def environment(
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
             "cudnn_deterministic": torch.backends.cudnn.deterministic,
             "cudnn_benchmark": torch.backends.cudnn.benchmark,
-            "float32_matmul_precision": matmul,
-            "cudnn_allow_tf32": convolutions,  # on NVIDIA convolutions of float32 take TF32 unless told otherwise
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,  # convolutions take TF32 unless told otherwise
         },
         "cpu": {
             "model": cpu[1].strip() if cpu else platform.machine(),
@@ -85,12 +80,8 @@ def environment(
             "logical_cores": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         },
-        "host": {
-            "os": system[1] if system else platform.system(),
-            "kernel": platform.release(),
-            "libc": " ".join(platform.libc_ver()),
-        },
-        "variables": relevant_variables(variables),
+        "host": {"os": system[1] if system else platform.system(), "platform": platform.platform()},
+        "variables": relevant_variables(os.environ),
     }
 
 
@@ -98,21 +89,18 @@ def code_version(package: Path = Path(floodrepro.__file__).parent) -> dict[str, 
     """The code that computes: version, commit, whether a tracked file differs from it, and a hash of the source.
 
     The commit is that of the repository which tracks the package, or the one that a container image was built from.
-    Where there is neither, as in a wheel, ``note`` says why.
     """
-    found = {"floodrepro": floodrepro.__version__, "source_sha256": _source_digest(package)}
-    note, commit, changes = "git does not track the package, or refuses a repository of another user", None, None
+    commit, changes = None, None
     try:
         if _git(package, "ls-files", "--error-unmatch", "__init__.py"):
-            note, commit = "the repository has no commit, or is damaged", _git(package, "rev-parse", "--verify", "HEAD")
+            commit = _git(package, "rev-parse", "--verify", "HEAD")
             changes = _git(package, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError) as error:  # git is missing, or hangs on a slow file system
-        note = f"git cannot be asked: {type(error).__name__}"
+    except (OSError, subprocess.SubprocessError):  # git is missing, or hangs on a slow file system
+        pass
+    found = {"floodrepro": floodrepro.__version__, "source_sha256": _source_digest(package)}
     if commit and changes is not None:
-        return found | {"commit": commit, "dirty": bool(changes), "note": None}
-    if built_from := os.environ.get(COMMIT_VARIABLE):
-        note = "the commit that the container image was built from"
-    return found | {"commit": built_from or None, "dirty": None, "note": note}
+        return found | {"commit": commit, "dirty": bool(changes)}
+    return found | {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
 
 
 def _source_digest(package: Path) -> str:
@@ -175,3 +163,113 @@ def small_text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+# What this process may use. Limits of cgroups (containers, Slurm) count.
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores by this process's affinity and by the quotas of its cgroup and the ones above it."""
+    cores = len(os.sched_getaffinity(0))
+    for folder in _cgroups(root, "cpu"):
+        quota, period = [*(small_text(folder / "cpu.max") or "max").split(), "100000"][:2]
+        if v1 := _number(folder / "cpu.cfs_quota_us"):  # -1 where there is none
+            quota, period = str(v1), small_text(folder / "cpu.cfs_period_us") or "100000"
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that can still be had, of the machine and of this process's cgroup and the ones above it.
+
+    Page cache does not count as used: the kernel gives it back when memory is needed.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", small_text(root / "proc/meminfo") or "", re.MULTILINE)
+    free = int(found[1]) * 1024 if found else 0
+    for folder in _cgroups(root, "memory"):
+        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
+        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+        stat = dict(re.findall(r"^(\w+) (\d+)$", small_text(folder / "memory.stat") or "", re.MULTILINE))
+        # The total_ figures of v1 include the cgroups below, as the limit does; those of v2 always do.
+        cache = [stat.get(f"total_{kind}") or stat.get(kind) or "0" for kind in ("inactive_file", "active_file")]
+        if limit:
+            free = min(free, max(0, limit - used + sum(map(int, cache))))
+    return free
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or would be made."""
+    place = folder.absolute()
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+
+
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's cgroup (v2, and v1's of a controller) and of the ones above it.
+
+    The limit of a batch job may lie above. In a container the path may be the host's, and the top is the container's.
+    """
+    folders = []
+    for line in (small_text(root / "proc/self/cgroup") or "0::/").splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if not controllers or controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / (controller if controllers else "")
+            place = top / path.lstrip("/")
+            folders += [place, *(parent for parent in place.parents if parent.is_relative_to(top))]
+    return folders
+
+
+def _number(file: Path) -> int | None:
+    text = small_text(file) or ""
+    return int(text) if text.isdigit() else None
+
+
+# What torch makes of it. A broken build may end the process that imports it, so it is asked in one of its own.
+
+
+def ask_torch(timeout: float = 120) -> dict[str, Any]:
+    """What torch makes of this machine.
+
+    Returns:
+        ``torch``, ``cuda``, ``hip``, ``nms`` as far as they were reached, ``error`` where torch cannot be imported;
+        ``devices``, each with ``name``, ``memory`` and ``free`` in bytes, ``float16`` and ``bfloat16``, or ``error``.
+    """
+    try:
+        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"devices": [], "error": f"torch gave no answer within {timeout:.0f} s"}
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    said = (done.stderr.strip().splitlines() or [""])[-1]
+    return {"devices": [], "error": f"the process that imports torch ended with exit code {done.returncode}: {said}"}
+
+
+def _probe() -> dict[str, Any]:
+    """The answer of `ask_torch`, given in that process: import torch and torchvision, multiply on each device."""
+    devices: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"devices": devices}
+    try:
+        import torch
+
+        found |= {"torch": str(torch.__version__), "cuda": torch.version.cuda, "hip": torch.version.hip}
+        for i in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(i)
+            devices.append({"name": about.name, "memory": about.total_memory})
+            try:
+                devices[i]["free"] = torch.cuda.mem_get_info(i)[0]
+                for kind in ("float16", "bfloat16"):
+                    ones = torch.ones(64, 64, dtype=getattr(torch, kind), device=f"cuda:{i}")
+                    devices[i][kind] = bool((ones @ ones == 64).all())
+                devices[i]["bfloat16"] &= torch.cuda.is_bf16_supported(including_emulation=False)
+            except RuntimeError as error:  # another process holds it, or the build has no kernels for it
+                devices[i]["error"] = str(error).strip().splitlines()[0]
+        import torchvision  # noqa: F401  # defines its operators
+
+        found["nms"] = hasattr(torch.ops.torchvision, "nms")
+    except Exception as error:  # whatever a broken build raises is the answer
+        found["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(_probe()))

@@ -20,27 +20,24 @@ _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 # What changes the shape of the model or what is measured. Not: pretrained, class_weights, optimiser, learning rate.
 _MEASURED = ("model_factory", "loss", "ignore_index", "class_names", "tiled_inference_on_testing")
 _SHAPELESS = ("backbone_pretrained", "pretrained", "head_dropout")
+_PAGE = "this is a web page: a link or a login page was saved"
 # What downloads leave in place of weights, by its first bytes.
 _NO_WEIGHTS = {
     b"version https://git-lfs": "this is a Git LFS pointer, not the weights",
-    b"<!doctype": "this is a web page: a link or a login page was saved",
-    b"<html": "this is a web page: a link or a login page was saved",
+    b"<!doctype": _PAGE,
+    b"<html": _PAGE,
 }
+_STRIP = """if you trust its author, keep its tensors only, where its code is installed: python -c "import torch;
+c = torch.load('{name}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'weights.pt')\""""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights, and what the file remembers of how they were made.
-
-    Args:
-        path: The file.
-        weights: Tensors by name, names as in the task's ``model`` (no leading ``model.``), on the CPU.
-        hyper_parameters: Arguments of the task that was trained; empty where the file holds none.
-    """
+    """Weights, and what the file remembers of how they were made."""
 
     path: Path
-    weights: Mapping[str, torch.Tensor]
-    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, torch.Tensor]  # names as in the task's ``model`` (no leading ``model.``), on the CPU
+    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)  # of the task; empty where the file has none
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -63,30 +60,30 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(what, where=path, fix="hf download REPO FILE, or git lfs pull")
     try:
         if first[8:9] == b"{":  # the header of safetensors, after its length
-            content = _read_safetensors(path)
+            with safe_open(str(path), framework="pt", device="cpu") as opened:
+                remembered = json.loads((opened.metadata() or {}).get("hyper_parameters", "{}"))
+                weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+                content: Any = {"state_dict": weights, "hyper_parameters": remembered}
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise _refusal(path, error, is_pickle=first.startswith(pickle.PROTO)) from error
-    weights: Any = content
-    if isinstance(content, Mapping):
-        weights = next((content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping)), content)
-    items: Any = weights.items() if isinstance(weights, Mapping) else [(None, None)]
-    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in items):
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch names the class that it refuses
+            what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused[1]}"
+            raise CheckpointError(what, where=path, fix=_STRIP.format(name=path.name)) from error
+        detail = (str(error).strip().splitlines() or [repr(error)])[0][:160]
+        what = f"the file is no checkpoint, or it is damaged or cut short ({path.stat().st_size:,} bytes): {detail}"
+        raise CheckpointError(what, where=path, fix="copy or download it again and compare its sha256") from error
+    named = content if isinstance(content, Mapping) else {}
+    state = next((named[key] for key in _STATE_DICTS if isinstance(named.get(key), Mapping)), named)
+    if not state or not all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in state.items()):
         raise CheckpointError(f"the checkpoint holds a {type(content).__name__} without a state dict", where=path)
-    kept: dict[str, torch.Tensor] = {}
-    for name, tensor in items:
-        short = name.removeprefix("module.").removeprefix("model.").replace("_orig_mod.", "")
-        if short in kept:
-            raise CheckpointError(f"two tensors are both named {short} without their prefixes", where=path)
-        if not name.startswith("criterion."):
-            kept[short] = tensor
-    if not kept:
-        raise CheckpointError("the checkpoint holds no weights", where=path)
-    remembered = content.get("hyper_parameters")
-    if not isinstance(remembered, Mapping) or not isinstance(remembered.get("model_args") or {}, Mapping):
-        remembered = {}  # not a TerraTorch task's
-    return Checkpoint(path, kept, remembered)
+    kept = {
+        name.removeprefix("module.").removeprefix("model.").replace("_orig_mod.", ""): tensor
+        for name, tensor in state.items()
+        if not name.startswith("criterion.")
+    }
+    remembered = named.get("hyper_parameters")
+    return Checkpoint(path, kept, remembered if isinstance(remembered, Mapping) else {})
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -114,15 +111,19 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
         What did not fit and was left out: counts and first names; empty where all did.
 
     Raises:
-        CheckpointError: A value is not finite. With `strict`, something does not fit; without, nothing fits.
+        CheckpointError: A value is not finite; with `strict` something, without it everything does not fit.
     """
     check_finite(checkpoint)
     own, given = model.state_dict(), checkpoint.weights
+
+    def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+        return tensor.shape, tensor.is_floating_point()
+
     misfits = {
         "missing": [name for name in own if name not in given],
         "unexpected": [name for name in given if name not in own],
-        "of another shape": [name for name in given if name in own and given[name].shape != own[name].shape],
-        "not of floats": [name for name in given if name in own and not _suits(given[name], own[name])],
+        # torch would copy int8 as if it were weights, and the real part of complex ones
+        "of another shape or kind": [name for name in own if name in given and kind(given[name]) != kind(own[name])],
     }
     left_out = {name for names in misfits.values() for name in names}
     fitting = {name: tensor for name, tensor in given.items() if name not in left_out}
@@ -138,11 +139,6 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
 
 def load_strictly(checkpoint: Checkpoint, task: Any, recipe: Recipe) -> None:
     """Put all weights into a task's model; the recipe counts, and a checkpoint that remembers another is named.
-
-    Args:
-        checkpoint: What `read_checkpoint` returned.
-        task: TerraTorch task with a ``model``.
-        recipe: The recipe that the task was built from.
 
     Raises:
         CheckpointError: The weights belong to another model, or are not finite.
@@ -165,31 +161,3 @@ def list_differences(remembered: Mapping[str, Any], given: Mapping[str, Any]) ->
     pairs = [(f"model_args.{key}", old_args.get(key), new_args.get(key)) for key in keys]
     pairs += [(key, remembered[key], given[key]) for key in _MEASURED if key in remembered and key in given]
     return [f"{key}: the checkpoint says {old!r}, the config says {new!r}" for key, old, new in pairs if old != new]
-
-
-def _suits(tensor: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether torch would keep the values: it copies int8 as if it were weights, and the real part of complex ones."""
-    return tensor.is_floating_point() or not own.is_floating_point()
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(str(path), framework="pt", device="cpu") as file:
-        remembered = json.loads((file.metadata() or {}).get("hyper_parameters", "{}"))
-        return {"state_dict": {key: file.get_tensor(key) for key in file.keys()}, "hyper_parameters": remembered}  # noqa: SIM118
-
-
-def _refusal(path: Path, error: Exception, *, is_pickle: bool) -> CheckpointError:
-    """Whether a file holds code or is damaged: torch names the class that it refused after GLOBAL."""
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if named or (is_pickle and isinstance(error, pickle.UnpicklingError)):
-        refused = named[1] if named else "unknown"
-        what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused}"
-        fix = (
-            'if you trust its author, keep its tensors only, where its code is installed: python -c "import torch; '
-            f"c = torch.load('{path.name}', weights_only=False); "
-            "torch.save({'state_dict': c['state_dict']}, 'weights.pt')\""
-        )
-        return CheckpointError(what, where=path, fix=fix)
-    detail = (str(error).strip().splitlines() or [repr(error)])[0][:160]
-    what = f"the file is no checkpoint, or it is damaged or cut short ({path.stat().st_size:,} bytes): {detail}"
-    return CheckpointError(what, where=path, fix="copy or download it again and compare its sha256")

@@ -1,65 +1,70 @@
-"""Turn a recipe and chips into a run folder."""
+"""Turn a recipe and chips into a run folder: check, build, hold the folder, choose where to start, train, record."""
 
 import contextlib
+import functools
 import gc
-import json
+import re
 import signal
 import sys
+import zipfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from filelock import FileLock, Timeout
-from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from floodrepro import console
+from floodrepro import recipe as recipes
 from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
-from floodrepro.callbacks.exact_resume import LAST
+from floodrepro.callbacks.exact_resume import LAST, PREVIOUS
+from floodrepro.data.protocols import data_arguments
 from floodrepro.data.splits import DataState, check_data
-from floodrepro.errors import FloodreproError, Incident, Interrupted, RunFolderError, UsageError
-from floodrepro.recipe import check_precision
-from floodrepro.run_folder import PARTIAL, RunFolder, sha256_of, timestamp, write_atomically
+from floodrepro.errors import CheckpointError, FloodreproError, Incident, Interrupted, RunFolderError, UsageError
+from floodrepro.run_folder import RunFolder, sha256_of, timestamp
 from floodrepro.system.environment import code_version, environment
-from floodrepro.training import layout
+from floodrepro.training import terratorch_cli
 from floodrepro.training.checkpoint import load_weights, read_checkpoint
-from floodrepro.training.resume import KEY, choose_state, identity, is_done, newest_state
-from floodrepro.training.terratorch_cli import RecipeCLI
 
-_ROLLBACK_PRECISION = "bf16-mixed"  # fp32's range, so that what overflowed in fp16 does not
+_ROLLBACK_PRECISION: Final = "bf16-mixed"  # fp32's range, so that what overflowed in fp16 does not
 _LOCK_SECONDS = 10  # loader workers outlive a killed parent by seconds
+_KEY = "floodrepro"  # under which a full state keeps the run's identity
+_PACKAGES = ("torch", "lightning", "terratorch", "torchmetrics", "timm", "segmentation-models-pytorch", "numpy")
+_SHOWN = 3  # changes in a message
+# What a resumed run may have changed, beside its place: how long it lasts and what it prints.
+_MAY_CHANGE = re.compile(
+    r"trainer\.(callbacks.*|plugins.*|profiler.*|log_every_n_steps|(max|min)_\w+|num_sanity_val_steps)"
+    r"|predict_output_dir|output_file_prefix|out_dtype|deploy_config_file|custom_modules_path"
+)
 
 
 def fit(
-    cli: RecipeCLI,
+    cli: terratorch_cli.RecipeCLI,
     path: Path,
     *,
-    resume: str = "auto",
     ckpt_path: str | None = None,
     weights: Path | None = None,
     allow_changes: bool = False,
     on_overflow: str = "stop",
     save_every: int = 500,
-    guard: bool = True,
 ) -> dict[str, Any]:
     """Train a recipe, or resume a run that was interrupted.
 
     Args:
         cli: The parsed recipe.
         path: The run folder; it is made if it does not exist.
-        resume: "auto" resumes an unfinished run, "never" refuses it.
-        ckpt_path: A full state to resume from: a path, or "last".
+        ckpt_path: A full state to resume from: a path, or "last" for the run's own.
         weights: A checkpoint whose weights a new run starts from, with a fresh optimizer.
         allow_changes: Resume although data, packages or settings changed; it is recorded.
         on_overflow: "stop", or "rollback": once, resume from the last good state in bf16.
         save_every: Optimizer steps between two full states within an epoch.
-        guard: Whether NaNGuard watches.
 
     Returns:
         The content of ``run.json``; of several processes only the first has it.
@@ -67,14 +72,13 @@ def fit(
     Raises:
         UsageError: The recipe cannot be built or run on this machine, or the run folder is not this run's.
         DataError: Chips are missing.
+        CheckpointError: A state or the weights cannot be read.
+        RunFolderError: The run folder cannot be written, or another fit is running in it.
         Incident: NaNGuard stopped the run.
         Interrupted: A signal stopped the run.
     """
-    run = RunFolder(path)
-    check_precision(cli.recipe, gpu=torch.cuda.is_available())
-    layout.warn_of_wrong_mode(cli.config.trainer)
     data = check_data(cli.recipe, ("train", "val"))
-    batch = (cli.recipe["data"].get("init_args") or {}).get("batch_size") or 1
+    batch = data_arguments(cli.recipe).get("batch_size") or 1
     if data.chips.get("train", batch) < batch:  # the last batch is left out where it is not full
         what = f"{data.chips['train']} training chips do not fill one batch of {batch}"
         raise UsageError(what, fix="--data.init_args.batch_size N")
@@ -84,72 +88,68 @@ def fit(
             cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         console.say("fast_dev_run: the recipe works; nothing was kept")
         return {"status": "fast_dev_run"}
-    now = identity(cli.recipe, data)
-    state, changes = choose_state(run, now, resume=resume, ckpt_path=ckpt_path, allow_changes=allow_changes)
-    record = run.read_record() if run.record.exists() else {}
-    if is_done(cli.recipe, record):
-        console.say(f"the run is finished already: {run.path}")
-        return record
-    resumes = list(record.get("resumes") or [])
-    if state is not None:
-        resumes.append({"when": timestamp(), "from": state.name, "changes": changes})
-    if weights is not None and state is not None:
-        raise UsageError("--weights starts a new run, and this one has trained", where=state, fix="give another --name")
-    trainer = _build(cli, run, record, random_start=state is not None or weights is not None)
-    trainer.callbacks += [_WeightedMeans(), _RunState(run, now), *([NaNGuard()] if guard else [])]
-    trainer.callbacks += [RunRecord(write=lambda entries: run.update_record(**entries))]
-    trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
+    run = RunFolder(path)
+    if run.holds_something_else():
+        raise UsageError("the folder exists and holds no run of floodrepro", where=path, fix="give another --name")
+    run_ids = run.read_record().get("loggers") or {}
+    terratorch_cli.into_run_folder(cli.config, run, run_ids)
+    if weights is not None or ckpt_path is not None or (run.checkpoints / LAST).exists():
+        terratorch_cli.forget_pretrained_weights(cli.config)
+    cli.build()
+    trainer: Any = cli.trainer  # which knows whether this process is the first
     if on_overflow == "rollback":
         _refuse_rollback(trainer)
-    try:
-        with _session(trainer, run, cli, state, _first_entries(trainer, cli, record, data) | {"resumes": resumes}):
+    with contextlib.ExitStack() as held:
+        with _agreeing(trainer, run):
+            if trainer.is_global_zero:
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
+                held.enter_context(console.log_to(run.log))
+            record = run.read_record()
+            finished = _is_finished(cli.recipe, record)
+            now, state, changes = _choose_state(cli.recipe, data, run, ckpt_path, allow_changes=allow_changes)
+            if record.get("rollback"):
+                bf16 = MixedPrecision(_ROLLBACK_PRECISION, trainer.strategy.root_device.type)
+                trainer.strategy.precision_plugin = bf16
+            trainer.callbacks += [_WeightedMeans(), _RunState(run, now), NaNGuard(), RunRecord(write=run.update_record)]
+            trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
+            entries: dict[str, Any] = {"started": record.get("started") or timestamp()}
+            if state is not None:
+                resumed = {"when": timestamp(), "from": state.name, "changes": changes}
+                entries["resumes"] = [*record.get("resumes", []), resumed]
             if weights is not None:
+                if state is not None:
+                    what = "--weights starts a new run, and this one has trained"
+                    raise UsageError(what, where=state, fix="give another --name")
                 left_out = load_weights(cli.model.model, read_checkpoint(weights), strict=False) or None
-                source = {"file": weights.name, "sha256": sha256_of(weights), "left_out": left_out}
-                run.update_record(started_from=source)
-            _train(trainer, cli, run, state)
+                entries["started_from"] = {"file": weights.name, "sha256": sha256_of(weights), "left_out": left_out}
+            if trainer.is_global_zero and not finished:
+                _begin(cli, run, data, entries)
+        if finished:
+            console.say(f"the run is finished already: {path}")
+            return record
+        try:
+            _train(cli, run, state)
             return _finish(trainer, run) if trainer.is_global_zero else {}
-    except Incident as incident:
-        if trainer.is_global_zero:
-            entry = incident.as_dict() | {"when": timestamp()}
-            write_atomically(run.path / "incident.json", json.dumps(entry, indent=2) + "\n")
-            run.update_record(incidents=[*run.read_record().get("incidents", []), entry])
-        if on_overflow != "rollback" or not incident.rolls_back or record.get("rollback"):
-            raise
-        console.warn(incident.what)
-        step = incident.step
+        except BaseException as failure:
+            if trainer.is_global_zero:
+                _record_failure(run, failure)
+            if not isinstance(failure, Incident) or not failure.rolls_back:
+                raise
+            if on_overflow != "rollback" or record.get("rollback"):
+                raise
+            console.warn(failure.what)
+            step, before = failure.step, str(trainer.precision)
     del trainer
     gc.collect()  # the failed step's graph, with all its activations, hangs in a cycle with the traceback
     torch.cuda.empty_cache()
     last = newest_state(run.checkpoints)
-    where, before = last.name if last else "the start", cli.recipe["trainer"].get("precision", "32-true")
+    where = last.name if last else "the start"
     entry = {"step": step, "state": where, "precision": [before, _ROLLBACK_PRECISION], "when": timestamp()}
     run.update_record(rollback=entry)  # from now on it chooses the precision
     console.warn(f"rolled back to {where}; the run continues in {_ROLLBACK_PRECISION}. This happens once")
-    return fit(
-        cli,
-        path,
-        ckpt_path=ckpt_path,
-        weights=None if last else weights,
-        allow_changes=allow_changes,
-        on_overflow=on_overflow,
-        save_every=save_every,
-        guard=guard,
-    )
-
-
-def _build(cli: RecipeCLI, run: RunFolder, record: dict[str, Any], *, random_start: bool) -> Any:
-    """Build the recipe's objects for this run folder and return the trainer."""
-
-    def wire(config: Namespace) -> None:
-        layout.into_run_folder(config, run, progress_bar=sys.stderr.isatty(), run_ids=record.get("loggers") or {})
-        if record.get("rollback"):
-            layout.change_precision(config, _ROLLBACK_PRECISION)
-        if random_start:
-            layout.forget_pretrained_weights(config)
-
-    cli.build(wire)
-    return cli.trainer
+    again = functools.partial(fit, cli, path, ckpt_path=ckpt_path, weights=None if last else weights)
+    return again(allow_changes=allow_changes, on_overflow=on_overflow, save_every=save_every)
 
 
 def _refuse_rollback(trainer: Any) -> None:
@@ -160,62 +160,20 @@ def _refuse_rollback(trainer: Any) -> None:
         raise UsageError("this GPU has no bf16, which a rollback continues in", fix="--on-overflow stop")
 
 
-def _first_entries(trainer: Any, cli: RecipeCLI, record: dict[str, Any], data: DataState) -> dict[str, Any]:
-    """What ``run.json`` holds of a run that begins or resumes."""
-    return {
-        "started": record.get("started") or timestamp(),
-        **{"status": "running", "ended": None, "reason": None, "command": ["floodrepro", *sys.argv[1:]]},
-        "length": {key: cli.recipe["trainer"].get(key) for key in ("max_epochs", "max_steps")},
-        "seed": cli.config.seed_everything,
-        "data": data.as_dict(),
-        "batch_size": getattr(cli.datamodule, "batch_size", None),
-        "processes": trainer.world_size,
-        "code": code_version(),
-        "environment": environment(str(trainer.precision)),
-    }
-
-
 @contextlib.contextmanager
-def _session(
-    trainer: Any, run: RunFolder, cli: RecipeCLI, state: Path | None, entries: dict[str, Any]
-) -> Iterator[None]:
-    """Hold the run folder and keep ``run.json`` and ``log.txt`` while a run trains; the first process does."""
-    with contextlib.ExitStack() as held:
-        error: FloodreproError | None = None
-        try:
-            if trainer.is_global_zero:
-                RunFolder.create(run.path)
-                held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
-                chosen_here = state is not None and state.parent == run.checkpoints
-                if (run.checkpoints / LAST).exists() and not chosen_here:  # written since the state was chosen
-                    what, fix = "another fit has trained in this folder meanwhile", "run the same command again"
-                    raise RunFolderError(what, where=run.path, fix=fix)
-                held.enter_context(console.log_to(run.log))
-                for orphan in run.path.glob(f".*{PARTIAL}"):  # a killed process left it half written
-                    orphan.unlink()
-                run.update_record(recipe_sha256=run.save_recipe(cli.recipe), **entries)
-        except Timeout:
-            fix = "wait until it is done, or give another --name"
-            error = RunFolderError("another fit is running in this folder", where=run.path, fix=fix)
-        except OSError as failure:
-            error = RunFolderError(f"the run folder cannot be written: {failure}", where=run.path)
-        except FloodreproError as refusal:
-            error = refusal
-        _agree(trainer, error)
-        _tell(trainer, cli, entries)
-        try:
-            yield
-        except BaseException as failure:
-            if trainer.is_global_zero:
-                status = "interrupted" if isinstance(failure, Interrupted) else "failed"
-                what = failure.what if isinstance(failure, FloodreproError) else str(failure)
-                with contextlib.suppress(OSError):  # a full disk must not replace the error that it caused
-                    run.update_record(status=status, ended=timestamp(), reason=f"{type(failure).__name__}: {what}")
-            raise
-
-
-def _agree(trainer: Any, error: FloodreproError | None) -> None:
+def _agreeing(trainer: Any, run: RunFolder) -> Iterator[None]:
     """Let a refusal of one process end all of them: those that torchrun or srun started wait for each other."""
+    error: FloodreproError | None = None
+    try:
+        yield
+    except Timeout:
+        fix = "wait until it is done, or give another --name"
+        error = RunFolderError("another fit is running in this folder", where=run.path, fix=fix)
+    except OSError as failure:
+        fix = "--runs-root DIR puts it elsewhere"
+        error = RunFolderError(f"the run folder cannot be written: {failure}", where=run.path, fix=fix)
+    except FloodreproError as refusal:
+        error = refusal
     if trainer.world_size > 1 and not isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
         trainer.strategy.setup_environment()
         everyone: list[Any] = [None] * trainer.world_size
@@ -225,19 +183,106 @@ def _agree(trainer: Any, error: FloodreproError | None) -> None:
         raise error
 
 
-def _tell(trainer: Any, cli: RecipeCLI, entries: dict[str, Any]) -> None:
-    """Say what is about to be trained."""
+def _choose_state(
+    recipe: recipes.Recipe, data: DataState, run: RunFolder, ckpt_path: str | None, *, allow_changes: bool
+) -> tuple[dict[str, Any], Path | None, list[str]]:
+    """Decide where a fit starts, by files alone, so that all processes decide alike.
+
+    Returns:
+        What all parts of the run have in common, which every full state keeps; the state to resume from, if there is
+        one; and what changed since it, a line each.
+    """
+    kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
+    kept = {key: value for key, value in kept.items() if not recipes.PLACE.fullmatch(key)}
+    now = {"recipe": kept, "data": dict(data.digests), "packages": {name: version(name) for name in _PACKAGES}}
+    state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
+    if state is None:
+        return now, None, []
+    try:
+        before = torch.load(state, map_location="cpu", weights_only=True, mmap=True)[_KEY]["identity"]
+    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+        what = "there is no full state here that a run can resume from"
+        fix = "give checkpoints/last.ckpt of a run, or start from the weights alone: --weights FILE"
+        raise CheckpointError(what, where=state, fix=fix) from error
+    changes = [
+        f"{section}.{key}: {old!r} became {new!r}".removeprefix("recipe.")
+        for section in ("recipe", "data", "packages")
+        for key, (old, new) in recipes.differences(before[section], now[section]).items()
+    ]
+    fixed = [line for line in changes if line.startswith(("model.", "optimizer.", "lr_scheduler."))]
+    if changes and (fixed or not allow_changes):
+        shown = fixed or changes
+        more = f" (and {len(shown) - _SHOWN} more)" if len(shown) > _SHOWN else ""
+        hint = f"--weights {state} starts from its weights alone" if fixed else "or --resume-anyway, which is recorded"
+        what = f"this would not be the same run: {'; '.join(shown[:_SHOWN])}{more}"
+        raise UsageError(what, where=state, fix=f"undo the change, or give another --name; {hint}")
+    return now, state, changes
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest full state of which every byte is as it was written.
+
+    Returns:
+        ``last.ckpt``; where that is damaged, ``previous.ckpt``, with a warning; None where neither was written yet.
+
+    Raises:
+        CheckpointError: There was one, and none is whole.
+    """
+    found = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
+    whole = next((path for path in found if _is_whole(path)), None)
+    if found and whole is None:
+        raise CheckpointError("the full state is damaged", where=found[0], fix="start again under another --name")
+    if whole is not None and whole != found[0]:  # else it would become the previous one
+        aside = found[0].replace(found[0].with_name(f"{LAST}.damaged"))
+        console.warn(f"{found[0]} is damaged and was renamed to {aside.name}; {PREVIOUS} is used instead")
+    return whole
+
+
+def _is_whole(state: Path) -> bool:
+    """Whether the checksums of a file of torch.save, a ZIP archive, are right."""
+    try:
+        with zipfile.ZipFile(state) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError):
+        return False
+
+
+def _is_finished(recipe: recipes.Recipe, record: dict[str, Any]) -> bool:
+    """Whether a run is finished, and the recipe asks for no more epochs or steps than it was asked for."""
+    length = record.get("length") or {}
+    longer = [(recipe["trainer"].get(key) or 0) > (length.get(key) or 0) for key in ("max_epochs", "max_steps")]
+    return record.get("status") == "finished" and not any(longer)
+
+
+def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entries: dict[str, Any]) -> None:
+    """Save the recipe, record what is about to be trained, and say it."""
+    trainer, batch = cli.trainer, getattr(cli.datamodule, "batch_size", None)
+    digest = run.save_recipe(cli.recipe)
+    run.update_record(
+        **entries,
+        status="running",
+        ended=None,
+        reason=None,
+        command=["floodrepro", *sys.argv[1:]],
+        recipe_sha256=digest,
+        length={key: cli.recipe["trainer"].get(key) for key in ("max_epochs", "max_steps")},
+        seed=cli.config.seed_everything,
+        data=data.as_dict(),
+        batch_size=batch,
+        processes=trainer.world_size,
+        code=code_version(),
+        environment=environment(str(trainer.precision)),
+    )
     parameters = sum(parameter.numel() for parameter in cli.model.parameters())
-    console.say(f"{parameters:,} parameters, chips {entries['data']['chips']}")
-    processes, batch = trainer.world_size, entries["batch_size"]
-    if processes > 1 and batch:
-        console.warn(f"{processes} processes with {batch} chips each: the global batch is {batch * processes}")
-    elif (devices := torch.cuda.device_count()) > 1:
-        console.say(f"{devices} GPUs are here, one is used; --trainer.devices {devices} multiplies the global batch")
+    console.say(f"{parameters:,} parameters, chips {data.chips}")
+    if trainer.world_size > 1 and batch:
+        of = f"{trainer.world_size} processes with {batch} chips each"
+        console.warn(f"{of}: the global batch is {batch * trainer.world_size}")
 
 
-def _train(trainer: Any, cli: RecipeCLI, run: RunFolder, state: Path | None) -> None:
+def _train(cli: terratorch_cli.RecipeCLI, run: RunFolder, state: Path | None) -> None:
     """Call Lightning."""
+    trainer = cli.trainer
     on_gpu = trainer.strategy.root_device.type == "cuda"
     deterministic = on_gpu and torch.are_deterministic_algorithms_enabled()
     # The backward passes of torch's attention kernels add in no fixed order.
@@ -247,15 +292,26 @@ def _train(trainer: Any, cli: RecipeCLI, run: RunFolder, state: Path | None) -> 
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
     except MisconfigurationException as error:
         raise UsageError(f"Lightning refuses the recipe: {error}", where=run.recipe) from error
-    except SIGTERMException as error:
-        raise Interrupted(signal.SIGTERM, run.path, "nothing was trained since the last state") from error
     except Interrupted:  # a SystemExit too
         raise
-    except SystemExit as error:  # Lightning's answer to Ctrl-C before ExactResume listens
-        raise Interrupted(signal.SIGINT, run.path, "the steps since the last state are lost") from error
+    except SystemExit as error:  # Lightning's answer to a signal before ExactResume listens
+        number = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
+        raise Interrupted(number, run.path, "nothing was trained since the last state") from error
     finally:
         if trainer.is_global_zero:
-            run.update_record(loggers=layout.run_ids_of(trainer.loggers))
+            run.update_record(loggers=terratorch_cli.run_ids_of(trainer.loggers))
+
+
+def _record_failure(run: RunFolder, failure: BaseException) -> None:
+    """Record how a training ended that did not end well."""
+    what = failure.what if isinstance(failure, FloodreproError) else str(failure)
+    status = "interrupted" if isinstance(failure, Interrupted) else "failed"
+    found: dict[str, Any] = {"status": status, "ended": timestamp(), "reason": f"{type(failure).__name__}: {what}"}
+    with contextlib.suppress(OSError):  # a full disk must not replace the error that it caused
+        if isinstance(failure, Incident):
+            entry = failure.entry | {"when": timestamp()}
+            found["incidents"] = [*run.read_record().get("incidents", []), entry]
+        run.update_record(**found)
 
 
 def _finish(trainer: Any, run: RunFolder) -> dict[str, Any]:
@@ -287,10 +343,10 @@ class _RunState(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             logger.save()
-        checkpoint[KEY] = {"identity": self._now, "metrics": self._run.read_metrics()}
+        checkpoint[_KEY] = {"identity": self._now, "metrics": self._run.read_metrics()}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        self._rows = checkpoint[KEY]["metrics"]
+        self._rows = checkpoint[_KEY]["metrics"]
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else ():

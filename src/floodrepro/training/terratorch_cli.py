@@ -1,15 +1,14 @@
-"""A recipe, its layers and overrides merged by TerraTorch's own command-line class, and the objects it describes."""
+"""A recipe merged by TerraTorch's own command-line class, the objects it describes, and where their files go."""
 # ruff: noqa: E402
 
-import contextlib
-import datetime
 import difflib
 import logging
 import os
 import re
+import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe
+from floodrepro.run_folder import RunFolder
 
 # lightly and albumentations read these at import, and would otherwise ask the network for newer versions.
 os.environ.update(LIGHTLY_DID_VERSION_CHECK="True", NO_ALBUMENTATIONS_UPDATE="1")
@@ -30,7 +30,7 @@ _matmul_precision, _root = torch.get_float32_matmul_precision(), logging.getLogg
 _root_level, _root_handlers = _root.level, [*_root.handlers]
 with warnings.catch_warnings(), console.stdout_to_stderr():
     warnings.simplefilter("ignore")  # deprecations inside the libraries' own modules
-    from terratorch.cli_tools import BaseTask, CustomWriter, MyLightningCLI, MyTrainer, import_custom_modules
+    from terratorch.cli_tools import BaseTask, MyLightningCLI, MyTrainer, import_custom_modules
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -57,10 +57,11 @@ for _message in (
 for _name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-__all__ = ["CustomWriter", "RecipeCLI"]  # TerraTorch's names come from here: what imports them first must be quiet
-
 _COUNT_OR_SHARE = re.compile(r"trainer\.(limit_\w+_batches|overfit_batches)")
 _BROKEN_METRIC = "Boundary_mIoU"  # depends on the batch size where pixels are ignored (terratorch 1.2.7)
+_BEST = "terratorch.cli_tools.StateDictAwareModelCheckpoint"  # may stand beside another one that monitors the same
+_WRITERS = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor")
+_RUN_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # loggers whose runs live on a server, and the argument
 _SHOWN_LINES = 12
 
 
@@ -76,6 +77,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
 
     Attributes:
         recipe: What files and overrides say, without any default of a library.
+        config: The same with all defaults. What is changed here before `build` is built, and ``recipe`` stays.
 
     Raises:
         UsageError: The parser refuses the recipe.
@@ -111,16 +113,8 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Merge files and overrides into ``recipe``, then let the parser add its defaults in ``config``."""
         contents = [recipes.read_yaml(path) for path in self._configs]
-        where = " ".join([*map(str, self._configs), *self._overrides])
-        modules = [c["custom_modules_path"] for c in contents if c.get("custom_modules_path")]
-        modules += [value for key, value in _pairs(self._overrides) if key == "custom_modules_path"]
-        if modules and not Path(modules[-1]).is_dir():
-            fix = "name the folder of your modules"
-            raise UsageError("custom_modules_path is no folder", where=modules[-1], fix=fix)
-        import_custom_modules(modules[-1] if modules else None)  # TerraTorch looks for the key below a subcommand only
-        given = {key for content in contents for key in content} | {o[2:].split(".")[0] for o in self._overrides}
-        for section in {"model", "data"} - given:
-            raise UsageError(f"the recipe has no section '{section}'", where=where, fix="floodrepro configs show demo")
+        folded = recipes.fold(contents, self._overrides)
+        import_custom_modules(folded.get("custom_modules_path"))  # TerraTorch looks below a subcommand only
         if "--trainer.help" in self._overrides:  # the parser has such help for classes that can be chosen only
             trainer = ArgumentParser(prog="floodrepro fit")
             trainer.add_class_arguments(MyTrainer, "trainer")
@@ -130,12 +124,12 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
         help_is_asked_for = any(re.match(r"--(print_config|[\w.]*help)\b", token) for token in self._overrides)
         try:
             merged = parser.parse_args(arguments, defaults=help_is_asked_for)
-            _read_untyped_values(merged, self._overrides)
+            _type_values(merged, self._overrides)
             merged.pop("config", None)
             self.recipe: Recipe = yaml.safe_load(parser.dump(merged, skip_unset=False, skip_validation=True))
             self.config = parser.parse_object(merged)
         except ArgumentError as error:
-            raise _refusal(str(error), parser, contents, where) from error
+            raise _refusal(str(error), parser, folded, [*self._configs, *self._overrides]) from error
 
     def _set_seed(self) -> None:
         """Wait for `build`."""
@@ -143,25 +137,24 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
     def instantiate_classes(self) -> None:
         """Wait for `build`."""
 
-    def build(self, wire: Callable[[Namespace], None] | None = None, *, trim: bool = True) -> None:
+    def build(self) -> None:
         """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
 
-        Args:
-            wire: Changes the parsed config first: where files go, which callbacks run. ``recipe`` stays as it is.
-            trim: Whether metrics are made cheaper; their values stay.
-
         Raises:
-            UsageError: A constructor refuses a value.
+            UsageError: A constructor refuses a value, or the recipe asks for fp16 and would run on a CPU.
         """
-        if wire is not None:
-            wire(self.config)
+        accelerator, precision = str(self.config.trainer.accelerator), str(self.config.trainer.precision)
+        on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+        if on_cpu and precision in ("16", "16-mixed", "16-true"):
+            what = "fp16 does not run on a CPU: Lightning would quietly use bf16 in its place"
+            where = f"trainer.precision: {precision}, trainer.accelerator: {accelerator}"
+            raise UsageError(what, where=where, fix="--precision fp32 (slower) or --precision bf16")
         refusals = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError)
         try:
             with console.stdout_to_stderr():
                 super()._set_seed()
                 super().instantiate_classes()
-                if trim:
-                    trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
+                _trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
         except (*refusals, MisconfigurationException) as error:  # the last is what Lightning's own constructors raise
             raise UsageError(
                 f"the recipe does not build: {type(error).__name__}: {_last_lines(str(error))}",
@@ -170,15 +163,128 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             ) from error
 
 
-def trim_metrics(task: Any, *, labels_known: bool) -> None:
+def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str]) -> None:
+    """Send the files of a fit into its run folder. What you sent elsewhere stays there.
+
+    A logger or checkpoint moves into the run folder if it names no folder, or one below the recipe's
+    ``default_root_dir``. ``best.ckpt`` follows the recipe's own monitor.
+
+    Args:
+        config: A `RecipeCLI`'s, changed in place.
+        run: The run folder.
+        run_ids: What `run_ids_of` gave when the run was interrupted.
+    """
+    trainer = config.trainer
+    root, trainer.default_root_dir = trainer.default_root_dir, str(run.path)
+    for logger in _as_list(trainer.logger):
+        name, arguments = logger.class_path.rsplit(".", 1)[-1], _arguments(logger)
+        if name in ("CSVLogger", "TensorBoardLogger") and _is_below(arguments.get("save_dir"), root):
+            # Lightning writes to save_dir/name/version: empty names leave RunFolder.metrics.
+            folder = "" if name == "CSVLogger" else "tensorboard"
+            arguments.update(Namespace(save_dir=str(run.path), name=folder, version=""))
+        elif name in run_ids and not arguments.get(_RUN_IDS[name]):
+            arguments[_RUN_IDS[name]] = run_ids[name]
+            if name == "WandbLogger":
+                arguments.resume = "allow"
+    if trainer.enable_model_summary is None:
+        trainer.enable_model_summary = False  # a table of five rows; the number of parameters is in the log
+    _keep_bar_on_a_terminal(trainer)
+    monitors = _monitors(trainer.callbacks)
+    for name, monitor, mode in monitors:
+        is_loss = any(word in monitor.lower() for word in ("loss", "error"))
+        if is_loss == (mode == "max"):
+            console.warn(f"{name} monitors {monitor} with mode: {mode}, which prefers the worst epoch")
+    if trainer.enable_checkpointing is not False:
+        _, monitor, mode = [*monitors, ("", "val/loss", "min")][0]
+        _keep_best(trainer.callbacks, run, root, monitor, mode)
+
+
+def _keep_best(callbacks: list[Namespace], run: RunFolder, root: str | None, monitor: str, mode: str) -> None:
+    """Let the recipe's checkpoint write ``best.ckpt``, or add one where it writes elsewhere or keeps several."""
+    place = Namespace(dirpath=str(run.checkpoints), enable_version_counter=False)  # written again, no -v1 beside it
+    own = [_arguments(callback) for callback in callbacks if callback.class_path.endswith("ModelCheckpoint")]
+    own = [arguments for arguments in own if _is_below(arguments.get("dirpath"), root)]
+    for arguments in own:
+        arguments.update(place)
+    for arguments in own:
+        if (arguments.get("monitor"), arguments.get("save_top_k")) == (monitor, 1) and not arguments.get("save_last"):
+            arguments.filename = run.best.stem
+            return
+    best = Namespace(monitor=monitor, mode=mode, save_top_k=1, save_weights_only=True, filename=run.best.stem)
+    best.update(place)
+    callbacks.append(Namespace(class_path=_BEST, init_args=best))
+
+
+def run_ids_of(loggers: list[Any]) -> dict[str, str]:
+    """Run ids of loggers whose runs live on a server, by class name."""
+    ids = {type(one).__name__: getattr(one, "run_id", None) or one.version for one in loggers}
+    return {name: str(ids[name]) for name in _RUN_IDS if ids.get(name)}
+
+
+def without_files(config: Namespace) -> None:
+    """Let a pass over a split (validate, test, predict) read only: no loggers, no checkpoints, no pretrained weights.
+
+    It runs on one device whatever the training ran on: each chip is measured once, and one process writes. A
+    `RecipeCLI`'s config is changed in place.
+    """
+    trainer = config.trainer
+    if str(trainer.devices) not in ("1", "auto"):
+        console.say(f"a pass runs on one device: devices {trainer.devices} is for training")
+    trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
+    trainer.logger = trainer.enable_checkpointing = False
+    _keep_bar_on_a_terminal(trainer)
+    trainer.callbacks = [callback for callback in trainer.callbacks if not callback.class_path.endswith(_WRITERS)]
+    forget_pretrained_weights(config)
+
+
+def forget_pretrained_weights(config: Namespace) -> None:
+    """Build the backbone from random weights: a checkpoint will replace them all, and none is worth a download."""
+    model_args: dict[str, Any] | None = config.model.init_args.get("model_args")
+    if model_args and model_args.get("backbone_pretrained"):
+        model_args["backbone_pretrained"] = False
+
+
+def _keep_bar_on_a_terminal(trainer: Namespace) -> None:
+    """Leave out Lightning's progress bars elsewhere, where they are noise. ``callbacks`` is a list from here on."""
+    trainer.callbacks = _as_list(trainer.callbacks)
+    if not sys.stderr.isatty():
+        trainer.callbacks = [one for one in trainer.callbacks if not one.class_path.endswith("ProgressBar")]
+        trainer.enable_progress_bar = False
+
+
+def _monitors(callbacks: list[Namespace]) -> list[tuple[str, str, str]]:
+    """Class, score and mode of the callbacks that choose by a score, checkpoints first."""
+    found = []
+    for ending in ("ModelCheckpoint", "EarlyStopping"):
+        for arguments in [_arguments(one) for one in callbacks if one.class_path.endswith(ending)]:
+            if arguments.get("monitor"):
+                found.append((ending, arguments.monitor, arguments.get("mode") or "min"))
+    return found
+
+
+def _arguments(node: Namespace) -> Namespace:
+    """The arguments of a class in a recipe; it may have been named without any."""
+    if node.get("init_args") is None:
+        node.init_args = Namespace()
+    arguments: Namespace = node.init_args
+    return arguments
+
+
+def _is_below(folder: str | None, root: str | None) -> bool:
+    return folder is None or (root is not None and Path(folder).absolute().is_relative_to(Path(root).absolute()))
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None or isinstance(value, bool):
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _trim_metrics(task: Any, *, labels_known: bool) -> None:
     """Drop the metric that means nothing, and spare the others their search for values that cannot occur.
 
     torchmetrics 1.9 sorts each batch's pixels on the device and waits for it, only to see that labels and predictions
     are classes. Predictions are an argmax; labels are classes where the data module checks them.
-
-    Args:
-        task: TerraTorch task, changed in place.
-        labels_known: Whether each mask value is a class or the ignore index for sure.
     """
     for collection in [module for module in task.modules() if isinstance(module, MetricCollection)]:
         if _BROKEN_METRIC in collection._modules:
@@ -189,44 +295,29 @@ def trim_metrics(task: Any, *, labels_known: bool) -> None:
                 object.__setattr__(metric, "validate_args", False)
 
 
-def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Key and text of each override, written ``--key value`` or ``--key=value``."""
-    tokens = iter(overrides)
-    for token in tokens:
-        key, equals, value = token.removeprefix("--").partition("=")
-        yield key, value if equals else next(tokens, "")
-
-
-def _read_untyped_values(merged: Namespace, overrides: Sequence[str]) -> None:
-    """Give overrides inside untyped dicts the type that YAML would give them.
+def _type_values(merged: Namespace, overrides: Sequence[str]) -> None:
+    """Give overrides inside untyped dicts the type that YAML gives them.
 
     jsonargparse 4.53 leaves ``--model.init_args.model_args.backbone_pretrained false`` as the string "false", which is
     true, and makes ``null`` the string "None": TerraTorch types model_args as a bare dict.
     """
-    for key, text in _pairs(overrides):
+    for key, value in recipes.pairs(overrides):
         parent, _, leaf = key.rpartition(".")
         node = merged.get(parent) if parent in merged else None
         if type(node) is dict and isinstance(node.get(leaf), str):
-            with contextlib.suppress(yaml.YAMLError, ValueError):
-                value = yaml.safe_load(text)
-                value = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as text
-                if not isinstance(value, datetime.date):  # a date stays text
-                    node[leaf] = value
+            node[leaf] = value
 
 
-def _refusal(message: str, parser: Any, contents: Sequence[Recipe], where: str) -> UsageError:
+def _refusal(message: str, parser: Any, recipe: Recipe, given: Sequence[object]) -> UsageError:
     """The parser's own last lines, and the nearest known key for each of the user's keys that they object to."""
     known = {part for action in parser._actions for part in action.dest.split(".")}
-    for path in recipes.shipped().values():
-        known |= _words(recipes.read_yaml(path))
-    given = {part for content in contents for part in _words(content)}
-    given |= {part for key in re.findall(r"--([\w.]+)", where) for part in key.split(".")}
+    known |= {part for path in recipes.shipped().values() for part in _words(recipes.read_yaml(path))}
     shown = _last_lines(message)
-    unknown = sorted(word for word in given - known if re.search(rf"\b{re.escape(word)}\b", shown))
+    unknown = sorted(word for word in _words(recipe) - known if re.search(rf"\b{re.escape(word)}\b", shown))
     close = {word: difflib.get_close_matches(word, known, n=1) for word in unknown}
     hints = [f"did you mean '{found[0]}' instead of '{word}'?" for word, found in close.items() if found]
     fix = " ".join(hints) or "'floodrepro configs show demo' prints a recipe that works"
-    return UsageError(f"the recipe is refused: {shown}", where=where, fix=fix)
+    return UsageError(f"the recipe is refused: {shown}", where=" ".join(map(str, given)), fix=fix)
 
 
 def _words(recipe: Recipe) -> set[str]:

@@ -18,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import torch
-from jsonargparse import Namespace
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from floodrepro import console
@@ -29,13 +27,12 @@ from floodrepro.data.chips import Chips
 from floodrepro.errors import CheckpointError, DataError, FloodreproError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.metrics import iou
-from floodrepro.evaluation.passes import prepare, run_loop
+from floodrepro.evaluation.passes import chip_of, run_pass
 from floodrepro.evaluation.test import ChipCounts, table_path, tabulate_checkpoint
 from floodrepro.publishing.export import ExportedWeights, export, read_exported
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_atomically
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
-from floodrepro.training.layout import without_files
-from floodrepro.training.terratorch_cli import RecipeCLI
+from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 from floodrepro.verification.battery import MEASURED
 from floodrepro.verification.checks import CRITERIA, Check, figure, judge
 from floodrepro.verification.figures import MIN_SHARE, choose_chips_to_show, panels_png, take_pictures
@@ -219,7 +216,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
 
     Raises:
         TableError: The table is missing, damaged, another checkpoint's, or has no chip to show.
-        UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.prepare`.
+        UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.run_pass`.
     """
     table = chip_table.read_table(table_file)
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
@@ -229,7 +226,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
     chips, counts = [str(table.chips[row]) for row in shown.values()], table.counts[list(shown.values())]
     maps = _predict_chips(cli, checkpoint, chips)
     # The fewest that must have been predicted otherwise: a pixel leaves one count and enters another.
-    moved = (np.abs(maps.table({}).subset(chips).counts - counts).sum(axis=(1, 2)) + 1) // 2
+    moved = (np.abs(maps.table({}, {}).subset(chips).counts - counts).sum(axis=(1, 2)) + 1) // 2
     worst = float((moved / counts.sum(axis=(1, 2))).max())
     source = Chips(Path(protocols.data_arguments(cli.recipe)["data_root"]), protocols.protocol_of(cli.recipe))
     drawn = []
@@ -260,27 +257,22 @@ class _Maps(ChipCounts):
 
     seen: dict[str, dict[str, npt.NDArray[np.int8]]]
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
         """Keep the batch's maps."""
-        done = len(self._chips)
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, *args)
-        assert self._logits is not None
-        pairs = (pl_module.squeeze_ground_truth(batch["mask"]), self._logits.argmax(dim=1))
+        super().use(logits, files, batch, task)
+        pairs = (task.squeeze_ground_truth(batch["mask"]), logits.argmax(dim=1))
         truth, prediction = (each.to(torch.int8).cpu().numpy() for each in pairs)
-        for n, chip in enumerate(self._chips[done:]):
-            self.seen[chip] = {"truth": truth[n], "prediction": prediction[n]}
+        for n, file in enumerate(files):
+            self.seen[chip_of(file)] = {"truth": truth[n], "prediction": prediction[n]}
 
 
 def _predict_chips(cli: RecipeCLI, checkpoint: Path, chips: list[str]) -> _Maps:
+    maps = _Maps(checkpoint)
+    maps.seen = {}
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "chips.txt"
         split.write_text("".join(f"{chip}\n" for chip in chips), encoding="utf-8")
-        prepare(cli, checkpoint, "test", test_file=str(split))
-        ignored = (cli.recipe["model"].get("init_args") or {}).get("ignore_index", protocols.IGNORE_INDEX)
-        maps = _Maps(checkpoint, ignored)
-        maps.seen = {}
-        cli.trainer.callbacks.append(maps)
-        run_loop(cli, "test", verbose=False)
+        run_pass(cli, "test", maps, "test", file=str(split))
     return maps
 
 
@@ -337,11 +329,8 @@ def _parse(config: Path, data_root: Path | None) -> RecipeCLI:
 
 def _build_on_cpu(recipe: Path) -> RecipeCLI:
     """What a recipe describes, from random weights, on a CPU, in fp32."""
-
-    def on_cpu(config: Namespace) -> None:
-        without_files(config, progress_bar=False)
-        config.trainer.accelerator, config.trainer.precision = "cpu", "32-true"
-
     cli = RecipeCLI([recipe])
-    cli.build(on_cpu)
+    without_files(cli.config)
+    cli.config.trainer.accelerator, cli.config.trainer.precision = "cpu", "32-true"
+    cli.build()
     return cli
