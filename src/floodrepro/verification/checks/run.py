@@ -98,7 +98,7 @@ def data(evidence: Evidence) -> Check:
     for key in ("protocol", "commit"):
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
-    recorded = values and digests["training"] and digests["test"]
+    recorded = bool(values and digests["training"] and digests["test"])
     found = f"the same: {', '.join(value['name'] for value in values)}"
     notes = []
     if "audit" in evidence.absent:
