@@ -52,11 +52,6 @@ def test_loss_that_does_not_fall_and_another_best_epoch_in_the_record_fail(evide
     assert ask("convergence", replace(evidence, metrics=()))["status"] == "skip"
 
 
-def test_curve_of_the_reference_stands_beside_the_runs_own(evidence: Evidence):
-    answer = ask("convergence", replace(evidence, reference_name="other", reference_metrics=evidence.metrics))
-    assert [one["label"] for one in answer["plots"][0]["series"]] == ["seed-42", "other"]
-
-
 # Speed
 
 

@@ -243,7 +243,7 @@ def test_pictures_of_another_input_than_the_tables_are_found(trained: RunFolder,
     recipe["data"]["init_args"]["stds"]["S1RTC"] = [1.0, 1.0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     answer = measure.panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)
-    assert (answer["status"], "predicted otherwise than in the chip table" in answer["finding"]) == ("fail", True)
+    assert (answer["status"], "predicted otherwise than in the table" in answer["finding"]) == ("fail", True)
 
 
 def test_table_of_another_checkpoint_has_no_pictures(trained: RunFolder, table: Path, tmp_path: Path):

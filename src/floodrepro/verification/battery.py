@@ -78,11 +78,10 @@ def gather(
         TableError: The reference's table is missing or damaged.
     """
     absent: _Absent = {}
-    recipe, other, there = recipes.read_yaml(home.recipe), None, None
-    if reference is not None:
-        other, there = chip_table.read_table(reference), RunFolder(reference.resolve().parent.parent.parent)
-        there = there if there.recipe.is_file() else None  # the table may lie in no run folder
-        name = name or (f"{there.path.name}/{other.name}" if there else other.name)
+    recipe, other = recipes.read_yaml(home.recipe), chip_table.read_table(reference) if reference else None
+    if reference and other and not name:
+        there = RunFolder(reference.resolve().parent.parent.parent)  # if the table lies in a run folder
+        name = f"{there.path.name}/{other.name}" if there.recipe.is_file() else other.name
     weights = sha256_of(home.best) if home.best.is_file() else None
     table = _own_table(home, split, weights, absent)
     parts = {path.parent.name: path for path in sorted(home.evaluation.glob(f"*/{home.best.stem}.parquet"))}
@@ -105,8 +104,6 @@ def gather(
         subsets={key: one for key, one in subsets.items() if one and table and one.metadata.get("subset_of") == split},
         reference=other,
         reference_name=name,
-        reference_record=_json(there.record, "reference_record", absent) | {"run": there.path.name} if there else {},
-        reference_metrics=_metrics(there, {}) if there else (),
         baselines={path.stem: one for path in baselines if (one := _table(path, absent))},
         measured=kept.get("checks") or {},
         seeds=_seeds(home, split, absent),

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.metrics import iou
 from floodrepro.evaluation.passes import chip_of, run_pass
 from floodrepro.evaluation.test import ChipCounts, table_path, tabulate_checkpoint
-from floodrepro.publishing.export import ExportedWeights, export, read_exported
+from floodrepro.publishing.export import ExportedWeights, read_exported
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_atomically
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
@@ -90,27 +89,20 @@ def measure_all(run: RunFolder, folder: Path, split: str, data_root: Path | None
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest, table = sha256_of(run.best), table_path(run.best, split)
+    makers: dict[str, Callable[[], Check]] = {
+        "weights": lambda: weights(run.recipe, run.best, run.checkpoints / "last.ckpt"),
+        "load_back": lambda: load_back(run.recipe, run.best, _pair(run, digest)),
+        "round_trip": lambda: round_trip(run.recipe, run.best, _pair(run, digest)),
+        "panels": lambda: panels(_parse(run.recipe, data_root), run.best, table, folder),
+    }
     answers: dict[str, Check] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-
-        def of_pair(check: Callable[[Path, Path, ExportedWeights], Check]) -> Check:
-            pair, which = _pair(run, digest, Path(scratch))
-            found = check(run.recipe, run.best, pair)
-            return found | {"notes": [*found.get("notes", []), f"The pair that was measured: {which}."]}
-
-        makers: dict[str, Callable[[], Check]] = {
-            "weights": lambda: weights(run.recipe, run.best, run.checkpoints / "last.ckpt"),
-            "load_back": partial(of_pair, load_back),
-            "round_trip": partial(of_pair, round_trip),
-            "panels": lambda: panels(_parse(run.recipe, data_root), run.best, table, folder),
-        }
-        for name, make in makers.items():
-            console.say(f"measuring {name.replace('_', ' ')}")
-            try:
-                answers[name] = make()
-            except FloodreproError as error:
-                status = "skip" if isinstance(error, DataError | UsageError) else "fail"
-                answers[name] = {"status": status, "finding": error.what}
+    for name, make in makers.items():
+        console.say(f"measuring {name.replace('_', ' ')}")
+        try:
+            answers[name] = make()
+        except FloodreproError as error:
+            status = "skip" if isinstance(error, DataError | UsageError) else "fail"
+            answers[name] = {"status": status, "finding": error.what}
     write_atomically(folder / MEASURED, json.dumps({"measured_on": digest, "checks": answers}, indent=1) + "\n")
 
 
@@ -313,14 +305,11 @@ def _raw_chips(recipe: recipes.Recipe, size: int) -> dict[str, Tensor]:
     return chips
 
 
-def _pair(run: RunFolder, digest: str, scratch: Path) -> tuple[ExportedWeights, str]:
-    """The pair in `export/` if it is the best checkpoint's; else one that is made for this measurement alone."""
+def _pair(run: RunFolder, digest: str) -> ExportedWeights:
     for file in sorted(run.export.glob("*.safetensors")):
         if (pair := read_exported(file)).metadata.get("source_sha256") == digest:
-            return pair, "as it lies in export/"
-    made = scratch / "pair.safetensors"
-    pair = read_exported(made) if made.is_file() else export(run.best, recipes.read_yaml(run.recipe), scratch, "pair")
-    return pair, "made for this check, since export/ holds none of this checkpoint"
+            return pair
+    raise UsageError("export/ holds no pair of this checkpoint: floodrepro export writes it", where=run.export)
 
 
 def _parse(config: Path, data_root: Path | None) -> RecipeCLI:

@@ -64,9 +64,8 @@ def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """report.md as text; a figure that is not given is said to be missing."""
     checks = sorted(results["checks"], key=lambda check: _WORST_FIRST.index(check["status"]))
     other = results["reference"] or {}
-    known = {"epochs": other.get("epochs"), "seed": other.get("seed"), **(other.get("checkpoint") or {})}
-    listed = [str(other.get("name")), *(f"{key} {value}" for key, value in known.items() if value and key != "name")]
-    facts = [*run_facts(results["run"]), *([("reference", ", ".join(listed))] if other else [])]
+    weights = (other.get("checkpoint") or {}).get("sha256") or "not known"
+    facts = [*run_facts(results["run"]), *([("reference", f"{other['name']}, sha256 {weights}")] if other else [])]
     return fill_in(
         _FOLDER / "report.md.j2",
         results=results,

@@ -42,7 +42,6 @@ def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, 
         and {
             "name": evidence.reference_name,
             **{key: other.metadata.get(key) for key in ("checkpoint", "recipe_sha256")},
-            **{key: evidence.reference_record.get(key) for key in ("epochs", "seed")},
         },
         "verdict": _verdict(evidence, by_id, not_met),
         "summary": {

@@ -53,8 +53,6 @@ class Evidence:
     subsets: Mapping[str, ChipTable] = field(default_factory=dict)  # further test splits of the same pass
     reference: ChipTable | None = None
     reference_name: str = ""
-    reference_record: Mapping[str, Any] = field(default_factory=dict)
-    reference_metrics: Sequence[Mapping[str, str]] = ()
     baselines: Mapping[str, ChipTable] = field(default_factory=dict)
     measured: Mapping[str, Check] = field(default_factory=dict)  # answers of `measure`, by check
     seeds: Sequence[SeedRun] = ()  # all runs declared together with this one

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from floodrepro import recipe as recipes
@@ -25,7 +25,8 @@ def convergence(evidence: Evidence) -> Check:
     bad = [f"{key} at step {step}" for key, step, text in logged if not math.isfinite(float(text))]
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     values = [figure("logged values that are not finite", ", ".join(bad[:3]) + more or "none", expected="none")]
-    losses = _validation_losses(rows)
+    validated = {int(float(row["epoch"])) + 1: float(row["val/loss"]) for row in rows if row.get("val/loss")}
+    losses = {epoch: loss for epoch, loss in validated.items() if math.isfinite(loss)}  # epochs count from 1
     if len(losses) < 2:
         return judge(values, "", f"{len(losses)} validations: a trajectory needs two")
     best = min(losses, key=lambda epoch: losses[epoch])  # the first of equals, as ModelCheckpoint keeps it
@@ -40,13 +41,12 @@ def convergence(evidence: Evidence) -> Check:
     ]
     if rates := [float(text) for key, _, text in logged if key.startswith("lr-")]:
         values.append(figure("learning rate, first and last", f"{rates[0]:g}, {rates[-1]:g}"))
-    curves = {evidence.run.path.name: losses, evidence.reference_name: _validation_losses(evidence.reference_metrics)}
     plot = {
         "name": "loss",
         "kind": "lines",
         "x_label": "epoch",
         "y_label": "val/loss",
-        "series": [{"label": name, "x": list(one), "y": list(one.values())} for name, one in curves.items() if one],
+        "series": [{"label": evidence.run.path.name, "x": list(losses), "y": list(losses.values())}],
         "caption": f"val/loss by epoch: {losses[first]:.4f} at first, {losses[best]:.4f} at best, in epoch {best}.",
     }
     notes = [f"The best epoch, {best}, is the last one: more epochs might have helped."] if best == last else []
@@ -98,7 +98,7 @@ def data(evidence: Evidence) -> Check:
     for key in ("protocol", "commit"):
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
-    recorded = values and digests["training"] and digests["test"]
+    recorded = bool(values and digests["training"] and digests["test"])
     found = f"the same: {', '.join(value['name'] for value in values)}"
     notes = []
     if "audit" in evidence.absent:
@@ -166,12 +166,6 @@ def device_of(record: Mapping[str, Any]) -> str:
     part = (record.get("environment") or {}).get("accelerator" if gpu else "cpu") or {}
     name, count = str(part.get("name") or part.get("model") or "unknown device"), record.get("processes") or 1
     return f"{count} x {name}" if count > 1 else name
-
-
-def _validation_losses(rows: Sequence[Mapping[str, str]]) -> dict[int, float]:
-    """val/loss by epoch, counted from 1, where it is finite."""
-    found = {int(float(row["epoch"])) + 1: float(row["val/loss"]) for row in rows if row.get("val/loss")}
-    return {epoch: loss for epoch, loss in found.items() if math.isfinite(loss)}
 
 
 def _same(name: str, *found: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The primary score is the IoU of the positive class over all pixels of the split 
 """
 
 import itertools
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ def parity(evidence: Evidence) -> Check:
     if (having := int((ours[:, k].sum(axis=1) > 0).sum())) < 2:
         raise Unanswered("skip", f"{evidence.class_name} in {having} of {len(ours)} events, two are needed")
     try:
-        primary = intervals.jackknife(ours, partial(iou, k=k), other=theirs, positive=k)
+        primary = intervals.jackknife(ours, lambda counts: iou(counts, k), other=theirs, positive=k)
         printed = intervals.jackknife(ours, metrics.mean_iou, other=theirs, positive=k)
     except ValueError as error:
         raise Unanswered("skip", str(error)) from error
