@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,20 @@ from floodrepro.errors import CheckpointError, DataError, UsageError
 from floodrepro.recipe import PRECISIONS
 from floodrepro.run_folder import config_beside, sha256_of, write_atomically
 
-_PLANETARY_COMPUTER = "https://planetarycomputer.microsoft.com/api/stac/v1"
 _EXAMPLES = """\
 examples:
   floodrepro map plan --aoi area.geojson --event 2026-08-26 --output scene.yaml
   floodrepro map --export runs/first/export --scene scene.yaml --output flood
   floodrepro map check --map flood --truth flooded.gpkg --output check.parquet
-
 docs/mapping.md describes scenes and maps. If it is interrupted, run the same command again.
 """
 
 
-def _number(text: str, most: float = 1e5) -> float:
-    """A flag's value from 0 to *most*, and not NaN."""
-    if not 0 <= float(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to {most:g}")
+def _number(text: str) -> float:
+    """A flag's value from 0 to 100,000."""
+    if not 0 <= float(text) <= 1e5:  # NaN is not either
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 100,000")
     return float(text)
-
-
-_share = partial(_number, most=1)
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,29 +44,28 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
     add("--max-gap", type=_number, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-seen", type=_share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
-    add("--threshold", type=_share, metavar="P", help="probability of the positive class (default: argmax)")
+    add("--min-seen", type=_number, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--threshold", type=_number, metavar="P", help="probability of the positive class (default: argmax)")
     add("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
     add("--min-hectares", type=_number, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
     add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
     check = actions.add_parser("check", prog=f"{parser.prog} check", help="compare a map with a truth")
-    add = check.add_argument
-    add("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
-    add("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
-    add("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
-    add("--output", type=new_file, metavar="FILE", help="write the chip table there (.parquet)")
+    check.add_argument("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
+    check.add_argument("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
+    check.add_argument("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
+    check.add_argument("--output", type=new_file, metavar="FILE", help="write the chip table there (.parquet)")
     plan = actions.add_parser("plan", prog=f"{parser.prog} plan", help="write scene.yaml from a STAC catalogue")
     add = plan.add_argument
     place = plan.add_mutually_exclusive_group(required=True)
     place.add_argument("--aoi", type=Path, metavar="FILE", help="polygons: GeoJSON, GeoPackage")
     place.add_argument("--box", type=float, nargs=4, metavar=("WEST", "SOUTH", "EAST", "NORTH"), help="in degrees")
     add("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
-    add("--stac", default=_PLANETARY_COMPUTER, metavar="URL", help="a STAC API (default: Planetary Computer)")
+    add("--stac", default="https://planetarycomputer.microsoft.com/api/stac/v1", metavar="URL", help="a STAC API")
     add("--output", type=new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
     add("--max-days", type=_number, default=12, metavar="N", help="that an event pass may come late (default: 12)")
     add("--max-gap", type=_number, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-coverage", type=_share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
+    add("--min-coverage", type=_number, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
     for each in (parser, check, plan):
         add_format(each)
 
@@ -96,8 +89,8 @@ def run_map(args: argparse.Namespace) -> int:
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
-        fix = "mend scene.yaml, or map it --anyway: map.json will list them"
-        raise DataError(f"problems of the scene, listed above: {len(problems)}", where=args.scene, fix=fix)
+        what = f"problems of the scene, listed above: {len(problems)}"
+        raise DataError(what, where=args.scene, fix="mend it, or --anyway: map.json will list them")
     configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(files[0])]
     cli = parse(configs, [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else [])
     import torch
@@ -110,12 +103,11 @@ def run_map(args: argparse.Namespace) -> int:
     wanted = [(m, step) for m, steps in network.steps.items() for step in steps]
     missing = [name_of(*key) for key in wanted if key not in scene.acquisitions]
     if missing and args.missing == "refuse":
-        fix = "add them to scene.yaml, or --missing zero: filled as missing pixels were in training"
-        raise DataError(f"the scene lacks {', '.join(missing)}", where=args.scene, fix=fix)
-    weights = {"file": files[0].name, "sha256": sha256_of(files[0])}
-    record = {"weights": weights, "recipe_sha256": recipes.fingerprint(cli.recipe), "device": str(network.device)}
-    record |= {"precision": cli.recipe.get("trainer", {}).get("precision"), "filled": missing, "problems": problems}
+        raise DataError(f"the scene lacks {', '.join(missing)}", where=args.scene, fix="add them, or --missing zero")
+    record = {"weights": {"file": files[0].name, "sha256": sha256_of(files[0])}, "device": str(network.device)}
+    record |= {"recipe_sha256": recipes.fingerprint(cli.recipe), "filled": missing, "problems": problems}
     record["versions"] = {"floodrepro": __version__, "torch": torch.__version__}
+    record["precision"] = cli.recipe.get("trainer", {}).get("precision")
     result = map_scene(network, scene, _plan_of(args, cli.recipe, files[0]), args.output, record)
     shares = result["shares_of_area"]
     text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
@@ -161,7 +153,7 @@ def _check(args: argparse.Namespace) -> int:
     table = compare_map(args.map, args.truth, args.truth_value)
     counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
-    result |= {"seen_share": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
+    result |= {"seen_number": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
     if args.output:
         chip_table.write_table(table, args.output)
     rows = [[name, "-" if value is None else f"{value:.4f}"] for name, value in result.items() if name != "tiles"]

@@ -41,19 +41,11 @@ Predict = Callable[[Sequence[Tile]], Array]  # tiles of one size -> probabilitie
 def strips(
     predict: Predict, shape: tuple[int, int, int], crop: int, stride: int, batch: int, first_row: int = 0
 ) -> Iterator[tuple[int, Array]]:
-    """Predict a raster from top to bottom.
+    """Predict a raster (C, H, W) from top to bottom: first row and probabilities (C, h, W) of strip after strip.
 
-    Args:
-        predict: Gives the probabilities of tiles; a raster smaller than a tile is one tile of its own size.
-        shape: C, H and W.
-        crop: Edge of a tile in pixels.
-        stride: Pixels between tiles, at most ``crop``.
-        batch: Tiles in one call.
-        first_row: Strips above it, which another run has finished, are left out. The rest has the same bits: the tiles
-            that reach into it are computed again, in the same order and batches.
-
-    Yields:
-        The first row of a strip and its probabilities (C, h, W); strips follow each other without a gap.
+    *predict* gets up to *batch* tiles of one size; a raster smaller than a tile is one tile of its own size. Strips
+    above *first_row*, which another run has finished, are left out. The rest has the same bits: the tiles that reach
+    into it are computed again, in the same order and batches.
     """
     classes, height, width = shape
     rows, columns = ([*range(0, size - crop, stride), max(size - crop, 0)] for size in (height, width))
@@ -90,10 +82,7 @@ def map_scene(
             pixel is positive; None for the most probable class), crop and stride (pixels) and min_hectares (minimum
             mapping unit of the polygons).
         output: Folder for the map.
-        record: What map.json says of weights, recipe, problems and versions.
-
-    Returns:
-        The content of map.json.
+        record: What map.json says of weights, recipe, problems and versions. Its whole content is returned.
 
     Raises:
         RunFolderError: The folder holds something else, another process maps into it, or it cannot be written.

@@ -13,7 +13,6 @@ from floodrepro.training.checkpoint import Checkpoint, load_strictly
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 _PATCH = 32  # two of TerraMind's patches: what TerraTorch pads images to
-_LARGEST_BATCH = 64
 
 
 class Network:
@@ -82,4 +81,4 @@ class Network:
         shapes = {m: (len(self.steps[m]), len(self.bands[m]), crop, crop) for m in self.bands}
         self.probabilities({modality: [np.zeros(shape, np.int16)] for modality, shape in shapes.items()})
         each = torch.cuda.max_memory_allocated(self.device) - before
-        return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), _LARGEST_BATCH))
+        return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), 64))

@@ -1,8 +1,7 @@
 """Write the scene of a flood: ask a STAC API and choose four passes of each sensor.
 
-A pass is an entry of scene.yaml: `time` (UTC), `satellite`, relative `orbit`, `direction`, `coverage` (share of the
-area inside the footprints, an upper bound of what the pixels cover), of the optical sensor `cloud` (percent of that, by
-the figures of whole tiles), and `files`, least cloud first: the first valid pixel wins.
+A pass is a step of scene.yaml: its `coverage` is the share of the area inside the footprints, an upper bound of what
+the pixels cover, `cloud` percent of that by the figures of whole tiles; `files` are listed least cloud first.
 """
 
 import json
@@ -47,10 +46,7 @@ class Area:
         self.whole = shapely.union_all(self.project(parts))
 
     def project(self, geometry: Any) -> Any:
-        """Geometries in Lambert's cylindrical equal-area projection around the area (longitude, sine of latitude).
-
-        A footprint that is split at 180, drawn around it or goes beyond it becomes the same.
-        """
+        """Geometries in Lambert's equal-area projection around the area; what is split at 180 or beyond it is whole."""
         east = 180 - (self._bounds[0] + self._bounds[2]) / 2
         moved = shapely.transform(geometry, lambda x, y: ((x + east) % 360, np.sin(np.radians(y))), interleaved=False)
         return shapely.make_valid(moved)

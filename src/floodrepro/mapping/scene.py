@@ -197,7 +197,7 @@ def to_crs(geometry: Any, source: Any, target: Any) -> Any:
     return shapely.transform(geometry, lambda *xy: rasterio.warp.transform(source, target, *xy), interleaved=False)
 
 
-def in_one_piece(geometry: Any) -> Any:
+def _in_one_piece(geometry: Any) -> Any:
     """Geometries in degrees; what lies on both sides of 180 gets longitudes from 0 to 360."""
     west, _, east, _ = shapely.total_bounds(geometry)
     if east - west <= 180:
@@ -209,14 +209,13 @@ def to_degrees(geometry: Any, crs: Any) -> Any:
     """Geometries of any CRS in degrees, with vertices so close that edges stay where they were."""
     try:
         geographic = CRS.from_user_input(crs).is_geographic
-        close = shapely.segmentize(in_one_piece(geometry), 0.01) if geographic else shapely.segmentize(geometry, 1000)
-        degrees = in_one_piece(to_crs(close, crs, DEGREES))
-        west, south, east, north = shapely.total_bounds(degrees)
+        close = shapely.segmentize(_in_one_piece(geometry), 0.01) if geographic else shapely.segmentize(geometry, 1000)
+        degrees = _in_one_piece(to_crs(close, crs, DEGREES))
+        west, south, east, north = bounds = shapely.total_bounds(degrees)
     except (CPLE_BaseError, shapely.GEOSException) as error:
         raise UsageError(f"the area cannot be brought to degrees: {error}", fix="look at its coordinates") from error
     if not (-90 <= south < north <= 90 and west < east):  # infinite or NaN is what lies outside of a CRS
-        told = f"longitude {west:g} to {east:g}, latitude {south:g} to {north:g}"
-        raise UsageError(f"the area lies nowhere on Earth: {told}", fix="a box is west, south, east, north")
+        raise UsageError(f"the area lies nowhere on Earth: {bounds}", fix="a box is west, south, east, north")
     return degrees
 
 
