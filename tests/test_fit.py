@@ -167,12 +167,36 @@ def test_skipped_chips_are_recorded_and_one_too_many_ends_the_fit(fit, own_chips
     assert fit("--skip-damaged", 1, name="one", root=own_chips, steps=epoch).code == 1
 
 
-CALLBACK = """
+CALLBACKS = """
 from lightning.pytorch.callbacks import Callback
 class Faulty(Callback):
     def on_train_batch_end(self, trainer, pl_module, *args):
         {}["my_missing_key"]
+class Overflow(Callback):
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if trainer.global_step == 3 and trainer.precision == "32-true":
+            next(pl_module.parameters()).data.fill_(float("inf"))
 """
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> tuple[object, ...]:
+    """Flags that name a folder of modules of one's own."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text(CALLBACKS)
+    return "--custom_modules_path", tmp_path / "mine"
+
+
+def test_overflow_is_rolled_back_to_the_last_good_state_and_the_run_ends_in_bf16(fit, mine, tmp_path: Path):
+    overflow = (*mine, "--trainer.callbacks+=mine.Overflow", "--on-overflow", "rollback", "--save-every", 2)
+    outcome = fit(*overflow, steps=("--trainer.max_epochs", 1, "--trainer.limit_val_batches", 1))
+    assert outcome.code == 0, outcome.err
+    record = RunFolder(tmp_path / "run").read_record()
+    assert (record["status"], record["progress"]["step"]) == ("finished", 6)
+    assert record["rollback"]["state"] == record["resumes"][0]["from"] == "last.ckpt"
+    assert record["rollback"]["precision"] == ["32-true", "bf16-mixed"]
+    assert record["environment"]["numerics"]["precision"] == "bf16-mixed"
+    assert [incident["step"] for incident in record["incidents"]] == [record["rollback"]["step"]] == [3]
 
 
 def test_fit_that_waited_for_the_lock_takes_up_what_the_other_one_trained(fit, trained, tmp_path: Path, monkeypatch):
@@ -186,11 +210,8 @@ def test_fit_that_waited_for_the_lock_takes_up_what_the_other_one_trained(fit, t
     assert (tmp_path / "run" / "run.json").read_bytes() == trained.record.read_bytes()
 
 
-def test_unexpected_error_shows_its_traceback_and_keeps_it(fit, tmp_path: Path, monkeypatch):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").write_text(CALLBACK)
-    modules = ("--custom_modules_path", tmp_path / "mine", "--trainer.callbacks+=mine.Faulty")
-    outcome = fit(*modules)
+def test_unexpected_error_shows_its_traceback_and_keeps_it(fit, mine, tmp_path: Path):
+    outcome = fit(*mine, "--trainer.callbacks+=mine.Faulty")
     assert outcome.code == 1
     assert "Traceback" in outcome.err
     assert "KeyError: 'my_missing_key'" in outcome.err

@@ -29,6 +29,7 @@ _KEY = "exact_resume"  # of what is added to Lightning's checkpoint
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGREE_EVERY = 10  # batches: asking all processes costs a round trip
+_SECONDS_TO_DIE = 2.0  # that a loader worker outlives a killed training process
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -314,14 +315,17 @@ def _say(text: str) -> None:
 
 
 def _shield_worker(_: ExactResume) -> None:
-    """Let a forked loader worker obey the training process alone, and leave signals of others to it.
+    """Let a forked loader worker obey the training process alone, leave signals of others to it, and die with it.
 
-    Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is.
+    Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is; and
+    torch's own worker, whose parent is killed while it starts, takes init for its parent and stays for ever.
     """
+    parent = getattr(multiprocessing.parent_process(), "pid", None)
 
     def obey_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        told = None
+        while os.getppid() == parent and (told is None or told.si_pid != parent):
+            told = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_TO_DIE)
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
