@@ -1,12 +1,8 @@
 """A small local stand-in for the Hugging Face hub, spoken to by the real huggingface_hub client.
 
-It answers what a data set download needs: ``/api/datasets/<repo>/revision``, ``/tree``, ``/paths-info`` and
-``/datasets/<repo>/resolve``. As on the hub, archives are LFS files, whose content comes from another host after a
-redirect, and everything else is a git blob that comes from the hub itself. Faults are planted per file or per request.
-
-Model repositories take uploads: ``/api/repos/create``, ``/api/models/<repo>`` with its branches, ``/preupload`` and
-``/commit``, and the LFS batch. What was committed lies in `HubServer.models`; `HubServer.token` is the one that may
-write. Weights that `HubServer.serve` was given come from ``/<repo>/resolve``.
+It answers what a data set download needs. As on the hub, archives are LFS files, whose content comes from another host
+after a redirect, and everything else is a git blob. Faults are planted per file or per request. Model repositories take
+uploads: what was committed lies in `HubServer.models`, and `HubServer.token` is the one that may write.
 """
 
 import base64

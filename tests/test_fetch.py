@@ -18,7 +18,7 @@ from floodrepro.data.synth import generate
 from floodrepro.data.weights import REFERENCE
 from floodrepro.errors import DataError
 from hub_server import HubServer
-from test_splits import chips_of
+from test_splits import ids_of
 
 REPO = "ibm-esa-geospatial/ImpactMesh-Flood"
 
@@ -191,7 +191,7 @@ def test_sample_reads_only_the_chips_that_it_extracts(tmp_path):
         read = server.sent.total()
     report = json.loads(out)
     source = Chips(root)
-    listed = {s: chips_of(root, s) for s in ("train", "val", "test")}
+    listed = {s: ids_of(root, s) for s in ("train", "val", "test")}
     assert {split: len(chips) for split, chips in listed.items()} == {"train": 2, "val": 2, "test": 2}
     assert len({chip.split("_")[0] for chip in listed["train"]}) == 2
     whole, useful = sum(map(len, files.values())), sum(report["files"].values())

@@ -8,6 +8,7 @@ import yaml
 
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import PROTOCOLS, Protocol
+from floodrepro.data.splits import read_events
 from floodrepro.data.synth import generate
 from floodrepro.evaluation.chip_table import read_table
 
@@ -23,11 +24,6 @@ def v1_chips(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("v1") / "ImpactMesh-Flood"
     generate(root, events=5, chips=20, size=32, protocol="v1", seed=2)
     return root
-
-
-def events_of(root: Path, split: str) -> set[str]:
-    lines = (root / "split" / f"impactmesh_flood_{split}.txt").read_text().split()
-    return {line.split("_")[0] for line in lines}
 
 
 @pytest.mark.parametrize("protocol", ["v1", "v1_binary"])
@@ -47,7 +43,9 @@ def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_pat
     assert set(tables) == {"test", "seen_events", "holdout"}
     for split, table in tables.items():
         assert {f"test/{split}/IoU_{k}" for k in range(3)} <= set(metrics)
-        assert set(table.events) == events_of(v1_chips, "test" if split == "test" else f"test_{split}")
+        name = split if split == "test" else f"test_{split}"
+        listed = read_events(v1_chips / "split" / f"impactmesh_flood_{name}.txt")
+        assert set(table.events) == set(listed.values())
     parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)
     assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
 

@@ -22,18 +22,15 @@ def split(root: Path, name: str) -> Path:
     return root / "split" / f"impactmesh_flood_{name}.txt"
 
 
-def chips_of(root: Path, name: str) -> list[str]:
+def ids_of(root: Path, name: str) -> list[str]:
     return list(read_events(split(root, name)))
 
 
-def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path):
+def test_blank_lines_and_a_byte_order_mark_are_passed_over_and_a_second_column_is_the_event(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffEMSR1_1\n\n  EMSR2_1 \r\n\n".encode())
     assert list(read_events(tmp_path / "a.txt")) == ["EMSR1_1", "EMSR2_1"]
-
-
-def test_second_column_names_the_event(tmp_path):
-    (tmp_path / "a.csv").write_text("chip,event\nNYC_12,Ida\nNYC_13,Ida\nBonn_1,Ahr\nplain_7\n")
-    assert read_events(tmp_path / "a.csv") == {"NYC_12": "Ida", "NYC_13": "Ida", "Bonn_1": "Ahr", "plain_7": "plain"}
+    (tmp_path / "a.csv").write_text("chip,event\nNYC_12,Ida\nBonn_1,Ahr\nplain_7\n")
+    assert read_events(tmp_path / "a.csv") == {"NYC_12": "Ida", "Bonn_1": "Ahr", "plain_7": "plain"}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +77,7 @@ def test_digest_of_a_split_depends_on_no_other_split_and_not_on_folders_or_tars(
 
 def test_changed_file_changes_the_digest_of_its_split_only(own_chips):
     before = check_data(recipe_of(own_chips), ("train", "val")).digests
-    chip = chips_of(own_chips, "val")[0]
+    chip = ids_of(own_chips, "val")[0]
     with (own_chips / "data" / "DEM" / f"{chip}_DEM.tif").open("ab") as file:
         file.write(b"\0")
     after = check_data(recipe_of(own_chips), ("train", "val")).digests
@@ -89,8 +86,8 @@ def test_changed_file_changes_the_digest_of_its_split_only(own_chips):
 
 
 def test_event_in_two_splits_is_a_warning_for_subsets_as_well_and_an_error_where_asked(own_chips):
-    moved = chips_of(own_chips, "train")[0]
-    train = [chip for chip in chips_of(own_chips, "train") if chip != moved]
+    moved = ids_of(own_chips, "train")[0]
+    train = [chip for chip in ids_of(own_chips, "train") if chip != moved]
     split(own_chips, "train").write_text("\n".join(train))
     with split(own_chips, "val").open("a") as file:
         file.write(f"{moved}\n")
@@ -102,7 +99,7 @@ def test_event_in_two_splits_is_a_warning_for_subsets_as_well_and_an_error_where
 
 
 def test_chip_in_two_splits_is_an_error_that_names_it(own_chips):
-    chip = chips_of(own_chips, "train")[0]
+    chip = ids_of(own_chips, "train")[0]
     with split(own_chips, "test").open("a") as file:
         file.write(f"{chip}\n")
     with pytest.raises(DataError, match=chip):
@@ -110,7 +107,7 @@ def test_chip_in_two_splits_is_an_error_that_names_it(own_chips):
 
 
 def test_unknown_chip_and_missing_part_are_named_and_only_what_is_read_is_needed(own_chips):
-    chip = chips_of(own_chips, "val")[0]
+    chip = ids_of(own_chips, "val")[0]
     (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").unlink()
     with pytest.raises(DataError, match=f"1 of 3 chips of val have no S1RTC file: {chip}"):
         check_data(recipe_of(own_chips), ("val",))

@@ -53,7 +53,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     audit.add_argument("--split", type=_listed(), metavar="NAMES", help="split files, as val,test (default: all)")
     audit.add_argument("--limit", type=int, metavar="N", help="chips of each split, at most")
     audit.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split")
-    audit.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core)")
+    audit.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core, up to 16)")
     audit.add_argument("--strict", action="store_true", help="an event in two splits is an error")
     stats = add(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     stats.add_argument("--split", default="train", metavar="NAME", help="of which split (default: train)")

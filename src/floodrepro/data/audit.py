@@ -5,6 +5,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def audit(
         splits: Names as in the split files; all split files where None.
         limit: Number of chips of each split, at most.
         fraction: Share of the chips of each split.
-        jobs: Threads; one for each core where None.
+        jobs: Threads; one for each core, up to 16, where None.
         strict: Whether an event in two splits is an error.
 
     Raises:
@@ -96,8 +97,11 @@ def audit(
     totals: dict[tuple[str, str], Facts] = defaultdict(dict)  # by split and event
     darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
     ordered = [chip for chip in source.having(PARTS[0]) if chip in whole]  # as they lie in a tar
-    workers = jobs or len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(workers) as pool, console.progress("chips read") as progress:  # numpy lets threads run
+    with ExitStack() as stack:
+        workers = jobs or min(len(os.sched_getaffinity(0)), 16)
+        pool = stack.enter_context(ThreadPoolExecutor(workers))  # decoding and numpy let other threads run
+        stack.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C: it would wait for all chips
+        progress = stack.enter_context(console.progress("chips read"))
         checked = pool.map(partial(check_chip, source), ordered)
         for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, checked, strict=True), start=1):
             findings += found
@@ -139,14 +143,12 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
         console.warn(f"{kind}: {what}")
     facts = {part: {key: str(held[key]) for key in _SHOWN if key in held} for part, held in attributes.items()}
     if "cloud_mask" in arrays:
-        shares = (arrays["cloud_mask"] != 0).mean(axis=(1, 2))
-        facts["S2L2A"]["cloud"] = ";".join(f"{share:.0%}" for share in shares)
+        facts["S2L2A"]["cloud"] = ";".join(f"{share:.0%}" for share in (arrays["cloud_mask"] != 0).mean(axis=(1, 2)))
     panels: list[tuple[str, Any, dict[str, Any]]] = []
-    if "S2L2A" in arrays:
-        colours = arrays["S2L2A"][:, [S2_BANDS.index(band) for band in ("B04", "B03", "B02")]].transpose(0, 2, 3, 1)
-        dates = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")
-        for name, date, image in zip(TIMESTEPS, dates, colours, strict=False):
-            panels.append((f"{name} {date[:10]}", np.clip(image / 3000, 0, 1), {}))
+    for step, name in enumerate(TIMESTEPS if "S2L2A" in arrays else ()):
+        colours = [arrays["S2L2A"][step, S2_BANDS.index(band)] for band in ("B04", "B03", "B02")]
+        date = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")[step]
+        panels.append((f"{name} {date[:10]}", np.clip(np.stack(colours, axis=-1) / 3000, 0, 1), {}))
     for step in (BEFORE, EVENT) if "S1RTC" in arrays else ():
         image = arrays["S1RTC"][step, 0].astype(np.float32)
         panels.append((f"VV {TIMESTEPS[step]}, dB", image, {"cmap": "gray", "vmin": -25, "vmax": 0}))

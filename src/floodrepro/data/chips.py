@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import zarr
-from numcodecs import Blosc
+from numcodecs import Blosc, blosc
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
@@ -38,6 +38,9 @@ Array = npt.NDArray[Any]
 Place = tuple[str, int, int | None]  # a file, and where the chip begins in it and how many bytes it has; None: all
 
 numcodecs.registry.codec_registry.pop("pickle", None)  # a chip could name it, and would run code when it is read
+# Chips are read by several processes or threads, whose threads would wait for each other. In writing, numcodecs 0.15.1
+# would store a chunk's blocks in the order in which they are finished.
+blosc.use_threads = False
 # Their georeference is not read (see `read_raster`), also in threads, where warnings.catch_warnings does harm.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
@@ -242,7 +245,8 @@ def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
         array = _open_array(archive.read("bands/.zarray"))
         dtype = array.dtype.newbyteorder("=")  # torch takes no big-endian arrays
         out = empty(array.shape, dtype)
-        blosc = isinstance(array.compressor, Blosc) and not array.filters and array.order == "C"
+        plain = (array.order, array.filters or None, array.dtype) == ("C", None, dtype)
+        direct = isinstance(array.compressor, Blosc) and plain
         chunks = {f"bands/{array._chunk_key(index)}": index for index in np.ndindex(*array.cdata_shape)}
         if not chunks.keys() <= members.keys():
             if array.fill_value is None:
@@ -254,7 +258,7 @@ def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
             corner = zip(chunks[name], array.chunks, strict=True)
             place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in corner)]
             chunk = _member(content, archive, members[name])
-            if blosc and array.dtype == dtype and place.shape == array.chunks and place.flags.c_contiguous:
+            if direct and place.shape == array.chunks and place.flags.c_contiguous:
                 if int.from_bytes(chunk[4:8], "little") != place.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
                     raise ValueError(f"{name} has another size")  # numcodecs 0.15 would leave the rest as it was
                 array.compressor.decode(chunk, place)

@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
-from numcodecs import blosc
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from floodrepro import console
@@ -140,8 +139,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     Args:
         data_root: Folder in ImpactMesh-Flood's layout, or the `data` folder in it.
-        protocol: Name in `floodrepro.data.protocols.PROTOCOLS`. `custom` takes any chips in this layout: the recipe
-            then gives class_names, means and stds, and label_map and mask_suffix where they are not the default.
+        protocol: Name in `PROTOCOLS`. `custom` takes any chips in this layout: the recipe then gives class_names, means
+            and stds, and label_map and mask_suffix where they are not the default.
         train_split, val_split, predict_split: Split files, see `floodrepro.data.splits.read_events`.
         test_split: One split file, or several by name, in this order (the task's `test_dataloaders_names`).
         means, stds: By modality, a value for each band. Reflectance x 10,000, dB, metres.
@@ -318,7 +317,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
                 prefetch_factor=self.prefetch_factor if workers else None,
                 pin_memory=device.type == "cuda",  # not where a recipe keeps to the CPU of a machine with a GPU
                 collate_fn=dict,  # the batch is stacked already
-                worker_init_fn=start_worker,
+                worker_init_fn=_start_worker,
             )
             for dataset in self._datasets[split]
         ]
@@ -346,11 +345,7 @@ def _end_workers() -> None:
             child.kill()
 
 
-def start_worker(_: int = 0) -> None:
-    """Set a process up as a loader's worker.
-
-    A signal to the process group must not end it: its parent decides. Blosc's threads would wait for each other.
-    """
+def _start_worker(_: int) -> None:
+    """Set a process up as a loader's worker: a signal to the process group must not end it, its parent decides."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    blosc.use_threads = False

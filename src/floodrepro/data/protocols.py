@@ -142,7 +142,7 @@ def protocol_of(recipe: Mapping[str, Any]) -> Protocol:
     arguments = data_arguments(recipe) if uses_flood_data_module(recipe) else {}
     keys = ("protocol", "class_names", "label_map", "positive_class", "mask_suffix")
     name, names, *others = (arguments.get(key) for key in keys)
-    if (name or "custom") == "custom":
+    if name in (None, "custom"):
         task = (recipe.get("model") or {}).get("init_args") or {}
         count = (task.get("model_args") or {}).get("num_classes") or 0
         names = data_arguments(recipe).get("class_names") or task.get("class_names")

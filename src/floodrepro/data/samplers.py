@@ -49,8 +49,8 @@ class ShuffledByEpoch(DistributedSampler[int]):
 class EachOnce(DistributedSampler[int]):
     """Every one of `count` chips of an evaluation once; some processes may have one chip more than others.
 
-    torch's own sampler repeats chips until all processes have as many, and counts them twice. DDP does not need it:
-    without gradients torch 2.14 synchronises in the first forward only.
+    torch's own repeats chips until all have as many. DDP does not need it: without gradients torch 2.14 synchronises in
+    the first forward only.
     """
 
     def __init__(self, count: int, *, world: int, rank: int) -> None:

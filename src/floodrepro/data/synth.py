@@ -25,7 +25,7 @@ import numpy as np
 import rasterio
 import yaml
 import zarr
-from numcodecs import Blosc, Zlib, blosc
+from numcodecs import Blosc, Zlib
 from rasterio.warp import Resampling, reproject
 from scipy import ndimage
 
@@ -324,17 +324,12 @@ def zarr_zip(
     store: dict[str, Any] = {}
     group = zarr.group(store=store)
     group.attrs.put(dict(attributes))
-    # With more threads, numcodecs 0.15.1's blosc stores a chunk's blocks in the order in which they are finished.
-    threads, blosc.use_threads = blosc.use_threads, False
-    try:
-        chunks = [math.ceil(share * edge) for share, edge in zip(variant["chunk"], bands.shape, strict=True)]
-        stored = bands.astype(bands.dtype.newbyteorder(variant.get("order", "=")))
-        group.array("bands", stored, chunks=chunks, compressor=variant["codec"], fill_value=None)
-        group.array("band", np.array(names), fill_value=None)
-        for name, mask in masks.items():
-            group.array(name, mask.astype(np.uint8), compressor=variant["codec"], fill_value=None)
-    finally:
-        blosc.use_threads = threads
+    chunks = [math.ceil(share * edge) for share, edge in zip(variant["chunk"], bands.shape, strict=True)]
+    stored = bands.astype(bands.dtype.newbyteorder(variant.get("order", "=")))
+    group.array("bands", stored, chunks=chunks, compressor=variant["codec"], fill_value=None)
+    group.array("band", np.array(names), fill_value=None)
+    for name, mask in masks.items():
+        group.array(name, mask.astype(np.uint8), compressor=variant["codec"], fill_value=None)
     zarr.consolidate_metadata(store)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -359,9 +354,7 @@ def _pack(made: Path, lists: Mapping[str, Sequence[str]], rules: protocols.Proto
         (made / split).mkdir(exist_ok=True)
         with tarfile.open(made / split / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for chip in lists[split]:
-                member = tarfile.TarInfo(
-                    f"{part}/{chip}{protocols.suffix_of(rules, part)}"
-                )  # mode 0644, dated 1970-01-01
+                member = tarfile.TarInfo(f"{part}/{chip}{protocols.suffix_of(rules, part)}")  # dated 1970-01-01
                 content = (made / "data" / member.name).read_bytes()
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

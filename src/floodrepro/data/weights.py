@@ -38,7 +38,7 @@ def backbone_weights(backbone: str) -> HubFile | None:
 
 
 def in_cache(file: HubFile) -> bool:
-    """Whether a file was fetched before and lies in huggingface_hub's cache."""
+    """Whether a file lies in huggingface_hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(file.repo, file.name, revision=file.revision), str)
