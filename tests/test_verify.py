@@ -222,6 +222,7 @@ def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_
             with rasterio.open(folder / f"{raster}.tif", "w", **profile) as file:
                 file.write(values, 1)
         tables[name] = tmp_path / f"{name}.parquet" if name == "theirs" else run.evaluation / "map" / "best.parquet"
+        tables[name].parent.mkdir(exist_ok=True)
         check = ("--map", folder, "--truth", tmp_path / "truth.tif", "--output", tables[name])
         outcome = cli("map", "check", *check)
         assert outcome.code == 0, outcome.err
