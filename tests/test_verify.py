@@ -214,7 +214,7 @@ def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_
     for name, weights, wrong in (("ours", run.best, 0.1), ("theirs", tmp_path / "truth.tif", 0.101)):
         folder = tmp_path / name
         folder.mkdir()
-        record = {"positive": 1, "names": ["rest", "flood"], "identity": {}}
+        record = {"positive": 1, "names": ["rest", "flood"], "recipe_sha256": "0" * 64}
         record["weights"] = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
         (folder / "map.json").write_text(json.dumps(record))
         called = (truth ^ (rng.random(truth.shape) < wrong)).astype(np.uint8)
