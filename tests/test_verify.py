@@ -214,7 +214,7 @@ def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_
     for name, weights, wrong in (("ours", run.best, 0.1), ("theirs", tmp_path / "truth.tif", 0.101)):
         folder = tmp_path / name
         folder.mkdir()
-        record = {"positive": 1, "names": ["rest", "flood"], "identity": {}}
+        record = {"positive": 1, "names": ["rest", "flood"], "recipe_sha256": "0" * 64}
         record["weights"] = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
         (folder / "map.json").write_text(json.dumps(record))
         called = (truth ^ (rng.random(truth.shape) < wrong)).astype(np.uint8)
@@ -222,6 +222,7 @@ def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_
             with rasterio.open(folder / f"{raster}.tif", "w", **profile) as file:
                 file.write(values, 1)
         tables[name] = tmp_path / f"{name}.parquet" if name == "theirs" else run.evaluation / "map" / "best.parquet"
+        tables[name].parent.mkdir(exist_ok=True)
         check = ("--map", folder, "--truth", tmp_path / "truth.tif", "--output", tables[name])
         outcome = cli("map", "check", *check)
         assert outcome.code == 0, outcome.err
