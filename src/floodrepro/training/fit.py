@@ -278,6 +278,8 @@ def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entri
     if trainer.world_size > 1 and batch:
         of = f"{trainer.world_size} processes with {batch} chips each"
         console.warn(f"{of}: the global batch is {batch * trainer.world_size}")
+    elif (devices := torch.cuda.device_count()) > trainer.world_size:
+        console.say(f"{devices} GPUs are here, one is used; --trainer.devices {devices} multiplies the global batch")
 
 
 def _train(cli: terratorch_cli.RecipeCLI, run: RunFolder, state: Path | None) -> None:
