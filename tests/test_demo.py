@@ -1,9 +1,7 @@
 """The README's first command, whole: generate, train, test, export, verify, card, and what it prints."""
 
 import json
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -17,20 +15,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, str], str]:
-    """The demo, stopped by SIGTERM in its first fit and run again."""
+    """The run, the paths that the demo names at its end, and what it said. test_reproduce.py stops a stage."""
     folder = tmp_path_factory.mktemp("demo")
     command = [ROOT / "scripts" / "reproduce.sh", "--demo", "--run-dir", folder, "--format", "json"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    run = RunFolder(folder / "runs" / "seed-42")
-    while not run.log.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143, said
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout[done.stdout.index('{\n  "verdict"') :])
-    return run, report["where"], done.stderr
+    return RunFolder(folder / "runs" / "seed-42"), report["where"], done.stderr
 
 
 def scores(run: RunFolder) -> dict[str, float]:
@@ -54,7 +45,6 @@ def test_demo_leaves_what_it_names_and_says_what_it_does(demo):
     _, places, said = demo
     assert all(Path(path).exists() for path in places.values())
     assert [f"[{n}/7]" in said for n in range(1, 8)] == [True] * 7
-    assert said.count("done already") == 1  # the chips were whole when the first fit was stopped
     for noise in ("Total FLOPs", "is not the published data", "litlogger"):
         assert noise not in said, noise
 
