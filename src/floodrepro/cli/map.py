@@ -154,7 +154,7 @@ def _check(args: argparse.Namespace) -> int:
     table = compare_map(args.map, args.truth, args.truth_value)
     counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
-    result |= {"seen_number": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
+    result |= {"seen_share": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
     if args.output:
         chip_table.write_table(table, args.output)
     rows = [[name, "-" if value is None else f"{value:.4f}"] for name, value in result.items() if name != "tiles"]
