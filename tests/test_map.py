@@ -168,18 +168,17 @@ def test_the_first_source_with_a_pixel_wins_and_gaps_are_told_from_dry(tmp_path)
     assert record["shares_of_area"]["seen"] == pytest.approx(1 - 200 / 3600)
 
 
-def test_clouds_hide_what_only_the_optical_sensor_saw(tmp_path):
-    scene = make_scene(tmp_path / "s", 40, 40)
+def test_clouds_hide_what_only_the_optical_sensor_saw_in_a_folder_of_bands(tmp_path):
+    scene, bands = make_scene(tmp_path / "s", 40, 40), tmp_path / "s" / "bands"
+    bands.mkdir()
     classes = np.full((1, 40, 40), 4, np.uint8)
     classes[:, :10], classes[:, 10:20], classes[:, 20:30] = 9, 3, 11
-    save(tmp_path / "s" / "scl.tif", classes)
+    save(bands / "T33UUP_SCL_20m.tif", classes)
     with rasterio.open(tmp_path / "s" / "s2_event.tif") as raster:
-        bands = {
-            name: save(tmp_path / "s" / f"{name}.tif", raster.read([i]))
-            for i, name in enumerate(raster.descriptions, 1)
-        }
+        for number, name in enumerate(raster.descriptions, 1):
+            save(bands / f"T33UUP_{name}.tif", raster.read([number]))
     content = yaml.safe_load(scene.read_text())
-    content["S2L2A"]["event"]["files"] = [bands | {"SCL": "scl.tif", "offset": 0}]
+    content["S2L2A"]["event"]["files"] = [{"raster": "bands", "offset": 0}]
     content["S1RTC"]["event"] = {"missing": True}
     scene.write_text(yaml.safe_dump(content))
     record = run(scene, tmp_path / "m")

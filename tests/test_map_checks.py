@@ -158,19 +158,6 @@ def test_empty_polygons_of_an_area_are_none(scene):
         read_scene(scene)
 
 
-def test_bands_may_be_files_in_a_folder(scene):
-    folder = scene.parent / "bands"
-    folder.mkdir()
-    with rasterio.open(scene.parent / "s2_event.tif") as source:
-        for number, name in enumerate(source.descriptions, 1):
-            profile = source.profile | {"count": 1}
-            with rasterio.open(folder / f"T33UUP_20260827_{name}.tif", "w", **profile) as file:
-                file.write(source.read([number]))
-    edit(scene, lambda c: c["S2L2A"]["event"].update(files=[{"raster": "bands", "offset": 0}]))
-    assert list_problems(read_scene(scene), 5) == []
-    assert np.unique([n for _, n in read_scene(scene).acquisitions["S2L2A", 2].sources[0].bands.values()]) == [1]
-
-
 def test_synth_writes_each_event_whole_and_in_two_crs(cli, tmp_path):
     outcome = cli("data", "synth", "--root", tmp_path / "c", "--events", 3, "--chips", 12, "--size", 32, "--scene")
     assert outcome.code == 0, outcome.err

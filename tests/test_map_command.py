@@ -8,8 +8,11 @@ import rasterio
 import torch
 import yaml
 
+from floodrepro.cli.shared import parse
 from floodrepro.data.synth import write_scene
 from floodrepro.evaluation import chip_table
+from floodrepro.mapping.reader import Reader
+from floodrepro.mapping.scene import read_scene
 from map_scenes import make_scene, save
 
 FLAGS = ("--crop", 32, "--min-seen", 0, "--max-gap", 9)
@@ -69,6 +72,26 @@ def test_a_scene_of_one_chip_gives_the_classes_of_predict(cli, chips, random_wei
         assert place == (file.crs, file.transform)
     seen = classes != 255
     assert seen.mean() > 0.5 and np.array_equal(classes[seen], predicted[seen]) and len(np.unique(classes[seen])) == 2
+
+
+def test_over_the_same_tiles_the_classes_are_those_of_terratorchs_tiled_inference(random_weights, mapped):
+    """Its padding moves all tiles by delta, 8 px where a patch has 16, and the model sees something else."""
+    from terratorch.tasks.tiled_inference import tiled_inference
+
+    from floodrepro.mapping.network import Network
+    from floodrepro.training.checkpoint import read_checkpoint
+
+    scene = read_scene(mapped.parent / "scene" / "scene.yaml")
+    network = Network(parse([random_weights.with_suffix(".yaml")], []), read_checkpoint(random_weights))
+    reader = Reader(scene, network.bands, network.steps, scene.grid.height)
+    reader.hold(0, scene.grid.height)
+    whole = {m: network._image(reader.cut(m, (0, 0, *class_of(mapped).shape))[None]) for m in network.bands}
+    with torch.inference_mode():
+        images = network._data.aug({"image": whole})["image"]
+        tiles = {"crop": 32, "stride": 26, "delta": 0, "padding": False}
+        logits = tiled_inference(lambda batch: network._task(batch).output, images, **tiles)[0]
+    classes, seen = class_of(mapped), class_of(mapped) != 255
+    assert (classes == logits.argmax(dim=0).numpy())[seen].mean() >= 0.99
 
 
 def test_the_chips_of_a_scene_lie_where_they_were(chips, mapped):

@@ -94,6 +94,8 @@ FAR = optical_series((-40, -34, -9, -4, 11))
 OTHER_NAMES = optical_series()
 for _item in OTHER_NAMES:
     _item["assets"]["coastal"] = _item["assets"].pop("B01")
+UNDATED = copy.deepcopy(USUAL)
+UNDATED[0]["properties"]["datetime"] = None  # as STAC allows, with a start and an end in its place
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,7 @@ for _item in OTHER_NAMES:
         (radar_series() + FAR, 25, 1, "9.2 days apart (limit 5)"),
         (USUAL, 25, 1, "0 items"),
         (radar_series() + OTHER_NAMES, 25, 1, "has no asset B01"),
+        (radar_series() + UNDATED, 25, 1, "an item cannot be used"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(ask, items, days, code, words):
@@ -237,6 +240,7 @@ def test_an_area_that_cannot_be_read_is_bad_usage(ask, tmp_path, text):
         *(("--event", day) for day in ("0001-01-01", "9999-12-31", "in August")),
         ("--output", "/dev/null/scene.yaml"),
         ("--min-coverage", "nan"),
+        ("--min-coverage", "1.5"),
     ],
 )
 def test_what_cannot_be_searched_is_bad_usage_before_a_server_is_asked(cli, tmp_path, flags):

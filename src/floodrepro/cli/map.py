@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
 from floodrepro.cli.shared import add_format, new_file, parse
-from floodrepro.errors import CheckpointError, DataError, UsageError
+from floodrepro.errors import CheckpointError, DataError, FloodreproError, UsageError
 from floodrepro.recipe import PRECISIONS
 from floodrepro.run_folder import config_beside, sha256_of, write_atomically
 
@@ -23,11 +24,14 @@ docs/mapping.md describes scenes and maps. If it is interrupted, run the same co
 """
 
 
-def _number(text: str) -> float:
-    """A flag's value from 0 to 100,000."""
-    if not 0 <= float(text) <= 1e5:  # NaN is not either
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to 100,000")
+def _number(text: str, most: float = 1e5) -> float:
+    """A flag's value from 0 up."""
+    if not 0 <= float(text) <= most:  # NaN is not either
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to {most:,g}")
     return float(text)
+
+
+_share = partial(_number, most=1)
 
 
 def add_map_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +48,8 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
     add("--max-gap", type=_number, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-seen", type=_number, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
-    add("--threshold", type=_number, metavar="P", help="probability of the positive class (default: argmax)")
+    add("--min-seen", type=_share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--threshold", type=_share, metavar="P", help="probability of the positive class (default: argmax)")
     add("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
     add("--min-hectares", type=_number, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
     add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
@@ -65,7 +69,7 @@ def add_map_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
     add("--max-days", type=_number, default=12, metavar="N", help="that an event pass may come late (default: 12)")
     add("--max-gap", type=_number, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-coverage", type=_number, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
+    add("--min-coverage", type=_share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
     for each in (parser, check, plan):
         add_format(each)
 
@@ -153,7 +157,7 @@ def _check(args: argparse.Namespace) -> int:
     table = compare_map(args.map, args.truth, args.truth_value)
     counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}
-    result |= {"seen_number": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
+    result |= {"seen_share": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
     if args.output:
         chip_table.write_table(table, args.output)
     rows = [[name, "-" if value is None else f"{value:.4f}"] for name, value in result.items() if name != "tiles"]
@@ -164,6 +168,7 @@ def _check(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     """Write a scene from a STAC catalogue."""
     from shapely import box
+    from shapely.errors import ShapelyError
 
     from floodrepro.mapping import plan
     from floodrepro.mapping.scene import DEGREES, parse_time, read_polygons, to_degrees
@@ -171,7 +176,12 @@ def _plan(args: argparse.Namespace) -> int:
     event = parse_time(args.event, "--event")
     area = plan.Area(read_polygons(args.aoi) if args.aoi else to_degrees([box(*args.box)], DEGREES))
     limits = {name: getattr(args, name) for name in ("max_days", "max_gap", "min_coverage")}
-    made = plan.make_scene(plan.search(args.stac, area, event), area, event, datetime.now(UTC), limits)
+    items = plan.search(args.stac, area, event)
+    try:
+        made = plan.make_scene(items, area, event, datetime.now(UTC), limits)
+    except (KeyError, TypeError, ValueError, AttributeError, ShapelyError) as error:
+        what, fix = f"an item cannot be used: {error!r}", "use a STAC API with items as Planetary Computer has them"
+        raise FloodreproError(what, where=plan.public(args.stac), fix=fix) from error
     where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
     scene = {"area": where, "stac": plan.public(args.stac), **made}
     write_atomically(args.output, f"# By floodrepro map plan; change what you like.\n{recipes.to_yaml(scene)}")

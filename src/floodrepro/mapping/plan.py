@@ -86,7 +86,7 @@ def search(url: str, area: Area, event: datetime) -> dict[str, list[Item]]:
             pages = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
             found[sensor] = list({item["id"]: item for item in pages.items_as_dicts()}.values())
     except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError) as error:
-        told = f"the STAC API cannot be asked: {str(error)[:300]}"
+        told = f"the STAC API cannot be asked: {str(error).replace(url, public(url))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
     return found
 
