@@ -67,6 +67,13 @@ class ChipDataset(Dataset[dict[str, Any]]):
         """Number of chips."""
         return len(self.chips)
 
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One chip: what `__getitems__` gives, without the batch's axis. A DataError is raised for a damaged one."""
+        batch = self.__getitems__([index])
+        if batch["failed"]:
+            raise batch["failed"][0][1]
+        return {name: batch[name][0] for name in batch if name not in ("failed", "odd")}
+
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
 
