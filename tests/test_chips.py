@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from numcodecs import Blosc, Zlib
 
 from floodrepro.data import chips as reading
-from floodrepro.data.chips import Chips, radar_faults, read_bands, read_raster, tar_index
+from floodrepro.data.chips import Chips, read_bands, read_raster, tar_index
 from floodrepro.data.protocols import PARTS, suffix_of
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError
@@ -317,16 +317,6 @@ def test_threads_share_a_source_and_kept_errors_do_no_harm(folders):
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(read, range(4))) == [[]] * 4
     assert len(kept) == 80
-
-
-def test_infinite_and_unrecognised_no_data_are_counted():
-    bands = np.full((4, 2, 8, 8), -12, np.float16)
-    assert radar_faults(bands) is None
-    bands[0, 0, 0, :3] = (np.inf, -np.inf, -9999)
-    assert bands[0, 0, 0, 2] == -10000
-    assert "2 values infinite" in radar_faults(bands)
-    assert "1 values -10000" in radar_faults(bands)
-    assert radar_faults(bands.astype(np.float32)) == "2 values infinite"
 
 
 def test_no_chips_at_all_is_named_with_what_to_do(tmp_path):

@@ -145,16 +145,6 @@ def test_commit_of_the_fetch_or_the_command_that_generated_chips_is_in_the_state
         assert check_data(recipe_of(own_chips), ("val",)).commit is None
 
 
-def test_other_data_modules_are_not_looked_at():
-    recipe = {
-        "data": {"class_path": "terratorch.datamodules.X", "init_args": {"data_root": "/none", "protocol": "v0"}},
-        "model": {"init_args": {"model_args": {"num_classes": 2}}},
-    }
-    assert check_data(recipe, ("train",)).chips == {}
-    assert protocol_of(recipe).name == "custom"
-    assert class_names_of(recipe) == ["class 0", "class 1"]
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
