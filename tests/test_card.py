@@ -13,10 +13,11 @@ from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.publishing.card import Factors, energy_of, factors_of, write_card
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification.report import render, write_report
+from floodrepro.verification.report import render
 from verification_fixtures import demo_recipe, gather, keep, make_run, make_table, missed, summarise, write_pair
 
 V0 = {"train": 57_067, "val": 9_028}
+PUE, GRID = ["1.5", "a page"], ["0.4", "a grid "]
 FACTORS = Factors(1.5, "the data centre's page", 0.40, "the grid operator, 2025")
 
 
@@ -47,38 +48,32 @@ def test_card_says_what_the_report_says(run: RunFolder):
     assert results["verdict"]["sentence"] in card
     for row in results["scores"]["rows"]:
         assert f"| {row['label']} | {row['values'][0]:.4f} |" in card
-    titles = [check["title"] for check in results["checks"] if check["id"] in results["summary"]["not_met"]]
     assert "Required and not met: Weights and buffers" in card
-    assert all(title in card for title in titles)
+    assert "](panels.png)" not in card  # nothing was measured, so there is no picture
+    assert all(check["title"] in card for check in results["checks"] if check["id"] in results["summary"]["not_met"])
     assert json.loads((run.export / "results.json").read_text()) == results
 
 
-def test_card_has_the_sections_that_a_reader_of_the_hub_looks_for(run: RunFolder):
-    verified(run)
-    card = card_of(run, licence="cc-by-4.0", factors=FACTORS)
-    sections = re.findall(r"^## (.+)$", card, re.M)
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
+    """Results and card of a verified run with a licence and factors for carbon."""
+    run = make_run(tmp_path_factory.mktemp("full") / "mine")
+    return verified(run), card_of(run, licence="cc-by-4.0", factors=FACTORS)
+
+
+def test_card_has_the_sections_that_a_reader_of_the_hub_looks_for(full: tuple[dict, str]):
+    card = full[1]
     wanted = ["Results", "Intended use", "Out of scope", "How to use", "Training", "Energy", "Limits"]
-    assert sections == [*wanted, "Licence and sources", "Citation", "Provenance"]
+    assert re.findall(r"^## (.+)$", card, re.M) == [*wanted, "Licence and sources", "Citation", "Provenance"]
     for text in ("loss | dice", "lr 0.0001", "batch | 8", "@misc{terramind2025", "data revision | da7ada7a"):
         assert text in card, text
     assert re.search(r"flood IoU, worst event: 0\.\d+", card)
-    assert not re.search(
-        r"More Information Needed|\bNone\b|\bnan\b|Undefined|\{\{|\}\}", re.sub("(?s)```.*?```", "", card)
-    )
+    text = re.sub("(?s)```.*?```", "", card)
+    assert not re.search(r"More Information Needed|\bNone\b|\bnan\b|Undefined|\{\{|\}\}", text)
 
 
-def test_picture_of_the_report_comes_with_the_card(run: RunFolder):
-    results = verified(run)
-    write_report(results, run.verification)
-    assert "](panels.png)" not in card_of(run)  # nothing was measured, so there is no picture
-    (run.verification / "figures" / "panels.png").write_bytes(b"PNG")
-    assert "](panels.png)" in card_of(run)
-    assert (run.export / "panels.png").read_bytes() == b"PNG"
-
-
-def test_metadata_has_scores_emissions_in_grams_and_the_chosen_licence(run: RunFolder):
-    results = verified(run)
-    data = ModelCard(card_of(run, licence="cc-by-4.0", factors=FACTORS)).data
+def test_metadata_has_scores_emissions_in_grams_and_the_chosen_licence(full: tuple[dict, str]):
+    results, data = full[0], ModelCard(full[1]).data
     assert (data.license, data.library_name, data.pipeline_tag) == ("cc-by-4.0", "terratorch", "image-segmentation")
     assert data.co2_eq_emissions["emissions"] == pytest.approx(1000 * 0.0085 * 1.5 * 0.4)
     assert data.co2_eq_emissions["hardware_used"] == "AMD Instinct MI300X"
@@ -88,12 +83,19 @@ def test_metadata_has_scores_emissions_in_grams_and_the_chosen_licence(run: RunF
     assert data.get("datasets") is None
 
 
-def test_data_set_is_claimed_only_where_all_of_it_was_used(tmp_path: Path):
-    whole = make_run(tmp_path / "whole", data={"chips": V0, "digests": {}, "commit": None})
-    assert ModelCard(card_of(whole)).data.datasets == ["ibm-esa-geospatial/ImpactMesh-Flood"]
-    part = card_of(make_run(tmp_path / "part"))
-    assert "Trained on 80 chips" in part
-    assert "The notices below hold where chips came from it" in part
+def test_data_set_and_base_model_are_claimed_only_where_training_used_all_of_them(tmp_path: Path):
+    recipe = demo_recipe()
+    arguments = recipe["model"]["init_args"]["model_args"]
+    arguments["backbone"] = "terramind_v1_base"
+    part = card_of(make_run(tmp_path / "part", recipe=recipe))
+    assert ModelCard(part).data.get("base_model") is None
+    for says in ("Training started from random weights.", "Trained on 80 chips", "hold where chips came from it"):
+        assert says in part
+    arguments["backbone_pretrained"] = True
+    data = {"chips": V0, "digests": {}, "commit": None}
+    whole = ModelCard(card_of(make_run(tmp_path / "whole", recipe=recipe, data=data))).data
+    assert whole.datasets == ["ibm-esa-geospatial/ImpactMesh-Flood"]
+    assert whole.base_model == "ibm-esa-geospatial/TerraMind-1.0-base"
 
 
 def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_report_and_card(tmp_path: Path):
@@ -112,18 +114,6 @@ def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_rep
         assert "comparison failed" not in text
     assert not re.search("Sentinel data|WorldDEM|Emergency Management|EMS|ImpactMesh-Flood \\(IBM", card)
     assert ModelCard(card).data.eval_results[0].dataset_name == "generated chips (floodrepro data synth)"
-
-
-def test_base_model_is_claimed_only_where_training_started_from_it(tmp_path: Path):
-    recipe = demo_recipe()
-    arguments = recipe["model"]["init_args"]["model_args"]
-    arguments["backbone"] = "terramind_v1_base"
-    scratch = card_of(make_run(tmp_path / "scratch", recipe=recipe))
-    assert ModelCard(scratch).data.get("base_model") is None
-    assert "Training started from random weights." in scratch
-    arguments["backbone_pretrained"] = True
-    tuned = ModelCard(card_of(make_run(tmp_path / "tuned", recipe=recipe)))
-    assert tuned.data.base_model == "ibm-esa-geospatial/TerraMind-1.0-base"
 
 
 def test_card_of_another_class_says_nothing_of_floods(tmp_path: Path):
@@ -145,9 +135,6 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_p
     card = write_card(weights.parent, "mine", run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert "What the training started from is not known" in card
     assert "Not verified" in card
-
-
-# The card is the author's
 
 
 def test_card_in_the_authors_words_is_set_aside_and_never_lost(run: RunFolder):
@@ -220,17 +207,15 @@ def test_no_carbon_figure_without_its_sources_and_no_licence_that_nobody_chose(r
 @pytest.mark.parametrize(
     ("pue", "grid"),
     [
-        (["1.5", "a page"], None),
-        (None, ["0.4", "a grid"]),
-        (["1.5", "a page"], ["0.4", "  "]),
-        (["0.7", "a page"], ["0.4", "a grid"]),
-        (["nan", "a page"], ["0.4", "a grid"]),
-        (["much", "a page"], ["0.4", "a grid"]),
-        (["1.5", "a page"], ["400", "a grid"]),
+        (PUE, None),
+        (None, GRID),
+        (PUE, ["0.4", "  "]),
+        *((["0.7", "a page"], GRID), (["nan", "a page"], GRID), (["much", "a page"], GRID)),
+        (PUE, ["400", "a grid"]),
     ],
 )
 def test_factor_without_its_source_is_a_usage_error(pue, grid):
     with pytest.raises(UsageError, match="each with its source"):
         factors_of(pue, grid)
     assert factors_of(None, None) is None
-    assert factors_of(["1.5", "a page"], ["0.4", "a grid "]) == Factors(1.5, "a page", 0.4, "a grid")
+    assert factors_of(PUE, GRID) == Factors(1.5, "a page", 0.4, "a grid")

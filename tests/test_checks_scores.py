@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from floodrepro.evaluation import intervals, metrics
+from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import iou, pool_by_event
 from floodrepro.verification.battery import ask
 from floodrepro.verification.checks import CRITERIA, Evidence, SeedRun, number, points
@@ -22,6 +23,13 @@ def published(evidence: Evidence) -> dict:
     figures = {name: round(found[name], 4) for name in ("IoU_1", "mIoU", "Class_Accuracy_1")}
     about = {"name": "IBM", "protocol": "v0", "split": "test", "chips": 96, "source": "a page"}
     return about | {"sha256": OTHER["sha256"], "decimals": 4, "figures": figures}
+
+
+def silent(table: ChipTable) -> ChipTable:
+    """The table of a model that never predicts the class."""
+    counts = np.zeros_like(table.counts)
+    counts[:, :, 0] = table.counts.sum(axis=2)
+    return replace(table, counts=counts)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -121,27 +129,20 @@ def test_mean_over_events_decides_where_the_pooled_score_does_not(evidence: Evid
 
 
 @pytest.mark.parametrize("check", ["parity", "head_to_head"])
-@pytest.mark.parametrize(
-    ("reference", "says"),
-    [
-        (make_table(events=11), "wrong reference: other chips: 8 are in one table alone"),
-        (make_table(world=2), "wrong reference: another truth in"),
-    ],
-)
-def test_wrong_reference_fails_and_is_not_called_different(evidence: Evidence, check, reference, says):
-    answer = ask(check, replace(evidence, reference=reference))
-    assert (answer["status"], answer["outcome"]) == ("fail", None)
-    assert answer["finding"].startswith(says)
-
-
-def test_comparison_with_itself_shows_nothing(evidence: Evidence):
+def test_wrong_reference_fails_and_the_model_itself_shows_nothing(evidence: Evidence, check: str):
+    for reference, says in (
+        (make_table(events=11), "other chips: 8 are in"),
+        (make_table(world=2), "another truth in"),
+    ):
+        answer = ask(check, replace(evidence, reference=reference))
+        assert (answer["status"], answer["outcome"]) == ("fail", None)
+        assert answer["finding"].startswith(f"wrong reference: {says}")
     resaved = replace(evidence.table, metadata=evidence.table.metadata | {"checkpoint": OTHER})
     for reference in (evidence.table, resaved):
-        for check in ("parity", "head_to_head"):
-            answer = ask(check, replace(evidence, reference=reference))
-            assert (answer["status"], "this very model" in answer["finding"]) == ("skip", True)
+        answer = ask(check, replace(evidence, reference=reference))
+        assert (answer["status"], "this very model" in answer["finding"]) == ("skip", True)
     surer = make_table(seed=42, sharpness=1.5)  # the same predictions with other probabilities: another model
-    assert ask("parity", replace(evidence, reference=surer))["status"] != "skip"
+    assert ask(check, replace(evidence, reference=surer))["status"] != "skip"
 
 
 def test_reference_that_has_not_seen_every_chip_is_compared_on_the_others(evidence: Evidence):
@@ -154,17 +155,13 @@ def test_reference_that_has_not_seen_every_chip_is_compared_on_the_others(eviden
     assert parity["notes"][0].startswith("24 chips")
     none = replace(evidence, reference=replace(masks, unseen=np.ones_like(unseen)))
     for check in ("parity", "head_to_head", "variance"):
-        assert (ask(check, none)["status"], "no chip of which both" in ask(check, none)["finding"]) == ("skip", True)
+        answer = ask(check, none)
+        assert (answer["status"], "no chip of which both" in answer["finding"]) == ("skip", True)
 
 
 def test_two_models_that_never_predict_the_class_are_not_equivalent(evidence: Evidence):
-    def silent(table):
-        counts = table.counts.copy()
-        counts[:, :, 0], counts[:, :, 1] = counts.sum(axis=2), 0
-        return replace(table, counts=counts)
-
-    found = replace(evidence, table=silent(evidence.table), reference=silent(evidence.reference))
-    assert (ask("parity", found)["status"], ask("parity", found)["outcome"]) == ("fail", None)
+    answer = ask("parity", replace(evidence, table=silent(evidence.table), reference=silent(evidence.reference)))
+    assert (answer["status"], answer["outcome"]) == ("fail", None)
 
 
 @pytest.mark.parametrize("kept", [["EMSR9001"], ["EMSR9001", "EMSR9012"]])
@@ -180,8 +177,8 @@ def test_what_is_missing_is_a_skip_and_what_is_damaged_a_failure(evidence: Evide
     bare = replace(evidence, table=None, absent={"table": ("skip", "no test was made")})
     damaged = replace(bare, absent={"table": ("fail", "this is no chip table")})
     for check in ("parity", "head_to_head", "events", "calibration", "identities"):
-        assert (ask(check, bare)["status"], ask(check, bare)["finding"]) == ("skip", "no test was made")
-        assert (ask(check, damaged)["status"], ask(check, damaged)["finding"]) == ("fail", "this is no chip table")
+        for found in (bare, damaged):
+            assert (ask(check, found)["status"], ask(check, found)["finding"]) == found.absent["table"]
     empty = replace(evidence.table, counts=np.zeros_like(evidence.table.counts))
     assert ask("parity", replace(evidence, table=empty))["finding"] == "all pixels of the chip table are ignored"
 
@@ -189,17 +186,14 @@ def test_what_is_missing_is_a_skip_and_what_is_damaged_a_failure(evidence: Evide
 # The reference's published figures
 
 
-def test_known_reference_that_misses_its_published_figures_fails(evidence: Evidence, published: dict):
+def test_known_reference_that_misses_its_figures_fails_and_another_is_not_compared(evidence: Evidence, published: dict):
     off = published | {"figures": published["figures"] | {"IoU_1": published["figures"]["IoU_1"] + 2e-4}}
     found = replace(evidence, published={"published_ibm": off})
     answer = ask("reference", found)
     assert (answer["status"], answer["finding"].split(":")[0]) == ("fail", "IoU_1")
     assert "reference" in summarise(found)["summary"]["not_met"]
-
-
-@pytest.mark.parametrize("changed", [{"chips": 14_556}, {"sha256": "0" * 64}, {"protocol": "v1"}])
-def test_published_figures_of_other_chips_or_of_another_model_are_not_compared(evidence, published, changed):
-    assert ask("reference", replace(evidence, published={"a": published | changed}))["status"] == "skip"
+    for changed in ({"chips": 14_556}, {"sha256": "0" * 64}, {"protocol": "v1"}):  # another split, model or task
+        assert ask("reference", replace(evidence, published={"a": off | changed}))["status"] == "skip"
 
 
 # Events, probabilities, seeds, and TerraTorch's own metrics
@@ -213,26 +207,20 @@ def test_event_that_the_model_does_not_see_is_named(evidence: Evidence):
     assert (named[:2], named[-1]) == (["EMSR9003", "EMSR9005"], "EMSR9012")  # the last one is dry
 
 
-def test_certain_predictions_that_are_wrong_fail_calibration(evidence: Evidence):
-    answer = ask("calibration", replace(evidence, table=make_table(seed=42, likeness=0.5, sharpness=30)))
-    found, sound = (figure_of(one, "the same where") for one in (answer, ask("calibration", evidence)))
-    assert found["value"] > 2 * sound["value"]
+def test_wrong_certainty_collapse_and_too_little_area_fail_calibration_and_classes_alone_are_a_skip(evidence: Evidence):
+    def calibration(table: ChipTable) -> dict:
+        return ask("calibration", replace(evidence, table=table))
 
-
-def test_collapse_to_one_class_and_too_little_area_fail_calibration(evidence: Evidence):
-    answer = ask("calibration", replace(evidence, table=missed(evidence.table, 0.9)))
+    certain, sound = calibration(make_table(seed=42, likeness=0.5, sharpness=30)), calibration(evidence.table)
+    gaps = [figure_of(answer, "the same where")["value"] for answer in (certain, sound)]
+    assert gaps[0] > 2 * gaps[1]
+    answer = calibration(missed(evidence.table, 0.9))
     assert (answer["status"], "predicted over true area" in answer["finding"]) == ("fail", True)
-    counts = evidence.table.counts.copy()
-    counts[:, :, 0], counts[:, :, 1] = counts.sum(axis=2), 0
-    answer = ask("calibration", replace(evidence, table=replace(evidence.table, counts=counts)))
-    assert "predicted as one class: 1.000, expected at most 0.98" in answer["finding"]
-
-
-def test_classes_without_probabilities_leave_calibration_skipped(evidence: Evidence):
-    masks = replace(evidence.table, histogram=None, confidence=None, squared_error=None)
-    assert ask("calibration", replace(evidence, table=masks))["status"] == "skip"
-    masks = replace(evidence.reference, histogram=None, confidence=None, squared_error=None)
-    assert ask("parity", replace(evidence, reference=masks))["outcome"] == "equivalent"
+    assert "predicted as one class: 1.000, expected at most 0.98" in calibration(silent(evidence.table))["finding"]
+    without = {"histogram": None, "confidence": None, "squared_error": None}
+    assert calibration(replace(evidence.table, **without))["status"] == "skip"
+    masks = replace(evidence, reference=replace(evidence.reference, **without))
+    assert ask("parity", masks)["outcome"] == "equivalent"
 
 
 @pytest.mark.parametrize("plant", ["no result", "a copy", "another recipe"])
@@ -251,17 +239,15 @@ def test_seeds_without_a_reference_show_their_spread_and_two_are_too_few(evidenc
     figures = [float(iou(run.table.counts.sum(axis=0), 1)) for run in evidence.seeds]
     assert answer["status"] == "pass"
     assert figure_of(answer, "standard deviation over seeds")["value"] == pytest.approx(100 * np.std(figures, ddof=1))
-    assert ask("variance", replace(evidence, seeds=evidence.seeds[:2]))["status"] == "skip"
-    assert ask("variance", replace(evidence, seeds=()))["status"] == "skip"
+    for few in (evidence.seeds[:2], ()):
+        assert ask("variance", replace(evidence, seeds=few))["status"] == "skip"
 
 
 def test_metric_of_terratorch_that_the_counts_do_not_give_fails(evidence: Evidence):
     metrics = evidence.table.metadata["metrics"]
-    wrong = metrics | {"test/IoU_1": metrics["test/IoU_1"] + 1e-4}
-    table = replace(evidence.table, metadata=evidence.table.metadata | {"metrics": wrong})
-    assert ask("identities", replace(evidence, table=table))["status"] == "fail"
-    bare = replace(evidence.table, metadata=evidence.table.metadata | {"metrics": {}})
-    assert ask("identities", replace(evidence, table=bare))["status"] == "skip"
+    for found, status in ((metrics | {"test/IoU_1": metrics["test/IoU_1"] + 1e-4}, "fail"), ({}, "skip")):
+        table = replace(evidence.table, metadata=evidence.table.metadata | {"metrics": found})
+        assert ask("identities", replace(evidence, table=table))["status"] == status
 
 
 # How figures are written
@@ -270,13 +256,8 @@ def test_metric_of_terratorch_that_the_counts_do_not_give_fails(evidence: Eviden
 @pytest.mark.parametrize(
     ("figure", "beside", "text"),
     [
-        (0.10004, (0.1,), "0.10004"),
-        (0.1, (0.1,), "0.1000"),
-        (13_992_066, (), "13,992,066"),
-        (0.00075, (), "0.00075"),
-        (0.59284, (), "0.5928"),
-        (None, (), "\N{EN DASH}"),
-        (math.nan, (), "\N{EN DASH}"),
+        *((0.10004, (0.1,), "0.10004"), (0.1, (0.1,), "0.1000"), (0.00075, (), "0.00075"), (0.59284, (), "0.5928")),
+        *((13_992_066, (), "13,992,066"), (None, (), "\N{EN DASH}"), (math.nan, (), "\N{EN DASH}")),
     ],
 )
 def test_figure_is_not_rounded_onto_its_limit(figure, beside, text):

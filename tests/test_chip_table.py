@@ -75,7 +75,7 @@ def test_pixels_without_a_truth_or_a_prediction_leave_no_trace_whatever_stands_t
 
 
 @pytest.mark.parametrize("probable", [True, False])
-def test_table_survives_the_disk(probable, tmp_path: Path):
+def test_table_survives_the_disk_in_documented_columns(probable, tmp_path: Path):
     table = replace(make(), events=np.array([f"E{n % 2}" for n in range(12)]))
     if not probable:
         table = replace(table, histogram=None, confidence=None, squared_error=None)
@@ -86,13 +86,7 @@ def test_table_survives_the_disk(probable, tmp_path: Path):
     assert back.confidence is None or np.allclose(back.confidence, table.confidence, rtol=1e-7)
     assert (back.metadata["split"], len(back), back.positive) == ("test", 12, 1)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["t.parquet"]
-
-
-def test_any_parquet_reader_finds_documented_columns(tmp_path: Path):
-    write_table(make(), tmp_path / "t.parquet")
-    columns = pq.read_table(tmp_path / "t.parquet").to_pydict()
-    assert len(columns["chip"]) == 12
-    assert columns["event"][:4] == ["EMSR0", "EMSR0", "EMSR0", "EMSR1"]
+    columns = pq.read_table(tmp_path / "deep" / "t.parquet").column_names  # for any other reader
     documented = (Path(__file__).parents[1] / "docs" / "chip-table.md").read_text()
     assert all(f"`{name}`" in documented for name in columns)
 

@@ -115,34 +115,30 @@ def spoilt(chips: Path, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_batches_equal_stock_to_the_bit(chips, stage):
-    name = stage.removesuffix("idate")
-    assert_same(batches(ours(chips, stage), name), batches(stock(chips, stage), name))
-
-
 def test_every_layout_gives_stocks_tensors(tmp_path):
-    generate(tmp_path / "a", events=4, chips=10, size=32, protocol="v0", seed=4, variants=list(VARIANTS))
-    assert_same(batches(ours(tmp_path / "a")), batches(stock(tmp_path / "a")))
+    generate(tmp_path, events=4, chips=10, size=32, protocol="v0", seed=4, variants=list(VARIANTS))
+    assert_same(batches(ours(tmp_path)), batches(stock(tmp_path)))
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("stage", "changes"),
     [
-        {},
-        {"modalities": ["S2L2A", "DEM"]},
-        {"modalities": ["DEM"]},
-        {"timesteps": [1, 2]},
-        {"timesteps": [2, 0, 1]},
-        {"timesteps": [2]},
-        {"timesteps": [3, 2, 1, 0]},  # as many as on disk: impactmesh keeps the order on disk
-        {"modalities": ["S1RTC", "DEM"], "timesteps": [2, 3]},
+        ("validate", {}),
+        ("predict", {}),
+        ("test", {}),
+        ("test", {"modalities": ["S2L2A", "DEM"]}),
+        ("test", {"modalities": ["DEM"]}),
+        ("test", {"timesteps": [1, 2]}),
+        ("test", {"timesteps": [2, 0, 1]}),
+        ("test", {"timesteps": [2]}),
+        ("test", {"timesteps": [3, 2, 1, 0]}),  # as many as on disk: impactmesh keeps the order on disk
+        ("test", {"modalities": ["S1RTC", "DEM"], "timesteps": [2, 3]}),
     ],
-    ids=str,
 )
-def test_missing_values_and_any_modalities_and_timesteps_equal_stock_to_the_bit(spoilt, changes):
-    mine = batches(ours(spoilt, **changes))
-    assert_same(mine, batches(stock(spoilt, **changes)))
+def test_missing_values_and_any_modalities_and_timesteps_equal_stock_to_the_bit(spoilt, stage, changes):
+    name = stage.removesuffix("idate")
+    mine = batches(ours(spoilt, stage, **changes), name)
+    assert_same(mine, batches(stock(spoilt, stage, **changes), name))
     assert all(torch.isfinite(image).all() for batch in mine for image in batch["image"].values())
 
 
@@ -203,16 +199,13 @@ def test_loaders_take_nothing_from_the_global_generator(chips):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_chips_that_are_not_square_cannot_be_turned():
-    with pytest.raises(ValueError, match="square"):
-        apply_symmetry(7, torch.zeros(4, 6))
-
-
 @pytest.mark.parametrize(("symmetry", "element"), list(enumerate(("e", "r90", "r180", "r270", "v", "hvt", "h", "t"))))
 def test_each_symmetry_is_one_of_albumentations(symmetry, element):
     image = np.arange(5 * 5 * 3, dtype=np.int16).reshape(5, 5, 3)
     found = apply_symmetry(symmetry, torch.from_numpy(image).permute(2, 0, 1)).permute(1, 2, 0)
     assert np.array_equal(found.numpy(), geometric.d4(image, element))
+    with pytest.raises(ValueError, match="square"):
+        apply_symmetry(symmetry, torch.zeros(4, 6))
 
 
 def test_symmetries_are_uniform_and_depend_on_seed_epoch_and_chip_only():
@@ -275,24 +268,20 @@ def test_optical_and_radar_work_without_elevation(tars, tmp_path):
         assert all("_annotation_flood.tif" in name for name in mine["filename"])
 
 
-def test_mask_value_that_the_protocol_does_not_know_is_named_with_its_chip(own_chips):
-    chip = ids_of(own_chips, "test")[0]
-    with rasterio.open(own_chips / "data" / "MASK" / f"{chip}_annotation_flood.tif", "r+") as file:
+def test_mask_value_and_size_of_a_chip_that_do_not_fit_are_named(own_chips):
+    odd, small = ids_of(own_chips, "test")[:2]
+    shape = {"height": 16, "width": 32, "count": 1, "dtype": "int16"}
+    with rasterio.open(own_chips / "data" / "DEM" / f"{small}_DEM.tif", "w", driver="GTiff", **shape) as file:
+        file.write(np.zeros((16, 32), np.int16), 1)
+    with pytest.raises(DataError, match=rf"DEM of {small} is \(1, 1, 16, 32\) int16, of other chips \(1, 1, 32, 32\)"):
+        batches(ours(own_chips))
+    with rasterio.open(own_chips / "data" / "MASK" / f"{odd}_annotation_flood.tif", "r+") as file:
         mask = file.read(1)
         mask[0, 0] = 2
         file.write(mask, 1)
-    with pytest.raises(DataError, match=rf"mask of {chip} holds \[2\], expected \[-1, 0, 1\]") as error:
+    with pytest.raises(DataError, match=rf"mask of {odd} holds \[2\], expected \[-1, 0, 1\]") as error:
         batches(ours(own_chips))
     assert "v1-binary" in error.value.fix
-
-
-def test_chip_of_another_size_than_the_others_of_its_batch_is_named(own_chips):
-    chip = ids_of(own_chips, "test")[1]
-    shape = {"height": 16, "width": 32, "count": 1, "dtype": "int16"}
-    with rasterio.open(own_chips / "data" / "DEM" / f"{chip}_DEM.tif", "w", driver="GTiff", **shape) as file:
-        file.write(np.zeros((16, 32), np.int16), 1)
-    with pytest.raises(DataError, match=rf"DEM of {chip} is \(1, 1, 16, 32\) int16, of other chips \(1, 1, 32, 32\)"):
-        batches(ours(own_chips))
 
 
 def test_custom_label_map_and_events_of_a_csv(own_chips):
@@ -304,21 +293,15 @@ def test_custom_label_map_and_events_of_a_csv(own_chips):
         assert set(mine.events) == {"storm"}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"protocol": "custom", "means": None, "class_names": ["a", "b"]}, {"stds": DATA["stds"] | {"DEM": [0.0]}}],
-    ids=str,
-)
-def test_statistics_that_are_missing_or_zero_are_refused(chips, changes):
-    with pytest.raises(ValueError, match=r"means|stds"):
-        ours(chips, **changes)
-
-
-def test_statistics_and_classes_are_the_protocols_where_the_recipe_has_none(chips):
+def test_statistics_are_the_protocols_where_the_recipe_has_none_else_refused_where_missing_or_zero(chips):
     module = ours(chips, means=None, stds=None, limit=2)
     assert len(module.test_dataset) == 2
     assert module.means == {name: list(values) for name, values in PROTOCOLS["v0"].means.items()}
     assert module.protocol.class_names == ("rest", "flood")
+    own = {"protocol": "custom", "means": None, "class_names": ["a", "b"]}
+    for changes in (own, {"stds": DATA["stds"] | {"DEM": [0.0]}}):
+        with pytest.raises(ValueError, match=r"means|stds"):
+            ours(chips, **changes)
 
 
 def test_workers_ignore_signals_to_the_process_group(chips):

@@ -24,6 +24,8 @@ MIG = T4 | {"name": "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "memory": 5 * GIB, "free
 ROCM = {"torch": "2.9.1+rocm7.2.4", "cuda": None, "hip": "7.2.26015", "nms": True, "devices": []}
 CUDA = {"torch": "2.14.1+cu130", "cuda": "13.0", "hip": None, "nms": True, "devices": []}
 CPU = CUDA | {"torch": "2.14.1+cpu", "cuda": None}
+HELD = {"name": "NVIDIA H100", "memory": 80 * GIB, "error": "CUDA error: all CUDA-capable devices are busy"}
+BF16 = fold([BASE], ["--trainer.precision", "bf16-mixed"])
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -56,23 +58,21 @@ def test_healthy_machine_passes_and_both_formats_say_the_same(cli, chips, asked_
     assert one([Finding(**f) for f in found["findings"]], "data").detail in text
 
 
-def test_broken_torch_is_reported_and_the_rest_is_looked_at_all_the_same(tmp_path):
-    plant(tmp_path, {"torch/__init__.py": "raise ImportError('libtorch.so: no such file')\n"})
+@pytest.mark.parametrize(
+    ("torch", "says"),
+    [("raise ImportError('libtorch.so: no such file')", "libtorch.so"), ("os.kill(os.getpid(), 11)", "exit code -11")],
+)
+def test_broken_torch_is_reported_and_the_rest_is_looked_at_all_the_same(tmp_path, torch, says):
+    plant(tmp_path, {"torch/__init__.py": f"import os\n{torch}\n"})
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "floodrepro", "doctor", "--config", "demo", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     found = [Finding(**f) for f in json.loads(done.stdout)["findings"]]
     assert done.returncode == 1, done.stderr
     assert one(found, "torch").status == "fail"
-    assert "libtorch.so" in one(found, "torch").detail
+    assert says in one(found, "torch").detail
     assert one(found, "memory").status == "ok"
     assert_can_be_pasted(one(found, "torch").fix)
-
-
-def test_torch_that_ends_its_process_is_an_answer(tmp_path, monkeypatch):
-    plant(tmp_path, {"torch/__init__.py": "import os; os.kill(os.getpid(), 11)\n"})
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert "exit code -11" in environment.ask_torch()["error"]
 
 
 def test_before_a_fit_torch_is_asked_only_where_a_gpu_may_be(tmp_path, monkeypatch):
@@ -129,22 +129,21 @@ def test_partitions_of_one_kind_are_one_line_that_warns_of_shared_power(tmp_path
     assert "whole GPU" not in check_gpus(ROCM | {"devices": [MI300X]}, {}, tmp_path / "x")[0].detail
 
 
-def test_memory_of_the_gpu_is_compared_with_the_batch(tmp_path):
-    small = one(check_gpus(CUDA | {"devices": [T4]}, BASE, tmp_path), "gpu memory")
-    assert small.status == "warn"
-    assert small.fix == "--data.init_args.batch_size 8 --trainer.accumulate_grad_batches 2"
-    assert one(check_gpus(ROCM | {"devices": [MI300X]}, BASE, tmp_path), "gpu memory").status == "ok"
-    assert one(check_gpus(CUDA | {"devices": [MIG]}, DEMO, tmp_path), "gpu memory").status == "ok"
-    busy = one(check_gpus(ROCM | {"devices": [MI300X | {"free": 3 * GIB}]}, BASE, tmp_path), "gpu memory")
-    assert busy.status == "warn"  # another process holds the rest
-
-
-def test_precision_that_the_device_has_not_and_a_gpu_that_another_process_holds_fail(tmp_path):
-    asks_bf16 = fold([BASE], ["--trainer.precision", "bf16-mixed"])
-    assert one(check_gpus(CUDA | {"devices": [T4]}, asks_bf16, tmp_path), "gpu").fix == "--precision fp32"
-    assert "fp16 does not run on a CPU" in one(check_gpus(CPU, BASE, tmp_path), "precision").detail
-    held = {"name": "NVIDIA H100", "memory": 80 * GIB, "error": "CUDA error: all CUDA-capable devices are busy"}
-    assert "are busy" in one(check_gpus(CUDA | {"devices": [held]}, BASE, tmp_path), "gpu").detail
+@pytest.mark.parametrize(
+    ("answer", "recipe", "name", "status", "words"),
+    [
+        (CUDA | {"devices": [T4]}, BASE, "gpu memory", "warn", "batch_size 8 --trainer.accumulate_grad_batches 2"),
+        (ROCM | {"devices": [MI300X]}, BASE, "gpu memory", "ok", ""),
+        (CUDA | {"devices": [MIG]}, DEMO, "gpu memory", "ok", ""),
+        (ROCM | {"devices": [MI300X | {"free": 3 * GIB}]}, BASE, "gpu memory", "warn", ""),  # another process's
+        (CUDA | {"devices": [T4]}, BF16, "gpu", "fail", "--precision fp32"),
+        (CPU, BASE, "precision", "fail", "fp16 does not run on a CPU"),
+        (CUDA | {"devices": [HELD]}, BASE, "gpu", "fail", "are busy"),
+    ],
+)
+def test_memory_precision_and_a_gpu_that_is_held_are_judged(tmp_path, answer, recipe, name, status, words):
+    found = one(check_gpus(answer, recipe, tmp_path), name)
+    assert (found.status, words in f"{found.detail}\n{found.fix}") == (status, True), found
 
 
 INSTINCT = {"dev/kfd": "", "dev/dri/renderD128": "", "sys/class/drm/renderD128/device/class": "0x120000\n"}
@@ -174,12 +173,12 @@ def test_gpu_that_torch_cannot_see_gets_the_repair_of_its_vendor(tmp_path, monke
         assert_can_be_pasted(found.fix)
 
 
-@pytest.mark.parametrize("files", [{}, {".dockerenv": ""}])
-def test_closed_device_file_gets_the_repair_of_the_place(tmp_path, monkeypatch, files):
+def test_closed_device_file_gets_the_repair_of_the_place(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: "renderD" not in str(path))  # tests may run as root
-    found = check_gpus(ROCM, DEMO, plant(tmp_path, INSTINCT | files))[0]
-    assert "/dev/dri/renderD128 is closed to this user" in found.detail
-    assert ('--group-add "$(stat -c %g /dev/kfd)"' if files else "usermod -aG render,video") in found.fix
+    for files, fix in (({}, "usermod -aG render,video"), ({".dockerenv": ""}, '--group-add "$(stat -c %g /dev/kfd)"')):
+        found = check_gpus(ROCM, DEMO, plant(tmp_path, INSTINCT | files))[0]
+        assert "/dev/dri/renderD128 is closed to this user" in found.detail
+        assert fix in found.fix
 
 
 def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch):
@@ -201,26 +200,14 @@ def test_devices_are_counted_as_lightning_does(given, count):
     assert doctor._devices_used({"trainer": {"devices": given}}, 8) == count
 
 
+SLURM = {"slurm/job_1/memory.max": "64000\n", "slurm/job_1/memory.current": "1000\n"}
+CACHED = {"memory.max": "64000\n", "memory.current": "63800\n", "memory.stat": "anon 2800\ninactive_file 61000\n"}
+V1 = {"memory/memory.limit_in_bytes": "8000\n", "memory/memory.usage_in_bytes": "3000\n"}
+V1 |= {"memory/memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n"}
 CGROUPS = {
-    "v2, the limit of a Slurm job lies above": (
-        "0::/slurm/job_1/step_0/task_0\n",
-        {"slurm/job_1/memory.max": "64000\n", "slurm/job_1/memory.current": "1000\n"},
-        63_000,
-    ),
-    "v2, page cache counts as free": (
-        "0::/\n",
-        {"memory.max": "64000\n", "memory.current": "63800\n", "memory.stat": "anon 2800\ninactive_file 61000\n"},
-        61_200,
-    ),
-    "v1": (
-        "5:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n",  # the container sees its own folder at the top
-        {
-            "memory/memory.limit_in_bytes": "8000\n",
-            "memory/memory.usage_in_bytes": "3000\n",
-            "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n",
-        },
-        6_000,
-    ),
+    "v2, the limit of a Slurm job lies above": ("0::/slurm/job_1/step_0/task_0\n", SLURM, 63_000),
+    "v2, page cache counts as free": ("0::/\n", CACHED, 61_200),
+    "v1, the container's own folder at the top": ("5:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n", V1, 6_000),
     "no limit": ("0::/\n", {"memory.max": "max\n", "memory.current": "5\n"}, 1_536_000_000),
 }
 
@@ -234,13 +221,13 @@ def test_memory_is_the_least_that_a_cgroup_leaves(tmp_path, case):
 
 
 def test_cores_are_those_of_the_quota(tmp_path):
-    plant(tmp_path, {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "100000 100000\n"})
-    assert usable_cores(tmp_path) == 1
-    v1 = {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}
-    plant(tmp_path / "v1", {"proc/self/cgroup": "2:cpu,cpuacct:/\n"})
-    plant(tmp_path / "v1/sys/fs/cgroup", v1)
-    assert usable_cores(tmp_path / "v1") == 1
-    assert usable_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
+    v1 = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
+    for name, files, cores in (
+        ("v2", {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "100000 100000\n"}, 1),
+        ("v1", {"proc/self/cgroup": "2:cpu,cpuacct:/\n"} | v1, 1),
+        ("none", {}, len(os.sched_getaffinity(0))),
+    ):
+        assert usable_cores(plant(tmp_path / name, files)) == cores
 
 
 def test_machine_that_is_short_of_something_gets_a_flag_to_paste(tmp_path, monkeypatch):
@@ -274,24 +261,21 @@ def test_backbone_weights_are_looked_for_in_the_cache(monkeypatch):
     assert check_backbone(DEMO) == []
 
 
-def test_missing_data_gets_the_command_that_fits_the_recipe(tmp_path, chips):
-    def without_data(recipe: recipes.Recipe) -> Finding:
-        return check_chips(fold([recipe], recipes.data_overrides(tmp_path / "my data", recipe)))
+def test_missing_data_gets_the_command_that_fits_the_recipe_and_a_missing_chip_is_named(tmp_path, own_chips):
+    def check(recipe: recipes.Recipe, root: Path = tmp_path / "my data") -> Finding:
+        return check_chips(fold([recipe], recipes.data_overrides(root, recipe)))
 
-    assert "floodrepro data synth --root" in without_data(DEMO).fix
-    assert without_data(BASE).fix.endswith("--protocol v0 --revision COMMIT")
-    binary = without_data(recipes.read_yaml(recipes.find(NAMES["v1-binary"])))
+    assert "floodrepro data synth --root" in check(DEMO).fix
+    assert check(BASE).fix.endswith("--protocol v0 --revision COMMIT")
+    binary = check(recipes.read_yaml(recipes.find(NAMES["v1-binary"])))
     assert binary.fix.endswith("--protocol v1-binary")
     assert "about 72 GB" in binary.detail
     assert_can_be_pasted(binary.fix)
-    found = check_chips(fold([DEMO], recipes.data_overrides(chips, DEMO)))
+    found = check(DEMO, own_chips)
     assert (found.status, "chips of train" in found.detail) == ("ok", True)
-
-
-def test_missing_chip_fails_with_its_name(own_chips):
     gone = next((own_chips / "data/DEM").iterdir())
     gone.unlink()
-    found = check_chips(fold([DEMO], recipes.data_overrides(own_chips, DEMO)))
+    found = check(DEMO, own_chips)
     assert (found.status, gone.stem.removesuffix("_DEM") in found.detail) == ("fail", True)
 
 

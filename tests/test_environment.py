@@ -13,6 +13,7 @@ import torch
 
 import floodrepro
 from floodrepro.system.environment import code_version, environment, gpu_drivers, relevant_variables
+from test_doctor import plant
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -31,13 +32,6 @@ def repository(tmp_path: Path) -> Path:
     git(package, "add", ".")
     git(package, "commit", "-qm", "one")
     return tmp_path / "repository"
-
-
-def plant(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
-    return root
 
 
 def test_this_machine_is_recorded_in_json_types_and_names_neither_host_nor_user():

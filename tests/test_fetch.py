@@ -2,15 +2,16 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 from types import SimpleNamespace
 
 import pytest
 
+from conftest import Outcome
 from floodrepro.data import fetch as fetching
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import FETCH_NOTE, read_commit
@@ -23,12 +24,16 @@ from test_splits import ids_of
 REPO = "ibm-esa-geospatial/ImpactMesh-Flood"
 
 
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> dict[str, bytes]:
     """Files of a version 0 data set as they lie on the hub, the train optical in two archives."""
     root = tmp_path_factory.mktemp("published")
     generate(root, events=6, chips=18, size=32, protocol="v0", seed=1, layout="hub")
-    files = {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    files = files_of(root)
     files["train/S2L2A_1.tar"] = files.pop("train/S2L2A.tar")
     return files | {"README.md": b"card"}
 
@@ -40,26 +45,23 @@ def hub(published):
         yield server
 
 
-def run(hub: HubServer, root: Path, *flags: object, wait: bool = True):
-    """`floodrepro data fetch` in a process of its own: the client reads its environment when it is imported."""
-    return run_data(hub, root.parent, "fetch", "--root", root, "--format", "json", *flags, wait=wait)
-
-
-def run_data(hub: HubServer, folder: Path, *arguments: object, wait: bool = True):
-    command = [sys.executable, "-m", "floodrepro", "data", *arguments]
+def start(hub: HubServer, folder: Path, *arguments: object) -> subprocess.Popen:
+    """`floodrepro data` in a process of its own: the client reads its environment when it is imported."""
+    command = [sys.executable, "-m", "floodrepro", "data", *map(str, arguments), "--format", "json"]
     given = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
     given |= {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": ":".join(sys.path)}
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | given,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if not wait:
-        return process
+    return subprocess.Popen(command, env=os.environ | given, stdout=PIPE, stderr=PIPE, text=True)
+
+
+def run(hub: HubServer, root: Path, *flags: object, code: int = 0) -> Outcome:
+    """`floodrepro data fetch`, which ends with this code."""
+    return ended(start(hub, root.parent, "fetch", "--root", root, *flags), code)
+
+
+def ended(process: subprocess.Popen, code: int) -> Outcome:
     out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    assert process.returncode == code, err
+    return Outcome(code, out, err)
 
 
 def archives(root: Path) -> dict[str, bytes]:
@@ -68,70 +70,54 @@ def archives(root: Path) -> dict[str, bytes]:
 
 def test_all_archives_of_one_commit_arrive_and_a_second_call_fetches_nothing(hub, published, tmp_path):
     root = tmp_path / "data-set"
-    code, out, err = run(hub, root, "--protocol", "v0")
-    assert code == 0, err
+    report = json.loads(run(hub, root, "--protocol", "v0").out)
     assert archives(root) == {path: content for path, content in published.items() if path.endswith(".tar")}
     assert not (root / "README.md").exists()
-    report = json.loads(out)
     assert report["commit"] == read_commit(root / "data") == hub.refs["main"]
     assert report["chips"] == {"train": 12, "val": 3, "test": 3}
     assert len(Chips(root).having("S2L2A")) == 18
     hub.sent.clear()
-    code, _, err = run(hub, root, "--protocol", "v0")
-    assert code == 0, err
+    run(hub, root, "--protocol", "v0")
     assert hub.sent.total() == 0
 
 
-def test_wrong_protocol_is_refused_before_any_archive(hub, tmp_path):
-    code, _, err = run(hub, tmp_path / "a", "--protocol", "v1")
-    assert code == 1
-    assert "protocol v1 needs v1 data, this is like v0" in err
-    assert not archives(tmp_path / "a")
+def test_wrong_protocol_missing_part_and_unknown_repository_are_named_before_any_archive(hub, tmp_path):
+    root = tmp_path / "a"
+    assert "protocol v1 needs v1 data, this is like v0" in run(hub, root, "--protocol", "v1", code=1).err
+    hub.commit({path: content for path, content in hub.commits[hub.refs["main"]].items() if "DEM" not in path})
+    assert "train/DEM*.tar" in run(hub, root, code=1).err
+    assert "to do:" in run(hub, root, "--repo", "some/other", code=1).err
+    assert not archives(root)
 
 
 def test_moved_branch_is_refused_and_the_commit_that_is_here_named(hub, published, tmp_path):
-    first, flags = hub.refs["main"], ("--split", "val,test", "--modality", "DEM,MASK")
-    assert run(hub, tmp_path / "a", *flags)[0] == 0
-    assert set(archives(tmp_path / "a")) == {f"{s}/{p}.tar" for s in ("val", "test") for p in ("DEM", "MASK")}
-    assert len(list((tmp_path / "a" / "split").glob("*.txt"))) == 3
+    root, first, flags = tmp_path / "a", hub.refs["main"], ("--split", "val,test", "--modality", "DEM,MASK")
+    run(hub, root, *flags)
+    assert set(archives(root)) == {f"{s}/{p}.tar" for s in ("val", "test") for p in ("DEM", "MASK")}
+    assert len(list((root / "split").glob("*.txt"))) == 3
     hub.commit(published | {"val/MASK.tar": b"other"})
-    code, _, err = run(hub, tmp_path / "a", *flags)
-    assert code == 1
-    assert f"--revision {first}" in err
-    assert run(hub, tmp_path / "a", *flags, "--revision", first)[0] == 0
+    assert f"--revision {first}" in run(hub, root, *flags, code=1).err
+    run(hub, root, *flags, "--revision", first)
 
 
 def test_damaged_archive_is_named_and_the_others_are_kept(hub, published, tmp_path):
     damaged = bytes([published["val/DEM.tar"][0] ^ 1]) + published["val/DEM.tar"][1:]
     hub.fault("val/DEM.tar", content=damaged)
-    flags = ("--split", "val", "--modality", "DEM,MASK")
-    code, _, err = run(hub, tmp_path / "a", *flags)
-    assert code == 1
-    assert "not what the hub says it is: val/DEM.tar" in err
-    (tmp_path / "a" / "val" / "DEM.tar").unlink()
+    root, flags = tmp_path / "a", ("--split", "val", "--modality", "DEM,MASK")
+    assert "not what the hub says it is: val/DEM.tar" in run(hub, root, *flags, code=1).err
+    (root / "val" / "DEM.tar").unlink()
     hub.sent.clear()
-    assert run(hub, tmp_path / "a", *flags)[0] == 0
+    run(hub, root, *flags)
     assert hub.sent["val/MASK.tar"] == 0
-    assert archives(tmp_path / "a")["val/DEM.tar"] == published["val/DEM.tar"]
+    assert archives(root)["val/DEM.tar"] == published["val/DEM.tar"]
 
 
 def test_dropped_connection_and_a_busy_hub_are_survived(hub, tmp_path):
     hub.fault("val/S2L2A.tar", cut_after=2**14)
     hub.refusals.append((429, {"Retry-After": "1"}))
-    start = time.monotonic()
-    code, _, err = run(hub, tmp_path / "a", "--split", "val", "--modality", "S2L2A")
-    assert code == 0, err
-    assert time.monotonic() - start > 1
-
-
-def test_missing_part_and_unknown_repository_are_named(hub, tmp_path):
-    hub.commit({path: content for path, content in hub.commits[hub.refs["main"]].items() if "DEM" not in path})
-    code, _, err = run(hub, tmp_path / "a")
-    assert code == 1
-    assert "train/DEM*.tar" in err
-    code, _, err = run(hub, tmp_path / "a", "--repo", "some/other")
-    assert code == 1
-    assert "to do:" in err
+    begin = time.monotonic()
+    run(hub, tmp_path / "a", "--split", "val", "--modality", "S2L2A")
+    assert time.monotonic() - begin > 1
 
 
 def test_killed_fetch_is_finished_by_the_same_command_and_files_of_others_stay(hub, published, tmp_path):
@@ -140,14 +126,13 @@ def test_killed_fetch_is_finished_by_the_same_command_and_files_of_others_stay(h
     other = root / ".cache" / "huggingface" / "download" / "theirs.incomplete"
     other.parent.mkdir(parents=True)
     other.write_bytes(b"x")
-    process = run(hub, root, "--split", "train", wait=False)
+    process = start(hub, tmp_path, "fetch", "--root", root, "--split", "train")
     deadline = time.monotonic() + 60
     while not hub.sent["train/S2L2A_1.tar"] and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    code, _, err = run(hub, root, "--split", "train")
-    assert code == 0, err
+    run(hub, root, "--split", "train")
     assert archives(root)["train/S2L2A_1.tar"] == published["train/S2L2A_1.tar"]
     assert other.read_bytes() == b"x"
 
@@ -156,20 +141,15 @@ def test_killed_fetch_is_finished_by_the_same_command_and_files_of_others_stay(h
 def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_path, cli, flags):
     (tmp_path / "split").mkdir()
     (tmp_path / "split" / "impactmesh_flood_val.txt").write_text("mine_1\n")
-    fetch = ("data", "fetch", "--root", tmp_path, *flags)
     for note in (None, "[]"):  # refused before the hub is asked
         if note:
             (tmp_path / FETCH_NOTE).write_text(note)
-        outcome = cli(*fetch)
+        outcome = cli("data", "fetch", "--root", tmp_path, *flags)
         assert outcome.code == 1
         assert "holds a data set (split) and no note of its commit" in outcome.err
     assert (tmp_path / "split" / "impactmesh_flood_val.txt").read_text() == "mine_1\n"
-
-
-def test_sample_of_nothing_is_refused(tmp_path, cli):
-    outcome = cli("data", "fetch", "--root", tmp_path, "--sample", "-3")
-    assert outcome.code == 2
-    assert "--sample is -3" in outcome.err
+    nothing = cli("data", "fetch", "--root", tmp_path, "--sample", "-3")
+    assert (nothing.code, "--sample is -3" in nothing.err) == (2, True)
 
 
 def test_disk_is_looked_at_before_anything_is_fetched(monkeypatch, tmp_path):
@@ -182,14 +162,12 @@ def test_sample_reads_only_the_chips_that_it_extracts(tmp_path):
     """Version 1 with larger chips, so that what is read ahead of a header counts little."""
     made = tmp_path / "made"
     generate(made, events=6, chips=60, size=96, protocol="v1", seed=1, layout="hub")
-    files = {str(path.relative_to(made)): path.read_bytes() for path in sorted(made.rglob("*")) if path.is_file()}
+    files = files_of(made)
     with HubServer() as server:
         server.commit(files)
         root = tmp_path / "sample"
-        code, out, err = run(server, root, "--protocol", "v1", "--sample", "6")
-        assert code == 0, err
+        report = json.loads(run(server, root, "--protocol", "v1", "--sample", "6").out)
         read = server.sent.total()
-    report = json.loads(out)
     source = Chips(root)
     listed = {s: ids_of(root, s) for s in ("train", "val", "test")}
     assert {split: len(chips) for split, chips in listed.items()} == {"train": 2, "val": 2, "test": 2}
@@ -207,10 +185,8 @@ def test_weights_are_fetched_and_another_content_than_the_published_one_is_refus
     hub.serve("ibm-esa-geospatial/TerraMind-1.0-tiny", {"TerraMind_v1_tiny.pt": b"weights"})
     hub.serve(REFERENCE.repo, {REFERENCE.name: b"other"}, REFERENCE.revision)
     flags = ("weights", "--config", "terramind_v1_tiny_impactmesh_flood_v1")
-    code, out, err = run_data(hub, tmp_path, *flags, "--format", "json")
-    assert code == 0, err
-    assert Path(json.loads(out)["backbone"]).read_bytes() == b"weights"
-    code, _, err = run_data(hub, tmp_path, *flags, "--reference", tmp_path / "ibm.pt")
-    assert code == 1
-    assert "not the published one" in err
+    fetched = json.loads(ended(start(hub, tmp_path, *flags), 0).out)
+    assert Path(fetched["backbone"]).read_bytes() == b"weights"
+    refused = ended(start(hub, tmp_path, *flags, "--reference", tmp_path / "ibm.pt"), 1)
+    assert "not the published one" in refused.err
     assert not (tmp_path / "ibm.pt").exists()

@@ -1,10 +1,7 @@
 """What torch measures of a real run, and what the checks of artefacts say of it, sound and spoilt."""
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +19,7 @@ from floodrepro.data.synth import generate
 from floodrepro.errors import CheckpointError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.publishing.export import export, read_exported
-from floodrepro.run_folder import RunFolder, sha256_of
+from floodrepro.run_folder import RunFolder
 from floodrepro.training.terratorch_cli import RecipeCLI
 from floodrepro.verification import figures, measure
 from floodrepro.verification.battery import ask
@@ -50,11 +47,11 @@ def test_what_was_not_measured_is_a_skip_and_a_damaged_answer_a_failure(tmp_path
     for content in ("{", "[]"):
         kept.write_text(content)
         assert ask("weights", gather(run))["status"] == "fail", content
-    answers = {"weights": {"status": "fail", "finding": "it does not load"}}
-    kept.write_text(json.dumps({"measured_on": sha256_of(run.best), "checks": answers}))
-    found = ask("weights", gather(run))
-    assert (found["finding"], found["code"]) == ("it does not load", "floodrepro.verification.measure.weights")
-    assert ask("panels", gather(run))["status"] == "skip"
+    measure.measure_all(run, kept.parent, "test", None)  # of a checkpoint that is none, and without a pair
+    evidence = gather(run)
+    assert (ask("weights", evidence)["status"], ask("load_back", evidence)["status"]) == ("fail", "skip")
+    assert "export/ holds no pair" in ask("load_back", evidence)["finding"]
+    assert ask("weights", evidence)["code"] == "floodrepro.verification.measure.weights"
 
 
 # Weights
@@ -84,7 +81,7 @@ def test_spoilt_tensors_fail_and_are_named(trained: RunFolder, tmp_path: Path):
         assert name in answer["finding"], name
 
 
-def test_tensor_that_never_moved_fails_and_is_named(trained: RunFolder, tmp_path: Path):
+def test_tensor_that_never_moved_fails_and_a_damaged_state_is_an_error(trained: RunFolder, tmp_path: Path):
     states = torch.load(trained.checkpoints / "last.ckpt", weights_only=True)
     cli = RecipeCLI([trained.recipe])
     cli.build()
@@ -93,9 +90,6 @@ def test_tensor_that_never_moved_fails_and_is_named(trained: RunFolder, tmp_path
     torch.save(states, tmp_path / "last.ckpt")
     answer = measure.weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
     assert (answer["status"], FILTERS in answer["finding"]) == ("fail", True), answer["finding"]
-
-
-def test_full_state_that_cannot_be_used_is_an_error(trained: RunFolder, tmp_path: Path):
     (tmp_path / "last.ckpt").write_text("{")
     with pytest.raises(CheckpointError, match="full state"):
         measure.weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
@@ -122,34 +116,62 @@ def test_exported_pair_is_the_checkpoint_and_of_no_machine(trained: RunFolder, p
         export(trained.best, recipes.read_yaml(trained.recipe), tmp_path, "pair")
 
 
-@pytest.mark.parametrize("plant", ["a flipped bit", "another recipe", "another checkpoint"])
-def test_pair_that_is_not_the_checkpoints_fails(trained: RunFolder, pair, tmp_path: Path, plant: str):
-    tensors, metadata = load_file(pair.path), dict(pair.metadata)
-    if plant == "a flipped bit":
-        tensors[f"model.{FILTERS}"][0, 0, 0, 0] += 1e-6
-    metadata |= {"another recipe": {"recipe_sha256": "0" * 64}, "another checkpoint": {"source_sha256": "0" * 64}}.get(
-        plant, {}
-    )
-    save_file(tensors, tmp_path / "pair.safetensors", metadata)
+@pytest.mark.parametrize(
+    ("step", "header", "says"),
+    [
+        (1e-6, {}, FILTERS),
+        (0, {"recipe_sha256": "0" * 64}, "recipe_sha256"),
+        (0, {"source_sha256": "0" * 64}, "source_sha256"),
+    ],
+)
+def test_pair_that_is_not_the_checkpoints_fails(trained: RunFolder, pair, tmp_path: Path, step, header, says):
+    tensors = load_file(pair.path)
+    tensors[f"model.{FILTERS}"][0, 0, 0, 0] += step
+    save_file(tensors, tmp_path / "pair.safetensors", pair.metadata | header)
     shutil.copy(pair.config, tmp_path / "pair.yaml")
-    spoilt = read_exported(tmp_path / "pair.safetensors")
-    answer = measure.round_trip(trained.recipe, trained.best, spoilt)
-    assert answer["status"] == "fail"
-    assert {"a flipped bit": FILTERS, "another recipe": "recipe_sha256"}.get(plant, "source_sha256") in answer[
-        "finding"
-    ]
+    answer = measure.round_trip(trained.recipe, trained.best, read_exported(tmp_path / "pair.safetensors"))
+    assert (answer["status"], says in answer["finding"]) == ("fail", True)
 
 
-def test_pair_with_other_statistics_predicts_otherwise_also_through_a_twin(
-    trained: RunFolder, pair, tmp_path: Path, monkeypatch
-):
-    """The pair itself is loaded, and predicts the same, in tests/test_verify.py."""
-    monkeypatch.setattr(measure, "_READS_SAFETENSORS", (99, 0))  # as on torch 2.9
-    config = tmp_path / "pair.yaml"
+# Runs in the process that load_back starts, after its own work: no floodrepro, and torch's precision as here.
+THERE_TOO = """
+os.chdir({folder!r})
+exec(open("example.py").read())
+import runpy
+sys.argv = ["run_inference", "--config", "trained.yaml", "--ckpt", "trained.safetensors", "--output_dir", "stock"]
+runpy.run_module("impactmesh.run_inference", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(cli, trained: RunFolder, pair, tmp_path_factory: pytest.TempPathFactory):
+    """load_back's answer for a pair with other statistics, and a folder in which the same process ran the card's
+    example and impactmesh's own inference: with an export and a chip of 256 px."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    root = folder / "ImpactMesh-Flood"
+    generate(root, events=3, chips=3, size=256, protocol="v0", seed=3)
+    [shown] = (root / "split" / "impactmesh_flood_test.txt").read_text().split()
+    for file in (root / "data").glob("*/*"):
+        if not file.name.startswith(shown):
+            file.unlink()  # one chip is enough
+    assert cli("export", "--run", trained.path, "--output", folder, "--licence", "mit").code == 0
+    card = (folder / "README.md").read_text()
+    (folder / "example.py").write_text(re.search(r"```python\n(.*?)```", card, re.S)[1])
     recipe = recipes.read_yaml(pair.config)
     recipe["data"]["init_args"]["means"]["S1RTC"] = [-9.871, -15.993]  # impactmesh 0.2.0's
-    config.write_text(yaml.safe_dump(recipe))
-    answer = measure.load_back(trained.recipe, trained.best, replace(pair, config=config))
+    (folder / "other.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "_READS_SAFETENSORS", (99, 0))  # as on torch 2.9
+        patch.setattr(
+            measure, "_WITHOUT_FLOODREPRO", measure._WITHOUT_FLOODREPRO + THERE_TOO.format(folder=str(folder))
+        )
+        answer = measure.load_back(trained.recipe, trained.best, replace(pair, config=folder / "other.yaml"))
+    return answer, folder
+
+
+def test_pair_with_other_statistics_predicts_otherwise_also_through_a_twin(elsewhere):
+    """The pair itself is loaded, and predicts the same, in tests/test_verify.py."""
+    answer, _ = elsewhere
     assert (answer["status"], "a .pt twin was loaded" in answer["notes"][0]) == ("fail", True)
 
 
@@ -159,60 +181,23 @@ def test_pair_that_plain_terratorch_does_not_load_is_an_error(trained: RunFolder
         measure.load_back(trained.recipe, trained.best, pair)
 
 
-IN_ANOTHER_INTERPRETER = """
-import os, runpy, sys
-sys.modules["floodrepro"] = None
-os.environ["LIGHTLY_DID_VERSION_CHECK"] = "True"
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-import terratorch.cli_tools, torch
-torch.set_float32_matmul_precision("highest")  # TerraTorch's import lowers it: bf16 where the CPU has it
-exec(open("example.py").read())
-sys.argv = ["run_inference", "--config", "trained.yaml", "--ckpt", "trained.safetensors", "--output_dir", "stock"]
-runpy.run_module("impactmesh.run_inference", run_name="__main__")
-"""
-
-
-def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(
-    cli, trained: RunFolder, tmp_path: Path
-):
-    """In a folder with the export and chips of 256 px, in a process that has no floodrepro."""
-    root = tmp_path / "ImpactMesh-Flood"
-    generate(root, events=3, chips=3, size=256, protocol="v0", seed=3)
-    [shown] = (root / "split" / "impactmesh_flood_test.txt").read_text().split()
-    for file in (root / "data").glob("*/*"):
-        if not file.name.startswith(shown):
-            file.unlink()  # one chip is enough
-    assert cli("export", "--run", trained.path, "--output", tmp_path, "--licence", "mit").code == 0
-    card = (tmp_path / "README.md").read_text()
-    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", card, re.S)[1])
-    command = [sys.executable, "-I", "-W", "ignore", "-c", IN_ANOTHER_INTERPRETER]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    place = ("--ckpt", trained.best, "--data-root", tmp_path / "ImpactMesh-Flood")
-    split = tmp_path / "ImpactMesh-Flood" / "split" / "impactmesh_flood_test.txt"
-    # One chip at a time, as the other two: in another batch sums are split otherwise. impactmesh tiles; the demo's
-    # recipe does not, the published ones do as impactmesh.
-    one = ("--data.init_args.predict_split", split, "--data.init_args.batch_size", 1)
+def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(cli, trained: RunFolder, elsewhere):
+    folder = elsewhere[1]
+    root = folder / "ImpactMesh-Flood"
+    split = root / "split" / "impactmesh_flood_test.txt"
+    # impactmesh tiles; the demo's recipe does not, the published ones do as impactmesh.
     tiles = "{h_crop: 256, w_crop: 256, h_stride: 208, w_stride: 208, batch_size: 64, delta: 8}"
-    for folder, more in (("example", ()), ("stock", ("--model.init_args.tiled_inference_parameters", tiles))):
-        predicted = cli("predict", *place, *one, *more, "--output", tmp_path / f"masks-{folder}")
+    for theirs, more in (
+        ("*_DEM_mask.tif", ()),
+        ("stock/*_prediction.tif", ("--model.init_args.tiled_inference_parameters", tiles)),
+    ):
+        output = folder / f"masks-{len(more)}"
+        place = ("--data-root", root, "--data.init_args.predict_split", split, "--output", output)
+        predicted = cli("predict", "--ckpt", trained.best, *place, *more)
         assert predicted.code == 0, predicted.err
-    files = sorted((tmp_path / "masks-example").glob("*_pred.tif"))
-    assert files
-    for file in files:
-        chip = file.name.removesuffix("_pred.tif")
-        whole, tiled, example, stock = (
-            rasterio.open(path).read(1)
-            for path in (
-                file,
-                tmp_path / "masks-stock" / file.name,
-                tmp_path / f"{chip}_DEM_mask.tif",
-                tmp_path / "stock" / f"{chip}_prediction.tif",
-            )
-        )
-        seen = whole >= 0
-        assert seen.any()
-        assert ((whole != example)[seen].sum(), (tiled != stock)[seen].sum()) == (0, 0), seen.sum()
+        ours, other = (rasterio.open(next(where)).read(1) for where in (output.glob("*_pred.tif"), folder.glob(theirs)))
+        assert (ours >= 0).any()
+        assert (ours != other)[ours >= 0].sum() == 0
 
 
 # Pictures
@@ -238,15 +223,12 @@ def test_pictures_show_what_is_on_the_disk(chips: Path):
                 assert (np.diff(shown[f"{name}_rgb"][..., colour].ravel()[order].astype(int)) >= 0).all()
 
 
-def test_pictures_of_another_input_than_the_tables_are_found(trained: RunFolder, table: Path, tmp_path: Path):
+def test_pictures_of_another_input_or_checkpoint_than_the_tables_are_found(trained, table: Path, tmp_path: Path):
     recipe = recipes.read_yaml(trained.recipe)
     recipe["data"]["init_args"]["stds"]["S1RTC"] = [1.0, 1.0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     answer = measure.panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)
     assert (answer["status"], "predicted otherwise than in the table" in answer["finding"]) == ("fail", True)
-
-
-def test_table_of_another_checkpoint_has_no_pictures(trained: RunFolder, table: Path, tmp_path: Path):
     made = chip_table.read_table(table)
     other = replace(made, metadata=made.metadata | {"checkpoint": {"name": "x", "sha256": "0" * 64}})
     chip_table.write_table(other, tmp_path / "other.parquet")

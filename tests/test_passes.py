@@ -109,9 +109,8 @@ def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, t
     outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path, "--no-baselines", *ONE_CHIP)
     assert re.search(r"floodrepro: batches: 100%.* 3/3 ", outcome.err), outcome.err
     metrics, ious = outcome.out.split("\n\n")
-    assert [line.split()[0] for line in metrics.splitlines()] == [
-        f"test/{name}" for name in ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
-    ]
+    names = ("mIoU", "IoU_0", "IoU_1", "F1_Score", "Pixel_Accuracy")
+    assert [line.split()[0] for line in metrics.splitlines()] == [f"test/{name}" for name in names]
     rows = [line.split() for line in ious.splitlines()[1:]]
     assert [row[0] for row in rows] == ["pooled", "mean", "mean"]
     assert [row[-1] for row in rows] == ["chips", "chips", "events"]
@@ -204,14 +203,6 @@ def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_
     assert np.abs(scaled / 250 - exact).max() <= 0.5 / 250 + 1e-6
 
 
-def test_predict_overwrites_nothing(cli, trained, tmp_path: Path):
-    (tmp_path / "mine.txt").write_text("mine")
-    outcome = cli("predict", "--ckpt", trained.best, "--output", tmp_path)
-    assert outcome.code == 2
-    assert "not empty" in outcome.err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
 @contextlib.contextmanager
 def full_disk(bytes_of_a_file: int) -> Iterator[None]:
     """No file may grow beyond it, as on a disk that is full."""
@@ -246,15 +237,6 @@ def test_full_disk_is_a_clear_error_and_leaves_the_table_that_is_there(cli, test
     assert {path.name: path.read_bytes() for path in (folder / "test").iterdir()} == before
 
 
-def test_config_wins_over_the_checkpoint_and_the_difference_is_named(cli, trained, tested, metrics, tmp_path: Path):
-    loss = ("--model.init_args.loss", "ce")
-    other = cli("test", "--ckpt", trained.best, "--format", "json", "--output", tmp_path, "--no-baselines", *loss)
-    assert "the checkpoint says" not in tested.err
-    assert "warning: loss: the checkpoint says 'dice', the config says 'ce'; the config counts" in other.err
-    changed = {name for name, value in json.loads(other.out)["metrics"].items() if value != metrics[name]}
-    assert changed == {"test/loss"}  # obeyed, and nothing else has changed
-
-
 def test_checkpoint_of_another_shape_is_refused_with_both_names(cli, trained):
     outcome = cli("test", "--ckpt", trained.best, "--model.init_args.model_args.backbone", "terramind_v1_small")
     assert outcome.code == 1
@@ -262,31 +244,49 @@ def test_checkpoint_of_another_shape_is_refused_with_both_names(cli, trained):
     assert len(outcome.report) <= 3
 
 
-def test_config_beside_the_checkpoint_has_to_be_one(cli, trained, tmp_path: Path):
-    path = Path(shutil.copy(trained.best, tmp_path / "lonely.ckpt"))
-    assert "--config YAML" in cli("test", "--ckpt", path).err
-    for name in ("recipe.yaml", "other.yaml"):
-        shutil.copy(trained.recipe, tmp_path / name)
-    assert "2 configs lie beside" in cli("test", "--ckpt", path).err
+def test_what_cannot_be_done_is_refused_before_the_pass(cli, trained, tmp_path: Path):
+    (tmp_path / "mine.txt").write_text("mine")
+    lonely, two = tmp_path / "lonely.ckpt", tmp_path / "two"
+    for path, configs in ((lonely, ()), (two / "best.ckpt", ("recipe.yaml", "other.yaml"))):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(trained.best, path)
+        for name in configs:
+            shutil.copy(trained.recipe, path.parent / name)
+    ours = ("--ckpt", trained.best)
+    for argv, code, says in (
+        (("predict", *ours, "--output", tmp_path), 2, "not empty"),
+        (("test", *ours, "--output", tmp_path / "mine.txt"), 1, "cannot be written"),
+        (("test", "--ckpt", lonely), 2, "--config YAML"),
+        (("test", "--ckpt", two / "best.ckpt"), 2, "2 configs lie beside"),
+        (("test", *ours, "--split", "holdout"), 2, "no split 'holdout'"),
+        (("test", "--config", "demo"), 2, "either --ckpt or --masks"),
+    ):
+        outcome = cli(*argv)
+        assert (outcome.code, says in outcome.err, "batches" in outcome.err) == (code, True, False), outcome.err
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
-def test_a_split_can_be_chosen_and_an_unknown_one_is_named(cli, trained, tmp_path: Path):
+def test_split_can_be_chosen(cli, trained, tmp_path: Path):
     outcome = cli("test", "--ckpt", trained.best, "--split", "val", "--output", tmp_path, "--format", "json")
     assert table_of(outcome).metadata["split"] == "val"
-    wrong = cli("test", "--ckpt", trained.best, "--split", "holdout")
-    assert (wrong.code, "no split 'holdout'" in wrong.err) == (2, True)
-    assert "either --ckpt or --masks" in cli("test", "--config", "demo").err
 
 
-def test_several_test_splits_are_tested_in_one_pass(cli, trained, tested, chips, tmp_path: Path):
+def test_config_wins_over_the_checkpoint_and_several_test_splits_are_one_pass(
+    cli, trained, tested, metrics, chips, tmp_path: Path
+):
     all_chips, part = split_of(chips, "test"), tmp_path / "holdout.txt"
     part.write_text("".join(f"{chip}\n" for chip in all_chips[1:]))
     several = json.dumps({"test": str(chips / "split" / "impactmesh_flood_test.txt"), "holdout": str(part)})
-    arguments = ("--ckpt", trained.best, "--output", tmp_path, "--data.init_args.test_split", several)
-    outcome = cli("test", *arguments, "--no-baselines", "--format", "json")
+    arguments = ("--output", tmp_path, "--data.init_args.test_split", several, "--model.init_args.loss", "ce")
+    outcome = cli("test", "--ckpt", trained.best, "--no-baselines", "--format", "json", *arguments)
+    assert "the checkpoint says" not in tested.err
+    assert "warning: loss: the checkpoint says 'dice', the config says 'ce'; the config counts" in outcome.err
     result, whole = json.loads(outcome.out), table_of(outcome)
-    holdout = read_table(Path(result["tables"]["holdout"]))
+    named = {name.replace("test/test/", "test/"): value for name, value in result["metrics"].items()}
+    changed = {name for name, value in metrics.items() if named[name] != value}
+    assert changed == {"test/loss"}  # obeyed, and nothing else has changed
     assert np.array_equal(whole.counts, table_of(tested).counts)
+    holdout = read_table(Path(result["tables"]["holdout"]))
     assert (holdout.chips.tolist(), holdout.metadata["subset_of"]) == (all_chips[1:], "test")
     assert np.array_equal(holdout.counts, whole.counts[1:])
     assert result["metrics"]["test/holdout/IoU_0"] == pytest.approx(scores(holdout.counts.sum(0))["IoU_0"])
@@ -314,14 +314,6 @@ def test_metric_that_is_not_finite_is_an_error_that_names_it(cli, trained, own_c
     outcome = cli("validate", *arguments, "--format", "json")
     assert (outcome.code, outcome.out) == (1, "")
     assert "not finite: val/loss" in outcome.err
-
-
-def test_folder_that_takes_no_table_is_found_before_the_pass(cli, trained, tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
-    outcome = cli("test", "--ckpt", trained.best, "--output", tmp_path / "file")
-    assert outcome.code == 1
-    assert "cannot be written" in outcome.err
-    assert "batches" not in outcome.err
 
 
 def test_test_of_some_batches_leaves_no_table_that_looks_whole(cli, trained, tmp_path: Path):

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from floodrepro import recipe as recipes
 from floodrepro.publishing.card import write_card
-from hub_server import HubServer, Model
+from hub_server import HubServer
 from verification_fixtures import gather, keep, make_run, summarise, write_pair
 
 REPO = "me/flood"
@@ -60,8 +60,20 @@ def publish(cli, server, monkeypatch):
     return call
 
 
+def edit_results(folder: Path, part: str, **changes: str) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    (results["run"]["checkpoint"] if part == "checkpoint" else results[part]).update(changes)
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def told(outcome, *words: str) -> None:
+    assert (outcome.code, len(outcome.report)) == (1, 3), outcome.err
+    for word in words:
+        assert word in "\n".join(outcome.report)
 
 
 def dry(cli, folder: Path) -> dict:
@@ -73,7 +85,7 @@ def dry(cli, folder: Path) -> dict:
 # Looking before leaping
 
 
-def test_dry_run_lists_files_hashes_and_place_and_contacts_nobody(server, exported: Path, publish):
+def test_dry_run_lists_files_hashes_and_place_and_nothing_is_sent_without_a_yes(server, exported: Path, publish):
     (exported / "notes.txt").write_text("mine")
     done = publish(exported, "--dry-run", "--branch", "v2")
     assert done.code == 0, done.err
@@ -83,12 +95,8 @@ def test_dry_run_lists_files_hashes_and_place_and_contacts_nobody(server, export
     assert f"{server.url}/{REPO}  (branch v2" in done.out
     assert re.search("licence +apache-2.0", done.out)
     assert re.search("left out +notes.txt", done.out)
-    assert server.requests == []
-
-
-def test_without_a_terminal_and_without_yes_nothing_is_sent(server, exported: Path, publish):
-    done = publish(exported)
-    assert (done.code, "no terminal to ask on" in done.err) == (2, True)
+    silent = publish(exported)  # without --yes
+    assert (silent.code, "no terminal to ask on" in silent.err) == (2, True)
     assert server.requests == []
 
 
@@ -125,27 +133,15 @@ def test_on_a_terminal_the_repositorys_name_has_to_be_typed_and_one_commit_has_t
 # The upload
 
 
-def test_branch_is_made_and_main_left_alone(server, exported: Path, publish):
+def test_branch_is_made_and_a_public_repository_takes_nothing_private(server, exported: Path, publish):
     assert publish(exported, "--yes", "--branch", "seed-7").code == 0
     branches = server.models[REPO].branches
-    assert branches["main"] == [{}]
     assert branches["seed-7"][-1] == files_of(exported)
-
-
-def test_private_is_not_uploaded_into_a_repository_that_is_public_already(server, exported: Path, publish):
-    server.models[REPO] = Model(private=False)
     told(publish(exported, "--yes", "--private"), "is public already")
-    assert server.models[REPO].branches["main"] == [{}]
+    assert branches["main"] == [{}]
 
 
-def told(outcome, *words: str) -> None:
-    assert outcome.code == 1
-    assert len(outcome.report) == 3, outcome.err
-    for word in words:
-        assert word in "\n".join(outcome.report)
-
-
-def test_token_that_is_refused_missing_or_of_no_right_is_told(server, exported: Path, publish, monkeypatch):
+def test_token_that_is_refused_missing_or_of_no_right_and_no_hub_are_told(server, exported: Path, publish, monkeypatch):
     told(publish(exported, "--yes", token="hf_wrong"), "HTTP 401", "hf auth login")
     assert server.models == {}
     told(publish(exported, "--yes", "--repo", "someone-else/flood"), "HTTP 403", "don't have the rights")
@@ -154,9 +150,7 @@ def test_token_that_is_refused_missing_or_of_no_right_is_told(server, exported: 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     told(publish(exported, "--yes"), "HF_HUB_OFFLINE")
     assert server.requests == []
-
-
-def test_hub_that_is_not_there_is_told(exported: Path, publish, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
     told(publish(exported, "--yes"), "cannot be reached", "HF_ENDPOINT")
 
@@ -181,9 +175,7 @@ def test_required_check_that_is_not_met_or_not_asked_for_has_to_be_forced(
 
 
 def test_undecided_comparison_is_published_with_its_word(cli, exported: Path):
-    results = json.loads((exported / "results.json").read_text())
-    results["verdict"] |= {"word": "undecided", "outcome": "undecided"}
-    (exported / "results.json").write_text(json.dumps(results))
+    edit_results(exported, "verdict", word="undecided", outcome="undecided")
     plan = dry(cli, exported)
     assert plan["objection"] == ""
     assert plan["verdict"].startswith("undecided. ")
@@ -197,36 +189,29 @@ def test_run_that_was_not_verified_has_to_be_forced(cli, tmp_path: Path):
     told(cli("publish", "--export", run.export, "--repo", REPO, "--yes"), "not verified")
 
 
-def test_card_in_the_authors_own_words_is_published_as_it_is(cli, exported: Path):
+def test_card_in_the_authors_own_words_is_published_as_it_is_unless_it_cannot_be_read(cli, exported: Path):
     (exported / "README.md").write_text("---\nlicense: mit\n---\nmy own words\n")
     plan = dry(cli, exported)
     assert (plan["objection"], plan["licence"]) == ("", "mit")
     assert plan["files"]["README.md"] == hashlib.sha256((exported / "README.md").read_bytes()).hexdigest()
     (exported / "README.md").write_text("no metadata at all\n")
     assert dry(cli, exported)["licence"] == ""
-
-
-@pytest.mark.parametrize("card", [b"---\nlicense: [mit\n---\nwords\n", b"---\nlicense: mit\n---\n\xff\xfe\n"])
-def test_card_that_cannot_be_read_is_named(cli, exported: Path, card: bytes):
-    (exported / "README.md").write_bytes(card)
-    outcome = cli("publish", "--export", exported, "--repo", REPO, "--dry-run")
-    assert (outcome.code, "README.md" in outcome.report[1]) == (1, True)
-    assert "Traceback" not in outcome.err
+    for damaged in (b"---\nlicense: [mit\n---\nwords\n", b"---\nlicense: mit\n---\n\xff\xfe\n"):
+        (exported / "README.md").write_bytes(damaged)
+        outcome = cli("publish", "--export", exported, "--repo", REPO, "--dry-run")
+        assert (outcome.code, "README.md" in outcome.report[1]) == (1, True)
 
 
 def test_results_of_other_weights_are_refused(cli, exported: Path):
-    results = json.loads((exported / "results.json").read_text())
-    results["run"]["checkpoint"]["sha256"] = "a" * 64
-    (exported / "results.json").write_text(json.dumps(results))
+    edit_results(exported, "checkpoint", sha256="a" * 64)
     told(cli("publish", "--export", exported, "--repo", REPO, "--yes"), "of another checkpoint")
 
 
-@pytest.mark.parametrize("name", ["README.md", "mine.safetensors", "mine.yaml"])
-def test_folder_without_one_whole_pair_and_a_card_is_refused(cli, exported: Path, name: str):
-    (exported / name).unlink()
-    assert cli("publish", "--export", exported, "--repo", REPO, "--dry-run").code in (1, 2)
-
-
-@pytest.mark.parametrize("repo", ["flood", "a/b/c", "me/", "me/flood..git"])
-def test_name_that_can_be_no_repository_is_a_usage_error(cli, exported: Path, repo: str):
-    assert cli("publish", "--export", exported, "--repo", repo, "--dry-run").code == 2
+def test_name_that_can_be_no_repository_and_a_folder_without_a_whole_pair_and_a_card_are_refused(cli, exported: Path):
+    for repo in ("flood", "a/b/c", "me/", "me/flood..git"):
+        assert cli("publish", "--export", exported, "--repo", repo, "--dry-run").code == 2
+    for name in ("README.md", "mine.safetensors", "mine.yaml"):
+        content = (exported / name).read_bytes()
+        (exported / name).unlink()
+        assert cli("publish", "--export", exported, "--repo", REPO, "--dry-run").code in (1, 2)
+        (exported / name).write_bytes(content)

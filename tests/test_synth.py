@@ -87,24 +87,18 @@ def test_pixels_are_missing_in_both_satellites_and_never_where_radar_sees_nothin
     assert all(missing.values())
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
-    [("events", 2), ("chips", 3), ("size", 40)],
-)
-def test_wrong_argument_is_named_by_its_flag(tmp_path, argument, value):
-    with pytest.raises(UsageError, match=f"--{argument} is {value}"):
-        generate(tmp_path / "new", **SMALL | {argument: value})
+def test_wrong_argument_is_named_by_its_flag_and_a_data_set_never_overwritten(tmp_path):
+    for argument, value in (("events", 2), ("chips", 3), ("size", 40)):
+        with pytest.raises(UsageError, match=f"--{argument} is {value}"):
+            generate(tmp_path / "new", **SMALL | {argument: value})
     with pytest.raises(UsageError, match="--layout-variant"):
         generate(tmp_path / "new", **SMALL, variants=["none"])
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("held", ["data", "split", "train"])
-def test_data_set_is_never_overwritten(tmp_path, held):
-    (tmp_path / held).mkdir()
-    with pytest.raises(UsageError, match=held):
-        generate(tmp_path, **SMALL)
-    assert [path.name for path in tmp_path.iterdir()] == [held]
+    for held in ("data", "split", "train"):
+        (tmp_path / held / held).mkdir(parents=True)
+        with pytest.raises(UsageError, match=held):
+            generate(tmp_path / held, **SMALL)
+        assert [path.name for path in (tmp_path / held).iterdir()] == [held]
 
 
 @pytest.mark.parametrize("layout", ["extracted", "hub"])

@@ -1,11 +1,11 @@
 """floodrepro verify and export from the outside: what they judge, what they refuse, and their exit codes."""
 
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,9 @@ import pytest
 import rasterio
 import torch
 
-from floodrepro.run_folder import RunFolder
-from floodrepro.verification import measure
-from floodrepro.verification.battery import ask
+from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.verification.checks import CRITERIA
-from verification_fixtures import WITHOUT_TORCH, gather, make_run
+from verification_fixtures import WITHOUT_TORCH, make_run, write_pair
 
 ASKED = "weights,load_back,round_trip,panels,identities"
 SCRIPT = f"""{WITHOUT_TORCH}
@@ -44,7 +42,14 @@ def verified(cli, trained: RunFolder, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def own_run(verified: RunFolder, tmp_path: Path) -> RunFolder:
-    return RunFolder(Path(shutil.copytree(verified.path, tmp_path / "mine")))
+    full_states = shutil.ignore_patterns("last.ckpt", "previous.ckpt")
+    return RunFolder(Path(shutil.copytree(verified.path, tmp_path / "mine", ignore=full_states)))
+
+
+@pytest.fixture
+def judge(cli, own_run: RunFolder):
+    """Judge a run that may be damaged, without measuring; JSON is what it prints."""
+    return partial(cli, "verify", "--run", own_run.path, "--no-measure", "--format", "json")
 
 
 def results_of(run: RunFolder) -> dict:
@@ -52,11 +57,8 @@ def results_of(run: RunFolder) -> dict:
 
 
 def statuses(outcome) -> dict[str, tuple[str, str]]:
+    assert outcome.code == 1, outcome.err
     return {check["id"]: (check["status"], check["finding"]) for check in json.loads(outcome.out)["checks"]}
-
-
-def reference_of(run: RunFolder) -> Path:
-    return run.evaluation / "reference" / "test" / "reference.parquet"
 
 
 def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified: RunFolder):
@@ -74,7 +76,8 @@ def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified
 def test_machine_without_torch_judges_what_is_there_and_makes_the_same_report(own_run: RunFolder, tmp_path: Path):
     """The same bytes whatever the hash seed and the user's own style of plots."""
     before = results_of(own_run)
-    flags = ["--run", own_run.path, "--no-measure", "--reference", reference_of(own_run), "--require", ASKED]
+    reference = own_run.evaluation / "reference" / "test" / "reference.parquet"
+    flags = ["--run", own_run.path, "--no-measure", "--reference", reference, "--require", ASKED]
     command = [sys.executable, "-c", SCRIPT, own_run.verification, *flags]
     (tmp_path / "matplotlibrc").write_text("font.size: 30\nfigure.facecolor: red\n")
     settings = {"PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
@@ -89,13 +92,12 @@ def test_machine_without_torch_judges_what_is_there_and_makes_the_same_report(ow
     assert str(tmp_path).encode() not in page.read_bytes()
 
 
-def test_exit_code_is_1_where_a_required_check_is_not_met(cli, own_run: RunFolder):
-    flags = ("verify", "--run", own_run.path, "--no-measure", "--format", "json")
-    assert cli(*flags, "--require", "identities").code == 0
-    everything = cli(*flags, "--require", "all")
+def test_exit_code_is_1_where_a_required_check_is_not_met(judge):
+    assert judge("--require", "identities").code == 0
+    everything = judge("--require", "all")
     assert everything.code == 1
     assert "variance" in json.loads(everything.out)["summary"]["not_met"]  # skipped, and asked for by name
-    unknown = cli(*flags, "--require", "parity,magic")
+    unknown = judge("--require", "parity,magic")
     assert (unknown.code, "no check 'magic'" in unknown.err) == (2, True)
 
 
@@ -113,72 +115,61 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", [b"PAR1 not really", b"\xff\xfe\x00"])
-def test_damaged_files_fail_their_checks(cli, own_run: RunFolder, content: bytes):
+def test_damaged_files_fail_their_checks(judge, own_run: RunFolder, content: bytes):
     for name in DAMAGED:
         path = own_run.path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(content)
-    outcome = cli("verify", "--run", own_run.path, "--no-measure", "--format", "json")
-    assert outcome.code == 1, outcome.err
-    found = statuses(outcome)
+    found = statuses(judge())
     assert {check: found[check][0] for check in DAMAGED.values()} == dict.fromkeys(DAMAGED.values(), "fail"), found
 
 
-def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, own_run: RunFolder):
-    pair = own_run.export / "mine.safetensors"
-    pair.write_bytes(pair.read_bytes()[:5000])
-    (own_run.export / "README.md").write_text("no metadata, my own words")
-    outcome = cli("verify", "--run", own_run.path, "--format", "json")
-    assert outcome.code == 1, outcome.err
-    found = statuses(outcome)
-    assert found["load_back"][0] == found["round_trip"][0] == "fail"
-    assert "damaged" in found["load_back"][1]
-    assert found["weights"][0] == found["panels"][0] == "pass"
-    pair.unlink()
-    measure.measure_all(own_run, own_run.verification / "evidence", "test", None)
-    answer = ask("load_back", gather(own_run))
-    assert (answer["status"], "export/ holds no pair" in answer["finding"]) == ("skip", True)
+def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, tmp_path: Path):
+    run = make_run(tmp_path / "mine")
+    pair = write_pair(run, run.export)
+    pair.write_bytes(pair.read_bytes()[:50])
+    (run.export / "README.md").write_text("no metadata, my own words")
+    found = statuses(cli("verify", "--run", run.path, "--format", "json"))
+    for check in ("load_back", "round_trip"):
+        assert (found[check][0], "damaged" in found[check][1]) == ("fail", True)
+    assert found.keys() == CRITERIA.keys()
 
 
 # What belongs to other weights, and what is given by mistake
 
 
-def test_table_and_evidence_of_other_weights_are_not_judged(cli, own_run: RunFolder):
+def test_table_and_evidence_of_other_weights_are_not_judged(judge, own_run: RunFolder):
     own_run.best.write_bytes(b"other weights")
-    outcome = cli("verify", "--run", own_run.path, "--no-measure", "--format", "json")
-    assert outcome.code == 1
-    found = statuses(outcome)
+    found = statuses(judge())
     assert all(found[name][0] == "skip" for name in ("parity", "events", "identities", "weights", "panels"))
     assert "other weights" in found["events"][1]
     assert "other weights" in found["weights"][1]
 
 
-def test_damaged_reference_is_an_error_that_names_it(cli, own_run: RunFolder, tmp_path: Path):
-    (tmp_path / "r.parquet").write_bytes(b"PAR1 not really")
-    outcome = cli("verify", "--run", own_run.path, "--no-measure", "--reference", tmp_path / "r.parquet")
-    assert (outcome.code, "r.parquet" in outcome.err) == (1, True)
-
-
-def test_folder_without_a_run_and_output_that_cannot_be_written_are_refused(cli, own_run: RunFolder, tmp_path: Path):
+def test_damaged_reference_no_run_and_output_that_cannot_be_written_are_errors(cli, judge, tmp_path: Path):
+    reference, file = tmp_path / "r.parquet", tmp_path / "file"
+    reference.write_bytes(b"PAR1 not really")
+    file.write_text("in the way")
+    for flags, says in ((("--reference", reference), "r.parquet"), (("--output", file), "cannot be written")):
+        outcome = judge(*flags)
+        assert (outcome.code, says in outcome.err) == (1, True)
     assert cli("verify", "--run", tmp_path).code == 2
-    (tmp_path / "file").write_text("in the way")
-    outcome = cli("verify", "--run", own_run.path, "--no-measure", "--output", tmp_path / "file")
-    assert (outcome.code, "cannot be written" in outcome.err) == (1, True)
 
 
 # The order of export and verify
 
 
 def test_run_is_exported_first_and_gets_its_card_once_it_is_verified(cli, own_run: RunFolder):
-    pair = {path.name: path.read_bytes() for path in own_run.export.glob("mine.*")}
+    pair = {path: path.read_bytes() for path in own_run.export.glob("mine.*")}
     again = cli("export", "--run", own_run.path)
     assert (again.code, "not overwritten" in again.err) == (2, True)
-    outcome = cli("export", "--run", own_run.path, "--card-only", "--licence", "mit", "--format", "json")
-    assert outcome.code == 0, outcome.err
-    assert {path.name: path.read_bytes() for path in own_run.export.glob("mine.*")} == pair
+    assert cli("export", "--run", own_run.path, "--card-only", "--licence", "mit").code == 0
+    assert {path: path.read_bytes() for path in own_run.export.glob("mine.*")} == pair
     card = (own_run.export / "README.md").read_text()
     assert results_of(own_run)["verdict"]["sentence"] in card
     assert "](panels.png)" in card
+    pictures = (own_run.export / "panels.png", own_run.verification / "figures" / "panels.png")
+    assert len({picture.read_bytes() for picture in pictures}) == 1
     assert (own_run.export / "README-2.md").is_file()  # the card of before
 
 
@@ -204,29 +195,30 @@ def test_checkpoint_is_not_exported_with_another_models_recipe(cli, verified: Ru
 def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_path: Path):
     """`map check` writes both tables; the run's own lies where its table over the split `map` would."""
     run, rng = make_run(tmp_path / "mine"), np.random.default_rng(0)
-    truth = rng.random((1024, 768)) < 0.3
-    truth = truth.repeat(2, 0).repeat(2, 1)
+    truth = (rng.random((1024, 768)) < 0.3).repeat(2, 0).repeat(2, 1)
     profile = {"driver": "GTiff", "count": 1, "crs": "EPSG:32633", "width": 1536, "height": 2048}
     profile |= {"transform": rasterio.Affine(10, 0, 350_000, 0, -10, 5_200_000), "dtype": "uint8"}
-    with rasterio.open(tmp_path / "truth.tif", "w", **profile) as file:
-        file.write(truth.astype(np.uint8), 1)
-    tables = {}
-    for name, weights, wrong in (("ours", run.best, 0.1), ("theirs", tmp_path / "truth.tif", 0.101)):
-        folder = tmp_path / name
+
+    def write(file: Path, values: np.ndarray) -> Path:
+        with rasterio.open(file, "w", **profile) as raster:
+            raster.write(values.astype(np.uint8), 1)
+        return file
+
+    reference = write(tmp_path / "truth.tif", truth)
+    tables = {run.best: run.evaluation / "map" / "best.parquet", reference: tmp_path / "theirs.parquet"}
+    for wrong, (weights, table) in zip((0.1, 0.101), tables.items(), strict=True):
+        folder = tmp_path / weights.stem
         folder.mkdir()
+        table.parent.mkdir(exist_ok=True)
         record = {"positive": 1, "names": ["rest", "flood"], "recipe_sha256": "0" * 64}
-        record["weights"] = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        record["weights"] = {"file": weights.name, "sha256": sha256_of(weights)}
         (folder / "map.json").write_text(json.dumps(record))
-        called = (truth ^ (rng.random(truth.shape) < wrong)).astype(np.uint8)
-        for raster, values in (("class", called), ("probability", 20 + 160 * called)):
-            with rasterio.open(folder / f"{raster}.tif", "w", **profile) as file:
-                file.write(values, 1)
-        tables[name] = tmp_path / f"{name}.parquet" if name == "theirs" else run.evaluation / "map" / "best.parquet"
-        tables[name].parent.mkdir(exist_ok=True)
-        check = ("--map", folder, "--truth", tmp_path / "truth.tif", "--output", tables[name])
-        outcome = cli("map", "check", *check)
+        called = truth ^ (rng.random(truth.shape) < wrong)
+        write(folder / "class.tif", called)
+        write(folder / "probability.tif", 20 + 160 * called)
+        outcome = cli("map", "check", "--map", folder, "--truth", reference, "--output", table)
         assert outcome.code == 0, outcome.err
-    flags = ("--no-measure", "--split", "map", "--reference", tables["theirs"], "--require", "parity")
+    flags = ("--no-measure", "--split", "map", "--reference", tables[reference], "--require", "parity")
     outcome = cli("verify", "--run", run.path, *flags)
     assert outcome.code == 0, outcome.err + outcome.out
     results = results_of(run)

@@ -55,16 +55,10 @@ def make_table(
 ) -> ChipTable:
     """A chip table of a classifier that sees Gaussian features and gives the true posterior of 1,024 pixels a chip.
 
-    Args:
-        events: Number of events, the last `dry_events` of them without flood.
-        chips_per_event: Every fourth chip of an event is dry.
-        seed: Of the model: tables of one world and two seeds are two trainings, judged on the same truth.
-        world: Seed of the truth.
-        protocol: v0, v1-binary or v1 (three classes).
-        dry_events: Events without flood.
-        likeness: Share of the features' variance that all models of a world have in common.
-        sharpness: Factor of the logits; above 1 probabilities are over-confident, predictions stay as they are.
-        metadata: Replaces entries of the metadata.
+    The last `dry_events` events and every fourth chip are without flood. Tables of one `world` and two seeds are two
+    trainings, judged on the same truth: they have the share `likeness` of the features' variance in common. Logits are
+    multiplied by `sharpness`: above 1 probabilities are over-confident, predictions stay as they are. `metadata`
+    replaces entries of the metadata.
     """
     names = CLASS_NAMES[protocol]
     classes, chips, pixels = len(names), events * chips_per_event, 1024
