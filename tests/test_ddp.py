@@ -1,6 +1,5 @@
 """Several processes on a CPU (gloo): the same chips, the same figures, and nobody is left waiting."""
 
-import csv
 import functools
 import json
 import os
@@ -114,8 +113,7 @@ def test_evaluation_repeats_no_chip(count, world):
 def test_metrics_of_two_processes_equal_one_process_s(two, cli):
     """Same weights, same chips: counts add up, and val/loss is weighted by chips (batches of one here)."""
     one = json.loads(cli("validate", "--ckpt", two.best, "--format", "json").out)["metrics"]
-    with two.metrics.open() as file:
-        epochs = [row for row in csv.DictReader(file) if row["val/loss"]]
+    epochs = [row for row in two.read_metrics() if row["val/loss"]]
     best = min(epochs, key=lambda row: float(row["val/loss"]))
     compared = [name for name in one if name.startswith("val/")]
     assert {"val/loss", "val/mIoU", "val/IoU_1"} <= set(compared)

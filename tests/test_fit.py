@@ -1,6 +1,5 @@
 """Training through the command line: what a run folder holds, what is refused, and what your own recipe may contain."""
 
-import csv
 import json
 import os
 import shutil
@@ -44,8 +43,7 @@ def test_run_folder_holds_what_was_run(trained, chips):
 
 def test_record_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
     record = trained.read_record()
-    with trained.metrics.open() as file:
-        losses = {int(row["epoch"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    losses = {int(row["epoch"]): float(row["val/loss"]) for row in trained.read_metrics() if row["val/loss"]}
     saved = torch.load(trained.best, weights_only=True)
     assert sorted(losses) == [0, 1]
     assert record["best_epoch"] == min(losses, key=losses.get) == saved["epoch"]

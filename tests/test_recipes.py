@@ -168,7 +168,6 @@ def test_a_limit_of_one_batch_is_not_read_as_all_of_them(given, tmp_path: Path):
         (lambda r: r["model"].update(class_path="no.such.Task"), "no.such.Task"),
         (lambda r: r.pop("model"), "required: model"),
         (lambda r: r["model"]["init_args"]["model_args"].update(backbone="terramind_v9"), "does not build"),
-        (lambda r: r["model"]["init_args"]["model_args"].update(decoder="NoDecoder"), "does not build"),
     ],
 )
 def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, says, tmp_path: Path):

@@ -159,24 +159,18 @@ def test_signals_save_the_state_of_that_very_step_with_loader_workers_and_withou
     assert_same_bits(run, straight)
 
 
-def test_death_of_a_loader_worker_ends_the_fit_and_the_same_command_finishes_it(workshop, broken, straight):
-    strike = {"at": "step", "count": 2, "worker": True}
-    outcome = workshop.fit("broken", "--data.init_args.num_workers", 2, strikes=[strike])
-    assert outcome.code == 1
-    assert "DataLoader worker" in outcome.err
-    assert "is killed by signal: Killed" in outcome.err
+def test_dead_loader_worker_and_full_disk_end_the_fit_and_the_same_command_finishes_it(workshop, broken, straight):
+    last, strike = broken.checkpoints / LAST, {"at": "step", "count": 2, "worker": True}
+    dead = workshop.fit("broken", "--data.init_args.num_workers", 2, strikes=[strike])
+    assert dead.code == 1
+    assert "DataLoader worker" in dead.err
+    assert "is killed by signal: Killed" in dead.err
     assert broken.read_record()["status"] == "failed"
-    workshop.finish("broken")
-    assert_same_bits(broken, straight)
-
-
-def test_full_disk_is_a_clear_error_and_the_same_command_finishes_once_there_is_room(workshop, broken, straight):
-    size = (broken.checkpoints / LAST).stat().st_size
-    outcome = workshop.fit("broken", limit_file_size=size // 2)
-    assert outcome.code == 1
-    assert "the checkpoint cannot be written" in outcome.report[0]
-    assert outcome.report[1] == f"  where: {broken.checkpoints / LAST}"
-    assert load(broken.checkpoints / LAST)["global_step"] == 8
+    full = workshop.fit("broken", limit_file_size=last.stat().st_size // 2)
+    assert full.code == 1
+    assert "the checkpoint cannot be written" in full.report[0]
+    assert full.report[1] == f"  where: {last}"
+    assert load(last)["global_step"] == 8
     workshop.finish("broken")
     assert_same_bits(broken, straight)
 
