@@ -49,7 +49,8 @@ class Outcome:
 
 
 # Handed out first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_demo", "test_resume", "test_ddp", "test_fit", "test_callbacks_exact_resume", "test_measured")
+LONGEST = ("test_demo", "test_resume", "test_verify", "test_measured", "test_callbacks_exact_resume", "test_fit")
+LONGEST += ("test_bench", "test_ddp")
 FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 

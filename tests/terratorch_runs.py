@@ -1,6 +1,6 @@
 """Two recipes of a few steps for plain ``terratorch fit``, and whether two checkpoints are the same.
 
-The demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a ResNet-18).
+The demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a MobileNet).
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ def demo(chips: Path, **data: Any) -> dict[str, Any]:
 
 
 def generic(folder: Path, **data: Any) -> dict[str, Any]:
-    """A recipe without anything of floodrepro or TerraMind: 12 GeoTIFFs of three bands, flips, dropout, ResNet-18.
+    """A recipe without anything of floodrepro or TerraMind: 12 GeoTIFFs of three bands, a small MobileNet.
 
     One pixel of the first has no data.
     """
@@ -87,7 +87,7 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
             "init_args": {
                 "model_factory": "EncoderDecoderFactory",
                 "model_args": {
-                    **{"backbone": "timm_resnet18", "backbone_pretrained": False, "backbone_in_chans": 3},
+                    **{"backbone": "timm_mobilenetv3_small_050", "backbone_pretrained": False, "backbone_in_chans": 3},
                     **{"decoder": "FCNDecoder", "decoder_channels": 8, "head_dropout": 0.2, "num_classes": 2},
                 },
                 **{"loss": "ce", "ignore_index": -1},
