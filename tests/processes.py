@@ -17,8 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+# Where the server finds fork_server.py: Python 3.11 gives it no sys.path.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["terratorch.cli_tools", "floodrepro.callbacks", "floodrepro.data.datamodule"])
+CONTEXT.set_forkserver_preload(["fork_server"])
 
 
 class Command:
@@ -27,7 +29,7 @@ class Command:
     Args:
         argv: Its arguments.
         log: The file that takes both of its streams.
-        program: ``floodrepro`` or ``terratorch``.
+        program: ``floodrepro``, ``terratorch`` or a function.
         strikes: Moments at which a signal hits the command: keyword arguments of `_strike`.
         limit_file_size: Bytes that no file may exceed: a disk that is full for large files only.
         environment: Variables that are set.
@@ -37,7 +39,7 @@ class Command:
         self,
         *argv: object,
         log: Path,
-        program: str = "floodrepro",
+        program: str | Callable[[], object] = "floodrepro",
         strikes: Sequence[dict[str, Any]] = (),
         limit_file_size: int | None = None,
         environment: Mapping[str, str] | None = None,
@@ -69,8 +71,24 @@ class Command:
             (os.killpg if group else os.kill)(self._process.pid, number)
 
 
+class _Follower(multiprocessing.get_context("fork").Process):
+    """A process that Lightning's launcher starts for a further device, in place of `subprocess.Popen`."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: None) -> None:
+        super().__init__(target=_run, args=("floodrepro", command[2:], Path("/dev/stderr"), (), None, env))
+        self.start()
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    returncode = property(poll)
+
+
 def _run(
-    program: str,
+    program: str | Callable[[], object],
     argv: list[str],
     log: Path,
     strikes: Sequence[dict[str, Any]],
@@ -83,11 +101,14 @@ def _run(
     file = log.open("ab", buffering=0)  # open until the process ends
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr, sys.argv = sys.__stdout__, sys.__stderr__, [str(program), *argv]
     import torch
+    from lightning.pytorch.strategies.launchers import subprocess_script
     from terratorch.cli_tools import build_lightning_cli
 
     from floodrepro.cli.main import main
 
+    subprocess_script.subprocess = SimpleNamespace(Popen=_Follower)
     torch.set_num_threads(1)  # more of them wait for each other where cores are shared
     if limit_file_size is not None:  # Python ignores SIGXFSZ: a write beyond the limit is an OSError
         sys.dont_write_bytecode = True  # Python 3.11 keeps a module's bytecode that was cut short
@@ -96,7 +117,9 @@ def _run(
         _strike(**one)
     code = 0
     try:
-        if program == "terratorch":
+        if callable(program):
+            program()
+        elif program == "terratorch":
             build_lightning_cli(argv)
         else:
             code = main(argv)

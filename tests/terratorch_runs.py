@@ -1,6 +1,6 @@
 """Two recipes of a few steps for plain ``terratorch fit``, and whether two checkpoints are the same.
 
-The demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a ResNet-18).
+The demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a MobileNet).
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rasterio
 import yaml
 
 from processes import Command
@@ -58,10 +59,17 @@ def demo(chips: Path, **data: Any) -> dict[str, Any]:
 
 
 def generic(folder: Path, **data: Any) -> dict[str, Any]:
-    """A recipe without anything of floodrepro or TerraMind: 12 GeoTIFFs of three bands, flips, dropout, ResNet-18."""
-    images = folder / "tiffs"
-    if not images.exists():
-        _make_tiffs(images)
+    """A recipe without anything of floodrepro or TerraMind: 12 GeoTIFFs of three bands, a small MobileNet.
+
+    One pixel of the first has no data.
+    """
+    images, draw = folder / "tiffs", np.random.default_rng(3)
+    for number in range(12):
+        image = draw.normal(size=(3, 32, 32)).astype("float32")
+        write_tiff(images / f"chip{number}_mask.tif", (image[:1] > 0).astype("int16"))
+        if number == 0:
+            image[:, 3, 5] = -9999
+        write_tiff(images / f"chip{number}_image.tif", image)
     return {
         "seed_everything": 7,
         "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0},
@@ -69,9 +77,9 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
             "class_path": "GenericNonGeoSegmentationDataModule",
             "init_args": {
                 **{"batch_size": 2, "num_workers": 0, "num_classes": 2, "means": [0.0] * 3, "stds": [1.0] * 3},
-                **{f"{split}_data_root": str(images) for split in ("train", "val", "test")},
+                **{f"{split}_data_root": str(images) for split in ("train", "val", "test", "predict")},
                 **{f"{split}_label_data_root": str(images) for split in ("train", "val", "test")},
-                **{"img_grep": "*_image.tif", "label_grep": "*_mask.tif", **data},
+                **{"img_grep": "*_image.tif", "label_grep": "*_mask.tif", "no_data_replace": 0, **data},
             },
         },
         "model": {
@@ -79,7 +87,7 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
             "init_args": {
                 "model_factory": "EncoderDecoderFactory",
                 "model_args": {
-                    **{"backbone": "timm_resnet18", "backbone_pretrained": False, "backbone_in_chans": 3},
+                    **{"backbone": "timm_mobilenetv3_small_050", "backbone_pretrained": False, "backbone_in_chans": 3},
                     **{"decoder": "FCNDecoder", "decoder_channels": 8, "head_dropout": 0.2, "num_classes": 2},
                 },
                 **{"loss": "ce", "ignore_index": -1},
@@ -93,17 +101,14 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
     }
 
 
-def _make_tiffs(folder: Path) -> None:
-    import rasterio
-
-    folder.mkdir(parents=True)
-    draw = np.random.default_rng(3)
-    for number in range(12):
-        image = draw.normal(size=(3, 32, 32)).astype("float32")
-        for kind, pixels in (("image", image), ("mask", (image[:1] > 0).astype("uint8"))):
-            profile = {"driver": "GTiff", "width": 32, "height": 32, "count": len(pixels), "dtype": pixels.dtype}
-            with rasterio.open(folder / f"chip{number}_{kind}.tif", "w", **profile) as file:
-                file.write(pixels)
+def write_tiff(path: Path, pixels: np.ndarray) -> None:
+    """Bands of 10 m pixels in UTM; -9999 is no data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = pixels.shape
+    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": pixels.dtype}
+    place = {"crs": "EPSG:32630", "transform": rasterio.Affine(10, 0, 500000, 0, -10, 1000000)}
+    with rasterio.open(path, "w", **profile, **place, nodata=-9999) as file:
+        file.write(pixels)
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

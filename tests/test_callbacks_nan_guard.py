@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -11,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from floodrepro.callbacks import NaNGuard
 from floodrepro.callbacks.nan_guard import chips_of, largest_values, not_finite
 from floodrepro.errors import Incident
-from terratorch_runs import generic, terratorch_fit, with_callbacks
+from terratorch_runs import generic, terratorch_fit, with_callbacks, write_tiff
 from tiny_training import Data, Task, train
 
 
@@ -158,14 +159,10 @@ def test_a_step_reads_nothing_from_the_device():
 
 
 def test_plain_terratorch_names_the_file_with_the_bad_pixel(tmp_path: Path):
-    import rasterio
-
     recipe = generic(tmp_path)
-    bad = tmp_path / "tiffs" / "chip4_image.tif"
-    with rasterio.open(bad, "r+") as file:
-        pixels = file.read(1)
-        pixels[3, 3] = -float("inf")
-        file.write(pixels, 1)
+    pixels = np.zeros((3, 32, 32), "float32")
+    pixels[0, 3, 3] = -np.inf
+    write_tiff(tmp_path / "tiffs" / "chip4_image.tif", pixels)
     run = terratorch_fit(with_callbacks(recipe), tmp_path / "run", "--trainer.limit_val_batches", 0)
     assert run.wait() == 1
     assert "floodrepro.errors.Incident: NaNGuard stopped the run" in run.log

@@ -1,37 +1,72 @@
 """Several processes on a CPU (gloo): the same chips, the same figures, and nobody is left waiting."""
 
-import csv
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.run_folder import RunFolder
 from processes import Command
 from terratorch_runs import different
-from two_processes import environments, train_both
+from tiny_training import train
 
-HERE = Path(__file__).parent
 TWO = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
-def command(*argv: object) -> subprocess.CompletedProcess[str]:
-    """A command line of its own: Lightning starts the second process with the same arguments."""
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", "floodrepro", *(str(argument) for argument in argv)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        timeout=400,  # a hang is a failure
-        check=False,
-    )
+class Fault(Callback):
+    """A signal for the second process alone, or a NaN in its buffer after a step: DDP would undo one from before."""
+
+    def __init__(self, how: str, step: int) -> None:
+        self.how, self.step = how, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.global_rank, trainer.global_step) == (1, self.step) and self.how in ("SIGTERM", "SIGKILL"):
+            os.kill(os.getpid(), getattr(signal, self.how))
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if (trainer.global_rank, trainer.global_step, self.how) == (1, self.step, "poison"):
+            pl_module.model[1].running_mean[0] = torch.nan
+
+
+class Notes(Callback):
+    """Writes down the chips that each process trains on; named in a recipe."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with (self.folder / f"train-{trainer.global_rank}.txt").open("a") as file:
+            file.write(" ".join(batch.chips) + "\n")
+
+
+def environments(**more: str) -> list[dict[str, str]]:
+    """What tells each of two processes of one machine who it is."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0", **more}
+    return [common | {"LOCAL_RANK": rank, "RANK": rank} for rank in ("0", "1")]
+
+
+def train_both(folder: Path, how: str = "", step: int = 0) -> tuple[list[int], str]:
+    """Train ten epochs or what is left of them; the exit codes, and what they printed."""
+    folder.mkdir(exist_ok=True)
+    log = folder / "log.txt"
+    run = functools.partial(_train, folder, Fault(how, step))
+    both = [Command(log=log, program=run, environment=one) for one in environments()]
+    return [process.wait(timeout=120) for process in both], log.read_text()  # a hang is a failure
+
+
+def _train(folder: Path, fault: Callback) -> None:
+    last = folder / "checkpoints" / "last.ckpt"
+    train(folder, fault, devices=2, strategy="ddp", max_epochs=10, every=4, resume=last if last.exists() else None)
 
 
 def arguments(chips: Path, runs: Path, name: str, *extra: object) -> tuple[object, ...]:
@@ -45,11 +80,11 @@ def arguments(chips: Path, runs: Path, name: str, *extra: object) -> tuple[objec
 def two(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """An epoch in two processes, each step's chips noted by both."""
     runs = tmp_path_factory.mktemp("ddp")
-    notes = ("--trainer.callbacks+=two_processes.Notes", "--trainer.callbacks.folder", runs)
-    done = command(*arguments(chips, runs, "two", *TWO, *notes))
-    assert done.returncode == 0, done.stderr
-    assert "the global batch is 2" in done.stderr
-    assert done.stderr.count("epoch 1/1") == 1  # one process speaks
+    notes = ("--trainer.callbacks+=test_ddp.Notes", "--trainer.callbacks.folder", runs)
+    command = Command(*arguments(chips, runs, "two", *TWO, *notes), log=runs / "log.txt")
+    assert command.wait() == 0, command.log
+    assert "the global batch is 2" in command.log
+    assert command.log.count("epoch 1/1") == 1  # one process speaks
     return RunFolder(runs / "two")
 
 
@@ -78,8 +113,7 @@ def test_evaluation_repeats_no_chip(count, world):
 def test_metrics_of_two_processes_equal_one_process_s(two, cli):
     """Same weights, same chips: counts add up, and val/loss is weighted by chips (batches of one here)."""
     one = json.loads(cli("validate", "--ckpt", two.best, "--format", "json").out)["metrics"]
-    with two.metrics.open() as file:
-        epochs = [row for row in csv.DictReader(file) if row["val/loss"]]
+    epochs = [row for row in two.read_metrics() if row["val/loss"]]
     best = min(epochs, key=lambda row: float(row["val/loss"]))
     compared = [name for name in one if name.startswith("val/")]
     assert {"val/loss", "val/mIoU", "val/IoU_1"} <= set(compared)

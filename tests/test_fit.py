@@ -1,11 +1,8 @@
 """Training through the command line: what a run folder holds, what is refused, and what your own recipe may contain."""
 
-import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,16 +10,13 @@ import torch
 import yaml
 from filelock import FileLock
 
+import fork_server
+from conftest import SMALL, content
 from floodrepro import recipe as recipes
 from floodrepro.run_folder import RunFolder, sha256_of
+from processes import CONTEXT
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
-SMALL = (
-    *("--data.init_args.batch_size", 2, "--data.init_args.timesteps", "[1,2]"),
-    *("--model.init_args.model_args.backbone_temporal_n_timestamps", 2),
-    *("--model.init_args.model_args.backbone_temporal_pooling", "mean"),
-    *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
-)
 
 
 @pytest.fixture
@@ -49,8 +43,7 @@ def test_run_folder_holds_what_was_run(trained, chips):
 
 def test_record_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
     record = trained.read_record()
-    with trained.metrics.open() as file:
-        losses = {int(row["epoch"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    losses = {int(row["epoch"]): float(row["val/loss"]) for row in trained.read_metrics() if row["val/loss"]}
     saved = torch.load(trained.best, weights_only=True)
     assert sorted(losses) == [0, 1]
     assert record["best_epoch"] == min(losses, key=losses.get) == saved["epoch"]
@@ -60,12 +53,7 @@ def test_record_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
 
 
 def test_finished_run_is_left_alone_and_the_same_command_exits_0(cli, trained, chips):
-    def files() -> dict[Path, int]:
-        """Times of all files; the lock and the log belong to whoever tries."""
-        kept = [path for path in trained.path.rglob("*") if path.is_file() and path.name not in (".lock", "log.txt")]
-        return {path: path.stat().st_mtime_ns for path in kept}
-
-    before = files()
+    before = content(trained.path)
     where = ("--data-root", chips, "--runs-root", trained.path.parent, "--name", trained.path.name)
     outcome = cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2)
     assert outcome.code == 0
@@ -73,7 +61,7 @@ def test_finished_run_is_left_alone_and_the_same_command_exits_0(cli, trained, c
     changed = cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2, "--optimizer.init_args.lr", "2e-4")
     assert changed.code == 2
     assert "optimizer.init_args.lr: 0.0001 became 0.0002" in changed.err
-    assert files() == before
+    assert content(trained.path) == before
 
 
 def test_folder_of_something_else_is_refused(fit, tmp_path: Path):
@@ -136,35 +124,21 @@ def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bf16_trains_on_a_cpu_and_stdout_holds_the_result_and_nothing_else(fit, tmp_path: Path):
-    outcome = fit("--precision", "bf16", "--format", "json")
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["run"] == str(tmp_path / "run")
-    assert "epoch 1/1" in outcome.err
-
-
 def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path):
-    train = own_chips / "split" / "impactmesh_flood_train.txt"
-    for chip in train.read_text().split():
+    damaged = (own_chips / "split" / "impactmesh_flood_train.txt").read_text().split()[:2]
+    for chip in damaged:
         (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
-    outcome = fit("--data.init_args.num_workers", 2, root=own_chips)
+    epoch = ("--trainer.max_epochs", 1, "--trainer.limit_val_batches", 1, "--data.init_args.batch_size", 6)
+    outcome = fit("--data.init_args.num_workers", 2, root=own_chips, steps=epoch)
     assert outcome.code == 1
     assert len(outcome.report) == 3
     assert "_S1RTC.zarr.zip" in outcome.report[1]
     run = RunFolder(tmp_path / "run")
     assert run.read_record()["status"] == "failed"
     assert outcome.report[0] in run.log.read_text()
-
-
-def test_skipped_chips_are_recorded_and_one_too_many_ends_the_fit(fit, own_chips, tmp_path: Path):
-    train = (own_chips / "split" / "impactmesh_flood_train.txt").read_text().split()
-    for chip in train[:2]:
-        (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
-    epoch = ("--trainer.max_epochs", 1, "--trainer.limit_val_batches", 1, "--data.init_args.batch_size", 6)
-    outcome = fit("--skip-damaged", 2, name="two", root=own_chips, steps=epoch)
-    assert outcome.code == 0, outcome.err
-    assert sorted(RunFolder(tmp_path / "two").read_record()["failed_chips"]) == sorted(train[:2])
-    assert fit("--skip-damaged", 1, name="one", root=own_chips, steps=epoch).code == 1
+    skipped = fit("--skip-damaged", 2, root=own_chips, steps=epoch)
+    assert skipped.code == 0, skipped.err
+    assert sorted(run.read_record()["failed_chips"]) == sorted(damaged)
 
 
 CALLBACKS = """
@@ -218,30 +192,16 @@ def test_unexpected_error_shows_its_traceback_and_keeps_it(fit, mine, tmp_path: 
     assert "KeyError: 'my_missing_key'" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_best_checkpoint_follows_the_recipe_s_own_monitor(cli, chips, tmp_path: Path):
+def test_monitor_precision_loggers_and_checkpoints_of_your_own_are_kept(fit, tmp_path: Path):
     recipe = recipes.read_yaml(recipes.find("demo"))
     for callback in recipe["trainer"]["callbacks"]:
         if callback["class_path"].endswith("ModelCheckpoint"):
             callback["init_args"] |= {"monitor": "val/mIoU", "mode": "min"}
+    mine = tmp_path / "mine"
     path = tmp_path / "mine.yaml"
     path.write_text(recipes.to_yaml(recipe))
-    outcome = cli(
-        *("fit", "--config", path, "--data-root", chips, "--runs-root", tmp_path, "--name", "run"),
-        *(*SMALL, "--trainer.max_epochs", 2, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"),
-    )
-    assert outcome.code == 0, outcome.err
-    assert "ModelCheckpoint monitors val/mIoU with mode: min, which prefers the worst epoch" in outcome.err
-    run = RunFolder(tmp_path / "run")
-    scores = {int(row["epoch"]): float(row["val/mIoU"]) for row in run.read_metrics() if row.get("val/mIoU")}
-    record = run.read_record()
-    assert record["monitor"] == "val/mIoU"
-    assert record["best_epoch"] == min(scores, key=scores.get)
-    assert [path.name for path in run.checkpoints.glob("*best*")] == ["best.ckpt"]
-
-
-def test_loggers_and_checkpoints_that_you_sent_elsewhere_stay_there(fit, tmp_path: Path):
-    mine = tmp_path / "mine"
     outcome = fit(
+        *("--config", path, "--precision", "bf16", "--format", "json", "--trainer.max_epochs", 2),
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         *("--trainer.callbacks.dirpath", mine, "--trainer.callbacks.monitor", "val/mIoU"),
         *("--trainer.callbacks.mode", "max", "--trainer.callbacks.save_top_k", 2, "--trainer.callbacks.save_last=true"),
@@ -249,10 +209,17 @@ def test_loggers_and_checkpoints_that_you_sent_elsewhere_stay_there(fit, tmp_pat
         *("--trainer.logger.save_dir", mine, "--trainer.logger.name", "logs"),
     )
     assert outcome.code == 0, outcome.err
+    assert "ModelCheckpoint monitors val/mIoU with mode: min, which prefers the worst epoch" in outcome.err
+    assert "epoch 2/2" in outcome.err
+    run = RunFolder(tmp_path / "run")
+    scores = {int(row["epoch"]): float(row["val/mIoU"]) for row in run.read_metrics() if row.get("val/mIoU")}
+    record = json.loads(outcome.out)  # stdout holds the result and nothing else
+    assert (record["run"], record["monitor"]) == (str(run.path), "val/mIoU")
+    assert record["environment"]["numerics"]["precision"] == "bf16-mixed"
+    assert record["best_epoch"] == min(scores, key=scores.get)
+    assert [path.name for path in run.checkpoints.glob("*best*")] == ["best.ckpt"]
     assert (mine / "last.ckpt").is_file()
     assert (mine / "logs" / "version_0" / "metrics.csv").is_file()
-    assert RunFolder(tmp_path / "run").metrics.is_file()
-    assert RunFolder(tmp_path / "run").best.is_file()
 
 
 def test_no_write_permission_is_a_clear_error(cli, chips, tmp_path: Path):
@@ -266,22 +233,9 @@ def test_no_write_permission_is_a_clear_error(cli, chips, tmp_path: Path):
     assert occupied.read_text() == "mine"
 
 
-IMPORT_PROBE = """
-import json, logging, os, socket, sys
-asked = []
-real = socket.getaddrinfo
-socket.getaddrinfo = lambda *a, **k: asked.append(a[0]) or real(*a, **k)
-import torch
-before = (torch.get_float32_matmul_precision(), logging.getLogger().level, len(logging.getLogger().handlers))
-import floodrepro.training.terratorch_cli
-import time; time.sleep(1)  # the version check runs in a thread
-after = (torch.get_float32_matmul_precision(), logging.getLogger().level, len(logging.getLogger().handlers))
-print(json.dumps({"unchanged": before == after, "asked": asked}))
-"""
-
-
-def test_importing_terratorch_leaves_the_process_alone_and_asks_no_network():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORT_PROBE], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout.splitlines()[-1]) == {"unchanged": True, "asked": []}
+def test_importing_terratorch_leaves_the_process_alone_and_asks_no_network(tmp_path: Path):
+    """In the fork server, which every run of processes.py begins in."""
+    process = CONTEXT.Process(target=fork_server.tell, args=(tmp_path / "told.json",))
+    process.start()
+    process.join(180)
+    assert json.loads((tmp_path / "told.json").read_text()) == {"unchanged": True, "asked": []}

@@ -35,7 +35,9 @@ def wheel(built: Path) -> Path:
 
 def test_wheel_has_recipes_constraints_types_and_licence(wheel):
     names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*")}
-    assert {"floodrepro/py.typed", "floodrepro/constraints.txt", "floodrepro/configs/demo.yaml"} <= names
+    assert {"floodrepro/py.typed", "floodrepro/constraints.txt"} <= names
+    for recipe in (ROOT / "configs").glob("*.yaml"):
+        assert (wheel / "floodrepro" / "configs" / recipe.name).read_bytes() == recipe.read_bytes()
     assert any(name.endswith("licenses/LICENSE") for name in names)
     metadata = message_from_string(next(wheel.glob("*.dist-info/METADATA")).read_text(encoding="utf-8"))
     assert "Operating System :: POSIX :: Linux" in metadata.get_all("Classifier")
