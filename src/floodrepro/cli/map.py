@@ -1,6 +1,7 @@
 """Map a whole scene (map), compare a map with a truth (map check), write a scene from a catalogue (map plan)."""
 
 import argparse
+import contextlib
 import json
 import os
 from datetime import UTC, datetime
@@ -26,9 +27,10 @@ docs/mapping.md describes scenes and maps. If it is interrupted, run the same co
 
 def _number(text: str, most: float = 1e5) -> float:
     """A flag's value from 0 up."""
-    if not 0 <= float(text) <= most:  # NaN is not either
-        raise argparse.ArgumentTypeError(f"{text} is no number from 0 to {most:,g}")
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= most:  # NaN is not either
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {most:,g}")
 
 
 _share = partial(_number, most=1)
