@@ -98,7 +98,8 @@ def fetch(
             files = {path: sizes[path] for path in [*lists, *wanted]}
         else:
             files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
-            chips = {name: [chip for chip in ids if chip in set(map(_chip_of, files))] for name, ids in chips.items()}
+            here = set(map(_chip_of, files))
+            chips = {name: [chip for chip in ids if chip in here] for name, ids in chips.items()}
             (root / "split").mkdir(exist_ok=True)
             for name, file in files_of.items():
                 write_atomically(root / "split" / file.name, "".join(f"{chip}\n" for chip in chips[name]))
