@@ -151,7 +151,7 @@ def events(evidence: Evidence) -> Check:
     title = f"Events, the worst first; those with little or no {class_name} last"
     columns = ["event", "chips", f"{class_name} pixels", f"called {class_name}", *(f"{name}, {one}" for one in models)]
     about = (np.unique(table.events, return_counts=True)[1], pixels, counts[:, :, k].sum(axis=1), *models.values())
-    dry = [n for n in range(len(names)) if n not in set(order)]
+    dry = sorted(set(range(len(names))) - set(order))
     rows = [[names[n], *(each[n].item() for each in about)] for n in [*order[:_ROWS], *dry[:_ROWS]]]
     found = f"{figures[order[0]]:.2f} to {figures[order[-1]]:.2f} over {len(large)} events"
     result = judge(values, found, tables=[{"title": title, "columns": columns, "rows": rows}], plots=[plot])
