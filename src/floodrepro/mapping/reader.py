@@ -7,6 +7,7 @@ Blocks hold what a chip of the data set holds: int16 reflectance x 10,000, float
 T = timesteps, C = bands, H, W = rows and columns of a window or block.
 """
 
+import functools
 import math
 import os
 import warnings
@@ -204,6 +205,12 @@ class Reader:
                 break
 
 
+@functools.lru_cache(1)
+def _polygons(path: Path, modified: int, crs: Any) -> Any:
+    """A file's polygons on a map's grid; the rows of a map ask for them over and over."""
+    return read_polygons(path, crs)
+
+
 def read_water(path: Path, grid: Grid, row: int, height: int, value: int | None = None) -> tuple[Array, Array]:
     """Water that someone else has mapped: where it is in rows of a grid, (height, width), and where the file knows.
 
@@ -212,7 +219,8 @@ def read_water(path: Path, grid: Grid, row: int, height: int, value: int | None 
     window = Window(0, row, grid.width, height)
     if path.suffix.lower() in (".geojson", ".json", ".gpkg", ".shp", ".fgb"):
         place = windows.transform(window, grid.transform)
-        water = geometry_mask(read_polygons(path, grid.crs), (height, grid.width), place, invert=True)
+        polygons = _polygons(path, path.stat().st_mtime_ns if path.exists() else 0, grid.crs)
+        water = geometry_mask(polygons, (height, grid.width), place, invert=True)
         return water, np.ones_like(water)
     with opened(str(path)) as raster:
         values = read_window(raster, [1], grid, window, (), "nearest")[0]
