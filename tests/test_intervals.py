@@ -26,12 +26,13 @@ def test_jackknife_error_by_hand():
     assert found.error == pytest.approx(np.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum()))
 
 
-def test_interval_of_equal_events_is_students_of_their_mean():
+def test_interval_of_equal_events_and_of_seeds_is_students_of_their_mean():
     right = [90, 80, 85, 60, 95, 70, 75]
-    found = jackknife(of_equal_size(right), accuracy)
-    expected = stats.ttest_1samp(np.array(right) / 100, 0).confidence_interval(0.9)
-    assert found.interval() == pytest.approx(tuple(expected))
-    assert (found.freedom, found.n) == (pytest.approx(6), 7)
+    expected = stats.ttest_1samp(np.array(right) / 100, 0.5).confidence_interval(0.9)
+    events, seeds = jackknife(of_equal_size(right), accuracy), over_seeds(np.array(right) / 100, 0.5)
+    assert events.interval() == pytest.approx(tuple(expected))
+    assert seeds.interval() == pytest.approx(tuple(end - 0.5 for end in expected))
+    assert [(one.freedom, one.n) for one in (events, seeds)] == [(pytest.approx(6), 7)] * 2
 
 
 def test_paired_interval_takes_out_what_both_models_share():
@@ -106,14 +107,6 @@ def test_no_difference_in_any_event_is_no_proof_with_few_events():
     assert few.verdict(0.02) == "undecided"
     assert few.needed(0.02) == 149
     assert many.verdict(0.02) == "equivalent"
-
-
-def test_over_seeds_is_a_one_sample_t_test():
-    runs = [0.371, 0.384, 0.379, 0.376, 0.369]
-    found = over_seeds(runs, 0.3832)
-    expected = stats.ttest_1samp(np.array(runs) - 0.3832, 0).confidence_interval(0.9)
-    assert found.interval() == pytest.approx(tuple(expected))
-    assert (found.freedom, found.n, found.verdict(0.02)) == (4, 5, "equivalent")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from torchmetrics.classification import (
-    BinaryCalibrationError,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassJaccardIndex,
-)
+from torchmetrics import classification as torchs
 
 from floodrepro.evaluation import metrics
 from floodrepro.evaluation.chip_table import BINS
@@ -33,15 +28,15 @@ def random_pair(classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_are_those_of_torchmetrics_under_terratorchs_names(classes):
     truth, prediction = random_pair(classes, seed=classes)
     options = {"num_classes": classes, "ignore_index": -1}
-    torchs = {
-        "mIoU": MulticlassJaccardIndex(average="macro", **options),
-        "F1_Score": MulticlassF1Score(average="macro", **options),
-        "Pixel_Accuracy": MulticlassAccuracy(average="micro", **options),
-        "IoU": MulticlassJaccardIndex(average=None, **options),
-        "Class_Accuracy": MulticlassAccuracy(average=None, **options),
+    theirs = {
+        "mIoU": torchs.MulticlassJaccardIndex(average="macro", **options),
+        "F1_Score": torchs.MulticlassF1Score(average="macro", **options),
+        "Pixel_Accuracy": torchs.MulticlassAccuracy(average="micro", **options),
+        "IoU": torchs.MulticlassJaccardIndex(average=None, **options),
+        "Class_Accuracy": torchs.MulticlassAccuracy(average=None, **options),
     }
     pair = torch.from_numpy(prediction), torch.from_numpy(truth)
-    expected = {name: metric(*pair) for name, metric in torchs.items()}
+    expected = {name: metric(*pair) for name, metric in theirs.items()}
     for name in ("IoU", "Class_Accuracy"):
         expected |= {f"{name}_{k}": value for k, value in enumerate(expected.pop(name))}
     counts = confusion(truth, prediction, classes)
@@ -105,7 +100,7 @@ def test_calibration_error_is_torchmetrics_and_best_threshold_that_of_counting_a
     for least in (0.0, 0.1):
         kept = probability >= least
         pair = torch.from_numpy(probability[kept]), torch.from_numpy(truth[kept])
-        expected = float(BinaryCalibrationError(n_bins=10, norm="l1")(*pair))
+        expected = float(torchs.BinaryCalibrationError(n_bins=10, norm="l1")(*pair))
         assert expected > 0.05
         assert metrics.calibration_error(histogram, confidence, least) == pytest.approx(expected, abs=1e-3)
     assert metrics.calibration_error(histogram[:0], confidence[:0]) is None
