@@ -7,8 +7,8 @@ import pytest
 
 from floodrepro.data.protocols import PROTOCOLS
 from floodrepro.verification import checks
-from floodrepro.verification.battery import load_published
-from floodrepro.verification.checks import CHECKS, CRITERIA
+from floodrepro.verification.battery import CHECKS, load_published
+from floodrepro.verification.checks import CRITERIA
 
 PUBLISHED = load_published()
 
