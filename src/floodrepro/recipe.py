@@ -155,16 +155,6 @@ PLACE = re.compile(
 )
 
 
-def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
-    """The shipped recipe nearest to a resolved one, and the keys in which they differ; place and seed do not count."""
-    found = {}
-    for name, path in shipped().items():
-        changed = differences(read_yaml(path), recipe).keys() - {"seed_everything"}
-        found[name] = sorted(key for key in changed if not PLACE.fullmatch(key))
-    nearest = min(found, key=lambda name: len(found[name]))
-    return nearest, found[nearest]
-
-
 def data_overrides(root: Path, *given: Recipe) -> list[str]:
     """Overrides that point recipes at a folder with ``data`` (or tars) and ``split``; split files keep their names."""
     data: dict[str, Any] = (fold(given).get("data") or {}).get("init_args") or {}
