@@ -97,7 +97,7 @@ def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by_and_writ
     outcome = cli("validate", "--ckpt", trained.best, "--format", "json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)["metrics"]["val/loss"]
-    assert found == pytest.approx(trained.read_record()["best_val_loss"], abs=1e-6)
+    assert found == pytest.approx(trained.read_record()["best_metrics"]["val/loss"], abs=1e-6)
     assert set(trained.path.rglob("*")) == before
     assert list(tmp_path.iterdir()) == []
 

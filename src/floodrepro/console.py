@@ -1,7 +1,6 @@
 """The one place that prints: data on stdout, everything else on stderr."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -13,7 +12,6 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
-LOG_EVERY = 30.0  # seconds between two lines of progress in a log
 
 
 def say(text: str) -> None:
@@ -38,8 +36,7 @@ def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        sized = enumerate(zip(row, widths, strict=True))
-        cells = [f"{cell:{'<' if i < right_from else '>'}{width}}" for i, (cell, width) in sized]
+        cells = [text.ljust(widths[i]) if i < right_from else text.rjust(widths[i]) for i, text in enumerate(row)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -52,7 +49,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """
     from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 
-    every, desc = 0.2 if sys.stderr.isatty() else LOG_EVERY, f"floodrepro: {label}"
+    every, desc = 0.2 if sys.stderr.isatty() else 30, f"floodrepro: {label}"  # seconds
     with tqdm(desc=desc, file=sys.stderr, mininterval=every, delay=every, disable=_is_follower()) as bar:
 
         def update(done: int, total: int) -> None:
@@ -110,25 +107,15 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130  # 128 + SIGINT, the shell's convention
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`)
-        _drop_stdout()
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): let the last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            _drop_stdout()
-            failure = FloodreproError(f"a file or stdout cannot be written: {error.strerror}")
-        else:
-            traceback.print_exc()
-            fix = "if it is not your own code, report it together with the traceback"
-            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
+        traceback.print_exc()
+        fix = "if it is not your own code, report it together with the traceback"
+        failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
     print(failure.report(), file=sys.stderr)
     return failure.exit_code
-
-
-def _drop_stdout() -> None:
-    """Give the interpreter's last flush of stdout somewhere to go."""
-    with contextlib.suppress(OSError):  # stdout may be no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_follower() -> bool:

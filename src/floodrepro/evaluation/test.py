@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.callbacks.run_record import peak_memory, percentiles, reset_peaks
+from floodrepro.callbacks.run_record import peak_memory, percentiles
 from floodrepro.data import protocols
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import FloodreproError, RunFolderError, UsageError
@@ -42,7 +43,8 @@ class ChipCounts(ChipPass):
 
     def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        reset_peaks(pl_module.device)  # a training before it in this process used more
+        if pl_module.device.type == "cuda":  # a training before it in this process used more
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._last = time.perf_counter()
 
     def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:

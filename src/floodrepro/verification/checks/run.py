@@ -125,7 +125,7 @@ def provenance(evidence: Evidence) -> Check:
     record, table = evidence.record, evidence.table
     if not record:
         raise evidence.without("record", "there is no run.json")
-    code, recorded = record.get("code") or {}, record.get("recipe_sha256")
+    code, recorded = (record.get("environment") or {}).get("code") or {}, record.get("recipe_sha256")
     values = [
         figure("status of the run", record.get("status"), expected="finished"),
         _same("recipe.yaml and run.json", recipes.fingerprint(evidence.recipe), recorded),
