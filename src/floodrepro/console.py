@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
+LOG_EVERY = 30.0  # seconds between two lines of progress in a log
 
 
 def say(text: str) -> None:
@@ -49,7 +50,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
     """
     from tqdm import tqdm  # an installation without dependencies has to reach the message that names them
 
-    every, desc = 0.2 if sys.stderr.isatty() else 30, f"floodrepro: {label}"  # seconds
+    every, desc = 0.2 if sys.stderr.isatty() else LOG_EVERY, f"floodrepro: {label}"
     with tqdm(desc=desc, file=sys.stderr, mininterval=every, delay=every, disable=_is_follower()) as bar:
 
         def update(done: int, total: int) -> None:
