@@ -37,7 +37,8 @@ def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [text.ljust(widths[i]) if i < right_from else text.rjust(widths[i]) for i, text in enumerate(row)]
+        sized = enumerate(zip(row, widths, strict=True))
+        cells = [f"{cell:{'<' if i < right_from else '>'}{width}}" for i, (cell, width) in sized]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
