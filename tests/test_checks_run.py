@@ -95,8 +95,8 @@ def test_table_of_a_part_of_the_split_fails(evidence: Evidence):
     [
         ({"status": "interrupted"}, "status of the run: interrupted"),
         ({"recipe_sha256": "0" * 64}, "recipe.yaml and run.json"),
-        ({"code": {"commit": "4f" * 20, "dirty": True}}, "working tree: with changes"),
-        ({"code": {}}, "source of the code: unknown"),
+        ({"environment": {"code": {"commit": "4f" * 20, "dirty": True}}}, "working tree: with changes"),
+        ({"environment": {}}, "source of the code: unknown"),
         ({"seed": 7}, "the seed was declared: no"),
     ],
 )
@@ -126,6 +126,6 @@ def test_reference_that_sees_other_inputs_fails(evidence: Evidence):
 
 def test_source_stands_in_for_the_commit_and_no_record_is_a_skip(evidence: Evidence):
     code = {"commit": None, "dirty": None, "source_sha256": "5c" * 32}
-    answer = ask("provenance", with_record(evidence, code=code))
+    answer = ask("provenance", with_record(evidence, environment={"code": code}))
     assert (answer["status"], "source 5c5c" in answer["finding"]) == ("pass", True)
     assert ask("provenance", replace(evidence, record={}))["status"] == "skip"

@@ -35,17 +35,6 @@ class Fault(Callback):
             pl_module.model[1].running_mean[0] = torch.nan
 
 
-class Notes(Callback):
-    """Writes down the chips that each process trains on; named in a recipe."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        with (self.folder / f"train-{trainer.global_rank}.txt").open("a") as file:
-            file.write(" ".join(batch.chips) + "\n")
-
-
 def environments(**more: str) -> list[dict[str, str]]:
     """What tells each of two processes of one machine who it is."""
     with socket.socket() as free:
@@ -78,20 +67,13 @@ def arguments(chips: Path, runs: Path, name: str, *extra: object) -> tuple[objec
 
 @pytest.fixture(scope="module")
 def two(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """An epoch in two processes, each step's chips noted by both."""
+    """An epoch in two processes."""
     runs = tmp_path_factory.mktemp("ddp")
-    notes = ("--trainer.callbacks+=test_ddp.Notes", "--trainer.callbacks.folder", runs)
-    command = Command(*arguments(chips, runs, "two", *TWO, *notes), log=runs / "log.txt")
+    command = Command(*arguments(chips, runs, "two", *TWO), log=runs / "log.txt")
     assert command.wait() == 0, command.log
     assert "the global batch is 2" in command.log
     assert command.log.count("epoch 1/1") == 1  # one process speaks
     return RunFolder(runs / "two")
-
-
-def test_each_chip_is_seen_once_an_epoch(two, chips: Path):
-    train = (chips / "split" / "impactmesh_flood_train.txt").read_text().split()
-    notes = [(two.path.parent / f"train-{rank}.txt").read_text().split() for rank in (0, 1)]
-    assert sorted(notes[0] + notes[1]) == sorted(train)
 
 
 def test_each_step_sees_the_chips_that_one_process_would_see():

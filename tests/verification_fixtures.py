@@ -130,12 +130,12 @@ def make_record(recipe: recipes.Recipe, **entries: Any) -> dict[str, Any]:
         "seed": recipe["seed_everything"],
         "processes": 1,
         "batch_size": 8,
-        "code": {"floodrepro": "0.1", "source_sha256": "5c" * 32, "commit": "4f" * 20, "dirty": False},
         "environment": {
             "packages": {"python": "3.12.1", "torch": "2.9.1", "terratorch": "1.2.7"},
             "accelerator": {"count": 1, "name": "AMD Instinct MI300X"},
             "numerics": {"precision": "16-mixed"},
             "cpu": {"model": "a CPU"},
+            "code": {"floodrepro": "0.1", "source_sha256": "5c" * 32, "commit": "4f" * 20, "dirty": False},
         },
         "progress": {"epochs": len(LOSSES), "step": 50, "skipped_steps": 3},
         "chips_per_second": {"median": 15.5, "p10": 15.1, "p90": 15.9, "n": 5},
@@ -143,7 +143,7 @@ def make_record(recipe: recipes.Recipe, **entries: Any) -> dict[str, Any]:
         "energy": [{"kWh": 0.0085, "method": "power", "note": "sampled power of a device", "devices": 1}],
         "share_waiting_for_data": 0.02,
         "best_epoch": LOSSES.index(min(LOSSES)),
-        "best_val_loss": min(LOSSES),
+        "best_metrics": {"val/loss": min(LOSSES)},
     } | entries
 
 

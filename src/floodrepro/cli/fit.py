@@ -65,5 +65,7 @@ def _text(record: dict[str, Any]) -> str:
     lines = [f"run         {record['run']}"]
     if record.get("best_epoch") is not None:
         lines.append(f"checkpoint  {record['run']}/checkpoints/best.ckpt")
-        lines.append(f"best epoch  {record['best_epoch'] + 1} of {record['epochs']}, by {record['monitor']}")
+        lines.append(
+            f"best epoch  {record['best_epoch'] + 1} of {record['progress']['epochs']}, by {record['monitor']}"
+        )
     return "\n".join(lines)

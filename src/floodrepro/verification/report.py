@@ -141,7 +141,8 @@ def score_table(scores: Mapping[str, Any]) -> str:
 
 def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
     """What a run was and how to repeat it, text by label, as far as results.json or run.json has it."""
-    environment, progress, data, code = (run.get(key) or {} for key in ("environment", "progress", "data", "code"))
+    environment, progress, data = (run.get(key) or {} for key in ("environment", "progress", "data"))
+    code, loss = environment.get("code") or {}, (run.get("best_metrics") or {}).get("val/loss")
     packages, memory = environment.get("packages") or {}, (run.get("memory_gib") or {}).get("after_warm_up") or {}
     named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
     chips, events = (
@@ -165,7 +166,7 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
         "events": events + ("" if data.get("warnings") else apart),
         "epochs": progress.get("epochs"),
         "epoch of the weights": run["best_epoch"] + 1 if run.get("best_epoch") is not None else "",
-        "val/loss of that epoch": score(run.get("best_val_loss")),
+        "val/loss of that epoch": score(loss),
         "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
         "chips in a step": f"{processes * batch}, {batch} in each process" if processes > 1 else "",
         "seed": run.get("seed"),

@@ -89,7 +89,7 @@ def provenance(evidence: Evidence) -> Check:
     record, table = evidence.record, evidence.table
     if not record:
         raise evidence.without("record", "there is no run.json")
-    code, recorded = record.get("code") or {}, record.get("recipe_sha256")
+    code, recorded = (record.get("environment") or {}).get("code") or {}, record.get("recipe_sha256")
     commit, hashed = code.get("commit"), "hashed" if code.get("source_sha256") else "unknown"
     tree = "clean" if code.get("dirty") is False else "with changes"
     values = [
