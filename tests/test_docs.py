@@ -11,6 +11,7 @@ import yaml
 from conftest import FAULTS
 from doc_commands import DOCUMENTS, ROOT, Command, blocks, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
+from floodrepro.cli import shared
 from floodrepro.cli.main import COMMANDS, Parser, main
 
 ALL = [command for document, text in DOCUMENTS.items() for command in commands_of(document, text)]
@@ -22,7 +23,7 @@ FOREIGN = {  # flags that prose names and that belong to other programs
 
 def flags_of(name: str) -> set[str]:
     parser = Parser(name)
-    getattr(importlib.import_module(COMMANDS[name][0]), f"add_{name}_arguments")(parser)
+    getattr(importlib.import_module(COMMANDS[name][0]), f"_{name}_flags")(parser)
     actions = [action.choices for action in parser._actions if action.dest == "action" and action.choices]
     children = [child for choices in actions if isinstance(choices, dict) for child in choices.values()]
     return {flag for one in (parser, *children) for flag in one._option_string_actions}
@@ -31,6 +32,7 @@ def flags_of(name: str) -> set[str]:
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)
 def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeypatch, capsys):
     name, taken = command.words[0], []
+    monkeypatch.setattr(shared, "existing_file", Path)
     if name in COMMANDS:
         module = importlib.import_module(COMMANDS[name][0])
         monkeypatch.setattr(module, f"run_{name}", lambda args: taken.append(args) or 0)

@@ -1,0 +1,162 @@
+"""The commands that take a recipe: fit makes a checkpoint; validate, test and predict use one."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from floodrepro import console
+from floodrepro.cli import shared
+from floodrepro.recipe import Recipe
+from floodrepro.system.doctor import check_before_fit
+
+_MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
+_MASKS = """\
+docs/chip-table.md tells what is done with masks: GeoTIFFs named after chips, or a few rasters that cover the chips.
+  floodrepro test --masks gfm/ --name GFM --config demo --data-root chips --values 1=flood,0=rest,255=none
+  floodrepro verify --run runs/first --reference evaluation/test/GFM.parquet"""
+_FILES = """\
+CHIP_pred.tif has the class of each pixel, and -1 where neither Sentinel-1 nor Sentinel-2 has data at the event.
+CHIP_prob.tif has the probability of the positive class as float32, NaN where nothing was seen, or as uint8, 250 for
+1 and 255 for unseen. Which chips: --data.init_args.predict_split FILE, an id a line (default: the test split)."""
+
+
+def _fit_flags(parser: argparse.ArgumentParser) -> None:
+    shared.add_recipe_flags(parser)
+    add = parser.add_argument
+    add("--name", type=shared.plain_name, help="name of the run (default: the first recipe's)")
+    add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
+    add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
+    add("--deterministic", action="store_const", const="warn", help="torch's deterministic mode: slower, not complete")
+    add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
+    add("--weights", type=shared.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
+    add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
+    add(
+        "--on-overflow",
+        choices=("stop", "rollback"),
+        default="stop",
+        help="rollback: on from the last good state in bf16",
+    )
+    steps = shared.between(1, 10**9, int)
+    add("--save-every", type=steps, default=500, metavar="STEPS", help="between full states (default: 500)")
+
+
+def run_fit(args: argparse.Namespace) -> int:
+    """Train a recipe into a run folder. If it is interrupted, run the same command again."""
+    files, overrides, recipe = shared.read_recipe(args)
+    check_before_fit(recipe, args.runs_root)
+    cli = shared.parse(files, overrides)
+    from floodrepro.training.fit import fit
+
+    path = args.runs_root / (args.name or files[0].stem)
+    chosen = {"ckpt_path": args.ckpt_path, "weights": args.weights, "on_overflow": args.on_overflow}
+    record = fit(cli, path, allow_changes=args.resume_anyway, save_every=args.save_every, **chosen)
+    text = f"run         {path}"
+    if record.get("best_epoch") is not None:
+        text += f"\ncheckpoint  {path}/checkpoints/best.ckpt"
+        text += f"\nbest epoch  {record['best_epoch'] + 1} of {record['epochs']}, by {record['monitor']}"
+    console.emit({"run": str(path), **record}, text, args.format)
+    return 0
+
+
+def _validate_flags(parser: argparse.ArgumentParser) -> None:
+    shared.add_checkpoint(parser, required=True)
+    shared.add_recipe_flags(parser)
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """Measure a checkpoint on the validation split."""
+    cli = shared.parse_recipe(args)
+    from floodrepro.evaluation.passes import ChipPass, run_pass
+
+    data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
+    result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
+    console.emit(result, _two_columns(metrics), args.format)
+    return 0
+
+
+def _test_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("a checkpoint, or masks made by anyone else; --config says on which chips")
+    either = group.add_mutually_exclusive_group(required=True)
+    shared.add_checkpoint(either)
+    either.add_argument("--masks", type=Path, nargs="+", metavar="PATH", help="a folder of GeoTIFFs, or files")
+    add = group.add_argument
+    add("--name", type=shared.plain_name, help="what reports call the masks (default: the name of the first path)")
+    add("--values", metavar="1=flood,0=rest", help="class of each value of masks; 255=none leaves one out")
+    add("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help="of masks: what means 1 (default: 1)")
+    shared.add_recipe_flags(parser)
+    add, parser.epilog = parser.add_argument, f"{parser.epilog}\n{_MASKS}"
+    add("--split", default="test", metavar="NAME", help="test (default), val, train, or one of several test splits")
+    add("--output", type=Path, metavar="DIR", help="of the chip tables (default: evaluation/ of the run, else here)")
+    add("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
+
+
+def run_test(args: argparse.Namespace) -> int:
+    """Measure a checkpoint, or masks made by anyone else, on the test split and leave a chip table."""
+    cli = shared.parse_recipe(args)
+    from floodrepro.evaluation.chip_table import read_table
+    from floodrepro.evaluation.metrics import which_iou
+    from floodrepro.evaluation.test import tabulate_checkpoint
+
+    if args.masks:
+        result = _test_masks(args, cli.recipe)
+    else:
+        options = {"split": args.split, "folder": args.output, "baselines": not args.no_baselines}
+        result = tabulate_checkpoint(cli, args.ckpt, **options)
+    text = _two_columns(result["metrics"])
+    for split, path in result["tables"].items():
+        console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
+    if result["tables"]:
+        table = read_table(Path(next(iter(result["tables"].values()))))
+        label = table.class_names[table.positive]
+        result["which_iou"] = which_iou(table.counts, table.events, table.positive, label)
+        rows = [[one["name"], one["iou"], one["n"], one["of"]] for one in result["which_iou"]]
+        text += "\n\n" + console.columns([["which IoU is this?", "IoU", "n", ""], *rows])
+    console.emit(result, text, args.format)
+    return 0
+
+
+def _test_masks(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    from floodrepro.evaluation.chip_table import write_table
+    from floodrepro.evaluation.masks import tabulate_masks
+    from floodrepro.evaluation.metrics import class_scores, scores
+    from floodrepro.evaluation.test import choose_split
+
+    chosen, name = choose_split(recipe, args.split), args.name or args.masks[0].resolve().stem
+    given = {"name": name, "split": chosen.name, "scale": args.probability, "values": args.values}
+    table = tabulate_masks(recipe, args.masks, chosen.events, **given)
+    path = (args.output or Path("evaluation")) / chosen.name / f"{name}.parquet"
+    write_table(table, path)
+    pooled, label = table.counts.sum(axis=0), table.class_names[table.positive]
+    of_class = {f"{label} {key}": value for key, value in class_scores(pooled, table.positive).items() if key != "iou"}
+    return {
+        "name": name,
+        "chips": {chosen.name: len(table)},
+        "metrics": scores(pooled) | of_class,
+        "tables": {chosen.name: str(path)},
+        "pixels": {"counted": int(pooled.sum()), "unseen": int(table.unseen.sum())},
+    }
+
+
+def _predict_flags(parser: argparse.ArgumentParser) -> None:
+    _validate_flags(parser)
+    add, kinds = parser.add_argument, ("float32", "uint8")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
+    add("--probabilities", nargs="?", const="float32", choices=kinds, help="write the positive class's probability too")
+    parser.epilog = f"{parser.epilog}\n{_FILES}"
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Write a flood mask (GeoTIFF) for every chip of the predict split."""
+    cli = shared.parse_recipe(args)
+    from floodrepro.evaluation.passes import predict
+
+    files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
+    console.emit({"files": [str(file) for file in files]}, f"{len(files)} files  {args.output}", args.format)
+    return 0
+
+
+def _two_columns(metrics: Mapping[str, float | None]) -> str:
+    """TerraTorch's main metrics, and what masks have besides."""
+    shown = {name: value for name, value in metrics.items() if name.rsplit("/", 1)[-1] in _MAIN_METRICS or " " in name}
+    return console.columns(list(shown.items()))
