@@ -60,11 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command, by default that of the process, and return its exit code; `floodrepro --help` lists the codes.
-
-    Args:
-        argv: Arguments without the program's name.
-    """
+    """Run the command of *argv*, by default the process's, and return its exit code; --help lists the codes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return console.run(lambda: _dispatch(arguments))
 

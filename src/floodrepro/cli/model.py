@@ -26,7 +26,7 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--name", type=shared.plain_name, help="name of the run (default: the first recipe's)")
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
-    add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
+    add("--seed", dest="seed_everything", type=int, metavar="S", help="seed of everything (default: the recipe's)")
     add("--deterministic", action="store_const", const="warn", help="torch's deterministic mode: slower, not complete")
     add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
     add("--weights", type=shared.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")

@@ -25,8 +25,6 @@ then on: --card-only writes a new one beside the pair and sets the old one aside
 """
 _PUBLISH = """\
   floodrepro publish --export runs/first/export --repo me/model --dry-run
-  floodrepro publish --export runs/first/export --repo me/model --private --yes
-
 The hub's address is HF_ENDPOINT's; the token is that of 'hf auth login' or HF_TOKEN. --dry-run contacts nobody.
 """
 

@@ -20,14 +20,10 @@ Any key of the recipe can be overridden by its path:
   --trainer.max_epochs 3  --data.init_args.batch_size 8  --optimizer.init_args.lr 2e-4
 --print_config prints the merged recipe with all defaults; --trainer.help and --model.help CLASS list what it can hold.
 """
-_KEYS = {  # what short flags override
-    "limit": "data.init_args.limit",
-    "fraction": "data.init_args.fraction",
-    "strict": "data.init_args.strict",
-    "skip_damaged": "data.init_args.skip_damaged",
-    "precision": "trainer.precision",
-    "deterministic": "trainer.deterministic",
-    "seed": "seed_everything",
+_SHORT = {  # flags that override the key of their name, by what stands before it
+    "data.init_args.": ("limit", "fraction", "strict", "skip_damaged"),
+    "trainer.": ("precision", "deterministic"),
+    "": ("seed_everything",),
 }
 
 
@@ -104,9 +100,10 @@ def read_recipe(args: argparse.Namespace) -> tuple[list[Path], list[str], Recipe
         raise UsageError("no config", fix="--config YAML")
     layers = [recipes.read_yaml(path) for path in files]
     overrides = recipes.data_overrides(root, *layers) if root else []
-    for flag, key in _KEYS.items():
-        if (value := getattr(args, flag, None)) not in (None, False):
-            overrides.append(f"--{key}={recipes.PRECISIONS.get(value, str(value).lower())}")
+    for key, flag in ((key, flag) for key, flags in _SHORT.items() for flag in flags):
+        value = getattr(args, flag, None)
+        if value is not None and value is not False:
+            overrides.append(f"--{key}{flag}={recipes.PRECISIONS.get(value, str(value).lower())}")
     overrides += args.overrides
     return files, overrides, recipes.fold(layers, overrides)
 

@@ -30,6 +30,7 @@ CHIP_BYTES = (12 + 2 + 1) * 4 * 256**2 * 4  # 15 bands, 4 timesteps, 256 px, flo
 PROCESS_BYTES = 1_200_000_000  # of a process that has imported TerraTorch 1.2.7
 STOLE_CREDENTIALS = ("2.6.2", "2.6.3")  # of lightning on PyPI: GHSA-w37p-236h-pfx3
 _ARGUMENTS, _BATCH, _WORKERS = "model.init_args.model_args", "data.init_args.batch_size", "data.init_args.num_workers"
+_ROOT, _DEMO = "trainer.default_root_dir", "runs/demo"
 _GIVE_TO_CONTAINER = {
     "AMD": '--device=/dev/kfd --device=/dev/dri --group-add "$(stat -c %g /dev/kfd)"',
     "NVIDIA": "--gpus all",
@@ -91,15 +92,11 @@ def _of(recipe: Recipe, path: str, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
-def _is_demo(recipe: Recipe) -> bool:
-    return bool(_of(recipe, "trainer.default_root_dir", "") == "runs/demo")
-
-
 def _sizes(recipe: Recipe) -> tuple[int, int, int]:
     """Bytes, estimates: the weights; what training takes for one chip beside them; a chip. 0 where not measured."""
     weights, training = MODELS.get(_of(recipe, f"{_ARGUMENTS}.backbone", ""), (0, 0))
     half = 2 if "16" in _of(recipe, "trainer.precision", "32-true") else 1
-    smaller = (256 // 64) ** 2 if _is_demo(recipe) else 1
+    smaller = (256 // 64) ** 2 if _of(recipe, _ROOT, "") == _DEMO else 1
     return weights, training // half // smaller, CHIP_BYTES // smaller
 
 
@@ -312,7 +309,7 @@ def check_chips(recipe: Recipe) -> Finding:
             return Finding("data", "fail", f"{error.what} ({error.where})", str(error.fix))
         return Finding("data", "ok", ", ".join(f"{count} chips of {split}" for split, count in chips.items()))
     where, protocol, missing = f"--root {shlex.quote(str(folder))}", protocol_of(recipe), f"{folder} is not here"
-    if _is_demo(recipe):
+    if _of(recipe, _ROOT, "") == _DEMO:
         fix = f"floodrepro data synth {where} --events 16 --chips 128 --size 64 --protocol v0 --seed 42"
         return Finding("data", "warn", f"{missing}; the demo's chips are generated", fix)
     if protocol.repo is None:
