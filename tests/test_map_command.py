@@ -8,7 +8,7 @@ import rasterio
 import torch
 import yaml
 
-from floodrepro.cli.shared import parse
+from floodrepro.cli.model import parse
 from floodrepro.data.synth import write_scene
 from floodrepro.evaluation import chip_table
 from floodrepro.mapping.reader import Reader

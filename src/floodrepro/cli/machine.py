@@ -12,7 +12,7 @@ from typing import Any
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli import shared
+from floodrepro.cli import model
 from floodrepro.errors import FloodreproError
 from floodrepro.run_folder import RunFolder
 from floodrepro.system import doctor, environment
@@ -67,12 +67,12 @@ def run_runs(args: argparse.Namespace) -> int:
     return 0
 
 
-_doctor_flags = shared.add_recipe_flags
+_doctor_flags = model.add_recipe_flags
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Look at this machine before a run does, and say what to do about each fault."""
-    recipe = shared.read_recipe(args)[2] if args.config or args.data_root or args.overrides else None
+    recipe = model.read_recipe(args)[2] if args.config or args.data_root or args.overrides else None
     findings = [*doctor.examine(recipe), *([doctor.check_chips(recipe)] if recipe else [])]
     count = Counter(finding.status for finding in findings)
     rows = []

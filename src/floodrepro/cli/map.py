@@ -9,7 +9,7 @@ from typing import Any
 
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
-from floodrepro.cli import shared
+from floodrepro.cli import model, shared
 from floodrepro.errors import DataError, FloodreproError, UsageError
 from floodrepro.run_folder import sha256_of, write_atomically
 
@@ -73,14 +73,14 @@ def run_map(args: argparse.Namespace) -> int:
 
     scene = read_scene(args.scene)  # what is wrong with it is answered before the slow import
     [args.ckpt] = weights
-    files, overrides, _ = shared.read_recipe(args)
+    files, overrides, _ = model.read_recipe(args)
     problems = list_problems(scene, args.max_gap)
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
         what = f"problems of the scene, listed above: {len(problems)}"
         raise DataError(what, where=args.scene, fix="mend it, or --anyway: map.json will list them")
-    cli = shared.parse(files, overrides)
+    cli = model.parse(files, overrides)
     import torch
 
     from floodrepro.mapping.mapper import map_scene

@@ -1,16 +1,32 @@
 """The commands that take a recipe: fit makes a checkpoint; validate, test and predict use one."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from floodrepro import console
+from floodrepro import recipe as recipes
 from floodrepro.cli import shared
+from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe
+from floodrepro.run_folder import config_beside
 from floodrepro.system.doctor import check_before_fit
 
+if TYPE_CHECKING:
+    from floodrepro.training.terratorch_cli import RecipeCLI
+
+_SHORT = {  # flags that override the key of their name, by what stands before it
+    "data.init_args.": ("limit", "fraction", "strict", "skip_damaged"),
+    "trainer.": ("precision", "deterministic"),
+    "": ("seed_everything",),
+}
 _MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
+_OVERRIDES = """\
+Any key of the recipe can be overridden by its path:
+  --trainer.max_epochs 3  --data.init_args.batch_size 8  --optimizer.init_args.lr 2e-4
+--print_config prints the merged recipe with all defaults; --trainer.help and --model.help CLASS list what it can hold.
+"""
 _MASKS = """\
 docs/chip-table.md tells what is done with masks: GeoTIFFs named after chips, or a few rasters that cover the chips.
   floodrepro test --masks gfm/ --name GFM --config demo --data-root chips --values 1=flood,0=rest,255=none
@@ -21,8 +37,57 @@ CHIP_prob.tif has the probability of the positive class as float32, NaN where no
 1 and 255 for unseen. Which chips: --data.init_args.predict_split FILE, an id a line (default: the test split)."""
 
 
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --config, --data-root, --precision, which chips to use, and a note on overrides."""
+    add, parser.epilog = parser.add_argument, _OVERRIDES
+    config = "a path, or a name from 'floodrepro configs ls'; layers in order (default: the one beside the checkpoint)"
+    add("--config", action="append", metavar="YAML", help=config)
+    add("--data-root", type=Path, metavar="DIR", help="folder that holds data/ and split/")
+    add("--limit", type=int, metavar="N", help="use N chips of each split, at most; whole events first")
+    add("--fraction", type=float, metavar="F", help="share of the chips of each split to use")
+    add("--strict", action="store_true", help="an event in two splits is an error, not a warning")
+    add("--skip-damaged", type=int, metavar="N", help="leave out up to N chips that cannot be read")
+    add("--precision", choices=recipes.PRECISIONS, help="the trainer's precision; fp16 needs a GPU")
+
+
+def read_recipe(args: argparse.Namespace) -> tuple[list[Path], list[str], Recipe]:
+    """The files and overrides that the flags ask for, and what they fold into; it takes no time.
+
+    Without --config it is the config beside --ckpt.
+
+    Raises:
+        UsageError: A file is missing or does not parse.
+    """
+    checkpoint, root = getattr(args, "ckpt", None), getattr(args, "data_root", None)
+    files = [recipes.find(name) for name in args.config or []] or ([config_beside(checkpoint)] if checkpoint else [])
+    if not files:
+        raise UsageError("no config", fix="--config YAML")
+    layers = [recipes.read_yaml(path) for path in files]
+    overrides = recipes.data_overrides(root, *layers) if root else []
+    for key, flag in ((key, flag) for key, flags in _SHORT.items() for flag in flags):
+        value = getattr(args, flag, None)
+        if value is not None and value is not False:
+            overrides.append(f"--{key}{flag}={recipes.PRECISIONS.get(value, str(value).lower())}")
+    overrides += args.overrides
+    return files, overrides, recipes.fold(layers, overrides)
+
+
+def parse(files: Sequence[Path], overrides: Sequence[str]) -> "RecipeCLI":
+    """Let TerraTorch's parser merge a recipe; nothing is built yet."""
+    console.say("loading TerraTorch (10 to 20 s)")
+    from floodrepro.training.terratorch_cli import RecipeCLI
+
+    return RecipeCLI(files, overrides)
+
+
+def parse_recipe(args: argparse.Namespace) -> "RecipeCLI":
+    """`read_recipe`, then `parse`."""
+    files, overrides, _ = read_recipe(args)
+    return parse(files, overrides)
+
+
 def _fit_flags(parser: argparse.ArgumentParser) -> None:
-    shared.add_recipe_flags(parser)
+    add_recipe_flags(parser)
     add = parser.add_argument
     add("--name", type=shared.plain_name, help="name of the run (default: the first recipe's)")
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
@@ -31,21 +96,16 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
     add("--weights", type=shared.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
     add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
-    add(
-        "--on-overflow",
-        choices=("stop", "rollback"),
-        default="stop",
-        help="rollback: on from the last good state in bf16",
-    )
+    add("--on-overflow", choices=("stop", "rollback"), default="stop", help="rollback: resume in bf16, once")
     steps = shared.between(1, 10**9, int)
     add("--save-every", type=steps, default=500, metavar="STEPS", help="between full states (default: 500)")
 
 
 def run_fit(args: argparse.Namespace) -> int:
     """Train a recipe into a run folder. If it is interrupted, run the same command again."""
-    files, overrides, recipe = shared.read_recipe(args)
+    files, overrides, recipe = read_recipe(args)
     check_before_fit(recipe, args.runs_root)
-    cli = shared.parse(files, overrides)
+    cli = parse(files, overrides)
     from floodrepro.training.fit import fit
 
     path = args.runs_root / (args.name or files[0].stem)
@@ -61,12 +121,12 @@ def run_fit(args: argparse.Namespace) -> int:
 
 def _validate_flags(parser: argparse.ArgumentParser) -> None:
     shared.add_checkpoint(parser, required=True)
-    shared.add_recipe_flags(parser)
+    add_recipe_flags(parser)
 
 
 def run_validate(args: argparse.Namespace) -> int:
     """Measure a checkpoint on the validation split."""
-    cli = shared.parse_recipe(args)
+    cli = parse_recipe(args)
     from floodrepro.evaluation.passes import ChipPass, run_pass
 
     data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
@@ -84,7 +144,7 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     add("--name", type=shared.plain_name, help="what reports call the masks (default: the name of the first path)")
     add("--values", metavar="1=flood,0=rest", help="class of each value of masks; 255=none leaves one out")
     add("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help="of masks: what means 1 (default: 1)")
-    shared.add_recipe_flags(parser)
+    add_recipe_flags(parser)
     add, parser.epilog = parser.add_argument, f"{parser.epilog}\n{_MASKS}"
     add("--split", default="test", metavar="NAME", help="test (default), val, train, or one of several test splits")
     add("--output", type=Path, metavar="DIR", help="of the chip tables (default: evaluation/ of the run, else here)")
@@ -93,7 +153,7 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_test(args: argparse.Namespace) -> int:
     """Measure a checkpoint, or masks made by anyone else, on the test split and leave a chip table."""
-    cli = shared.parse_recipe(args)
+    cli = parse_recipe(args)
     from floodrepro.evaluation.chip_table import read_table
     from floodrepro.evaluation.metrics import which_iou
     from floodrepro.evaluation.test import tabulate_checkpoint
@@ -148,7 +208,7 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Write a flood mask (GeoTIFF) for every chip of the predict split."""
-    cli = shared.parse_recipe(args)
+    cli = parse_recipe(args)
     from floodrepro.evaluation.passes import predict
 
     files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)

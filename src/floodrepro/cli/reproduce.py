@@ -65,13 +65,10 @@ def run_reproduce(args: argparse.Namespace) -> int:
             return code
     if "card" in wanted:
         run = RunFolder(run_dir / f"seed-{seeds[0]}")
-        found = json.loads(run.results.read_text(encoding="utf-8"))
-        verdict, summary = found["verdict"], found["summary"]
         files = {"run": run.path, "report": run.verification / "report.html", "card": run.export / "README.md"}
         where = {name: str(file) for name, file in files.items()}
-        lines = [f"{verdict['word']}: {verdict['sentence']}", f"checks: {summary['text']}"]
-        lines += [*([_DEMO_NOTE] if args.demo else []), *(f"{name:<8}{path}" for name, path in where.items())]
-        console.emit({"verdict": verdict, "summary": summary, "where": where}, "\n".join(lines), args.format)
+        lines = [*([_DEMO_NOTE] if args.demo else []), *(f"{name:<8}{path}" for name, path in where.items())]
+        console.emit({"where": where}, "\n".join(lines), args.format)
     return 0
 
 
