@@ -33,7 +33,7 @@ def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeyp
     monkeypatch.setattr(shared, "existing_file", Path)
     if name in COMMANDS:
         module = importlib.import_module(COMMANDS[name][0])
-        monkeypatch.setattr(module, f"run_{name}", lambda args: taken.append(args) or 0)
+        monkeypatch.setattr(module, f"_run_{name}", lambda args: taken.append(args) or 0)
     assert main(command.words) == 0, capsys.readouterr().err
     assert taken or "--help" in command.words
 

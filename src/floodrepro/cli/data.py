@@ -18,7 +18,6 @@ from floodrepro.run_folder import replacing
 _EPILOG = """\
 examples:
   floodrepro data fetch --root ImpactMesh-Flood --protocol v1 --sample 64   real chips, about 200 MB
-  floodrepro data audit --root ImpactMesh-Flood --protocol v1 --split val
   floodrepro data show EMSR773_1_30SYJ_x715915_y4339925 --root ImpactMesh-Flood --output chip.png
 """
 
@@ -72,10 +71,8 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add("--layout-variant", type=listed, default=["time", "quarters"], help="storage, in turn")
 
 
-def run_data(args: argparse.Namespace) -> int:
-    """Get, check, look at and generate chips."""
+def _run_data(args: argparse.Namespace) -> None:
     args.act(args)
-    return 0
 
 
 def _fetch(args: argparse.Namespace) -> None:

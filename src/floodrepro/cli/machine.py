@@ -30,15 +30,13 @@ def _configs_flags(parser: argparse.ArgumentParser) -> None:
     show.add_argument("name")
 
 
-def run_configs(args: argparse.Namespace) -> int:
-    """List the shipped recipes, or print one."""
+def _run_configs(args: argparse.Namespace) -> None:
     if args.action == "show":
         print(recipes.find(args.name).read_text(encoding="utf-8"), end="")
-        return 0
+        return
     titles = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in recipes.shipped().items()}
     rows = [[name, title.removeprefix("# ")] for name, title in titles.items()]
     console.emit(dict(rows), console.columns(rows, right_from=2), args.format)
-    return 0
 
 
 def _runs_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +44,7 @@ def _runs_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
 
 
-def run_runs(args: argparse.Namespace) -> int:
-    """List runs with recipe, status, best score and age, the newest first."""
+def _run_runs(args: argparse.Namespace) -> None:
     shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
     shown, found = ("name", "recipe", "status", "monitor", "best", "age"), []
     for file in args.runs_root.rglob("run.json"):
@@ -64,14 +61,12 @@ def run_runs(args: argparse.Namespace) -> int:
     found.sort(key=lambda run: run["started"] or "", reverse=True)
     text = console.columns([shown, *([run[name] for name in shown] for run in found)], right_from=9)
     console.emit({"runs": found}, text if found else f"no runs below {args.runs_root}", args.format)
-    return 0
 
 
 _doctor_flags = model.add_recipe_flags
 
 
-def run_doctor(args: argparse.Namespace) -> int:
-    """Look at this machine before a run does, and say what to do about each fault."""
+def _run_doctor(args: argparse.Namespace) -> int:
     recipe = model.read_recipe(args)[2] if args.config or args.data_root or args.overrides else None
     findings = [*doctor.examine(recipe), *([doctor.check_chips(recipe)] if recipe else [])]
     count = Counter(finding.status for finding in findings)
@@ -99,8 +94,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Overrides as in fit: --data.init_args.num_workers 8 (default: the recipe's; on a CPU 0)\n"
 
 
-def run_bench(args: argparse.Namespace) -> int:
-    """Measure training, testing, or reading alone beside plain TerraTorch."""
+def _run_bench(args: argparse.Namespace) -> None:
     from floodrepro.data.synth import generate
     from floodrepro.system.bench import bench, describe
 
@@ -128,4 +122,3 @@ def run_bench(args: argparse.Namespace) -> int:
                 args.output.mkdir(parents=True, exist_ok=True)
                 (args.output / f"{args.action}-{name}.json").write_text(json.dumps(results[name], indent=2) + "\n")
     console.emit(results, "\n\n".join(describe(found) for found in results.values()), args.format)
-    return 0

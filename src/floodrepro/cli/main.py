@@ -1,4 +1,4 @@
-"""The command table. A command NAME is two functions, ``_NAME_flags(parser)`` and ``run_NAME(args)``."""
+"""The command table. A command NAME is two functions, ``_NAME_flags(parser)`` and ``_run_NAME(args)``."""
 
 import argparse
 import difflib
@@ -85,7 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         getattr(command, f"_{name}_flags")(parser)
         args, overrides = parser.parse_known_args(rest)
         args.overrides = _check_overrides(overrides, parser, name in _TAKES_OVERRIDES)
-        return int(getattr(command, f"run_{name}")(args))
+        return getattr(command, f"_run_{name}")(args) or 0
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
             what = f"floodrepro's dependencies are not all installed: {', '.join(missing)} missing"

@@ -60,8 +60,7 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--min-coverage", type=share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
 
 
-def run_map(args: argparse.Namespace) -> int:
-    """Map a whole scene, compare a map with a truth, or plan a scene."""
+def _run_map(args: argparse.Namespace) -> None:
     if args.action:
         return {"check": _check, "plan": _plan}[args.action](args)
     weights = [*args.export.glob("*.safetensors")] if args.export else [args.ckpt] if args.ckpt else []
@@ -104,7 +103,6 @@ def run_map(args: argparse.Namespace) -> int:
         why = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "seen")
         what = f"only {shares['seen']:.0%} of the area was seen (--min-seen {args.min_seen:g}; {why})"
         raise DataError(what, where=args.output, fix="find a pass that shows it; the map is there all the same")
-    return 0
 
 
 def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]
     return plan | {"permanent_file": str(args.permanent.absolute()) if args.permanent else None}
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> None:
     """Compare a map with a truth."""
     from floodrepro.evaluation import chip_table
     from floodrepro.evaluation.metrics import class_scores
@@ -145,10 +143,9 @@ def _check(args: argparse.Namespace) -> int:
     if args.output:
         chip_table.write_table(table, args.output)
     console.emit(result, console.columns(list(result.items())), args.format)
-    return 0
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> None:
     """Write a scene from a STAC catalogue."""
     from shapely import box
     from shapely.errors import ShapelyError
@@ -169,4 +166,3 @@ def _plan(args: argparse.Namespace) -> int:
     scene = {"area": where, "stac": plan.public(args.stac), **made}
     write_atomically(args.output, f"# By floodrepro map plan; change what you like.\n{recipes.to_yaml(scene)}")
     console.emit(scene, str(args.output), args.format)
-    return 0

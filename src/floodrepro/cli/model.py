@@ -80,12 +80,6 @@ def parse(files: Sequence[Path], overrides: Sequence[str]) -> "RecipeCLI":
     return RecipeCLI(files, overrides)
 
 
-def parse_recipe(args: argparse.Namespace) -> "RecipeCLI":
-    """`read_recipe`, then `parse`."""
-    files, overrides, _ = read_recipe(args)
-    return parse(files, overrides)
-
-
 def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add_recipe_flags(parser)
     add = parser.add_argument
@@ -101,8 +95,7 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add("--save-every", type=steps, default=500, metavar="STEPS", help="between full states (default: 500)")
 
 
-def run_fit(args: argparse.Namespace) -> int:
-    """Train a recipe into a run folder. If it is interrupted, run the same command again."""
+def _run_fit(args: argparse.Namespace) -> None:
     files, overrides, recipe = read_recipe(args)
     check_before_fit(recipe, args.runs_root)
     cli = parse(files, overrides)
@@ -116,7 +109,6 @@ def run_fit(args: argparse.Namespace) -> int:
         text += f"\ncheckpoint  {path}/checkpoints/best.ckpt"
         text += f"\nbest epoch  {record['best_epoch'] + 1} of {record['epochs']}, by {record['monitor']}"
     console.emit({"run": str(path), **record}, text, args.format)
-    return 0
 
 
 def _validate_flags(parser: argparse.ArgumentParser) -> None:
@@ -124,15 +116,13 @@ def _validate_flags(parser: argparse.ArgumentParser) -> None:
     add_recipe_flags(parser)
 
 
-def run_validate(args: argparse.Namespace) -> int:
-    """Measure a checkpoint on the validation split."""
-    cli = parse_recipe(args)
+def _run_validate(args: argparse.Namespace) -> None:
+    cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation.passes import ChipPass, run_pass
 
     data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
     result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
     console.emit(result, _two_columns(metrics), args.format)
-    return 0
 
 
 def _test_flags(parser: argparse.ArgumentParser) -> None:
@@ -151,9 +141,8 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     add("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
 
 
-def run_test(args: argparse.Namespace) -> int:
-    """Measure a checkpoint, or masks made by anyone else, on the test split and leave a chip table."""
-    cli = parse_recipe(args)
+def _run_test(args: argparse.Namespace) -> None:
+    cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation.chip_table import read_table
     from floodrepro.evaluation.metrics import which_iou
     from floodrepro.evaluation.test import tabulate_checkpoint
@@ -173,7 +162,6 @@ def run_test(args: argparse.Namespace) -> int:
         rows = [[one["name"], one["iou"], one["n"], one["of"]] for one in result["which_iou"]]
         text += "\n\n" + console.columns([["which IoU is this?", "IoU", "n", ""], *rows])
     console.emit(result, text, args.format)
-    return 0
 
 
 def _test_masks(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
@@ -206,14 +194,12 @@ def _predict_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"{parser.epilog}\n{_FILES}"
 
 
-def run_predict(args: argparse.Namespace) -> int:
-    """Write a flood mask (GeoTIFF) for every chip of the predict split."""
-    cli = parse_recipe(args)
+def _run_predict(args: argparse.Namespace) -> None:
+    cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation.passes import predict
 
     files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
     console.emit({"files": [str(file) for file in files]}, f"{len(files)} files  {args.output}", args.format)
-    return 0
 
 
 def _two_columns(metrics: Mapping[str, float | None]) -> str:

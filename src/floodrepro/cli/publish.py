@@ -43,8 +43,7 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--report-only", action="store_true", help="write report and figures again from results.json")
 
 
-def run_verify(args: argparse.Namespace) -> int:
-    """Check a run folder, compare it with a reference, and write the report."""
+def _run_verify(args: argparse.Namespace) -> int:
     from floodrepro.verification import battery, report, results
 
     run = RunFolder.open(args.run)
@@ -95,8 +94,7 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     add("--grid", nargs=2, metavar=pair, help="the grid's kg CO2e per kWh, and where it comes from")
 
 
-def run_export(args: argparse.Namespace) -> int:
-    """Write a safetensors + YAML pair that plain TerraTorch loads, and its model card."""
+def _run_export(args: argparse.Namespace) -> None:
     from floodrepro.publishing.card import factors_of, read_records, write_card
 
     factors = factors_of(args.pue, args.grid)
@@ -126,7 +124,6 @@ def run_export(args: argparse.Namespace) -> int:
             console.say("nothing was verified yet: floodrepro verify --run DIR, then export --card-only")
     lines = [f"{key:<8} {value or 'none: choose one with --licence ID'}" for key, value in found.items()]
     console.emit(found, "\n".join(lines), args.format)
-    return 0
 
 
 def _publish_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,8 +138,7 @@ def _publish_flags(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="publish although a required check is not met")
 
 
-def run_publish(args: argparse.Namespace) -> int:
-    """Upload an export to a repository on the hub: weights, YAML, card and results, in one commit."""
+def _run_publish(args: argparse.Namespace) -> None:
     from floodrepro.publishing.upload import make_plan, upload
 
     plan = make_plan(args.export, args.repo, branch=args.branch, private=args.private)
@@ -153,4 +149,3 @@ def run_publish(args: argparse.Namespace) -> int:
         with console.stdout_to_stderr():
             plan["commit"] = upload(plan)
     console.emit(plan, to_yaml(plan), args.format)
-    return 0

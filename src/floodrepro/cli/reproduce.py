@@ -42,13 +42,10 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="first", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
     add("--until", dest="last", choices=STAGES, metavar="STAGE", help="the last stage to run")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    parser.epilog = """\
-Any key of the recipe can be overridden as in fit. A finished stage is skipped while its command, floodrepro's version
-and its outputs stay the same. The exit code is that of the first stage that fails."""
+    parser.epilog = "Overrides as in fit. A stage is skipped while its command, version and outputs stay the same.\n"
 
 
-def run_reproduce(args: argparse.Namespace) -> int:
-    """Every stage from the download to the verdict, as a list of commands. Run the same command again to resume."""
+def _run_reproduce(args: argparse.Namespace) -> int:
     stages, run_dir, seeds = list_stages(args)
     wanted = STAGES[STAGES.index(args.first or STAGES[0]) : STAGES.index(args.last or STAGES[-1]) + 1]
     stages = [stage for stage in stages if stage[0].partition("-")[0] in wanted]
