@@ -231,9 +231,10 @@ def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Findi
     else:  # NVIDIA's release notes of CUDA: 13 needs driver 580, 12 needs 525
         why, fix = f"it may be too old for CUDA {answer['cuda']} (13 needs 580, 12 needs 525)", _torch_for("AMD")
     drivers = ", ".join(map(" ".join, machine.gpu_drivers(root).items())) or "of unknown version"
-    # No failure: a processor's own graphics may be of no use, and WSL always has /dev/dxg. fp16 fails without a GPU.
+    # AMD's may be a processor's own graphics, and WSL always has /dev/dxg: no failure. fp16 fails without a GPU anyway.
+    status = "fail" if (root / "dev/nvidiactl").exists() else "warn"
     detail = f"torch sees no GPU, but a driver for {vendor} is here ({drivers}): {why}"
-    return Finding("gpu", "warn", detail, f"{fix}  # or: --trainer.accelerator cpu")
+    return Finding("gpu", status, detail, f"{fix}  # or: --trainer.accelerator cpu")
 
 
 # Machine and data
