@@ -259,7 +259,7 @@ def test_what_cannot_be_done_is_refused_before_the_pass(cli, trained, tmp_path: 
         (("test", "--ckpt", lonely), 2, "--config YAML"),
         (("test", "--ckpt", two / "best.ckpt"), 2, "2 configs lie beside"),
         (("test", *ours, "--split", "holdout"), 2, "no split 'holdout'"),
-        (("test", "--config", "demo"), 2, "either --ckpt or --masks"),
+        (("test", "--config", "demo"), 2, "--masks is required"),
     ):
         outcome = cli(*argv)
         assert (outcome.code, says in outcome.err, "batches" in outcome.err) == (code, True, False), outcome.err

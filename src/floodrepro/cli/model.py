@@ -204,5 +204,5 @@ def _run_predict(args: argparse.Namespace) -> None:
 
 def _two_columns(metrics: Mapping[str, float | None]) -> str:
     """TerraTorch's main metrics, and what masks have besides."""
-    shown = {name: value for name, value in metrics.items() if name.rsplit("/", 1)[-1] in _MAIN_METRICS or " " in name}
-    return console.columns(list(shown.items()))
+    shown = [name for main in _MAIN_METRICS for name in metrics if name.rsplit("/", 1)[-1] == main]
+    return console.columns([[name, metrics[name]] for name in [*shown, *(name for name in metrics if " " in name)]])
