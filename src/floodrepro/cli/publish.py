@@ -7,7 +7,7 @@ from typing import Any
 from floodrepro import console
 from floodrepro.cli import shared
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.recipe import find, read_yaml, to_yaml
+from floodrepro.recipe import find, fingerprint, read_yaml, to_yaml
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, timestamp
 
 _VERIFY = """\
@@ -106,6 +106,8 @@ def _run_export(args: argparse.Namespace) -> None:
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
     recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
+    if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
+        raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")
     name = args.name or (run.path.resolve().name if run else checkpoint.stem)
     home = run if run and checkpoint.resolve() == run.best.resolve() else None
     found: dict[str, Any] = {}
