@@ -95,7 +95,6 @@ def make_table(
         "data": {"digests": {"test": DIGESTS["test"]}},
         "precision": "32-true",
         "device": "a CPU",
-        "speed": {"chips_per_second": {"median": 24.0, "p10": 20.0, "p90": 28.0, "n": 12}},
     }
     ids = [
         f"EMSR{9001 + event}_1_35TMF_x{413905 + 2560 * n}_y4537585"

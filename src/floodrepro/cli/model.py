@@ -145,7 +145,7 @@ def _run_test(args: argparse.Namespace) -> None:
     cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation.chip_table import read_table
     from floodrepro.evaluation.metrics import which_iou
-    from floodrepro.evaluation.test import tabulate_checkpoint
+    from floodrepro.evaluation.passes import tabulate_checkpoint
 
     if args.masks:
         result = _test_masks(args, cli.recipe)
@@ -157,7 +157,7 @@ def _run_test(args: argparse.Namespace) -> None:
         console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
     if result["tables"]:
         table = read_table(Path(next(iter(result["tables"].values()))))
-        label = table.class_names[table.positive]
+        label = table.metadata["class_names"][table.positive]
         result["which_iou"] = which_iou(table.counts, table.events, table.positive, label)
         rows = [[one["name"], one["iou"], one["n"], one["of"]] for one in result["which_iou"]]
         text += "\n\n" + console.columns([["which IoU is this?", "IoU", "n", ""], *rows])
@@ -168,20 +168,21 @@ def _test_masks(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     from floodrepro.evaluation.chip_table import write_table
     from floodrepro.evaluation.masks import tabulate_masks
     from floodrepro.evaluation.metrics import class_scores, scores
-    from floodrepro.evaluation.test import choose_split
+    from floodrepro.evaluation.passes import choose_split
 
-    chosen, name = choose_split(recipe, args.split), args.name or args.masks[0].resolve().stem
-    given = {"name": name, "split": chosen.name, "scale": args.probability, "values": args.values}
-    table = tabulate_masks(recipe, args.masks, chosen.events, **given)
-    path = (args.output or Path("evaluation")) / chosen.name / f"{name}.parquet"
+    split, events = next(iter(choose_split(recipe, args.split).items()))
+    name = args.name or args.masks[0].resolve().stem
+    given = {"name": name, "split": split, "scale": args.probability, "values": args.values}
+    table = tabulate_masks(recipe, args.masks, events, **given)
+    path = (args.output or Path("evaluation")) / split / f"{name}.parquet"
     write_table(table, path)
-    pooled, label = table.counts.sum(axis=0), table.class_names[table.positive]
+    pooled, label = table.counts.sum(axis=0), table.metadata["class_names"][table.positive]
     of_class = {f"{label} {key}": value for key, value in class_scores(pooled, table.positive).items() if key != "iou"}
     return {
         "name": name,
-        "chips": {chosen.name: len(table)},
+        "chips": {split: len(table)},
         "metrics": scores(pooled) | of_class,
-        "tables": {chosen.name: str(path)},
+        "tables": {split: str(path)},
         "pixels": {"counted": int(pooled.sum()), "unseen": int(table.unseen.sum())},
     }
 

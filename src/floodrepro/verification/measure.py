@@ -27,8 +27,7 @@ from floodrepro.data.chips import Chips
 from floodrepro.errors import CheckpointError, DataError, FloodreproError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.metrics import iou
-from floodrepro.evaluation.passes import chip_of, run_pass
-from floodrepro.evaluation.test import ChipCounts, table_path, tabulate_checkpoint
+from floodrepro.evaluation.passes import ChipCounts, chip_of, run_pass, table_path, tabulate_checkpoint
 from floodrepro.publishing.export import ExportedWeights, read_exported
 from floodrepro.run_folder import RunFolder, config_beside, sha256_of, write_atomically
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
@@ -215,7 +214,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
         raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
     positive = protocols.positive_class_of(cli.recipe)
-    shown, name = choose_chips_to_show(table, positive), table.class_names[positive]
+    shown, name = choose_chips_to_show(table, positive), table.metadata["class_names"][positive]
     chips, counts = [str(table.chips[row]) for row in shown.values()], table.counts[list(shown.values())]
     maps = _predict_chips(cli, checkpoint, chips)
     # The fewest that must have been predicted otherwise: a pixel leaves one count and enters another.
@@ -230,7 +229,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
         drawn.append({"title": f"{kind}: {chip}, {says}", **maps.seen[chip], **pictures})
     with rasterio.open(source.path(chips[0], protocols.LABEL_DIR), driver="GTiff") as mask:
         metres = float(abs(mask.transform.a))
-    (folder / "panels.png").write_bytes(panels_png(drawn, table.class_names, positive, metres))
+    (folder / "panels.png").write_bytes(panels_png(drawn, table.metadata["class_names"], positive, metres))
     caption = (
         "A row a chip: Sentinel-2 in true colour and Sentinel-1 VV before and at the event, the truth, the prediction, "
         f"and where they differ. Best, median and worst by {name} IoU among chips whose truth has at least "

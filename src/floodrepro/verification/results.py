@@ -216,7 +216,7 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
         "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with {name}",
         "iou_events": f"{name} IoU, mean over {floods['n']:,} events",
         "mIoU": "mIoU",
-        **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.class_names) if j != k},
+        **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.metadata["class_names"]) if j != k},
         "F1_Score": "F1, mean of classes",
         "Pixel_Accuracy": "pixel accuracy",
         "truth_share": f"share of {name} in the truth",

@@ -56,7 +56,7 @@ def convergence(evidence: Evidence) -> Check:
 
 @check
 def throughput(evidence: Evidence) -> Check:
-    """Chips per second in training and test; the report's facts have device, memory and hours."""
+    """Chips per second in training; the report's facts have device, memory and hours."""
     asked, record = CRITERIA["throughput"]["min_steps"], evidence.record
     rate = record.get("chips_per_second")
     if not rate:
@@ -67,9 +67,6 @@ def throughput(evidence: Evidence) -> Check:
         figure("timed steps", steps),
         figure("share of training spent waiting for data", record.get("share_waiting_for_data")),
     ]
-    speed = (evidence.table.metadata.get("speed") if evidence.table else None) or {}
-    if tested := speed.get("chips_per_second"):
-        values.append(figure("test", tested["median"], "chips/s", tested["p10"], tested["p90"]))
     few = f"{steps} steps were timed, {asked} are needed" if steps < asked else ""
     return judge(values, f"{values[0]['text']} in training, {device_of(record)}", few)
 

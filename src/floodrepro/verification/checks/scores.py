@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from floodrepro import recipe as recipes
-from floodrepro.errors import TableError
 from floodrepro.evaluation import intervals, metrics
-from floodrepro.evaluation.chip_table import ChipTable, on_common_chips, refuse_to_compare
+from floodrepro.evaluation.chip_table import ChipTable, refuse_to_compare
 from floodrepro.evaluation.metrics import Counts, iou, pool_by_event
 from floodrepro.verification import checks
 from floodrepro.verification.checks import CRITERIA, Check, Evidence, Unanswered, check, figure, judge
 
 _ROWS = 40  # events that one plot or table shows
-_BINS = 10  # of the reliability diagram
+_LIKELY = 0.1  # probability from which on the calibration is looked at by itself
 
 
 @check
@@ -110,7 +109,7 @@ def reference(evidence: Evidence) -> Check:
     there = f"{entry['chips']:,} chips of {entry['split']} ({entry['protocol']})"
     if here != there:
         raise Unanswered("skip", f"published on {there}, here: {here}")
-    scores, digits = _terratorch_scores(table), entry["decimals"]
+    scores, digits = metrics.scores(table.counts.sum(axis=0)), entry["decimals"]
     values = []
     for metric, printed in entry["figures"].items():
         low, high = (round(printed + sign * 0.5 * 10.0**-digits, digits + 1) for sign in (-1, 1))
@@ -166,29 +165,26 @@ def calibration(evidence: Evidence) -> Check:
     asked, k, class_name = CRITERIA["calibration"], evidence.positive, evidence.class_name
     table = evidence.usable_table()
     true, pixels = table.counts[:, k].sum(axis=1), table.counts.sum(axis=(1, 2))
-    called = table.counts[:, :, k].sum(axis=1)
-    if table.histogram is None or table.confidence is None:
+    called, mixed = table.counts[:, :, k].sum(axis=1), (true > 0) & (true < pixels)
+    if table.histogram is None or table.confidence is None or table.squared_error is None:
         raise Unanswered("skip", "the chip table holds classes, and no probabilities")
     if not true.any():
         raise Unanswered("skip", f"no chip has {class_name} in its truth")
-    diagram = metrics.reliability(table.histogram, table.confidence, _BINS)
-    likely = metrics.Reliability(diagram.edges[1:], diagram.pixels[1:], diagram.confidence[1:], diagram.frequency[1:])
-    mixed = (true > 0) & (true < pixels)
-    thresholds, swept = metrics.threshold_sweep(table.histogram)
-    best = int(np.lexsort((np.abs(thresholds - 0.5), -iou(swept, 1)))[0])  # of equal ones the nearest to 0.5
     least, most = asked["area_ratio"]
-    error = figure("expected calibration error", metrics.expected_calibration_error(diagram), at_most=asked["ece"])
+    whole, likely = (metrics.calibration_error(table.histogram, table.confidence, start) for start in (0, _LIKELY))
+    error = figure("expected calibration error", whole, at_most=asked["ece"])
     area = figure("predicted over true area", float(called.sum() / true.sum()), at_least=least, at_most=most)
     values = [error, area]
-    if diagram.pixels[0] and likely.pixels.any():  # else it is the same figure, or none
-        name, rest = f"the same where the probability is {diagram.edges[1]:g} or more", asked["ece_likely"]
-        values.insert(1, figure(name, metrics.expected_calibration_error(likely), at_most=rest))
+    if likely is not None:
+        name = f"the same where the probability is {_LIKELY:g} or more"
+        values.insert(1, figure(name, likely, at_most=asked["ece_likely"]))
     if mixed.any():
         name, share = "share of chips with both that are predicted as one class", asked["one_class_share"]
         one_class = ((called == 0) | (called == pixels))[mixed]
         values.append(figure(name, float(one_class.mean()), n_chips=len(one_class), at_most=share))
-    values.append(figure("Brier score", table.brier))
-    values.append(figure(f"best threshold of {class_name} on these chips", float(thresholds[best])))
+    values.append(figure("Brier score", float(table.squared_error.sum() / pixels.sum())))  # Brier 1950
+    best = metrics.best_threshold(table.histogram)
+    values.append(figure(f"best threshold of {class_name} on these chips", best))
     found = f"calibration error {error['text']}, predicted over true area {area['text']}"
     return judge(values, found)
 
@@ -199,7 +195,7 @@ def identities(evidence: Evidence) -> Check:
     tables = {"run": evidence.usable_table()} | ({"reference": evidence.reference} if evidence.reference else {})
     gaps = {}
     for name, table in tables.items():
-        found, metrics_there = _terratorch_scores(table), table.metadata.get("metrics") or {}
+        found, metrics_there = metrics.scores(table.counts.sum(axis=0)), table.metadata.get("metrics") or {}
         stored = {key.rsplit("/", 1)[-1]: value for key, value in metrics_there.items()}
         if both := found.keys() & stored.keys():
             gaps[name] = max(abs(float(stored[key]) - (found[key] or 0.0)) for key in both)
@@ -209,13 +205,6 @@ def identities(evidence: Evidence) -> Check:
     values += [figure(name, why, expected="readable") for name, why in damaged.items()]
     skip = "" if "run" in gaps else "the chip table holds none of TerraTorch's metrics"
     return judge(values, f"the same to {max(gaps.values(), default=0.0):.1g}", skip)
-
-
-def _terratorch_scores(table: ChipTable) -> dict[str, float | None]:
-    """TerraTorch's scores of the pooled counts by its names, and `Class_Accuracy_k`, the recall of class k."""
-    counts = table.counts.sum(axis=0)
-    recall = {f"Class_Accuracy_{k}": metrics.class_scores(counts, k)["recall"] for k in range(table.num_classes)}
-    return metrics.scores(counts) | recall
 
 
 def _pair(evidence: Evidence) -> tuple[list[str], Counts, Counts, int, list[str]]:
@@ -236,14 +225,19 @@ def _pair(evidence: Evidence) -> tuple[list[str], Counts, Counts, int, list[str]
 
 
 def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
-    """Both tables on the chips that both have seen in full, and how many chips were left out."""
-    try:
-        ours, theirs, left_out = on_common_chips(table, other)
-    except TableError as error:
-        raise Unanswered("skip", error.what) from error
+    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out.
+
+    A mask without data in part of a chip would otherwise be judged on easier pixels than a model that predicts all.
+    """
+    ours, theirs = table, other
+    if np.array_equal(table.chips, other.chips):
+        whole = table.chips[(table.unseen == 0) & (other.unseen == 0)]
+        if not len(whole):
+            raise Unanswered("skip", "there is no chip of which both have seen every pixel")
+        ours, theirs = table.subset(whole), other.subset(whole)
     if reason := refuse_to_compare(ours, theirs):
         raise Unanswered("fail", f"wrong reference: {reason}")
-    return ours, theirs, left_out
+    return ours, theirs, len(table) - len(ours)
 
 
 def _decide(result: intervals.Result, counted: str, more: str = "", **parts: Any) -> Check:
