@@ -34,8 +34,7 @@ def _run_configs(args: argparse.Namespace) -> None:
     if args.action == "show":
         print(recipes.find(args.name).read_text(encoding="utf-8"), end="")
         return
-    titles = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in recipes.shipped().items()}
-    rows = [[name, title.removeprefix("# ")] for name, title in titles.items()]
+    rows = [[name, file.read_text(encoding="utf-8").partition("\n")[0][2:]] for name, file in recipes.shipped().items()]
     console.emit(dict(rows), console.columns(rows, right_from=2), args.format)
 
 

@@ -24,8 +24,7 @@ docs/mapping.md describes scenes and maps. If it is interrupted, run the same co
 
 def _map_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
-    days = hectares = shared.between(0, 1e5)
-    share = shared.between(0, 1)
+    amount, share = shared.between(0, 1e5), shared.between(0, 1)
     weights, add = parser.add_mutually_exclusive_group(), parser.add_argument
     shared.add_checkpoint(weights)
     weights.add_argument("--export", type=Path, metavar="DIR", help="folder of an exported pair")
@@ -35,11 +34,11 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=recipes.PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
-    add("--max-gap", type=days, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
     add("--min-seen", type=share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
     add("--threshold", type=share, metavar="P", help="probability of the positive class (default: argmax)")
     add("--permanent", type=shared.existing_file, metavar="FILE", help="raster or polygons of permanent water")
-    add("--min-hectares", type=hectares, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
+    add("--min-hectares", type=amount, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
     add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
     check = actions.add_parser("check", help="compare a map with a truth")
@@ -55,8 +54,8 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
     add("--stac", default="https://planetarycomputer.microsoft.com/api/stac/v1", metavar="URL", help="a STAC API")
     add("--output", type=shared.new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
-    add("--max-days", type=days, default=12, metavar="N", help="that an event pass may come late (default: 12)")
-    add("--max-gap", type=days, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--max-days", type=amount, default=12, metavar="N", help="that an event pass may come late (default: 12)")
+    add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
     add("--min-coverage", type=share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
 
 

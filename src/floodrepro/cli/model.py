@@ -143,12 +143,22 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run_test(args: argparse.Namespace) -> None:
     cli = parse(*read_recipe(args)[:2])
-    from floodrepro.evaluation.chip_table import read_table
-    from floodrepro.evaluation.metrics import which_iou
-    from floodrepro.evaluation.passes import tabulate_checkpoint
+    from floodrepro.evaluation import chip_table, metrics
+    from floodrepro.evaluation.masks import tabulate_masks
+    from floodrepro.evaluation.passes import choose_split, tabulate_checkpoint
 
+    result: dict[str, Any]
     if args.masks:
-        result = _test_masks(args, cli.recipe)
+        split, events = next(iter(choose_split(cli.recipe, args.split).items()))
+        name = args.name or args.masks[0].resolve().stem
+        given = {"name": name, "split": split, "scale": args.probability, "values": args.values}
+        table = tabulate_masks(cli.recipe, args.masks, events, **given)
+        path = (args.output or Path("evaluation")) / split / f"{name}.parquet"
+        chip_table.write_table(table, path)
+        pooled = table.counts.sum(axis=0)
+        result = {"name": name, "chips": {split: len(table)}, "tables": {split: str(path)}}
+        result["metrics"] = metrics.scores(pooled)
+        result["pixels"] = {"counted": int(pooled.sum()), "unseen": int(table.unseen.sum())}
     else:
         options = {"split": args.split, "folder": args.output, "baselines": not args.no_baselines}
         result = tabulate_checkpoint(cli, args.ckpt, **options)
@@ -156,35 +166,12 @@ def _run_test(args: argparse.Namespace) -> None:
     for split, path in result["tables"].items():
         console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
     if result["tables"]:
-        table = read_table(Path(next(iter(result["tables"].values()))))
+        table = chip_table.read_table(Path(next(iter(result["tables"].values()))))
         label = table.metadata["class_names"][table.positive]
-        result["which_iou"] = which_iou(table.counts, table.events, table.positive, label)
+        result["which_iou"] = metrics.which_iou(table.counts, table.events, table.positive, label)
         rows = [[one["name"], one["iou"], one["n"], one["of"]] for one in result["which_iou"]]
         text += "\n\n" + console.columns([["which IoU is this?", "IoU", "n", ""], *rows])
     console.emit(result, text, args.format)
-
-
-def _test_masks(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
-    from floodrepro.evaluation.chip_table import write_table
-    from floodrepro.evaluation.masks import tabulate_masks
-    from floodrepro.evaluation.metrics import class_scores, scores
-    from floodrepro.evaluation.passes import choose_split
-
-    split, events = next(iter(choose_split(recipe, args.split).items()))
-    name = args.name or args.masks[0].resolve().stem
-    given = {"name": name, "split": split, "scale": args.probability, "values": args.values}
-    table = tabulate_masks(recipe, args.masks, events, **given)
-    path = (args.output or Path("evaluation")) / split / f"{name}.parquet"
-    write_table(table, path)
-    pooled, label = table.counts.sum(axis=0), table.metadata["class_names"][table.positive]
-    of_class = {f"{label} {key}": value for key, value in class_scores(pooled, table.positive).items() if key != "iou"}
-    return {
-        "name": name,
-        "chips": {split: len(table)},
-        "metrics": scores(pooled) | of_class,
-        "tables": {split: str(path)},
-        "pixels": {"counted": int(pooled.sum()), "unseen": int(table.unseen.sum())},
-    }
 
 
 def _predict_flags(parser: argparse.ArgumentParser) -> None:
@@ -204,6 +191,6 @@ def _run_predict(args: argparse.Namespace) -> None:
 
 
 def _two_columns(metrics: Mapping[str, float | None]) -> str:
-    """TerraTorch's main metrics, and what masks have besides."""
+    """TerraTorch's main metrics."""
     shown = [name for main in _MAIN_METRICS for name in metrics if name.rsplit("/", 1)[-1] == main]
-    return console.columns([[name, metrics[name]] for name in [*shown, *(name for name in metrics if " " in name)]])
+    return console.columns([[name, metrics[name]] for name in shown])

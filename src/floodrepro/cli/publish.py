@@ -20,7 +20,6 @@ _EXPORT = """\
 The card (README.md) is made of run.json and, once the run was verified, of verification/results.json. It is yours from
 then on: --card-only writes a new one beside the pair and sets the old one aside.
 
-  floodrepro verify --run runs/first
   floodrepro export --run runs/first --card-only --licence apache-2.0
 """
 _PUBLISH = """\

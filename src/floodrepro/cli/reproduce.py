@@ -46,7 +46,7 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_reproduce(args: argparse.Namespace) -> int:
-    stages, run_dir, seeds = list_stages(args)
+    stages, run_dir, seeds = _stages_of(args)
     wanted = STAGES[STAGES.index(args.first or STAGES[0]) : STAGES.index(args.last or STAGES[-1]) + 1]
     stages = [stage for stage in stages if stage[0].partition("-")[0] in wanted]
     if args.dry_run:
@@ -69,11 +69,8 @@ def _run_reproduce(args: argparse.Namespace) -> int:
     return 0
 
 
-def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
-    """The commands of a reproduction, the folder of its runs, and its seeds.
-
-    The demo's are the same at toy size: generated chips in place of the download, a shorter run in place of IBM's.
-    """
+def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
+    """All stages, the folder of the runs, and their seeds. The demo has its own chips, and a run in place of IBM's."""
     config = args.config or ("demo" if args.demo else str(PROTOCOLS[args.protocol].recipe))
     source = recipes.find(config)
     recipe = recipes.read_yaml(source)
