@@ -20,7 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str,
     command = [ROOT / "scripts" / "reproduce.sh", "--demo", "--run-dir", folder, "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout[done.stdout.index('{\n  "verdict"') :])
+    report = json.loads(done.stdout[done.stdout.index('{\n  "where"') :])
     return RunFolder(folder / "runs" / "seed-42"), report["where"], done.stderr
 
 

@@ -8,7 +8,7 @@ import rasterio
 import torch
 import yaml
 
-from floodrepro.cli.shared import parse
+from floodrepro.cli.model import parse
 from floodrepro.data.synth import write_scene
 from floodrepro.evaluation import chip_table
 from floodrepro.mapping.reader import Reader
@@ -216,7 +216,7 @@ def test_a_network_that_predicts_nan_maps_nothing(cli, random_weights, tmp_path)
 def test_flags_that_cannot_be_carried_out_are_bad_usage(cli, random_weights, mapped):
     scene = mapped.parent / "scene" / "scene.yaml"
     assert cli("map", "--ckpt", random_weights).code == 2
-    assert cli("map", "--scene", scene, "--output", "x").code == 1
+    assert cli("map", "--scene", scene, "--output", "x").code == 2
     flags = ("--scene", scene, "--output", "x", "--crop", 33, "--max-gap", 9)
     assert cli("map", "--ckpt", random_weights, *flags).code == 2
     outcome = cli("map", "--ckpt", random_weights, *flags[:4], "--permanent", "none.tif")

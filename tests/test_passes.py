@@ -210,12 +210,8 @@ def test_what_cannot_be_done_is_refused_before_the_pass(cli, trained, tmp_path: 
         (("test", *ours, "--output", tmp_path / "mine.txt"), 1, "cannot be written"),
         (("test", "--ckpt", lonely), 2, "--config YAML"),
         (("test", *ours, "--split", "holdout"), 2, "no split 'holdout'"),
-        (
-            ("test", *ours, backbone, "terramind_v1_small"),
-            1,
-            "the config says 'terramind_v1_small'",
-        ),
-        (("test", "--config", "demo"), 2, "either --ckpt or --masks"),
+        (("test", *ours, backbone, "terramind_v1_small"), 1, "the config says 'terramind_v1_small'"),
+        (("test", "--config", "demo"), 2, "--masks is required"),
     ):
         outcome = cli(*argv)
         assert (outcome.code, says in outcome.err, "batches" in outcome.err) == (code, True, False), outcome.err

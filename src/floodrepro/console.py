@@ -32,11 +32,12 @@ def emit(data: Mapping[str, Any], text: str, output_format: str) -> None:
         print(json.dumps(data, indent=2) if output_format == "json" else text, flush=True)
 
 
-def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
-    """Lay rows out in columns; those from *right_from* on are figures and stand to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def columns(rows: Sequence[Sequence[object]], *, right_from: int = 1) -> str:
+    """Lay rows out in columns; those from *right_from* on are figures and stand to the right, None as "-"."""
+    texts = [[f"{c:.6f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
-    for row in rows:
+    for row in texts:
         sized = enumerate(zip(row, widths, strict=True))
         cells = [f"{cell:{'<' if i < right_from else '>'}{width}}" for i, (cell, width) in sized]
         lines.append("  ".join(cells).rstrip())
