@@ -50,11 +50,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     audit = add(_audit, "read every chip once and list what is wrong", "folder of chips and split/")
     audit.add_argument("--protocol", choices=known, help="default: the recipe's")
     audit.add_argument("--config", metavar="YAML", help="the recipe that says which classes there are")
-    audit.add_argument("--split", type=_listed(), metavar="NAMES", help="split files, as val,test (default: all)")
+    audit.add_argument("--split", type=_listed(), metavar="NAMES", help="as val,test_holdout (default: train,val,test)")
     audit.add_argument("--limit", type=int, metavar="N", help="chips of each split, at most")
     audit.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split")
     audit.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core, up to 16)")
-    audit.add_argument("--strict", action="store_true", help="an event in two splits is an error")
     stats = add(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     stats.add_argument("--split", default="train", metavar="NAME", help="of which split (default: train)")
     stats.add_argument("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
@@ -121,7 +120,7 @@ def _audit(args: argparse.Namespace) -> None:
     recipe = recipes.read_yaml(recipes.find(args.config)) if args.config else {}
     rules = protocol_of(recipe) if args.protocol in (None, "custom") else PROTOCOLS[args.protocol]
     chosen = {"splits": args.split, "limit": args.limit, "fraction": args.fraction}
-    manifest = audit(args.root, rules, jobs=args.jobs, strict=args.strict, **chosen)
+    manifest = audit(args.root, rules, jobs=args.jobs, **chosen)
     rows = [["split", "chips", "events"]]
     rows += [[split, f"{c['chips']:,}", f"{c['events']:,}"] for split, c in manifest["splits"].items()]
     lines = [f"{f['severity']}: {f['check']} ({f['count']}): {f['message']}" for f in manifest["findings"]]

@@ -129,9 +129,9 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path)
     """What flags, recipe and an export's weights ask for."""
     from safetensors import safe_open
 
-    from floodrepro.data.protocols import class_names_of, positive_class_of
+    from floodrepro.data.protocols import protocol_of
 
-    names, positive = class_names_of(recipe), positive_class_of(recipe)
+    names, positive = list(protocol_of(recipe).class_names), protocol_of(recipe).positive_class
     if checkpoint.suffix == ".safetensors":  # the YAML of an export has impactmesh's data module: it names no classes
         with safe_open(str(checkpoint), framework="np") as file:
             said = file.metadata() or {}

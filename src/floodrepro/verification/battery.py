@@ -7,7 +7,7 @@ from typing import Any
 
 from floodrepro import recipe as recipes
 from floodrepro.data.audit import MANIFEST
-from floodrepro.data.protocols import class_names_of, data_arguments, positive_class_of
+from floodrepro.data.protocols import data_arguments, protocol_of
 from floodrepro.errors import TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
@@ -92,7 +92,7 @@ def gather(
         absent[MEASURED], kept = ("skip", "it was measured on other weights, and not on these"), {}
     root = data_root or data_arguments(recipe).get("data_root")
     manifests = [Path(root) / MANIFEST, Path(root).parent / MANIFEST] if root else []
-    positive, names = positive_class_of(recipe), class_names_of(recipe)
+    positive, names = protocol_of(recipe).positive_class, protocol_of(recipe).class_names
     return Evidence(
         run=home,
         record=_json(home.record, "record", absent),
