@@ -115,7 +115,7 @@ def generate(
     try:
         hidden.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(hidden / "lock", timeout=0), console.progress("chips") as progress, ExitStack() as stack:
-            stack.callback(shutil.rmtree, hidden)
+            stack.callback(shutil.rmtree, hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock is
             shutil.rmtree(made, ignore_errors=True)
             for event, split in enumerate(np.repeat(SPLITS, list(counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
