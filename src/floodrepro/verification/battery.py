@@ -8,7 +8,7 @@ from typing import Any
 
 from floodrepro import recipe as recipes
 from floodrepro.data.audit import MANIFEST
-from floodrepro.data.protocols import class_names_of, data_arguments, positive_class_of
+from floodrepro.data.protocols import data_arguments, protocol_of
 from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
@@ -101,7 +101,7 @@ def gather(
         one = RunFolder(declaration.parent / f"seed-{seed}")
         status = (_read(one.record, "", {}) or {}).get("status", "not started")
         runs.append(SeedRun(seed, str(status), _own_table(one, split, {})[0], one.path.name))
-    positive, names = positive_class_of(recipe), class_names_of(recipe)
+    positive, names = protocol_of(recipe).positive_class, protocol_of(recipe).class_names
     return Evidence(
         run=home,
         record=_read(home.record, "record", absent) or {},

@@ -192,7 +192,7 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
     table = chip_table.read_table(table_file)
     if (table.metadata.get("checkpoint") or {}).get("sha256") != sha256_of(checkpoint):
         raise TableError("the chip table was made from another checkpoint", where=table_file, fix="test it again")
-    positive = protocols.positive_class_of(cli.recipe)
+    positive = protocols.protocol_of(cli.recipe).positive_class
     shown, name = choose_chips_to_show(table, positive), table.metadata["class_names"][positive]
     chips, counts = [str(table.chips[row]) for row in shown.values()], table.counts[list(shown.values())]
     maps = _Maps(checkpoint)
