@@ -51,9 +51,7 @@ _HEADER = "ENVI\nsamples = {0.width}\nlines = {0.height}\nbands = {1}\ndata type
 _HEADER += "map info = {{UTM, 1, 1, {0.transform.c}, {0.transform.f}, {0.transform.a}, {0.transform.a}, {2}, WGS-84}}\n"
 _RESAMPLING = {"class": "MODE", "probability": "AVERAGE", "quality": "NEAREST"}  # of overviews
 _PICTURE = 1024  # pixels of the picture's longer side, at most
-_CHUNK = (
-    256  # rows that are held at once where a whole raster is read, and edge of a tile that is compared with a truth
-)
+_CHUNK = 256  # rows that are held at once where a whole raster is read; edge of a tile that is compared with a truth
 _DISK_ERRORS = (OSError, RasterioError, CPLE_BaseError, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError)
 Predict = Callable[[int], Iterable[tuple[int, Array]]]
 

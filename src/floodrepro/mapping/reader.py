@@ -124,8 +124,8 @@ class Reader:
     def __init__(self, scene: scenes.Scene, steps: dict[str, list[int]], crop: int) -> None:
         self.steps, self._scene, self._crop = steps, scene, crop
         row_bytes = self._scene.width * (2 * sum(len(steps[m]) * len(BANDS[m]) for m in steps) + 1)
-        rows = (_BUDGET / row_bytes - crop) / 3  # a tile's first and last block reach beyond it, and one is ahead
-        self.block = int(np.clip(rows // 64 * 64, 64, 512))
+        rows = (_BUDGET / row_bytes - crop) / 2  # beyond a tile's own: its last block is not used up, and one is ahead
+        self.block = int(2 ** np.clip(np.log2(max(rows, 1)) // 1, 6, 9))
         self._blocks: dict[int, tuple[dict[str, Array], list[Future[None]]]] = {}
         self._pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _THREADS))
 
