@@ -110,15 +110,12 @@ def test_a_scene_that_nobody_understands_is_bad_usage(scene, change, said):
         read_scene(scene)
 
 
-def test_a_raster_that_is_missing_cut_short_or_lies_nowhere_is_named_by_its_path(scene):
+def test_a_raster_that_is_cut_short_or_lies_nowhere_is_named_by_its_path(scene):
     file = scene.parent / "s2_before.tif"
     file.write_bytes(file.read_bytes()[:-9000])
-    with pytest.raises(DataError) as cut_short:
+    with pytest.raises(DataError, match="cannot be read") as cut_short:
         list_problems(read_scene(scene), 5)
-    file.unlink()
-    with pytest.raises(DataError, match="cannot be read") as missing:
-        list_problems(read_scene(scene), 5)
-    assert cut_short.value.where == missing.value.where == str(file)
+    assert cut_short.value.where == str(file)
     save(scene.parent / "s1_event.tif", np.zeros((2, 9, 9), np.float32), crs=None)
     with pytest.raises(DataError, match="CRS") as nowhere:
         read_scene(scene)

@@ -64,10 +64,6 @@ def days_of(scene, sensor):
     return [days and round(days) for days in (scene[sensor][step].get("days") for step in STEPS)]
 
 
-def ids(step):
-    return [file["item"] for file in step["files"]]
-
-
 NORMAL = [*radar_series(), *optical_series(), terrain(12, 47), terrain(12, 48)]
 
 
@@ -159,7 +155,7 @@ def test_slices_and_tiles_of_one_pass_are_one_step(ask):
     tiles += [optical(at(d, 10.104), EAST, tile="33UUP", cloud=4) for d in OPTICAL_DAYS]
     scene, _, _ = ask([*slices, *tiles])
     radars, opticals = scene["S1RTC"]["event"], scene["S2L2A"]["event"]
-    assert days_of(scene, "S1RTC") == [-46, -10, 2, 14] and len(ids(radars)) == 2
+    assert days_of(scene, "S1RTC") == [-46, -10, 2, 14] and len(radars["files"]) == 2
     assert [f["tile"] for f in opticals["files"]] == ["33UUP", "32UQU"]  # the clearer one first
     assert radars["coverage"] == opticals["coverage"] == 1 and opticals["cloud"] == pytest.approx(12, abs=0.2)
 

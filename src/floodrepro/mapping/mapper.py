@@ -247,18 +247,7 @@ def _write_polygons(layers: DatasetReader, path: Path, name: str, min_hectares: 
     patches = rasterio.features.shapes(band, mask=band, connectivity=4, transform=layers.transform)
     found = (shape(geometry) for geometry, _ in patches)
     polygons = np.array([polygon for polygon in found if polygon.area >= min_hectares * 10_000], object)
-    path.unlink(missing_ok=True)
-    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": "1970-01-01T00:00:00.000Z"})  # same map, same bytes
-    columns = {"class": np.full(len(polygons), name, object), "area_km2": shapely.area(polygons) / 1e6}
-    columns["mean_probability"] = _mean_probability(layers, polygons)
-    how = {"layer": "water", "geometry_type": "Polygon", "driver": "GPKG", "crs": layers.crs.to_string()}
-    pyogrio.raw.write(path, shapely.to_wkb(polygons), list(columns.values()), list(columns), **how)
-    return len(polygons)
-
-
-def _mean_probability(layers: DatasetReader, polygons: Array) -> Array:
-    """The mean probability of the positive class in each polygon, 0 to 1."""
-    sums, tree = np.zeros((2, len(polygons) + 1)), shapely.STRtree(polygons)
+    sums, tree = np.zeros((2, len(polygons) + 1)), shapely.STRtree(polygons)  # of probabilities and of pixels
     for window in _chunks(layers):
         here = np.sort(tree.query(shapely.box(*layers.window_bounds(window))))
         if len(here):
@@ -266,7 +255,13 @@ def _mean_probability(layers: DatasetReader, polygons: Array) -> Array:
             place = {"out_shape": part.shape, "transform": layers.window_transform(window), "dtype": "int32"}
             owner = rasterio.features.rasterize(pairs, **place).ravel()
             sums += [np.bincount(owner, weights, sums.shape[1]) for weights in (part.ravel(), None)]
-    return np.asarray(sums[0, 1:] / sums[1, 1:] / PROBABILITY_STEPS)
+    columns = {"class": np.full(len(polygons), name, object), "area_km2": shapely.area(polygons) / 1e6}
+    columns["mean_probability"] = sums[0, 1:] / sums[1, 1:] / PROBABILITY_STEPS
+    path.unlink(missing_ok=True)
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": "1970-01-01T00:00:00.000Z"})  # same map, same bytes
+    how = {"layer": "water", "geometry_type": "Polygon", "driver": "GPKG", "crs": layers.crs.to_string()}
+    pyogrio.raw.write(path, shapely.to_wkb(polygons), list(columns.values()), list(columns), **how)
+    return len(polygons)
 
 
 def _write_quicklook(layers: DatasetReader, path: Path, titles: tuple[str, str, str]) -> None:

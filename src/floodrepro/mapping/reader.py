@@ -85,19 +85,15 @@ def read_source(a: Acquisition, bands: Bands, names: Sequence[str], grid: Grid, 
 def _chip_values(values: Array, a: Acquisition, offset: float | None) -> Array:
     """Values as a chip of the data set holds them; where a band is missing all are. *values* is used up."""
     missing = np.isnan(values).any(axis=0)
-    if a.sensor == "S1RTC":
-        if a.said["unit"] == "power":
-            missing |= (values <= 0).any(axis=0)
-            np.log10(values, out=values, where=~missing)
-            values *= 10
-        values[:, missing] = np.nan
-        return values.astype(np.float16)
-    values[:, missing] = 0
-    values += offset or 0
-    np.clip(np.rint(values, out=values), NO_DATA + 1, np.iinfo(np.int16).max, out=values)
-    whole = values.astype(np.int16)
-    whole[:, missing] = NO_DATA
-    return whole
+    if a.sensor != "S1RTC":
+        values += offset or 0
+        np.clip(np.rint(values, out=values), NO_DATA + 1, np.iinfo(np.int16).max, out=values)
+    elif a.said["unit"] == "power":
+        missing |= (values <= 0).any(axis=0)
+        np.log10(values, out=values, where=~missing)
+        values *= 10
+    values[:, missing] = np.nan if a.sensor == "S1RTC" else NO_DATA
+    return values.astype(np.float16 if a.sensor == "S1RTC" else np.int16)
 
 
 def _is_missing(values: Array) -> Array:
@@ -126,14 +122,15 @@ class Reader:
         row_bytes = self._scene.width * (2 * sum(len(steps[m]) * len(BANDS[m]) for m in steps) + 1)
         rows = (_BUDGET / row_bytes - crop) / 2  # beyond a tile's own: its last block is not used up, and one is ahead
         self.block = int(2 ** np.clip(np.log2(max(rows, 1)) // 1, 6, 9))
-        self._blocks: dict[int, tuple[dict[str, Array], list[Future[None]]]] = {}
+        self._blocks: dict[int, tuple[dict[str, Array], list[Future[None]]]] = {}  # by their row of blocks
+        self._held: list[tuple[dict[str, Array], slice]] = []  # blocks, and which of their rows a tile has
         self._pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _THREADS))
 
     def hold(self, row: int) -> None:
         """Have a row of tiles in memory, and forget what lies above it."""
         height = min(self._crop, self._scene.height - row)
         first, last = row // self.block, (row + height - 1) // self.block
-        self._blocks = {index: block for index, block in self._blocks.items() if index >= first}
+        self._held, self._blocks = [], {index: block for index, block in self._blocks.items() if index >= first}
         for index in range(first, min(last + 1, (self._scene.height - 1) // self.block) + 1):
             if index not in self._blocks:
                 self._blocks[index] = self._begin(index)

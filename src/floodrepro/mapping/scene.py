@@ -32,6 +32,7 @@ SCL = "SCL"  # Sen2Cor's scene classification, optional
 BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
 LAYERS = BANDS | {"S2L2A": (*S2_BANDS, SCL)}  # what files may have
 PIXEL = 10  # metres
+_GDAL = {"GDAL_CACHEMAX": 128, "GDAL_HTTP_MAX_RETRY": 5, "GDAL_HTTP_RETRY_DELAY": 1, "VSI_CACHE": True}
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
 # What may stand in a scene.yaml; the last line has notes for its reader.
 _NAMES = {"area", "file", "box", *STEPS, *LAYERS, *(name for names in LAYERS.values() for name in names)}
@@ -88,10 +89,7 @@ def opened(place: str) -> Iterator[DatasetReader]:
 
         link = planetary_computer.sign_url(place)
     try:
-        with (
-            rasterio.Env(GDAL_CACHEMAX=128, GDAL_HTTP_MAX_RETRY=5, GDAL_HTTP_RETRY_DELAY=1, VSI_CACHE=True),
-            rasterio.open(link) as raster,
-        ):
+        with rasterio.Env(**_GDAL), rasterio.open(link) as raster:
             yield raster
     except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
         problem = str(error).replace(link, place)[:200]
