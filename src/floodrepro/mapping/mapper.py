@@ -95,13 +95,10 @@ def map_scene(
 ) -> dict[str, Any]:
     """Map a scene into a folder; killed at any moment, the same call ends with the same bytes.
 
-    Args:
-        network: Turns chip values into probabilities.
-        scene: What is read.
-        plan: In JSON types: names of the classes, the indices positive and permanent (or None), permanent_file
-            (absolute path or None), threshold (None for the most probable class), crop, stride and min_hectares.
-        output: Folder for the map; `RunFolderError` where it holds something else, is in use or cannot be written.
-        record: What map.json says of weights, recipe, problems and versions. Its whole content is returned.
+    *plan* has the names of the classes, the indices positive and permanent (or None), permanent_file (absolute path or
+    None), threshold (None for the most probable class), crop, stride and min_hectares; *record* is what map.json says
+    of weights, recipe, problems and versions. The whole content of map.json is returned. Raises `RunFolderError` where
+    the folder holds something else, is in use or cannot be written.
     """
     identity, work = _identity(scene, plan, record), output / _WORK
     if not (output / _RECORD).is_file():
@@ -129,8 +126,8 @@ def map_scene(
 def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
     """A hash of all that a map depends on; of files, paths and dates."""
     places = {place for a in scene.acquisitions.values() for bands, _ in a.sources for place, _ in bands.values()}
-    files = sorted(filter(None, [*places, plan["permanent_file"]]))
-    dates = [(place, Path(place).is_file() and Path(place).stat().st_mtime_ns) for place in files]
+    files = [Path(place) for place in sorted(places | {plan["permanent_file"]} - {None})]
+    dates = [(str(file), file.is_file() and file.stat().st_mtime_ns) for file in files]
     area = shapely.to_wkb(scene.polygons, hex=True).tolist()
     return hashlib.sha256(repr([record, plan, scene.content, area, scene.transform, dates]).encode()).hexdigest()
 

@@ -67,7 +67,7 @@ class Network:
             return 1
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        shapes = {m: (len(steps), len(BANDS[m]), crop, crop) for m, steps in self.steps.items()}
-        self.probabilities({modality: [np.zeros(shape, np.int16)] for modality, shape in shapes.items()})
+        chips = {m: [np.zeros((len(steps), len(BANDS[m]), crop, crop), np.int16)] for m, steps in self.steps.items()}
+        self.probabilities(chips)
         each = torch.cuda.max_memory_allocated(self.device) - before
         return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), 64))

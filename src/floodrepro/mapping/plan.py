@@ -77,11 +77,8 @@ def make_scene(
     """What scene.yaml says of event, sensors and terrain.
 
     *limits* are max_days that an event pass may come late, max_gap days between the two where there is a choice, and
-    min_coverage, the least share of the area that a pass sees.
-
-    Raises:
-        NoPassYet: A sensor has not passed since the event.
-        FloodreproError: It passed too late, sees too little, or has no history.
+    min_coverage, the least share of the area that a pass sees. Raises `NoPassYet` where a sensor has not passed since
+    the event, and `FloodreproError` where it passed too late, sees too little, or has no history.
     """
     scene: dict[str, Any] = {"event": f"{event:%Y-%m-%dT%H:%MZ}"}
     aim, near = 0.0, limits["max_days"]  # the radar pass that comes first, and the optical one nearest to it

@@ -111,10 +111,7 @@ def is_seen(bits: Array) -> Array:
 class Reader:
     """The blocks of a scene below a window of *crop* rows that moves down; the next row of blocks is read ahead.
 
-    Timesteps by modality are in the model's order.
-
-    Attributes:
-        bits: Quality bits of the rows that are held, (their number, width of the grid).
+    Timesteps by modality are in the model's order. `bits` are the quality bits of the rows that are held, (H, W).
     """
 
     def __init__(self, scene: scenes.Scene, steps: dict[str, list[int]], crop: int) -> None:
@@ -189,10 +186,9 @@ class Reader:
 
 
 def water_of(path: Path, grid: Grid, value: int | None = None) -> Callable[[Window], Array]:
-    """A function that finds water that someone else has mapped in a window of a grid, (height, width).
+    """A function that finds water that someone else has mapped in a window of a grid, (H, W).
 
-    It returns 1 for water, 0 for none and `IGNORE_INDEX` where a raster has no data or negative values. *value* is what
-    water is in a raster, None for all but 0.
+    It gives 1 for water (*value*, or all but 0), 0 for none, `IGNORE_INDEX` where a raster has no data or is negative.
     """
     is_vector = path.suffix.lower() in (".geojson", ".json", ".gpkg", ".shp", ".fgb")
     polygons = scenes.read_polygons(path, grid.crs) if is_vector else None
