@@ -1,6 +1,7 @@
 """Generated chips and one trained run, made once and shared by the tests that only read them."""
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -85,6 +86,7 @@ def pytest_collection_finish() -> None:
     """Take back what importing TerraTorch, as some files do, allows: float32 products in bf16 where the CPU has it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_float32_matmul_precision("highest")
+    gc.freeze()  # what is imported by now stays: the collector need not go through it again and again
 
 
 def call(*argv: object) -> Outcome:

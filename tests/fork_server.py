@@ -1,5 +1,6 @@
 """What the fork server of processes.py imports before it forks: TerraTorch, as floodrepro imports it, and watched."""
 
+import gc
 import logging
 import os
 import socket
@@ -24,4 +25,8 @@ import floodrepro.training.fit  # noqa: E402, F401
 
 time.sleep(1)  # checks of versions run in a thread
 FOUND = {"unchanged": _before == _settings(), "asked": [*_asked]}  # whether the process was left alone, and the hosts
-import terratorch_runs  # noqa: E402, F401  # its small network
+import torch.utils.tensorboard  # noqa: E402  # the recipes' logger imports it later
+
+import terratorch_runs  # noqa: E402, F401  # registers a network
+
+gc.freeze()  # children copy no page because a collector went over it
