@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import torch
 import yaml
+from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
+from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
 from conftest import SMALL
 from floodrepro import recipe as recipes
 from processes import Command
+
+
+@TERRATORCH_BACKBONE_REGISTRY.register
+def thin_terramind(**kwargs: Any) -> torch.nn.Module:
+    """A TerraMind with all layers of the tiny one, a quarter as wide."""
+    return TerraMindViT(dim=48, num_heads=3, **kwargs)
 
 
 def terratorch_fit(recipe: dict[str, Any], folder: Path, *overrides: object, strikes: Sequence[Any] = ()) -> Command:
@@ -116,7 +125,6 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def different(one: Path, other: Path) -> tuple[list[str], int]:
     """Paths of the leaves that differ between two checkpoints, and the number of leaves; the folders' names are one."""
-    import torch
 
     def state_of(path: Path) -> dict[str, Any]:
         folder, state = str(path.parents[1]), leaves(torch.load(path, map_location="cpu", weights_only=True))

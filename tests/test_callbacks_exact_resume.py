@@ -190,7 +190,7 @@ STRIKES = {
 }
 
 
-@pytest.mark.parametrize("kind", STRIKES)
+@pytest.mark.parametrize("kind", [pytest.param("demo", marks=pytest.mark.slow), "generic"])
 def test_plain_terratorch_with_two_workers_goes_on_to_the_same_bits(kind, chips: Path, tmp_path: Path):
     made = demo(chips, num_workers=2) if kind == "demo" else generic(tmp_path, num_workers=2)
     recipe, straight, broken = with_callbacks(made), tmp_path / "straight", tmp_path / "broken"

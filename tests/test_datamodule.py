@@ -293,6 +293,7 @@ def test_workers_ignore_signals_to_the_process_group(chips):
     assert len(list(loader)) == 2
 
 
+@pytest.mark.slow
 def test_process_that_fails_with_workers_ends(chips, tmp_path):
     """multiprocessing sends SIGTERM to workers at exit, which they ignore, and waits for them."""
     script = tmp_path / "fails.py"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from conftest import SMALL
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.run_folder import RunFolder
 from processes import Command
@@ -60,7 +61,7 @@ def _train(folder: Path, fault: Callback) -> None:
 
 def arguments(chips: Path, runs: Path, name: str, *extra: object) -> tuple[object, ...]:
     return (
-        *("fit", "--config", "demo", "--data-root", chips, "--runs-root", runs, "--name", name),
+        *("fit", "--config", "demo", "--data-root", chips, "--runs-root", runs, "--name", name, *SMALL),
         *("--trainer.max_epochs", 1, "--data.init_args.batch_size", 1, "--trainer.log_every_n_steps", 1, *extra),
     )
 

@@ -9,11 +9,10 @@ import torch
 import yaml
 from filelock import FileLock
 
-import fork_server
+import terratorch_runs  # noqa: F401  # has the backbone of SMALL
 from conftest import SMALL, content
 from floodrepro import recipe as recipes
 from floodrepro.run_folder import RunFolder, sha256_of
-from processes import CONTEXT
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
 
@@ -83,7 +82,8 @@ def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tm
     source = torch.load(trained.best, weights_only=True)["state_dict"]
     learned = [key for key in source if "running" not in key and "num_batches" not in key]
     assert all(torch.equal(begun[key], source[key]) for key in learned)  # the learning rate is 0
-    other = fit("--weights", trained.best, name="other")
+    decoder = ("--model.init_args.model_args.decoder_channels", "[32,16,8,8]")
+    other = fit("--weights", trained.best, name="other", size=decoder)
     assert other.code == 0, other.err
     assert "decoder" in other.err
     assert "do not fit" in other.err
@@ -222,11 +222,3 @@ def test_runs_root_that_is_no_folder_is_a_clear_error(cli, chips, tmp_path: Path
     outcome = cli("fit", "--config", "demo", "--data-root", chips, "--runs-root", occupied)
     assert (outcome.code, "the run folder cannot be written" in outcome.report[0]) == (1, True), outcome.err
     assert occupied.read_text() == "mine"
-
-
-def test_importing_terratorch_leaves_the_process_alone_and_asks_no_network(tmp_path: Path):
-    """In the fork server, which every run of processes.py begins in."""
-    process = CONTEXT.Process(target=fork_server.tell, args=(tmp_path / "told.json",))
-    process.start()
-    process.join(180)
-    assert json.loads((tmp_path / "told.json").read_text()) == {"unchanged": True, "asked": []}

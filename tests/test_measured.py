@@ -151,6 +151,7 @@ def elsewhere(cli, trained: RunFolder, pair, tmp_path_factory: pytest.TempPathFa
     return answer, folder
 
 
+@pytest.mark.slow
 def test_pair_with_another_tensor_recipe_and_statistics_fails_also_through_a_twin(elsewhere):
     """The pair itself is loaded, and predicts the same, in tests/test_verify.py."""
     answer, _ = elsewhere
@@ -165,6 +166,7 @@ def test_pair_that_plain_terratorch_does_not_load_is_an_error(trained: RunFolder
         measure.exported_pair(trained.recipe, trained.best, pair.path.parent)
 
 
+@pytest.mark.slow
 def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(cli, trained: RunFolder, elsewhere):
     folder = elsewhere[1]
     root = folder / "ImpactMesh-Flood"
