@@ -157,6 +157,23 @@ def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_pat
     assert (nothing.code, "--sample is -3" in nothing.err) == (2, True)
 
 
+@pytest.mark.parametrize("fault", ["nobody listens", "a login page", "no chips"])
+def test_no_network_a_login_page_and_archives_without_chips_are_told_in_three_lines(
+    hub, run, tmp_path, monkeypatch, fault
+):
+    if fault == "nobody listens":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # the client's, before each of five more tries
+    elif fault == "a login page":
+        hub.refusals.append((200, {"Content-Type": "text/html"}))
+    else:
+        commit = hub.commits[hub.refs["main"]]
+        hub.commit({path: bytes(10240) if path.endswith(".tar") else content for path, content in commit.items()})
+    told = run(tmp_path / "a", "--sample", 3, code=1)
+    assert len(told.report) == 3 and "Traceback" not in told.err
+    assert ("no chip" in told.err) == (fault == "no chips")
+
+
 def test_sample_reads_only_the_chips_that_it_extracts(hub, run, tmp_path):
     """Version 1 with larger chips, so that what is read ahead of a header counts little."""
     made, root = tmp_path / "made", tmp_path / "sample"

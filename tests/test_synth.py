@@ -100,7 +100,7 @@ def test_radar_falls_where_the_mask_says_flood_and_recovers_and_where_it_sees_no
 
 
 def test_wrong_argument_is_named_by_its_flag_and_a_data_set_never_overwritten(tmp_path):
-    for argument, value in (("events", 2), ("chips", 3), ("size", 40)):
+    for argument, value in (("events", 2), ("chips", 3), ("size", 40), ("seed", -1)):
         with pytest.raises(UsageError, match=f"--{argument} is {value}"):
             generate(tmp_path / "new", **SMALL | {argument: value})
     with pytest.raises(UsageError, match="--layout-variant"):
@@ -137,6 +137,23 @@ def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, lay
     with pytest.raises(DataError, match="No space left on device"):
         generate(tmp_path, **SMALL, layout=layout)
     assert not any(tmp_path.iterdir())
+
+
+def test_disk_that_is_full_at_the_scenes_leaves_nothing_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "scenes" in path.parts:
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            generate(tmp_path, **SMALL, scenes=True)
+    assert not any(tmp_path.iterdir())
+    generate(tmp_path, **SMALL, scenes=True)
+    assert len(list((tmp_path / "scenes").glob("*/scene.yaml"))) == SMALL["events"]
 
 
 def test_protocols_need_no_numpy_and_chips_no_torch():
