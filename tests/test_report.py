@@ -14,7 +14,7 @@ from floodrepro.errors import TableError
 from floodrepro.verification import results as results_file
 from floodrepro.verification.checks import CRITERIA, Evidence, figure
 from floodrepro.verification.figures import panels_png, png
-from floodrepro.verification.report import draw, md, render, to_html, write_report
+from floodrepro.verification.report import draw, md, render, run_facts, to_html, write_report
 from verification_fixtures import OTHER, make_table, summarise
 
 
@@ -145,6 +145,12 @@ def test_class_that_is_absent_is_a_dash_and_never_zero(evidence: Evidence):
     counts[:, 1, 1] = evidence.table.counts.sum(axis=(1, 2))
     results = summary_of(evidence, table=replace(evidence.table, counts=counts), reference=None)
     assert "| rest IoU | \N{EN DASH} |" in text_of(results)
+
+
+def test_facts_name_the_devices_the_batch_and_the_time(evidence: Evidence):
+    facts = run_facts(evidence.record | {"processes": 2, "ended": "2026-03-04T10:00:00+00:00"})
+    assert (facts["device"], facts["chips in a step"]) == ("2 x AMD Instinct MI300X", "16, 8 in each process")
+    assert facts["from start to end"] == "3 days, 0:00:00"
 
 
 # Only text counts, nothing is loaded
