@@ -1,4 +1,4 @@
-"""What torch measures of a real run, and what the checks of artefacts say of it, sound and spoilt."""
+"""What torch measures of a real run that is spoilt; a sound one passes in tests/test_verify.py."""
 
 import re
 from dataclasses import replace
@@ -53,15 +53,6 @@ def test_what_was_not_measured_is_a_skip_and_a_damaged_answer_a_failure(tmp_path
     assert ask("weights", evidence)["code"] == "floodrepro.verification.measure.weights"
 
 
-# Weights
-
-
-def test_trained_weights_are_sound_and_all_of_them_have_moved(trained: RunFolder):
-    answer = measure.weights(trained.recipe, trained.best, trained.checkpoints / "last.ckpt")
-    assert answer["finding"] == "216 tensors, all finite; 161 trained tensors, all moved"
-    assert (answer["status"], answer["values"][2]["value"]) == ("pass", 13_992_066)
-
-
 def test_spoilt_tensors_fail_and_are_named(trained: RunFolder, tmp_path: Path):
     content = torch.load(trained.best, weights_only=True)
     state = content["state_dict"]
@@ -91,9 +82,6 @@ def test_tensor_that_never_moved_fails_and_a_damaged_state_is_an_error(trained: 
     (tmp_path / "last.ckpt").write_text("{")
     with pytest.raises(CheckpointError, match="full state"):
         measure.weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
-
-
-# The exported pair
 
 
 def test_export_holds_the_checkpoint_is_of_no_machine_and_is_not_overwritten(trained: RunFolder, pair, tmp_path: Path):
@@ -181,15 +169,6 @@ def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(
         ours, other = (rasterio.open(next(where)).read(1) for where in (output.glob("*_pred.tif"), folder.glob(theirs)))
         assert (ours >= 0).any()
         assert (ours != other)[ours >= 0].sum() == 0
-
-
-# Pictures
-
-
-def test_pictures_are_predicted_as_in_the_table(trained: RunFolder, table: Path, tmp_path: Path):
-    answer = measure.panels(RecipeCLI([trained.recipe]), trained.best, table, tmp_path)
-    assert (answer["status"], answer["values"][0]["value"]) == ("pass", 0)
-    assert (tmp_path / "panels.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pictures_show_what_is_on_the_disk(chips: Path):

@@ -77,9 +77,6 @@ def dry(cli, folder: Path) -> dict:
     return json.loads(outcome.out)
 
 
-# Looking before leaping
-
-
 def test_dry_run_lists_files_hashes_and_place_and_nothing_is_sent_without_a_yes(server, exported: Path, publish):
     (exported / "notes.txt").write_text("mine")
     done = publish(exported, "--dry-run", "--branch", "v2")
@@ -125,9 +122,6 @@ def test_on_a_terminal_the_repositorys_name_has_to_be_typed_and_one_commit_has_t
         assert json.loads(said)["commit"].startswith(f"{server.url}/{REPO}/commit/")
 
 
-# The upload
-
-
 def test_branch_is_made_and_a_public_repository_takes_nothing_private(server, exported: Path, publish):
     assert publish(exported, "--yes", "--branch", "seed-7").code == 0
     branches = server.models[REPO].branches
@@ -147,9 +141,6 @@ def test_token_that_is_refused_missing_or_of_no_right_and_no_hub_are_told(server
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
     told(publish(exported, "--yes"), "cannot be reached", "HF_ENDPOINT")
-
-
-# What must not be published by accident
 
 
 def test_run_that_was_not_verified_and_required_checks_that_are_not_met_have_to_be_forced(server, exported, publish):

@@ -105,9 +105,6 @@ def test_exit_code_is_1_where_a_required_check_is_not_met(judge):
     assert (unknown.code, "no check 'magic'" in unknown.err) == (2, True)
 
 
-# Damage fails its check and never aborts
-
-
 DAMAGED = {
     "evaluation/test/best.parquet": "events",
     "evaluation/val/best.parquet": "identities",
@@ -138,9 +135,6 @@ def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter
     assert found.keys() == CRITERIA.keys()
 
 
-# What belongs to other weights, and what is given by mistake
-
-
 def test_table_and_evidence_of_other_weights_are_not_judged(judge, own_run: RunFolder):
     own_run.best.write_bytes(b"other weights")
     found = statuses(judge())
@@ -156,9 +150,6 @@ def test_damaged_reference_no_run_and_output_that_cannot_be_written_are_errors(c
         outcome = judge(*flags)
         assert (outcome.code, says in outcome.err) == (1, True)
     assert cli("verify", "--run", tmp_path).code == 2
-
-
-# The order of export and verify
 
 
 def test_run_is_exported_first_and_gets_its_card_once_it_is_verified(cli, own_run: RunFolder):
