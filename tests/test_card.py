@@ -30,7 +30,7 @@ def verified(run: RunFolder) -> dict:
 
 def card_of(run: RunFolder, **options) -> str:
     shutil.rmtree(run.export, ignore_errors=True)
-    pair = write_pair(run, run.export)
+    pair = write_pair(run)
     return write_card(pair, run.best, recipes.read_yaml(run.recipe), run, **options).read_text()
 
 
@@ -116,7 +116,7 @@ def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_rep
 
 
 def test_checkpoint_without_a_run_gets_a_card_that_says_so_and_the_authors_own_is_set_aside(run: RunFolder):
-    pair = write_pair(run, run.export)
+    pair = write_pair(run)
     (run.export / "README.md").write_text("my own")
     card = write_card(pair, run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert card.startswith("---")
@@ -132,12 +132,12 @@ def test_record_of_an_unfinished_run_or_of_another_recipe_is_refused(tmp_path: P
 
 
 def test_pair_or_results_of_another_checkpoint_and_a_damaged_pair_are_refused(run: RunFolder):
-    results, weights = verified(run), write_pair(run, run.export)
+    results, weights = verified(run), write_pair(run)
     results["run"]["checkpoint"]["sha256"] = "a" * 64
     keep(results, run)
     with pytest.raises(RunFolderError, match=r"results\.json is of another checkpoint"):
         card_of(run)
-    write_pair(run, run.export)
+    write_pair(run)
     run.best.write_bytes(b"other weights")
     for says in ("not exported from", "damaged"):
         with pytest.raises(CheckpointError, match=says):

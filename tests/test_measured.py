@@ -33,11 +33,6 @@ def pair(trained: RunFolder, tmp_path_factory: pytest.TempPathFactory):
     return export(trained.best, recipes.read_yaml(trained.recipe), tmp_path_factory.mktemp("export"), "pair")
 
 
-@pytest.fixture(scope="module")
-def table(trained: RunFolder) -> Path:
-    return measure.table_of(trained, trained.best, "test", None)
-
-
 def test_what_was_not_measured_is_a_skip_and_a_damaged_answer_a_failure(tmp_path: Path):
     run = make_run(tmp_path / "mine")
     assert ask("weights", gather(run))["status"] == "skip"
@@ -184,10 +179,11 @@ def test_pictures_show_what_is_on_the_disk(chips: Path):
                 assert (np.diff(shown[f"{name}_rgb"][..., colour].ravel()[order].astype(int)) >= 0).all()
 
 
-def test_pictures_of_another_input_or_checkpoint_than_the_tables_are_found(trained, table: Path, tmp_path: Path):
+def test_pictures_of_another_input_or_checkpoint_than_the_tables_are_found(trained: RunFolder, tmp_path: Path):
     recipe = recipes.read_yaml(trained.recipe)
     recipe["data"]["init_args"]["stds"]["S1RTC"] = [1.0, 1.0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    table = measure.table_of(trained, trained.best, "test", None)
     answer = measure.panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)
     assert (answer["status"], "predicted otherwise than in the table" in answer["finding"]) == ("fail", True)
     made = chip_table.read_table(table)

@@ -28,7 +28,7 @@ def exported(tmp_path: Path) -> Path:
     results = summarise(gather(run))
     results["summary"]["objection"] = ""
     keep(results, run)
-    write_card(write_pair(run, run.export), run.best, recipes.read_yaml(run.recipe), run, licence="apache-2.0")
+    write_card(write_pair(run), run.best, recipes.read_yaml(run.recipe), run, licence="apache-2.0")
     return run.export
 
 

@@ -122,12 +122,12 @@ def test_damaged_files_fail_their_checks(judge, own_run: RunFolder, content: byt
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(content)
     found = statuses(judge())
-    assert {check: found[check][0] for check in DAMAGED.values()} == dict.fromkeys(DAMAGED.values(), "fail"), found
+    assert {found[check][0] for check in DAMAGED.values()} == {"fail"}, found
 
 
 def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, tmp_path: Path):
     run = make_run(tmp_path / "mine")
-    pair = write_pair(run, run.export)
+    pair = write_pair(run)
     pair.write_bytes(pair.read_bytes()[:50])
     (run.export / "README.md").write_text("no metadata, my own words")
     found = statuses(cli("verify", "--run", run.path, "--format", "json"))
