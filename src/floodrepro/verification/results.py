@@ -134,10 +134,9 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> dict[str, Any]:
     values = [value for check in checks for value in check["values"] if value["level"]]
     values.sort(key=lambda value: "mIoU" in value["name"])  # the figures that are tested first
     margin, level = CRITERIA["parity"]["margin_pp"], CRITERIA["parity"]["level"]
+    axes = {"x": "value", "low": "low", "high": "high"}
+    numbers: dict[str, Any] = {axis: [value[key] for value in values] for axis, key in axes.items()}
     named = [value["name"].removeprefix("difference in ") for value in values]
-    numbers = {
-        axis: [value[key] for value in values] for axis, key in (("x", "value"), ("low", "low"), ("high", "high"))
-    }
     return {
         "name": "forest",
         "kind": "forest",
