@@ -13,6 +13,7 @@ import torch
 
 import floodrepro
 from floodrepro.system.environment import code_version, environment, gpu_drivers, relevant_variables
+from processes import CONTEXT
 from test_doctor import plant
 
 
@@ -99,3 +100,17 @@ def test_package_inside_another_repository_or_without_git_has_no_commit_but_its_
     assert commit_of(repository / "src/package") == (git(repository, "rev-parse", "HEAD"), False)
     monkeypatch.setenv("PATH", str(repository))
     assert commit_of(repository / "src/package") == ("c0ffee", None)
+
+
+def _tell(path: Path) -> None:
+    import fork_server  # there it is imported already
+
+    path.write_text(json.dumps(fork_server.FOUND))
+
+
+def test_importing_terratorch_leaves_the_process_alone_and_asks_no_network(tmp_path):
+    """In the fork server, which every run of processes.py begins in."""
+    process = CONTEXT.Process(target=_tell, args=(tmp_path / "told.json",))
+    process.start()
+    process.join(180)
+    assert json.loads((tmp_path / "told.json").read_text()) == {"unchanged": True, "asked": []}

@@ -91,7 +91,7 @@ def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by_and_the_
     outcome = cli("validate", "--ckpt", trained.best, "--format", "json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)["metrics"]
-    assert found["val/loss"] == pytest.approx(trained.read_record()["best_val_loss"], abs=1e-6)
+    assert found["val/loss"] == pytest.approx(trained.read_record()["best_metrics"]["val/loss"], abs=1e-6)
     assert list(tmp_path.iterdir()) == []
     arguments = ("--split", "val", "--output", tmp_path, "--no-baselines", "--format", "json")
     outcome = cli("test", "--ckpt", trained.best, *arguments)

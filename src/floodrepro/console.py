@@ -1,7 +1,6 @@
 """The one place that prints: data on stdout, everything else on stderr."""
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -111,25 +110,15 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130  # 128 + SIGINT, the shell's convention
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`)
-        _drop_stdout()
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): let the last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            _drop_stdout()
-            failure = FloodreproError(f"a file or stdout cannot be written: {error.strerror}")
-        else:
-            traceback.print_exc()
-            fix = "if it is not your own code, report it together with the traceback"
-            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
+        traceback.print_exc()
+        fix = "if it is not your own code, report it together with the traceback"
+        failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
     print(failure.report(), file=sys.stderr)
     return failure.exit_code
-
-
-def _drop_stdout() -> None:
-    """Give the interpreter's last flush of stdout somewhere to go."""
-    with contextlib.suppress(OSError):  # stdout may be no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_follower() -> bool:

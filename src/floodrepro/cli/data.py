@@ -48,11 +48,10 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add = action(_audit, "read every chip once and list what is wrong", "folder of chips and split/")
     add("--protocol", choices=PROTOCOLS, help="default: the recipe's")
     add("--config", metavar="YAML", help="the recipe that says which classes there are")
-    add("--split", type=listed, metavar="NAMES", help="split files, as val,test (default: all)")
+    add("--split", type=listed, metavar="NAMES", help="as val,test_holdout (default: train,val,test)")
     add("--limit", type=int, metavar="N", help="chips of each split, at most")
     add("--fraction", type=float, metavar="F", help="share of the chips of each split")
     add("--jobs", type=int, metavar="N", help="threads (default: one a core, up to 16)")
-    add("--strict", action="store_true", help="an event in two splits is an error")
     add = action(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     add("--split", default="train", metavar="NAME", help="of which split (default: train)")
     add("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
@@ -112,7 +111,7 @@ def _audit(args: argparse.Namespace) -> None:
     recipe = recipes.read_yaml(recipes.find(args.config)) if args.config else {}
     rules = protocol_of(recipe) if args.protocol in (None, "custom") else PROTOCOLS[args.protocol]
     chosen = {"splits": args.split, "limit": args.limit, "fraction": args.fraction}
-    manifest = audit(args.root, rules, jobs=args.jobs, strict=args.strict, **chosen)
+    manifest = audit(args.root, rules, jobs=args.jobs, **chosen)
     rows = [["split", "chips", "events"]]
     rows += [[split, f"{c['chips']:,}", f"{c['events']:,}"] for split, c in manifest["splits"].items()]
     lines = [f"{f['severity']}: {f['check']} ({f['count']}): {f['message']}" for f in manifest["findings"]]

@@ -153,7 +153,7 @@ def _plan(args: argparse.Namespace) -> None:
     from floodrepro.mapping.scene import DEGREES, parse_time, read_polygons, to_degrees
 
     event = parse_time(args.event, "--event")
-    area = plan.Area(read_polygons(args.aoi) if args.aoi else to_degrees([box(*args.box)], DEGREES))
+    area = read_polygons(args.aoi) if args.aoi else to_degrees([box(*args.box)], DEGREES)
     limits = {name: getattr(args, name) for name in ("max_days", "max_gap", "min_coverage")}
     items = plan.search(args.stac, area, event)
     try:

@@ -106,7 +106,7 @@ def _run_fit(args: argparse.Namespace) -> None:
     text = f"run         {path}"
     if record.get("best_epoch") is not None:
         text += f"\ncheckpoint  {path}/checkpoints/best.ckpt"
-        text += f"\nbest epoch  {record['best_epoch'] + 1} of {record['epochs']}, by {record['monitor']}"
+        text += f"\nbest epoch  {record['best_epoch'] + 1} of {record['progress']['epochs']}, by {record['monitor']}"
     console.emit({"run": str(path), **record}, text, args.format)
 
 

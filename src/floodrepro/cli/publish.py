@@ -63,14 +63,14 @@ def _run_verify(args: argparse.Namespace) -> int:
         console.say("judging")
         names = {"name": args.reference_name, "data_root": args.data_root}
         gathered = battery.gather(run, args.split, reference, evidence, **names)
-        found = results.summarise(gathered, battery.run_checks(gathered), args.require, timestamp())
+        found = results.summarise(gathered, args.require, timestamp())
     page = report.write_report(found, output)
     rows = [["check", "status", "finding"]]
     rows += [[check["title"], check["outcome"] or check["status"], check["finding"]] for check in found["checks"]]
-    summary, verdict = found["summary"], found["verdict"]
+    verdict, summary = found["verdict"], found["summary"]
     lines = [console.columns(rows, right_from=3), "", f"{verdict['word']}: {verdict['sentence']}", verdict["not_shown"]]
     lines += [f"warning: {warning}" for warning in found["warnings"]]
-    lines += [report.required_sentence(found), summary["text"], f"report  {page}"]
+    lines += [summary["text"], f"report  {page}"]
     console.emit(found, "\n".join(lines), args.format)
     return 0 if summary["ok"] else 1
 
@@ -117,7 +117,8 @@ def _run_export(args: argparse.Namespace) -> None:
         pair = export(checkpoint, recipe, output, name)
         found = {"weights": str(pair.path), "config": str(pair.config), "sha256": pair.sha256}
     if not args.no_card:
-        card = write_card(output, name, checkpoint, recipe, home, licence=args.licence, factors=factors)
+        pair_file = output / f"{name}.safetensors"
+        card = write_card(pair_file, checkpoint, recipe, home, args.licence or "", factors)
         found |= {"card": str(card), "licence": args.licence}
         if home and not home.results.is_file():
             console.say("nothing was verified yet: floodrepro verify --run DIR, then export --card-only")

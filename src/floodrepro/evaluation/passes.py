@@ -117,7 +117,7 @@ class ChipWriter(ChipPass):
     def __init__(self, checkpoint: Path, recipe: Recipe, folder: Path, probabilities: str | None) -> None:
         super().__init__(checkpoint)
         self._folder, self._type, self._source = folder, probabilities, None
-        self._positive, arguments = protocols.positive_class_of(recipe), protocols.data_arguments(recipe)
+        self._positive, arguments = protocols.protocol_of(recipe).positive_class, protocols.data_arguments(recipe)
         if protocols.uses_flood_data_module(recipe):
             root = arguments.get("predict_data_root") or arguments["data_root"]
             self._source = Chips(Path(root), protocols.protocol_of(recipe))
