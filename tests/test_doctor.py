@@ -45,9 +45,6 @@ def assert_can_be_pasted(fix: str) -> None:
     assert subprocess.run(["bash", "-n", "-c", fix], capture_output=True).returncode == 0, fix
 
 
-# This machine
-
-
 def test_healthy_machine_passes_and_both_formats_say_the_same(cli, chips, asked_once):
     command = ("doctor", "--config", "demo", "--data-root", chips)
     told = cli(*command, "--format", "json")
@@ -73,9 +70,6 @@ def test_broken_torch_is_reported_and_the_rest_is_looked_at_all_the_same(tmp_pat
 def test_before_a_fit_torch_is_asked_only_where_a_gpu_may_be(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "ask_torch", lambda: pytest.fail("torch was asked"))
     assert {f.status for f in doctor.examine(DEMO, tmp_path, quick=True, root=tmp_path)} <= {"ok", "warn"}
-
-
-# Packages and torch
 
 
 def test_package_out_of_bounds_missing_or_stolen_is_named_with_its_repair(monkeypatch):
@@ -106,9 +100,6 @@ def test_pair_of_torch_and_torchvision_is_judged_by_metadata_and_operators(monke
     monkeypatch.setattr(doctor, "requires", lambda name: ["numpy", needs])
     found = check_torch(CUDA | {"torch": "2.15.0+cu130", "nms": nms}, "")  # newer than its torchvision, and fits
     assert (found.status, words in found.detail) == (status, True), found
-
-
-# GPUs
 
 
 def test_partitions_of_one_kind_are_one_line_that_warns_of_shared_power(tmp_path):
@@ -183,9 +174,6 @@ def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch)
     assert "HIP_VISIBLE_DEVICES hides it" in check_gpus(ROCM, DEMO, tmp_path)[0].detail
 
 
-# Cores, memory, disk
-
-
 @pytest.mark.parametrize(
     ("given", "count"),
     [("auto", 8), (-1, 8), (2, 2), ("1", 1), ([0, 1, 5], 3), ("0,", 1), (None, 8)],
@@ -239,9 +227,6 @@ def test_machine_that_is_short_of_something_gets_a_flag_to_paste(tmp_path, monke
     monkeypatch.setattr(environment, "free_disk", lambda _: 10**9)
     found = check_machine(BASE, 1)
     assert [one(found, name).status for name in ("/dev/shm", "disk")] == ["fail", "fail"]
-
-
-# Weights and data
 
 
 def test_backbone_weights_are_looked_for_in_the_cache(monkeypatch):

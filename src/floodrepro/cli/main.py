@@ -79,9 +79,8 @@ def _dispatch(arguments: list[str]) -> int:
             raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
         raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
     try:
-        module, summary = COMMANDS[name]
-        command = importlib.import_module(module)
-        parser = Parser(f"floodrepro {name}", description=summary)
+        command = importlib.import_module(COMMANDS[name][0])
+        parser = Parser(f"floodrepro {name}", description=COMMANDS[name][1])
         getattr(command, f"_{name}_flags")(parser)
         args, overrides = parser.parse_known_args(rest)
         args.overrides = _check_overrides(overrides, parser, name in _TAKES_OVERRIDES)

@@ -76,8 +76,8 @@ def _run_map(args: argparse.Namespace) -> None:
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
-        what = f"problems of the scene, listed above: {len(problems)}"
-        raise DataError(what, where=args.scene, fix="mend it, or --anyway: map.json will list them")
+        fix = "mend it, or --anyway: map.json will list them"
+        raise DataError(f"problems of the scene, listed above: {len(problems)}", where=args.scene, fix=fix)
     cli = model.parse(files, overrides)
     import torch
 

@@ -91,8 +91,7 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add("--weights", type=shared.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
     add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
     add("--on-overflow", choices=("stop", "rollback"), default="stop", help="rollback: resume in bf16, once")
-    steps = shared.between(1, 10**9, int)
-    add("--save-every", type=steps, default=500, metavar="STEPS", help="between full states (default: 500)")
+    add("--save-every", type=shared.between(1, 10**9, int), default=500, help="steps between two states (default: 500)")
 
 
 def _run_fit(args: argparse.Namespace) -> None:

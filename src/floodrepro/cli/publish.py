@@ -12,14 +12,12 @@ from floodrepro.run_folder import RunFolder, config_beside, sha256_of, timestamp
 
 _VERIFY = """\
 A comparison ends in one of three words: equivalent, different (better or worse), undecided. Undecided is no failure.
-
 exit codes: 0 unless a required check is not met; by default a comparison is met if it is not different (worse), and
 every other required check if it passed. --require replaces the list; a comparison named in it has to be equivalent.
 """
 _EXPORT = """\
 The card (README.md) is made of run.json and, once the run was verified, of verification/results.json. It is yours from
 then on: --card-only writes a new one beside the pair and sets the old one aside.
-
   floodrepro export --run runs/first --card-only --licence apache-2.0
 """
 _PUBLISH = """\

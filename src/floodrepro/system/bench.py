@@ -110,7 +110,7 @@ def _in_order(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
 
 
 def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int) -> dict[str, Any]:
-    """Run both sides in turn, round by round.
+    """Run both sides in turn, round by round, and return what was measured beside `sum_up` of it.
 
     Args:
         action: train, test or data.
@@ -118,9 +118,6 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         folder: An empty folder for what the runs leave.
         steps: Training steps, or batches read, that count. A test counts its whole split but for the warm-up.
         rounds: Processes of each side.
-
-    Returns:
-        As `sum_up`, and what was measured.
 
     Raises:
         FloodreproError: A process failed, or ended before its steps.

@@ -108,9 +108,6 @@ def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: str = "war
     return Finding(name, "ok", detail) if passes else Finding(name, otherwise, detail, fix)
 
 
-# Packages and torch
-
-
 def _pip(*words: str) -> str:
     """An installing command for this environment; one that uv made has no pip."""
     python = shlex.quote(sys.executable)
@@ -162,9 +159,6 @@ def check_torch(answer: Mapping[str, Any], vendor: str) -> Finding:
     elif not answer.get("nms"):
         why = f": {answer.get('error', 'operator torchvision::nms is missing')}"
     return _judge("torch", not why, detail + why, _torch_for(vendor), "fail")
-
-
-# GPUs
 
 
 def _vendor(root: Path) -> str:
@@ -235,9 +229,6 @@ def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Findi
     status = "fail" if (root / "dev/nvidiactl").exists() else "warn"
     detail = f"torch sees no GPU, but a driver for {vendor} is here ({drivers}): {why}"
     return Finding("gpu", status, detail, f"{fix}  # or: --trainer.accelerator cpu")
-
-
-# Machine and data
 
 
 def _devices_used(recipe: Recipe, available: int) -> int:

@@ -154,9 +154,6 @@ def small_text(path: Path) -> str | None:
         return None
 
 
-# What this process may use. Limits of cgroups (containers, Slurm) count.
-
-
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores by this process's affinity and by the quotas of its cgroup and the ones above it."""
     cores = len(os.sched_getaffinity(0))
@@ -208,11 +205,8 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
     return folders
 
 
-# What torch makes of it. A broken build may end the process that imports it, so it is asked in one of its own.
-
-
 def ask_torch(timeout: float = 120) -> dict[str, Any]:
-    """What torch makes of this machine.
+    """What torch makes of this machine: asked in a process of its own, which a broken build may end.
 
     Returns:
         ``torch``, ``cuda``, ``hip``, ``nms`` as far as they were reached, ``error`` where torch cannot be imported;
