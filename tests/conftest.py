@@ -1,6 +1,7 @@
 """Generated chips and one trained run, made once and shared by the tests that only read them."""
 
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -23,6 +24,7 @@ from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.system import environment
 
 ROOT = Path(__file__).parents[1]
+ASK_TORCH = functools.cache(environment.ask_torch)
 CHIPS = {"events": 6, "chips": 18, "size": 32, "protocol": "v0", "seed": 1}
 
 
@@ -107,16 +109,10 @@ def cli() -> Callable[..., Outcome]:
     return call
 
 
-@pytest.fixture(scope="session")
-def torch_answer() -> dict[str, Any]:
-    """What torch says of this machine; asking takes seconds."""
-    return environment.ask_torch()
-
-
 @pytest.fixture
-def asked_once(torch_answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the doctor have that answer at once."""
-    monkeypatch.setattr(environment, "ask_torch", lambda: torch_answer)
+def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the doctor ask torch, which takes seconds, once for all tests."""
+    monkeypatch.setattr(environment, "ask_torch", ASK_TORCH)
 
 
 @pytest.fixture(scope="session")

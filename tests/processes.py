@@ -3,7 +3,6 @@
 A child is a real process that runs the real command line, floodrepro's or TerraTorch's, and its signals are real.
 """
 
-import contextlib
 import io
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ import resource
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +44,7 @@ class Command:
         """The exit code, negative for a signal."""
         self._process.join(timeout)
         if self._process.exitcode is None:
-            self.kill(signal.SIGKILL, group=True)
+            os.killpg(self._process.pid, signal.SIGKILL)
             raise AssertionError(f"still running after {timeout} s:\n{self.log[-3000:]}")
         return self._process.exitcode
 
@@ -55,9 +53,8 @@ class Command:
         while Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "T":
             time.sleep(0.05)
 
-    def kill(self, number: int, *, group: bool = False) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self._process.pid, number)
+    def kill(self, number: int) -> None:
+        os.kill(self._process.pid, number)
 
 
 class _Follower(multiprocessing.get_context("fork").Process):
@@ -109,20 +106,12 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_size, resource.RLIM_INFINITY))
     for one in strikes:
         _strike(**one)
-    code = 0
-    try:
-        if callable(program):
-            program()
-        elif program == "terratorch":
-            build_lightning_cli(argv)
-        else:
-            code = main(argv)
-    except SystemExit:
-        raise
-    except BaseException:
-        os.write(2, traceback.format_exc().encode())
-        code = 1
-    sys.exit(code)
+    if callable(program):
+        program()
+    elif program == "terratorch":
+        build_lightning_cli(argv)
+    else:
+        sys.exit(main(argv))
 
 
 def _strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool = False, worker: bool = False) -> None:

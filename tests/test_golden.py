@@ -80,10 +80,12 @@ def stack() -> dict[str, Any]:
 def digest_of(dataset: Any) -> str:
     """Digest of the training chips' values as read; their files' bytes depend on GDAL's version."""
     digest = hashlib.sha256()
-    for raw in map(dataset.__getitem__, range(len(dataset))):
+    for number, chip in enumerate(dataset.chips):
+        batch = dataset.__getitems__([number])
         for name in (*dataset.modalities, "mask"):
-            digest.update(f"{raw['chip']} {name} {raw[name].dtype} {tuple(raw[name].shape)}".encode())
-            digest.update(raw[name].contiguous().numpy().tobytes())
+            [values] = batch[name] if name != "DEM" else batch[name][:, None, None]  # time and band, as the others
+            digest.update(f"{chip} {name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -30,8 +30,8 @@ def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: 
     tables = {split: read_table(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
     assert set(tables) == {"test", "seen_events", "holdout"}
     for split, table in tables.items():
-        assert {f"test/{split}/IoU_{k}" for k in range(3)} <= set(metrics)
         name = split if split == "test" else f"test_{split}"
+        assert {f"{name.replace('_', '/', 1)}/IoU_{k}" for k in range(3)} <= set(metrics)
         listed = read_events(chips / "split" / f"impactmesh_flood_{name}.txt")
         assert set(table.events) == set(listed.values())
     parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)

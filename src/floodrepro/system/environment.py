@@ -4,6 +4,7 @@ Nothing that is recorded names a person or a machine: no host name, no user name
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -128,6 +129,7 @@ def missing_requirements() -> list[str]:
     return [name for name in names if version_of(name) is None]
 
 
+@functools.cache  # a run asks 200 times, and each reads a file
 def version_of(package: str) -> str | None:
     """The version of a package that is installed; None where it is not."""
     try:
