@@ -49,11 +49,15 @@ def made(tmp_path_factory):
     return scene, folder / "m"
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 300), (130, 65)])
-def test_a_raster_of_any_size_is_mapped_whole(tmp_path, height, width):
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 1200), (130, 65)])
+def test_a_raster_of_any_size_is_mapped_whole_with_overviews(tmp_path, height, width):
     record = run(make_scene(tmp_path / "s", height, width), tmp_path / "m")
-    assert read(tmp_path / "m", "class").shape == (height, width)
     assert record["km2"]["seen"] == pytest.approx(height * width * 1e-4) and record["shares_of_area"]["seen"] == 1
+    for name, no_data in (("class", 255), ("probability", 255), ("quality", None)):
+        with rasterio.open(tmp_path / "m" / f"{name}.tif") as file:
+            assert file.shape == (height, width) and bool(file.overviews(1)) == (width > 512)
+            assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and file.nodata == no_data
+            assert (file.crs, file.transform) == (CRS, Affine(10, 0, LEFT, 0, -10, TOP))
 
 
 def test_a_strip_holds_the_weighted_mean_of_its_tiles():
@@ -237,14 +241,6 @@ def test_a_threshold_moves_the_class_and_small_polygons_are_left_out_on_request(
     assert np.array_equal(classes[probability != 225] == 1, probability[probability != 225] > 225)
     sizes = np.bincount(ndimage.label(classes == 1)[0].ravel())[1:]
     assert 0 < len(water(tmp_path / "m")[1]) == (sizes >= 1000).sum() < len(sizes)
-
-
-def test_rasters_are_cloud_optimised_with_overviews(tmp_path):
-    run(make_scene(tmp_path / "s", 20, 1200), tmp_path / "m")
-    for name, no_data in (("class", 255), ("probability", 255), ("quality", None)):
-        with rasterio.open(tmp_path / "m" / f"{name}.tif") as file:
-            assert file.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and file.overviews(1)
-            assert (file.nodata, file.crs, file.transform) == (no_data, CRS, Affine(10, 0, LEFT, 0, -10, TOP))
 
 
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(made, tmp_path):
