@@ -125,15 +125,30 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("argv", [("test",), ("export", "--output", "new")])
-def test_code_beside_a_downloaded_export_runs_only_where_its_config_is_given(cli, tmp_path: Path, argv, monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "config", "fix"),
+    [
+        (("test", "--ckpt", "model.pt"), "model.yaml", "--config model.yaml"),
+        (("export", "--output", "new", "--ckpt", "model.pt"), "model.yaml", "--config model.yaml"),
+        (("test", "--ckpt", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "run/recipe.yaml"),
+        (("verify", "--run", "run"), "run/recipe.yaml", "--trust-code"),
+        (("verify", "--run", "own", "--reference", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "--trust-code"),
+    ],
+)
+def test_code_of_a_downloaded_export_or_run_runs_only_where_it_is_asked_for(
+    cli, tmp_path: Path, argv, config, fix, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mods").mkdir()
     (tmp_path / "mods" / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
-    (tmp_path / "model.yaml").write_text("custom_modules_path: mods\nmodel: {}\ndata: {}\n")
+    for name in ("run", "own"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "recipe.yaml").write_text("model: {}\ndata: {}\n")
+        torch.save(model().state_dict(), tmp_path / name / "checkpoints" / "best.ckpt")
+    (tmp_path / config).write_text("custom_modules_path: mods\nmodel: {}\ndata: {}\n")
     torch.save(model().state_dict(), tmp_path / "model.pt")
-    outcome = cli(*argv, "--ckpt", "model.pt")
-    assert (outcome.code, "custom_modules_path" in outcome.err, "--config model.yaml" in outcome.err) == (1, True, True)
+    outcome = cli(*argv)
+    assert (outcome.code, "custom_modules_path" in outcome.err, fix in outcome.report[-1]) == (1, True, True)
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,7 +9,7 @@ from floodrepro import console
 from floodrepro.cli.shared import add_format, plain_name
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import find, fingerprint, read_yaml
-from floodrepro.run_folder import RunFolder, config_beside, sha256_of, timestamp
+from floodrepro.run_folder import RunFolder, config_beside, refuse_code, sha256_of, timestamp
 
 _VERIFY = """\
 A comparison ends in one of three words: equivalent, different (better or worse), undecided. Undecided is no failure.
@@ -44,6 +44,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add("--require", metavar="all|ID,ID,…", help="checks that are required (default: those of checks.yaml)")
     add("--output", type=Path, metavar="DIR", help="default: verification/ of the run folder")
     add("--data-root", type=Path, metavar="DIR", help="the chips, if they are not where the recipe says")
+    add("--trust-code", action="store_true", help="run the code that a recipe names (custom_modules_path)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-measure", action="store_true", help="judge what is there: no checkpoint is opened, no torch")
     how.add_argument("--report-only", action="store_true", help="write report and figures again from results.json")
@@ -87,6 +88,10 @@ def _measure(run: RunFolder, evidence: Path, args: argparse.Namespace) -> Path |
         return reference
     if not run.best.is_file():
         raise CheckpointError("checkpoint not found", where=run.best, fix="finish the fit, or --no-measure")
+    other = RunFolder.of_checkpoint(reference) if reference else None
+    for config in [run.recipe, *run.export.glob("*.yaml"), *([other.recipe] if other else [])]:
+        if not args.trust_code:
+            refuse_code(config, "--trust-code")
     console.say("loading TerraTorch (10 to 20 s)")
     from floodrepro.verification import measure
 
@@ -127,7 +132,7 @@ def run_export(args: argparse.Namespace) -> int:
     output = args.output or (run.export if run else None)
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
-    recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
+    recipe = read_yaml(find(args.config) if args.config else run.recipe if run else config_beside(checkpoint))
     if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
         raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")
     name = args.name or (run.path.resolve().name if run else checkpoint.stem)
