@@ -111,6 +111,10 @@ def test_a_file_with_a_baseline_or_dark_pixels_needs_no_offset(scene):
             "could not convert string to float: 'N0511'",
         ),
         (lambda c: c["S2L2A"]["event"]["files"][0].update(raster=None), "expected string"),
+        *(
+            (lambda c, change={key: value}: c["S2L2A"]["event"]["files"][0].update(change), "from -2000 to 0")
+            for key, value in [("offset", 1000), ("offset", -1e9), ("offset", np.nan), ("baseline", -np.inf)]
+        ),
         (lambda c: c.update(area={"fiel": "A.geojson"}), "unknown name 'fiel'"),
         (lambda c: c.update(area={"box": [13, 46, 14]}), "missing 1 required positional"),
         (lambda c: c.update(area={"box": [13, 46, 14, float("nan")]}), "the area lies nowhere on Earth"),

@@ -189,7 +189,10 @@ def _source(entry: Any, sensor: str, scene: Path, where: str) -> Source:
     # From baseline 04.00 on, 1000 is added to every pixel but no-data (microsoft/PlanetaryComputer#134).
     baseline, offset = entry.get("baseline"), entry.get("offset")
     by_baseline = None if baseline is None else -1000 if float(baseline) >= 4 else 0
-    return Source(bands, by_baseline if offset is None else float(offset))
+    offset = by_baseline if offset is None else float(offset)
+    if not (-2000 <= (offset or 0) <= 0 and 0 <= float(baseline or 0) < 100):  # NaN is not either
+        raise ValueError(f"offset {offset} and baseline {baseline}: they are from -2000 to 0, and such as 05.11")
+    return Source(bands, offset)
 
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
