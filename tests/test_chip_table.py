@@ -143,11 +143,33 @@ def test_empty_table_and_another_schema_are_refused(tmp_path: Path):
         read_table(tmp_path / "none.parquet")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"counts": -make().counts},
+        {"ignored": np.full(12, -1)},
+        {"unseen": np.full(12, np.nan)},
+        {"histogram": make().histogram - 1},
+        {"chips": np.full(12, "EMSR0_1_35TMF_x0_y0")},
+        {"events": np.arange(12)},
+        {"metadata": {"positive_class": 2}},
+        {"metadata": {"positive_class": -1}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_impossible_counts_ids_and_classes_are_refused(tmp_path: Path, changes):
+    """Each would decide a verdict: negative counts make an IoU of more than 1."""
+    write_table(replace(make(), **changes), tmp_path / "t.parquet")
+    with pytest.raises(TableError, match="damaged"):
+        read_table(tmp_path / "t.parquet")
+
+
 def test_tables_of_other_chips_protocols_or_truths_are_not_compared():
     table = make()
     assert refuse_to_compare(table, table) is None
     assert "3 classes" in refuse_to_compare(make(classes=3), table)
     assert "other chips: 2" in refuse_to_compare(table, table.subset(table.chips[2:]))
+    assert "of other events" in refuse_to_compare(table, replace(table, events=table.events[::-1]))
     assert "another order" in refuse_to_compare(table, table.subset(table.chips[::-1]))
     assert "another truth in" in refuse_to_compare(table, make(seed=1))
     assert "protocol v0 against v1-binary" in refuse_to_compare(table, table.subset(table.chips, protocol="v1-binary"))

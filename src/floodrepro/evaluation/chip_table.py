@@ -21,6 +21,7 @@ from floodrepro.run_folder import replacing
 SCHEMA = 2
 BINS = 50  # of probability, equally wide from 0 to 1, each with its lower edge: thresholds in steps of 0.02
 _KEY = "floodrepro"
+_IDS = ("chip", "event")
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,13 @@ def read_table(path: Path) -> ChipTable:
         for name in set(content.column_names) - {"chip", "event"}:
             values = np.stack(content[name].to_numpy())
             columns[name] = values.reshape(len(values), *shapes.get(name, values.shape[1:]))
+        for name in {"counts", "ignored", "unseen", "histogram"} & columns.keys():
+            if columns[name].dtype.kind not in "iu" or (columns[name] < 0).any():
+                raise ValueError(f"{name} holds what is no count")
+        if len(set(chips)) < len(chips) or not all(isinstance(c, str) for n in _IDS for c in content[n].to_pylist()):
+            raise ValueError("chips and events are no text, or a chip is there twice")
+        if metadata.get("positive_class", 0) not in range(classes):
+            raise ValueError(f"the positive class is none of {classes}")
         return ChipTable(chips, events, **columns, metadata=metadata)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
@@ -154,6 +162,8 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     if not np.array_equal(one.chips, other.chips):
         only = len(set(one.chips.tolist()) ^ set(other.chips.tolist()))
         return f"other chips: {only} are in one table alone" if only else "the same chips in another order"
+    if not np.array_equal(one.events, other.events):
+        return "the same chips, of other events"
     differing = (one.counts.sum(axis=2) != other.counts.sum(axis=2)).any(axis=1)
     if differing.any():
         return f"another truth in {int(differing.sum())} chips, the first is {one.chips[differing][0]}"
