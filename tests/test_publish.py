@@ -14,7 +14,9 @@ import pytest
 from huggingface_hub import constants
 
 from floodrepro import recipe as recipes
+from floodrepro.errors import CheckpointError
 from floodrepro.publishing.card import write_card
+from floodrepro.publishing.upload import make_plan, upload
 from hub_server import HubServer
 from verification_fixtures import gather, keep, make_run, summarise, write_pair
 
@@ -205,6 +207,19 @@ def test_card_in_the_authors_own_words_is_published_as_it_is_unless_it_cannot_be
 def test_results_of_other_weights_are_refused(cli, exported: Path):
     edit_results(exported, "checkpoint", sha256="a" * 64)
     told(cli("publish", "--export", exported, "--repo", REPO, "--yes"), "of another checkpoint")
+
+
+def test_what_changed_after_it_was_listed_and_links_are_not_uploaded(server, exported: Path, publish):
+    plan = make_plan(exported, REPO, branch="main", private=False)
+    publish(exported, "--dry-run")  # sets the token
+    (exported / "README.md").write_text("another card")
+    with pytest.raises(CheckpointError, match=r"README\.md has changed since it was listed"):
+        upload(plan)
+    (exported / "README.md").unlink()
+    (exported / "README.md").symlink_to("/etc/hostname")
+    refused = publish(exported, "--yes")
+    assert (refused.code, "this is a link" in refused.err) == (2, True)
+    assert server.requests == []
 
 
 def test_name_that_can_be_no_repository_and_a_folder_without_a_whole_pair_and_a_card_are_refused(cli, exported: Path):

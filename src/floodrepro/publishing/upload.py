@@ -28,7 +28,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
         published, empty where there is no reason.
 
     Raises:
-        UsageError: The repository's name is not valid, or the folder has no card or not one pair.
+        UsageError: The repository's name is not valid, or the folder has no card, not one pair, or a link.
         CheckpointError: The pair or the card is damaged, or the results are of other weights.
     """
     try:
@@ -44,6 +44,10 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
     weights = read_exported(found[0])
     names = [weights.path.name, weights.config.name, CARD]
     names += [name for name in (RESULTS, report.PICTURE) if (folder / name).is_file()]
+    if links := [name for name in names if (folder / name).is_symlink()]:
+        raise UsageError(
+            "this is a link, and is not followed", where=folder / links[0], fix="put the file itself there"
+        )
     objection, verdict = "not verified: no required check was run", ""
     if RESULTS in names:
         said = results.load(folder / RESULTS)
@@ -84,6 +88,10 @@ def upload(plan: Mapping[str, Any]) -> str:
         what = "HF_HUB_OFFLINE forbids every request" if constants.HF_HUB_OFFLINE else "there is no token for the hub"
         raise FloodreproError(what, where=where, fix=f"unset HF_HUB_OFFLINE; {_LOGIN}")
     files = [CommitOperationAdd(name, Path(plan["folder"], name)) for name in plan["files"]]
+    found = {file.path_in_repo: file.upload_info.sha256.hex() for file in files}
+    if changed := [name for name, digest in plan["files"].items() if found[name] != digest]:
+        what = f"{changed[0]} has changed since it was listed: nothing was uploaded"
+        raise CheckpointError(what, where=plan["folder"], fix="the same command again")
     api = HfApi(endpoint=plan["endpoint"], library_name="floodrepro", library_version=__version__)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
