@@ -152,6 +152,20 @@ def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_pat
     assert (nothing.code, "--sample is -3" in nothing.err) == (2, True)
 
 
+@pytest.mark.parametrize("fault", ["nobody listens", "a login page", "no chips"])
+def test_no_network_a_login_page_and_archives_without_chips_are_told_in_three_lines(hub, tmp_path, fault):
+    if fault == "nobody listens":
+        hub.url = "http://127.0.0.1:9"
+    elif fault == "a login page":
+        hub.refusals.append((200, {"Content-Type": "text/html"}))
+    else:
+        commit = hub.commits[hub.refs["main"]]
+        hub.commit({path: bytes(10240) if path.endswith(".tar") else content for path, content in commit.items()})
+    told = run(hub, tmp_path / "a", "--sample", 3, code=1)
+    assert len(told.report) == 3 and "Traceback" not in told.err
+    assert ("no chip" in told.err) == (fault == "no chips")
+
+
 def test_disk_is_looked_at_before_anything_is_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     with pytest.raises(DataError, match=r"2\.0 GB to fetch, 1\.0 GB free"):

@@ -57,6 +57,7 @@ def fetch(
             another commit, or data of none; the disk is too small; a file is not what the hub says it is.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     if sample is not None and sample < 1:
         raise UsageError(f"--sample is {sample}, expected 1 or more")
@@ -98,7 +99,9 @@ def fetch(
             files = {path: sizes[path] for path in [*lists, *wanted]}
         else:
             files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
-            here = set(map(_chip_of, files))
+            if not (here := set(map(_chip_of, files))):
+                what = "no chip was found in the first members of the archives"
+                raise DataError(what, where=f"{repo}@{commit}", fix="check --repo and --revision")
             chips = {name: [chip for chip in ids if chip in here] for name, ids in chips.items()}
             (root / "split").mkdir(exist_ok=True)
             for name, file in files_of.items():
@@ -106,6 +109,9 @@ def fetch(
     except (OSError, tarfile.TarError) as error:  # an answer of the hub is an OSError as well
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
         raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error
+    except (HTTPError, ValueError, LookupError, TypeError) as error:  # no network; a login page, or no hub at all
+        what = f"the hub cannot be reached, or this is no hub: {error!r}"
+        raise DataError(what, where=f"{repo}@{revision}", fix="check the network, HF_ENDPOINT and --repo") from error
     counts = {name: len(ids) for name, ids in chips.items()}
     return {"root": str(root), "commit": commit, "version": version, "chips": counts, "files": files}
 
