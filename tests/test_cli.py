@@ -11,7 +11,7 @@ from conftest import ROOT
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
 from floodrepro.cli.main import COMMANDS
-from floodrepro.errors import DataError, FloodreproError
+from floodrepro.errors import DataError, FloodreproError, UsageError
 
 LISTINGS = ([], ["--help"], ["fit", "--help"], ["configs", "ls"], ["runs", "ls"])
 MISTAKES = (
@@ -60,6 +60,14 @@ def test_cheap_mistakes_are_answered_before_torch_is_imported(answers, number):
     code, err, heavy = answers[len(LISTINGS) + number]
     assert (code, says in err, "torch" in heavy) == (1 if "checkpoint" in says else 2, True, False), err
     assert 1 <= len(err.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "[" * 3000 + "]" * 3000, "&0 [x, y]"], ids=["in itself", "deep", "anchors"])
+def test_yaml_that_unfolds_without_end_is_refused_at_once(text, tmp_path: Path):
+    bomb = text + "".join(f"\na{n}: &{n} [{f'*{n - 1}, ' * 9}]" for n in range(1, 12))
+    (tmp_path / "bomb.yaml").write_text(f"a0: {bomb}" if text.startswith("&") else text)
+    with pytest.raises(UsageError, match="cannot be read"):
+        recipes.read_yaml(tmp_path / "bomb.yaml")
 
 
 def test_yaml_that_does_not_parse_is_named_with_its_line(cli, tmp_path: Path):

@@ -118,6 +118,7 @@ def test_a_file_with_a_baseline_or_dark_pixels_needs_no_offset(scene):
         (lambda c: c.update(area={"fiel": "A.geojson"}), "unknown name 'fiel'"),
         (lambda c: c.update(area={"box": [13, 46, 14]}), "missing 1 required positional"),
         (lambda c: c.update(area={"box": [13, 46, 14, float("nan")]}), "the area lies nowhere on Earth"),
+        (lambda c: c.update(area={"box": [LEFT, TOP - 500, LEFT + 500, TOP]}), "no degrees"),
         (lambda c: c.update(area={"box": [13, 46, 13, 46]}), "the area "),
         (lambda c: c["S1RTC"]["event"].update(ordit=66), "unknown name 'ordit'"),
         (lambda c: c["S1RTC"].update(unit="amplitude"), "the unit 'amplitude' is not known"),

@@ -1,6 +1,7 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ def read_scene(path: Path) -> Scene:
 def _known(content: Any, keys: Iterable[str], where: Any) -> dict[str, Any]:
     """A part of scene.yaml, once it is a mapping of known keys."""
     if not isinstance(content, dict):
-        raise UsageError(f"{content!r} is not a mapping of keys to values", where=where)
+        raise UsageError(f"{reprlib.repr(content)} is not a mapping of keys to values", where=where)
     if strange := [key for key in content if key not in keys]:
         raise UsageError(f"unknown name '{strange[0]}'", where=where, fix=f"known are {', '.join(sorted(keys))}")
     return content
@@ -212,6 +213,10 @@ def to_degrees(geometry: Any, crs: Any) -> Any:
     """Geometries of any CRS in degrees, with vertices so close that edges stay where they were."""
     try:
         geographic = CRS.from_user_input(crs).is_geographic
+        reach = np.abs(shapely.total_bounds(geometry)).max()
+        if reach > (540 if geographic else 1e8):  # segmentize would fill the memory
+            what = f"the coordinates reach {reach:g}: these are no {'degrees' if geographic else 'metres'}"
+            raise UsageError(what, fix="give the polygons in degrees, or in a file that says its CRS")
         close = shapely.segmentize(_in_one_piece(geometry), 0.01) if geographic else shapely.segmentize(geometry, 1000)
         degrees = _in_one_piece(to_crs(close, crs, DEGREES))
         west, south, east, north = bounds = shapely.total_bounds(degrees)
