@@ -12,6 +12,7 @@ from floodrepro import __version__, console
 from floodrepro import recipe as recipes
 from floodrepro.cli.main import COMMANDS
 from floodrepro.errors import DataError, FloodreproError, UsageError
+from floodrepro.verification import results
 
 LISTINGS = ([], ["--help"], ["fit", "--help"], ["configs", "ls"], ["runs", "ls"])
 MISTAKES = (
@@ -62,7 +63,7 @@ def test_cheap_mistakes_are_answered_before_torch_is_imported(answers, number):
     assert 1 <= len(err.splitlines()) <= 3
 
 
-@pytest.mark.parametrize("text", ["a: &a [*a]", "[" * 3000 + "]" * 3000, "&0 [x, y]"], ids=["in itself", "deep", "anchors"])
+@pytest.mark.parametrize("text", ["a: &a [*a]", "[" * 3000 + "]" * 3000, "&0 [x, y]"], ids=["itself", "deep", "bomb"])
 def test_yaml_that_unfolds_without_end_is_refused_at_once(text, tmp_path: Path):
     bomb = text + "".join(f"\na{n}: &{n} [{f'*{n - 1}, ' * 9}]" for n in range(1, 12))
     (tmp_path / "bomb.yaml").write_text(f"a0: {bomb}" if text.startswith("&") else text)
@@ -75,6 +76,24 @@ def test_yaml_that_does_not_parse_is_named_with_its_line(cli, tmp_path: Path):
     broken.write_text("trainer:\n  max_epochs: [1, 2\nmodel: x\n")
     told = cli("fit", "--config", broken)
     assert (told.code, f"{broken}:3" in told.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "left"),
+    [
+        (["--logger.api_key", "sk-1", "--token=hf_1", "x"], ["--logger.api_key", "***", "--token=***", "x"]),
+        ({"wandb": {"password": "p"}, "seed": 1}, {"wandb": {"password": "***"}, "seed": 1}),
+        ("https://me:pw@host/a.tif?se=1&sig=2", "https://host/a.tif"),
+        ("retries exceeded with url: a/stac?sig=2 (refused)", "retries exceeded with url: a/stac (refused)"),
+        ("HF_TOKEN, with a token that may write", "HF_TOKEN, with a token that may write"),
+        ("file:///home/jane/x", "x"),
+        ("--data-root=/home/jane/My Data/chips", "--data-root=chips"),
+        ("no file '/home/jane/My Data/chips'", "no file 'chips'"),
+    ],
+)
+def test_secrets_and_folders_are_in_nothing_that_is_published(entry, left):
+    assert results.without_folders(entry) == left
+    assert console.public(entry) == (entry if "/home" in entry else left)
 
 
 def test_entry_point_and_module_say_the_same_version():

@@ -16,6 +16,7 @@ import yaml
 
 import stac_server
 from floodrepro.data.protocols import S2_BANDS
+from floodrepro.errors import DataError
 from floodrepro.mapping import plan
 from floodrepro.mapping.scene import STEPS, opened, read_scene
 from map_scenes import run
@@ -259,7 +260,11 @@ def test_no_password_or_signature_gets_into_a_scene(ask):
     with StacServer(items) as api:
         code, scene, said, _ = ask([], "--stac", api.url.replace("//", "//user:SECRET@") + "?token=SECRET")
     assert code == 0, said
-    assert "SECRET" not in f"{scene}{said}"
+    refused = ask([], "--stac", "http://user:SECRET@127.0.0.1:9/stac?token=SECRET")
+    with pytest.raises(DataError) as unread, opened("/vsicurl/http://user:SECRET@127.0.0.1:9/a.tif?sig=SECRET"):
+        pass
+    assert refused[0] == 1
+    assert "SECRET" not in f"{scene}{said}{refused}{unread.value}"
 
 
 def test_a_server_that_keeps_refusing_is_down_or_no_stac_api_is_an_error_with_the_address(ask, tmp_path, monkeypatch):

@@ -153,8 +153,9 @@ def test_token_that_is_refused_missing_or_of_no_right_and_no_hub_are_told(server
     told(publish(exported, "--yes"), "HF_HUB_OFFLINE")
     assert server.requests == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
-    told(publish(exported, "--yes"), "cannot be reached", "HF_ENDPOINT")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:pa55@127.0.0.1:9")  # discard: nobody listens
+    told(down := publish(exported, "--yes"), "cannot be reached", "HF_ENDPOINT")
+    assert "pa55" not in down.err
 
 
 # What must not be published by accident

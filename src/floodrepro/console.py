@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,13 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
+_SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
+_MASKS = (
+    (rf"({_SECRET}['\"]?[=:] ?|--\S*{_SECRET} )[^\s'\"]+", r"\1***"),
+    (r"(?<=://)[^\s/?#'\"]*@", ""),  # user and password
+    (r"(\w+://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", r"\1"),  # queries: signatures stand there
+    (r"(?<=[\w/])[?][^\s'\"<>]*=[^\s'\"<>]*", ""),
+)
 LOG_EVERY = 30.0  # seconds between two lines of progress in a log
 
 
@@ -65,6 +73,20 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 def stdout_to_stderr() -> contextlib.AbstractContextManager[object]:
     """Send what libraries print (progress bars, metric tables) to stderr, so that stdout holds data only."""
     return contextlib.redirect_stdout(sys.stderr)
+
+
+def public(entry: Any, key: str = "") -> Any:
+    """A text, or all texts of a record, without secrets: values of such keys, users and queries of links."""
+    if isinstance(entry, Mapping):
+        return {name: public(value, str(name)) for name, value in entry.items()}
+    if isinstance(entry, list):  # the value of a flag is the next word
+        flags = [str(word) if str(word).startswith("--") else "" for word in ["", *entry]]
+        return [public(value, flag) for flag, value in zip(flags, entry, strict=False)]
+    if not isinstance(entry, str):
+        return entry
+    for pattern, left in _MASKS:
+        entry = re.sub(pattern, left, entry)
+    return "***" if re.search(f"{_SECRET}$", key) else entry
 
 
 class _Log:

@@ -214,7 +214,7 @@ def _finish(
     content = {"identity": journal["identity"], **record, "scene": scene.content, **plan, "batch": journal["batch"]}
     content["grid"] = {"crs": scene.grid.crs.to_string(), "transform": scene.grid.transform.to_gdal()[:6]}
     content |= {"resampling": RESAMPLING, "km2": km2, "shares_of_area": shares, "polygons": polygons}
-    write_atomically(output / _RECORD, json.dumps(content, indent=2, default=str))
+    write_atomically(output / _RECORD, json.dumps(console.public(content), indent=2, default=str))
 
 
 def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import shapely
 from shapely.geometry import box, shape
 
+from floodrepro.console import public
 from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.mapping.scene import BANDS, SCL, STEPS
 
@@ -86,15 +86,9 @@ def search(url: str, area: Area, event: datetime) -> dict[str, list[Item]]:
             pages = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
             found[sensor] = list({item["id"]: item for item in pages.items_as_dicts()}.values())
     except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError) as error:
-        told = f"the STAC API cannot be asked: {str(error).replace(url, public(url))[:300]}"
+        told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
     return found
-
-
-def public(link: str) -> str:
-    """A link without user, password, query and fragment: signatures and tokens stand there."""
-    parts = urlsplit(link)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def make_scene(

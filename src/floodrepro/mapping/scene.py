@@ -21,6 +21,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 from shapely.geometry import box
 
+from floodrepro import console
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.errors import DataError, UsageError
@@ -120,8 +121,10 @@ def opened(place: str) -> Iterator[DatasetReader]:
         ):
             yield raster
     except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
-        problem = str(error).replace(link, place)[:200]
-        raise DataError(f"the raster cannot be read: {problem}", where=place, fix="look at scene.yaml") from error
+        problem = console.public(str(error).replace(link, place))[:200]
+        raise DataError(
+            f"the raster cannot be read: {problem}", where=console.public(place), fix="look at scene.yaml"
+        ) from error
 
 
 def read_scene(path: Path) -> Scene:

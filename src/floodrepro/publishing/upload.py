@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError 
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from floodrepro import __version__
+from floodrepro.console import public
 from floodrepro.errors import CheckpointError, FloodreproError, UsageError
 from floodrepro.publishing.card import CARD, RESULTS
 from floodrepro.publishing.export import read_exported
@@ -63,7 +64,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
     return {
         "folder": str(folder),
         "repo": repo,
-        "endpoint": constants.ENDPOINT,
+        "endpoint": public(constants.ENDPOINT),
         "branch": branch,
         "private": private,
         "files": {name: sha256_of(folder / name) for name in names},
@@ -92,7 +93,7 @@ def upload(plan: Mapping[str, Any]) -> str:
     if changed := [name for name, digest in plan["files"].items() if found[name] != digest]:
         what = f"{changed[0]} has changed since it was listed: nothing was uploaded"
         raise CheckpointError(what, where=plan["folder"], fix="the same command again")
-    api = HfApi(endpoint=plan["endpoint"], library_name="floodrepro", library_version=__version__)
+    api = HfApi(library_name="floodrepro", library_version=__version__)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:  # exist_ok leaves a public one as it is
@@ -106,6 +107,6 @@ def upload(plan: Mapping[str, Any]) -> str:
         what = f"the hub refuses (HTTP {error.response.status_code}): {said}"
         raise FloodreproError(what, where=where, fix=f"check --repo; {_LOGIN}") from error
     except HTTPError as error:  # of the HTTP library, which is httpx or httpx2
-        what = f"the hub cannot be reached: {type(error).__name__}: {error}"
+        what = f"the hub cannot be reached: {type(error).__name__}: {public(str(error))}"
         raise FloodreproError(what, where=where, fix="check the network and HF_ENDPOINT, and try again") from error
     return str(done.commit_url)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import floodrepro
+from floodrepro.console import public
 from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
@@ -19,7 +20,8 @@ from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 2
 _NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
-_PATH = re.compile(r"""(?<![\w./])/(?:[^\s'"/]+/)*([^\s'"/]+)""")
+_WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/[^'"]*/""")  # a path alone or in quotes may hold spaces
+_PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
@@ -178,12 +180,12 @@ def start_of_weights(recipe: Recipe, record: Mapping[str, Any]) -> str:
 
 
 def without_folders(entry: Any) -> Any:
-    """A record's entry with files by their names alone: results are published, and where files lay is private."""
+    """A record's entry without secrets, files by their names: results are published, and where files lay is private."""
     if isinstance(entry, Mapping):
-        return {key: without_folders(value) for key, value in entry.items()}
+        return {key: without_folders(value) for key, value in public(entry).items()}
     if isinstance(entry, list):
-        return [without_folders(value) for value in entry]
-    return _PATH.sub(r"\1", entry) if isinstance(entry, str) else entry
+        return [without_folders(value) for value in public(entry)]
+    return _PATH.sub(r"\1", _WHOLE.sub(r"\1", public(entry))) if isinstance(entry, str) else entry
 
 
 def _score_table(evidence: Evidence) -> dict[str, Any]:
