@@ -134,7 +134,7 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so(run: RunFolder, tmp_p
     weights = write_pair(run, tmp_path / "out")
     card = write_card(weights.parent, "mine", run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert "What the training started from is not known" in card
-    assert "Not verified" in card
+    assert "Not verified: no check was run, and the weights were not compared with the recipe's model" in card
 
 
 def test_card_in_the_authors_words_is_set_aside_and_never_lost(run: RunFolder):

@@ -13,7 +13,7 @@ from torch import nn
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
 from floodrepro.publishing.export import export
-from floodrepro.training.checkpoint import load_weights, read_checkpoint
+from floodrepro.training.checkpoint import check_finite, load_weights, read_checkpoint
 
 
 class Payload:
@@ -78,6 +78,33 @@ def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path,
     torch.save({name: tensor.to(torch.int8) for name, tensor in model().state_dict().items()}, tmp_path / "int8.pt")
     with pytest.raises(CheckpointError, match=r"6 of another shape or kind \(0.weight"):
         load_weights(model(), read_checkpoint(tmp_path / "int8.pt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"model.w": torch.ones(2), "w": torch.zeros(2)}, "two tensors have one name"),
+        ({"w": torch.tensor([complex(0, float("nan"))])}, "not finite: w"),
+        ({"w": torch.eye(3).to_sparse()}, "no plain tensor: w"),
+        ({"w": torch.ones(2, device="meta")}, "no plain tensor: w"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(content, says, tmp_path: Path):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=says):
+        check_finite(read_checkpoint(tmp_path / "w.pt"))
+
+
+def test_old_format_cut_anywhere_and_odd_hyper_parameters_end_in_no_traceback(tmp_path: Path):
+    path = tmp_path / "w.pt"
+    odd = {"state_dict": model().state_dict(), "hyper_parameters": {"model_args": "text"}}
+    torch.save(odd, path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path).hyper_parameters == {}
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError):
+            read_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["1.weight", "1.running_var"])

@@ -149,6 +149,8 @@ def run_export(args: argparse.Namespace) -> int:
     if not args.no_card:
         card = write_card(output, name, checkpoint, recipe, home, licence=args.licence, factors=factors)
         found |= {"card": str(card), "licence": args.licence}
+        if home is None:
+            console.say("the weights were not compared with the recipe's model: floodrepro test --ckpt FILE does so")
         if home and not home.results.is_file():
             console.say("nothing was verified yet: floodrepro verify --run DIR, then export --card-only")
         if not args.licence:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ _NO_WEIGHTS = {
     b"<!doctype": _PAGE,
     b"<html": _PAGE,
 }
+_UNREADABLE = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError)
+_UNREADABLE += (struct.error, TypeError, AssertionError, AttributeError)  # of a file in torch's old format, cut short
 _STRIP = """if you trust its author, keep its tensors only, where its code is installed: python -c "import torch;
 c = torch.load('{name}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'weights.pt')\""""
 
@@ -66,7 +69,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 content: Any = {"state_dict": weights, "hyper_parameters": remembered}
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch names the class that it refuses
             what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused[1]}"
             raise CheckpointError(what, where=path, fix=_STRIP.format(name=path.name)) from error
@@ -82,8 +85,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, tensor in state.items()
         if not name.startswith("criterion.")
     }
+    if len(kept) < sum(not name.startswith("criterion.") for name in state):
+        raise CheckpointError("two tensors have one name once prefixes (model., module.) are taken off", where=path)
     remembered = named.get("hyper_parameters")
-    return Checkpoint(path, kept, remembered if isinstance(remembered, Mapping) else {})
+    if odd := [key for key, t in kept.items() if t.layout != torch.strided or t.is_meta]:
+        raise CheckpointError(f"the checkpoint holds what is no plain tensor: {odd[0]}", where=path)
+    sound = isinstance(remembered, Mapping) and isinstance(remembered.get("model_args") or {}, Mapping)
+    return Checkpoint(path, kept, remembered if sound else {})
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
@@ -92,8 +100,8 @@ def check_finite(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: A weight or a buffer holds NaN or an infinity.
     """
-    floats = {name: tensor for name, tensor in checkpoint.weights.items() if tensor.is_floating_point()}
-    bad = [name for name, tensor in floats.items() if not bool(tensor.double().isfinite().all())]
+    floats = {key: t if t.is_complex() else t.double() for key, t in checkpoint.weights.items()}
+    bad = [name for name, tensor in floats.items() if not bool(tensor.isfinite().all())]
     if bad:
         what = f"{len(bad)} tensors of the checkpoint are not finite: {', '.join(bad[:3])}"
         raise CheckpointError(what, where=checkpoint.path, fix="train again, or give an earlier checkpoint")
