@@ -277,6 +277,41 @@ def test_a_server_that_keeps_refusing_is_down_or_no_stac_api_is_an_error_with_th
         assert code == 1 and "the STAC API cannot be asked" in said and f"where: {url}" in said
 
 
+@pytest.mark.parametrize("href", ["/etc/passwd", "file:///etc/passwd", "../../a.tif", "/vsicurl/http://a/b.tif", 5])
+def test_only_web_addresses_get_into_a_scene(ask, href):
+    for item in (items := copy.deepcopy(NORMAL)):
+        for asset in item["assets"].values():
+            asset["href"] = href
+    code, scene, said, _ = ask(items)
+    assert (code, scene, "Traceback" in said) == (1, None, False), said
+
+
+@pytest.mark.parametrize("odd", [{"features": [5]}, {"features": [{}]}, {"features": 5}, "same"], ids=str)
+def test_answers_that_are_no_stac_and_pages_without_end_are_no_traceback(ask, monkeypatch, odd):
+    plain = stac_server.Handler.reply
+
+    def reply(self, content, *more):
+        if isinstance(content, dict) and "features" in content:
+            if odd == "same":
+                link = {"rel": "next", "method": "POST", "href": f"{self.server.url}/search", "body": {"token": "0"}}
+                content = content | {"links": [link | {"merge": True}]}
+            else:
+                content = content | odd
+        plain(self, content, *more)
+
+    monkeypatch.setattr(stac_server.Handler, "reply", reply)
+    code, _, said, api = ask(NORMAL)
+    assert (code, "Traceback" in said) == (0 if odd == "same" else 1, False), said
+    assert len(api.asked) < 9
+
+
+def test_cloud_that_is_no_number_counts_as_unknown(ask):
+    for item in (items := copy.deepcopy(NORMAL)):
+        item["properties"]["eo:cloud_cover"] = float("nan")
+    code, scene, said, _ = ask(items)
+    assert (code, scene["S2L2A"]["event"]["cloud"]) == (0, 0), said
+
+
 def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypatch):
     with StacServer([]) as api:
         monkeypatch.setattr(planetary_computer.settings.Settings.get(), "sas_url", f"{api.root}/sas/v1/token")

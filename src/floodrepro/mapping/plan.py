@@ -29,6 +29,8 @@ _COLLECTIONS = {"S1RTC": "sentinel-1-rtc", "S2L2A": "sentinel-2-l2a", "DEM": "co
 _PIXELS: dict[str, dict[str, Any]] = {"S1RTC": {"unit": "power", "nodata": [-32768, 0]}, "S2L2A": {"nodata": [0]}}
 _LOOK_BACK, _LOOK_AHEAD = 90 * DAY, 45 * DAY  # what is searched: a month before `before`, and an `after`
 _WINDOW = {"S1RTC": _LOOK_AHEAD, "S2L2A": 15 * DAY}  # how far the other dates may lie from what they are to be near
+_MOST = 10_000  # items of a sensor
+_ODD = (KeyError, TypeError, AttributeError, RecursionError)  # what comes of an answer that is no STAC
 _BACKOFF = 1  # second, doubled from one attempt to the next
 
 
@@ -83,9 +85,17 @@ def search(url: str, area: Area, event: datetime) -> dict[str, list[Item]]:
         client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor, collection in _COLLECTIONS.items():
             dates = None if sensor == "DEM" else window
-            pages = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
-            found[sensor] = list({item["id"]: item for item in pages.items_as_dicts()}.values())
-    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError) as error:
+            asked = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
+            items: dict[str, Item] = {}
+            for page in asked.pages_as_dicts():
+                new = {item["id"]: item for item in page["features"] if item["id"] not in items}
+                if not new or len(items) > _MOST:  # a server may give the same page without end
+                    break
+                items |= new
+            if len(items) > _MOST:
+                raise ValueError(f"it has more than {_MOST:,} items of {collection}; a smaller area has fewer")
+            found[sensor] = list(items.values())
+    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError, *_ODD) as error:
         told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
     return found
@@ -151,7 +161,8 @@ def _pass_of(items: Iterable[Item], area: Area, sensor: str) -> Pass | None:
     """The pass that items are of; None if they see nothing of the area (a search asks with a simpler shape)."""
 
     def number(item: Item, name: str) -> float:
-        return float(item["properties"].get(name) or 0)
+        value = float(item["properties"].get(name) or 0)
+        return 0 if math.isnan(value) else value
 
     def order(item: Item) -> tuple[float, float, str]:
         """Least cloud first; of two processings of one scene the newer one."""
@@ -182,9 +193,12 @@ def _links(sensor: str, item: Item) -> dict[str, Any]:
     if absent := [name for name in names if name not in item["assets"]]:
         fix = "use a STAC API with Planetary Computer's names"
         raise FloodreproError(f"{item['id']} has no asset {', '.join(absent)}", fix=fix)
+    hrefs = {name: public(item["assets"][name]["href"]) for name in names}
+    if local := [href for href in hrefs.values() if not href.startswith(("http://", "https://"))]:
+        raise FloodreproError(f"{item['id']} lies at {local[0][:100]!r}, which is no web address", fix="another --stac")
     known = {"tile": "s2:mgrs_tile", "baseline": "s2:processing_baseline", "cloud": "eo:cloud_cover"}
     facts = {key: item["properties"][name] for key, name in known.items() if item["properties"].get(name) is not None}
-    return {"item": item["id"], **facts} | {name: public(item["assets"][name]["href"]) for name in names}
+    return {"item": item["id"], **facts} | hrefs
 
 
 def _choose(
