@@ -13,7 +13,7 @@ from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.publishing.card import Factors, energy_of, factors_of, write_card
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification.report import render
+from floodrepro.verification.report import md, render
 from verification_fixtures import demo_recipe, gather, keep, make_run, make_table, missed, summarise, write_pair
 
 V0 = {"train": 57_067, "val": 9_028}
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> RunFolder:
 def test_card_says_what_the_report_says(run: RunFolder):
     results = verified(run)
     card = card_of(run)
-    assert results["verdict"]["sentence"] in card
+    assert md(results["verdict"]["sentence"]) in card
     for row in results["scores"]["rows"]:
         assert f"| {row['label']} | {row['values'][0]:.4f} |" in card
     assert "Required and not met: Weights and buffers" in card

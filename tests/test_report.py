@@ -1,6 +1,7 @@
 """The report: in a reviewer's order, nothing softened or hidden, nothing loaded, the same bytes every time."""
 
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -174,6 +175,12 @@ def test_positive_class_has_its_name_everywhere(evidence: Evidence):
 def test_markup_in_a_name_is_text(evidence: Evidence):
     page = to_html(text_of(summary_of(evidence, reference_name="<script>alert(1)</script> | **bold**")), {}, "x & y")
     assert ("<script>" in page, "alert(1)" in page) == (False, True)
+    markup = "</code><script>alert(1)</script>"
+    results = summary_of(evidence) | {"banner": markup, "warnings": [markup]}
+    results["verdict"] = dict.fromkeys(results["verdict"], markup)
+    for check in results["checks"]:
+        check |= {"outcome": markup, "code": markup, "title": markup}
+    assert "<script" not in to_html(text_of(results), {}, markup)
     assert md("a|b\n*c* <i>") == "a\\|b \\*c\\* &lt;i&gt;"
 
 
@@ -200,9 +207,11 @@ def test_missing_figure_is_said_to_be_missing_and_none_is_taken_from_another_pla
     assert set(draw(found, Path("nowhere"))) == {"figures/forest.png", "figures/______evil.png"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}'])
-def test_damaged_results_are_an_error_that_says_what_to_do(tmp_path: Path, content: str):
-    (tmp_path / "results.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"schema": 1}', {"checks": 5}, {"verdict": "x"}, {"checks": [{"status": "good"}]}]
+)
+def test_damaged_results_are_an_error_that_says_what_to_do(tmp_path: Path, content: Any, whole: dict[str, Any]):
+    (tmp_path / "results.json").write_text(content if isinstance(content, str) else json.dumps(whole | content))
     with pytest.raises(TableError) as error:
         results_file.load(tmp_path / "results.json")
     assert "verify" in str(error.value.fix)

@@ -20,8 +20,9 @@ from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 2
 _NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
-_WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/[^'"]*/""")  # a path alone or in quotes may hold spaces
+_WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
+_TYPES = {"run": dict, "verdict": dict, "summary": dict, "scores": dict, "forest": dict, "checks": list, "banner": str}
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
@@ -75,6 +76,11 @@ def load(path: Path) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = results["schema"]
+        for key, kind in _TYPES.items() if schema == SCHEMA else ():
+            if not isinstance(results[key], kind):
+                raise TypeError(f"'{key}' is not what verify writes")
+        if schema == SCHEMA and not {check["status"] for check in results["checks"]} <= _WORDS.keys():
+            raise ValueError("a check has an unknown status")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TableError(f"the results are missing or damaged: {error}", where=path, fix=again) from error
     if schema != SCHEMA:
