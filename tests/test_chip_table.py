@@ -154,6 +154,8 @@ def test_empty_table_and_another_schema_are_refused(tmp_path: Path):
         {"events": np.arange(12)},
         {"metadata": {"positive_class": 2}},
         {"metadata": {"positive_class": -1}},
+        {"metadata": {"checkpoint": "best.ckpt"}},
+        {"metadata": {"class_names": ["one"]}},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -72,7 +72,7 @@ class RunFolder:
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RunFolderError(f"the run's record cannot be read: {error}", where=self.record) from error
 
     def read_metrics(self) -> list[dict[str, str]]:

@@ -148,6 +148,12 @@ def read_table(path: Path) -> ChipTable:
             raise ValueError("chips and events are no text, or a chip is there twice")
         if metadata.get("positive_class", 0) not in range(classes):
             raise ValueError(f"the positive class is none of {classes}")
+        parts = [metadata.get(key) or {} for key in ("checkpoint", "predictor", "data", "metrics", "inputs", "speed")]
+        if (
+            not all(isinstance(part, dict) for part in parts)
+            or len(metadata.get("class_names") or "x" * classes) != classes
+        ):
+            raise TypeError("its metadata is of other types")
         return ChipTable(chips, events, **columns, metadata=metadata)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error

@@ -16,6 +16,8 @@ from floodrepro.verification.checks import CHECKS, CRITERIA, Check, Evidence, Se
 
 MEASURED = "measured.json"
 """What `measure` found: `measured_on`, the sha256 of the weights, and `checks`, an answer a check."""
+DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
+"""What comes of a record that someone has edited."""
 _Absent = dict[str, tuple[Status, str]]
 
 
@@ -34,8 +36,11 @@ def ask(name: str, evidence: Evidence) -> Check:
             found = evidence.measured[name]
         else:
             raise evidence.without(MEASURED, "it was not measured: floodrepro verify without --no-measure does so")
+        found = {**found, "status": found["status"], "finding": str(found["finding"])}
     except Unanswered as unanswered:
         found = dict(zip(("status", "finding"), unanswered.args, strict=True))
+    except DAMAGED as error:
+        found = {"status": "fail", "finding": f"the record is damaged: {error!r:.200}"}
     about, margin = CRITERIA[name], CRITERIA["parity"]["margin_pp"]
     split = evidence.table.metadata.get("split", "test") if evidence.table else "test"
     answer: Check = {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None, **found, "id": name}
@@ -150,8 +155,10 @@ def _metrics(home: RunFolder, absent: _Absent) -> list[dict[str, str]]:
 def _seeds(home: RunFolder, split: str, absent: _Absent) -> list[SeedRun]:
     """The runs that were declared together with this one; none if it was declared alone."""
     declaration = home.path.resolve().parent / DECLARATION
-    runs = []
-    for seed in _json(declaration, "seeds", absent).get("seeds") or []:
+    runs, seeds = [], _json(declaration, "seeds", absent).get("seeds") or []
+    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
+        absent["seeds"], seeds = ("fail", f"{declaration.name} is damaged: its seeds are no whole numbers"), []
+    for seed in seeds:
         one = RunFolder(declaration.parent / f"seed-{seed}")
         weights = sha256_of(one.best) if one.best.is_file() else None
         status = str(_json(one.record, "", {}).get("status", "not started"))
@@ -165,7 +172,7 @@ def _json(path: Path, name: str, absent: _Absent) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not isinstance(content, dict):
             raise ValueError("it holds no JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         absent[name] = ("fail", f"{path.name} cannot be read: {error}")
         return {}
     return content
