@@ -101,7 +101,11 @@ def tabulate_checkpoint(
         FloodreproError: TerraTorch's metrics and the table's differ.
     """
     recipe, chosen = cli.recipe, choose_split(cli.recipe, split)
-    path = table_path(checkpoint, chosen.name, folder)
+    run, named = RunFolder.of_checkpoint(checkpoint), checkpoint
+    changes = list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None
+    if folder is None and {"data.init_args.limit", "data.init_args.fraction"} & set(changes or ()):
+        named = checkpoint.with_stem(f"{checkpoint.stem}-part")  # the table of the whole split stays
+    path = table_path(named, chosen.name, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # before the pass: on a GPU it takes a while
     except OSError as error:
@@ -114,7 +118,7 @@ def tabulate_checkpoint(
     data, metrics = run_pass(cli, "test", counter, kind, file=chosen.file, name=test_name)
     arguments, precision = protocols.data_arguments(recipe), str(cli.trainer.precision)
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
-    surroundings, run = environment(precision), RunFolder.of_checkpoint(checkpoint)
+    surroundings = environment(precision)
     on_cpu = cli.trainer.strategy.root_device.type == "cpu"
     metadata = {
         "split": chosen.name,
@@ -124,7 +128,7 @@ def tabulate_checkpoint(
         "predictor": {"kind": "model", "name": checkpoint.name},
         "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
         "recipe_sha256": recipes.fingerprint(recipe),
-        "recipe_changes": list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None,
+        "recipe_changes": changes,
         "inputs": {key: arguments[key] for key in _SEEN if key in arguments},
         "data": data.as_dict(),
         "failed_chips": failed,
@@ -155,10 +159,10 @@ def tabulate_checkpoint(
         kept = [chip for chip in listed if chip not in failed]
         parts[name] = table.subset(kept, split=name, subset_of=chosen.name, metrics={})
         shown |= {f"test/{name}/{key}": own for key, own in scores(parts[name].counts.sum(axis=0)).items()}
-    paths = {name: table_path(checkpoint, name, folder) for name in parts}
+    paths = {name: table_path(named, name, folder) for name in parts}
     for name, part in parts.items():
         write_table(part, paths[name])
-    if baselines:
+    if baselines and named == checkpoint:
         write_baselines(recipe, table, path.parent.parent)
     chips = {name: len(part) for name, part in parts.items()}
     tables = {name: str(place) for name, place in paths.items()}
