@@ -1,9 +1,11 @@
 """What is answered before torch is imported, and how."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,15 +136,24 @@ def test_runs_are_listed_with_recipe_status_score_and_age(cli, trained):
 
 
 @pytest.mark.parametrize(
-    "record", [{"started": "soon"}, {"started": 5}, {"recipe_sha256": None}, {"status": None}, {"best_metrics": [1]}]
+    "record",
+    [
+        *({"started": "soon"}, {"started": 5}, {"recipe_sha256": None}, {"status": None}, {"best_metrics": [1]}),
+        *({"monitor": "x", "best_metrics": {"x": 10**400}}, {"status": "\x1b[31mred"}, "fifo"),
+    ],
+    ids=str,
 )
-def test_one_odd_record_does_not_hide_the_other_runs(cli, tmp_path: Path, record: dict):
+def test_one_odd_record_does_not_hide_the_other_runs(cli, tmp_path: Path, record: Any):
     whole = {"started": "2026-01-01T00:00:00+00:00", "recipe_sha256": "5c" * 32, "status": "running"}
-    for name, content in (("odd", whole | record), ("good", whole)):
+    for name, content in (("odd", whole | (record if isinstance(record, dict) else {})), ("good", whole)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(content))
+    if record == "fifo":
+        (tmp_path / "odd" / "run.json").unlink()
+        os.mkfifo(tmp_path / "odd" / "run.json")
     outcome = cli("runs", "ls", "--runs-root", tmp_path)
-    assert (outcome.code, "running" in outcome.out, "odd" in outcome.out) == (0, True, True), outcome.err
+    assert (outcome.code, "running" in outcome.out, "\x1b" in outcome.out) == (0, True, False), outcome.err
+    assert ("odd" in outcome.out) == (record != "fifo")
 
 
 def test_full_disk_behind_stdout_is_told_in_a_line():
@@ -153,6 +164,13 @@ def test_full_disk_behind_stdout_is_told_in_a_line():
     assert done.stderr.startswith("floodrepro: error: ")
     assert "No space left" in done.stderr.splitlines()[0]
     assert "Traceback" not in done.stderr
+
+
+def test_closed_stdout_and_a_place_that_cannot_be_written_are_no_traceback():
+    for flags in ("runs ls >&-", "configs ls >&-", f"data synth --root {'a' * 300}", "runs ls --runs-root /dev/null/a"):
+        command = f"{sys.executable} -m floodrepro {flags}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
 
 
 def test_an_error_of_a_loader_worker_keeps_what_where_and_what_to_do():

@@ -11,6 +11,7 @@ import yaml
 
 from floodrepro.errors import DataError, UsageError
 from floodrepro.mapping.checks import list_problems
+from floodrepro.mapping.reader import read_water
 from floodrepro.mapping.scene import read_scene
 from map_scenes import CRS, LEFT, TOP, make_scene, save
 
@@ -161,6 +162,13 @@ def test_empty_polygons_of_an_area_are_none(scene):
     pyogrio.raw.write(scene.parent / "area.gpkg", square[1:], **options)
     with pytest.raises(UsageError, match="holds no polygon"):
         read_scene(scene)
+
+
+def test_what_lies_far_from_a_raster_is_missing_and_polygons_have_no_values(scene):
+    edit(scene, lambda c: c.update(area={"box": [-170, 60, -169.9, 60.1]}))
+    list_problems(far := read_scene(scene), 5)
+    with pytest.raises(UsageError, match="polygons have no values"):
+        read_water(scene.with_name("truth.geojson"), far.grid, 0, 1, value=1)
 
 
 def test_synth_writes_each_event_whole_and_in_two_crs(cli, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 _SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
 _MASKS = (
     (rf"({_SECRET}['\"]?[=:] ?|--\S*{_SECRET} )[^\s'\"]+", r"\1***"),
@@ -43,6 +44,7 @@ def emit(data: Mapping[str, Any], text: str, output_format: str) -> None:
 
 def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
     """Lay rows out in columns; those from *right_from* on are figures and stand to the right."""
+    rows = [[re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", cell) for cell in row] for row in rows]  # a terminal obeys them
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -123,7 +125,8 @@ def run(main: Callable[[], int]) -> int:
     """
     try:
         code = main()
-        sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
+        if sys.stdout:  # None where it was closed (`>&-`)
+            sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
         return code
     except FloodreproError as error:
         failure = error
@@ -136,9 +139,10 @@ def run(main: Callable[[], int]) -> int:
         _drop_stdout()
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
-            _drop_stdout()
-            failure = FloodreproError(f"a file or stdout cannot be written: {error.strerror}")
+        if isinstance(error, OSError) and error.errno in _DISK:
+            if not error.filename:
+                _drop_stdout()
+            failure = FloodreproError(f"a file or stdout cannot be used: {error.strerror}", where=error.filename)
         else:
             traceback.print_exc()
             fix = "if it is not your own code, report it together with the traceback"

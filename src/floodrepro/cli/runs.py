@@ -42,7 +42,9 @@ def add_runs_arguments(parser: argparse.ArgumentParser) -> None:
 def run_runs(args: argparse.Namespace) -> int:
     """List runs with recipe, status, best score and age, the newest first: runs ls."""
     shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
-    found = [_summary(RunFolder(record.parent), shipped) for record in args.runs_root.rglob("run.json")]
+    found = [
+        _summary(RunFolder(record.parent), shipped) for record in args.runs_root.rglob("run.json") if record.is_file()
+    ]
     found.sort(key=lambda run: run["started"], reverse=True)
     rows = [["name", "recipe", "status", "best", "age"]]
     for run in found:
@@ -65,5 +67,5 @@ def _summary(run: RunFolder, shipped: dict[str, str]) -> dict[str, Any]:
         best = dict(record.get("best_metrics") or {}).get(monitor)  # a running run has none yet
         found |= {"recipe": shipped.get(digest) or f"sha256 {digest[:12]}", "status": str(record["status"])}
         return found | {"monitor": monitor, "best": None if best is None else float(best), "started": started}
-    except (FloodreproError, LookupError, TypeError, ValueError):  # one odd record hides no other run
+    except (FloodreproError, LookupError, TypeError, ValueError, OverflowError):  # one odd record hides no other run
         return found | {"recipe": "-", "status": "unreadable", "best": None, "started": "", "age": "-"}

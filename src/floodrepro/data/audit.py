@@ -98,7 +98,7 @@ def audit(
     darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
     ordered = [chip for chip in source.having(PARTS[0]) if chip in whole]  # as they lie in a tar
     with ExitStack() as stack:
-        workers = jobs or min(len(os.sched_getaffinity(0)), 16)
+        workers = max(jobs or min(len(os.sched_getaffinity(0)), 16), 1)
         pool = stack.enter_context(ThreadPoolExecutor(workers))  # decoding and numpy let other threads run
         stack.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C: it would wait for all chips
         progress = stack.enter_context(console.progress("chips read"))

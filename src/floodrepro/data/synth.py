@@ -103,6 +103,7 @@ def generate(
         f"--root holds a data set ({', '.join(data_in(root))}), and nothing is overwritten": not data_in(root),
         f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}": 3 <= events <= MAX_EVENTS,
         f"--chips is {chips}, expected at least one an event, {events}": chips >= events,
+        f"--seed is {seed}, expected 0 or more": seed >= 0,
         f"--size is {size}, expected a multiple of 16 from 32 to 512": size in range(32, 513, 16),
         f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}": set(variants) <= set(VARIANTS),
     }
@@ -141,6 +142,9 @@ def generate(
     except OSError as error:
         problem = f"the data set cannot be written: {error.strerror or error}"
         raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
+    except MemoryError as error:
+        what = "the memory is too small for so many chips an event"
+        raise UsageError(what, where="--chips", fix="fewer --chips, or more --events") from error
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 

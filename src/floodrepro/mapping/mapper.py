@@ -120,7 +120,8 @@ def _read_json(path: Path, identity: str | None = None, keys: Sequence[str] = ("
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
         found = [content[key] for key in keys]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        found += [content["names"][content["positive"]], content["weights"]["file"]] if "names" in keys else []
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         fix = "move the folder away and map again"
         raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
     if identity not in (None, found[0]):

@@ -25,6 +25,7 @@ from rasterio.warp import Resampling, reproject, transform_bounds
 from rasterio.windows import Window
 
 from floodrepro.data.protocols import NO_DATA
+from floodrepro.errors import UsageError
 from floodrepro.mapping.scene import EVENT_STEP, SCL, Acquisition, Array, Grid, Scene, Source, opened, read_polygons
 
 Tile = tuple[int, int, int, int]  # first row, first column, rows, columns
@@ -50,6 +51,8 @@ def read_window(
     bounds = windows.bounds(window, grid.transform)
     west, south, east, north = transform_bounds(grid.crs, raster.crs, *bounds, densify_pts=21)
     corners = np.array([~raster.transform * xy for x in (west, east) for xy in ((x, south), (x, north))])
+    if not np.isfinite(corners).all():  # so far from the raster that its CRS has no such place
+        return out
     low, high = corners.min(axis=0), corners.max(axis=0)  # (column, row), whichever way the raster is turned
     # Pixels around the window: a kernel looks two away, in the coarser of the two grids.
     margin = 3 + math.ceil(2 * max(*(high - low) / (width, height), 1))
@@ -218,6 +221,8 @@ def read_water(path: Path, grid: Grid, row: int, height: int, value: int | None 
     """
     window = Window(0, row, grid.width, height)
     if path.suffix.lower() in (".geojson", ".json", ".gpkg", ".shp", ".fgb"):
+        if value is not None:
+            raise UsageError("polygons have no values", where="--truth-value", fix="leave it out")
         place = windows.transform(window, grid.transform)
         polygons = _polygons(path, path.stat().st_mtime_ns if path.exists() else 0, grid.crs)
         water = geometry_mask(polygons, (height, grid.width), place, invert=True)

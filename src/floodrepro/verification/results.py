@@ -23,6 +23,8 @@ _NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
 _WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
 _TYPES = {"run": dict, "verdict": dict, "summary": dict, "scores": dict, "forest": dict, "checks": list, "banner": str}
+_KEYS = [("verdict", name) for name in ("word", "sentence", "not_shown")]
+_KEYS += [("summary", name) for name in ("text", "not_met", "left_out")]
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
@@ -79,6 +81,7 @@ def load(path: Path) -> dict[str, Any]:
         for key, kind in _TYPES.items() if schema == SCHEMA else ():
             if not isinstance(results[key], kind):
                 raise TypeError(f"'{key}' is not what verify writes")
+        [results[key][name] for key, name in _KEYS if schema == SCHEMA]
         if schema == SCHEMA and not {check["status"] for check in results["checks"]} <= _WORDS.keys():
             raise ValueError("a check has an unknown status")
     except (OSError, ValueError, TypeError, KeyError) as error:
