@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
+from rasterio.errors import RasterioError
 
 from floodrepro.data import synth
 from floodrepro.data.chips import Chips
@@ -88,7 +90,7 @@ def test_pixels_are_missing_in_both_satellites_and_never_where_radar_sees_nothin
 
 
 def test_wrong_argument_is_named_by_its_flag_and_a_data_set_never_overwritten(tmp_path):
-    for argument, value in (("events", 2), ("chips", 3), ("size", 40)):
+    for argument, value in (("events", 2), ("chips", 3), ("size", 40), ("seed", -1)):
         with pytest.raises(UsageError, match=f"--{argument} is {value}"):
             generate(tmp_path / "new", **SMALL | {argument: value})
     with pytest.raises(UsageError, match="--layout-variant"):
@@ -137,6 +139,23 @@ def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, lay
     with pytest.raises(DataError, match="No space left on device"):
         generate(tmp_path, **SMALL, layout=layout)
     assert not any(tmp_path.iterdir())
+
+
+def test_disk_that_is_full_at_the_scenes_leaves_nothing_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    opened = rasterio.open
+
+    def full(name, mode="r", **more):
+        if mode == "w" and "scenes" in str(name):
+            raise RasterioError("No space left on device")
+        return opened(name, mode, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rasterio, "open", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            generate(tmp_path, **SMALL, scenes=True)
+    assert not any(tmp_path.iterdir())
+    generate(tmp_path, **SMALL, scenes=True)
+    assert len(list((tmp_path / "scenes").glob("*/scene.yaml"))) == SMALL["events"]
 
 
 def test_protocols_need_no_numpy_and_chips_no_torch():

@@ -159,12 +159,10 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _synth(args: argparse.Namespace) -> None:
-    from floodrepro.data.synth import generate, write_scenes
+    from floodrepro.data.synth import generate
 
     chosen = {name: getattr(args, name) for name in ("events", "chips", "size", "protocol", "seed", "layout")}
-    report = generate(args.root, variants=args.layout_variant, **chosen)
-    if args.scene:
-        write_scenes(args.root)
+    report = generate(args.root, variants=args.layout_variant, scenes=args.scene, **chosen)
     rows = [["split", "events", "chips"]]
     rows += [[split, str(report["events"][split]), str(count)] for split, count in report["chips"].items()]
     console.emit(report, f"{console.columns(rows)}\n{args.root}", args.format)

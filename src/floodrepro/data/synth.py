@@ -26,6 +26,7 @@ import rasterio
 import yaml
 import zarr
 from numcodecs import Blosc, Zlib
+from rasterio.errors import RasterioError
 from rasterio.warp import Resampling, reproject
 from scipy import ndimage
 
@@ -78,6 +79,7 @@ def generate(
     seed: int,
     layout: str = "extracted",
     variants: Sequence[str] = ("time", "quarters"),
+    scenes: bool = False,
 ) -> dict[str, Any]:
     """Write a generated data set and return what was written; the same arguments give the same bytes.
 
@@ -94,6 +96,7 @@ def generate(
         seed: 0 or more.
         layout: `extracted` (`data/<PART>/`) or `hub` (`<split>/<PART>.tar`, as on the Hugging Face hub).
         variants: How chips are stored, names of `VARIANTS`; chips take them in turn.
+        scenes: Whether each event is written whole too, as `scenes/<event>/`.
 
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
@@ -103,6 +106,7 @@ def generate(
         f"--root holds a data set ({', '.join(data_in(root))}), and nothing is overwritten": not data_in(root),
         f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}": 3 <= events <= MAX_EVENTS,
         f"--chips is {chips}, expected at least one an event, {events}": chips >= events,
+        "--root holds scenes, and nothing is overwritten": not (scenes and (root / "scenes").exists()),
         f"--seed is {seed}, expected 0 or more": seed >= 0,
         f"--size is {size}, expected a multiple of 16 from 32 to 512": size in range(32, 513, 16),
         f"--layout-variant is {','.join(variants)}, expected {', '.join(VARIANTS)}": set(variants) <= set(VARIANTS),
@@ -137,18 +141,21 @@ def generate(
             for name, ids in lists.items():
                 _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
             _write(made / SYNTH_NOTE, note.encode())
+            if scenes:
+                _write_scenes(made)
             for path in sorted(made.iterdir(), key=lambda path: (path.name == SYNTH_NOTE, path.name)):
                 path.rename(root / path.name)  # the first one fails where another call has put a data set meanwhile
-    except OSError as error:
-        problem = f"the data set cannot be written: {error.strerror or error}"
-        raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
+    except (OSError, RasterioError) as error:
+        problem = f"the data set cannot be written: {getattr(error, 'strerror', '') or error}"
+        where = getattr(error, "filename", None) or root
+        raise DataError(problem, where=where, fix="name a new folder that can be written") from error
     except MemoryError as error:
         what = "the memory is too small for so many chips an event"
         raise UsageError(what, where="--chips", fix="fewer --chips, or more --events") from error
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 
-def write_scenes(root: Path) -> None:
+def _write_scenes(root: Path) -> None:
     """Write a scene of each event of a generated data set below ROOT/scenes, every second one *mixed*."""
     events = defaultdict(list)
     for chip in sorted(Chips(root).having("DEM")):
