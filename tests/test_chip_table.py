@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -151,7 +152,6 @@ def test_empty_table_and_another_schema_are_refused(tmp_path: Path):
         {"unseen": np.full(12, np.nan)},
         {"histogram": make().histogram - 1},
         {"chips": np.full(12, "EMSR0_1_35TMF_x0_y0")},
-        {"events": np.arange(12)},
         {"metadata": {"positive_class": 2}},
         {"metadata": {"positive_class": -1}},
         {"metadata": {"checkpoint": "best.ckpt"}},
@@ -164,6 +164,16 @@ def test_impossible_counts_ids_and_classes_are_refused(tmp_path: Path, changes):
     write_table(replace(make(), **changes), tmp_path / "t.parquet")
     with pytest.raises(TableError, match="damaged"):
         read_table(tmp_path / "t.parquet")
+
+
+def test_ids_that_are_missing_are_refused(tmp_path: Path):
+    write_table(make(), path := tmp_path / "t.parquet")
+    for column in (0, 1):
+        content = pq.read_table(path)
+        name = content.column_names[column]
+        pq.write_table(content.set_column(column, name, pa.nulls(12, pa.string())), tmp_path / "null.parquet")
+        with pytest.raises(TableError, match="no text"):
+            read_table(tmp_path / "null.parquet")
 
 
 def test_tables_of_other_chips_protocols_or_truths_are_not_compared():

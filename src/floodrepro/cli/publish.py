@@ -70,7 +70,9 @@ def run_verify(args: argparse.Namespace) -> int:
             found = results.summarise(evidence, battery.run_checks(evidence), args.require, timestamp())
             report.render(found, {})
         except battery.DAMAGED as error:  # judge without what someone has edited: what needs it fails
-            damaged = dict.fromkeys(("record", battery.MEASURED), ("fail", f"the record is damaged: {error!r:.200}"))
+            damaged: Any = dict.fromkeys(
+                ("record", battery.MEASURED), ("fail", f"the record is damaged: {error!r:.200}")
+            )
             evidence = replace(evidence, record={}, measured={}, absent={**evidence.absent, **damaged})
             found = results.summarise(evidence, battery.run_checks(evidence), args.require, timestamp())
     page = report.write_report(found, output)

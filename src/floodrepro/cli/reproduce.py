@@ -129,8 +129,8 @@ def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]
     tested = Path("test", "best.parquet")
     stages += [(f"test-{s}", ["test", "--ckpt", run.best], [run.evaluation / tested]) for s, run in runs.items()]
     if recipes.fold([recipe], args.overrides).get("custom_modules_path"):  # the user's own: it was named here
-        for stage, made in zip(stages[-len(runs) :], runs.values(), strict=True):
-            stage[1].extend(["--config", made.recipe])
+        for stage, tested_run in zip(stages[-len(runs) :], runs.values(), strict=True):
+            stage[1].extend(["--config", tested_run.recipe])
         compare = [*compare, "--trust-code"]
     run = runs[seeds[0]]
     export = ["export", "--run", run.path, "--name", home.name]

@@ -28,7 +28,15 @@ _NO_WEIGHTS = {
     b"<!doctype": _PAGE,
     b"<html": _PAGE,
 }
-_UNREADABLE = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError)
+_UNREADABLE: tuple[type[Exception], ...] = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+)
 _UNREADABLE += (struct.error, TypeError, AssertionError, AttributeError)  # of a file in torch's old format, cut short
 _STRIP = """if you trust its author, keep its tensors only, where its code is installed: python -c "import torch;
 c = torch.load('{name}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'weights.pt')\""""
@@ -87,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     }
     if len(kept) < sum(not name.startswith("criterion.") for name in state):
         raise CheckpointError("two tensors have one name once prefixes (model., module.) are taken off", where=path)
-    remembered = named.get("hyper_parameters")
+    remembered: Any = named.get("hyper_parameters")
     if odd := [key for key, t in kept.items() if t.layout != torch.strided or t.is_meta]:
         raise CheckpointError(f"the checkpoint holds what is no plain tensor: {odd[0]}", where=path)
     sound = isinstance(remembered, Mapping) and isinstance(remembered.get("model_args") or {}, Mapping)
