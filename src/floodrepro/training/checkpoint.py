@@ -72,7 +72,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         if first[8:9] == b"{":  # the header of safetensors, after its length
             with safe_open(str(path), framework="pt", device="cpu") as opened:
-                remembered = json.loads((opened.metadata() or {}).get("hyper_parameters", "{}"))
+                remembered: Any = json.loads((opened.metadata() or {}).get("hyper_parameters", "{}"))
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
                 content: Any = {"state_dict": weights, "hyper_parameters": remembered}
         else:
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     }
     if len(kept) < sum(not name.startswith("criterion.") for name in state):
         raise CheckpointError("two tensors have one name once prefixes (model., module.) are taken off", where=path)
-    remembered: Any = named.get("hyper_parameters")
+    remembered = named.get("hyper_parameters")
     if odd := [key for key, t in kept.items() if t.layout != torch.strided or t.is_meta]:
         raise CheckpointError(f"the checkpoint holds what is no plain tensor: {odd[0]}", where=path)
     sound = isinstance(remembered, Mapping) and isinstance(remembered.get("model_args") or {}, Mapping)
