@@ -1,6 +1,7 @@
 """Generated chips and one trained run, made once and shared by the tests that only read them."""
 
 import contextlib
+import gc
 import io
 import os
 import re
@@ -23,13 +24,6 @@ from floodrepro.system import environment
 
 ROOT = Path(__file__).parents[1]
 CHIPS = {"events": 6, "chips": 18, "size": 32, "protocol": "v0", "seed": 1}
-# Flags of fit for a smaller demo: three quarters of the time, and a state of 77 MB, not 169.
-SMALL = (
-    *("--data.init_args.batch_size", 2, "--data.init_args.timesteps", "[1,2]"),
-    *("--model.init_args.model_args.backbone_temporal_n_timestamps", 2),
-    *("--model.init_args.model_args.backbone_temporal_pooling", "mean"),
-    *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
-)
 
 
 @dataclass(frozen=True)
@@ -48,26 +42,51 @@ class Outcome:
         return lines[starts[-1] :] if starts else []
 
 
-# Handed out first, so that no process is left alone with one of them at the end.
-LONGEST = ("test_demo", "test_resume", "test_verify", "test_measured", "test_callbacks_exact_resume", "test_fit")
-LONGEST += ("test_bench", "test_ddp")
+# Flags of fit for a smaller demo: half of the time, and a state of 8 MB, not 169. terratorch_runs.py has the backbone.
+SMALL = (
+    *("--data.init_args.batch_size", 2, "--data.init_args.timesteps", "[1,2]"),
+    *("--model.init_args.model_args.backbone", "thin_terramind"),
+    *("--model.init_args.model_args.backbone_temporal_n_timestamps", 2),
+    *("--model.init_args.model_args.backbone_temporal_pooling", "mean"),
+    *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
+)
+# Files that one process takes together, for what is dear to make: a fork server, or the trained run. They come first,
+# so that no process is left alone with them at the end.
+TOGETHER = (
+    ("resume", "callbacks_exact_resume", "ddp", "bench", "environment", "callbacks_nan_guard"),
+    ("demo",),
+    ("verify", "measured", "fit", "passes", "readme", "doctor", "cli"),
+)
 FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 
 @pytest.hookimpl(tryfirst=True)  # -m chooses in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take longest before the others, in their own order; the faults of docs/reliability.md get a mark."""
-    place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    """Files of TOGETHER before the others; the faults of docs/reliability.md get a mark."""
+    first = [f"test_{name}.py" for group in TOGETHER for name in group]
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
     for item in items:
         if item.originalname in FAULTS:
             item.add_marker("faults")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+            return next((group[0] for group in TOGETHER if name in group), name)
+
+    return Scheduler(config, log)
 
 
 def pytest_collection_finish() -> None:
     """Take back what importing TerraTorch, as some files do, allows: float32 products in bf16 where the CPU has it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_float32_matmul_precision("highest")
+    gc.freeze()  # what is imported by now stays: the collector need not go through it again and again
 
 
 def call(*argv: object) -> Outcome:

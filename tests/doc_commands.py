@@ -11,7 +11,6 @@ DOCUMENTS = {  # text by path relative to the repository
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 }
 _MARK = re.compile(r"# needs ((?:a GPU|the network).*)")
-_MARK_OF_PAGE = re.compile(r"^All commands of this page need ((?:a GPU|the network)[^.]*)\.", re.MULTILINE)
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _LAUNCHERS = ("srun", "torchrun", "exec", "docker", "podman")
 _NAMES = ("floodrepro", "flood")  # flood: docs/mi300x.md's shell function around `docker run`
@@ -23,15 +22,10 @@ class Command:
 
     document: str
     words: tuple[str, ...]  # what follows `floodrepro`, shell variables replaced by 0
-    mark: str = ""  # what it needs, by a comment above it or a sentence of the page
+    mark: str = ""  # what it needs, by a comment above it
 
     def __str__(self) -> str:
         return f"{self.document}: {shlex.join(self.words)}"
-
-
-def blocks(text: str, *languages: str) -> list[str]:
-    """The fenced blocks of a document in any of these languages."""
-    return [body for language, body in _BLOCK.findall(text) if language in languages]
 
 
 def prose(text: str) -> str:
@@ -45,17 +39,12 @@ def code_spans(text: str) -> list[str]:
 
 
 def commands_of(document: str, text: str) -> list[Command]:
-    """The commands of a document's shell blocks.
-
-    A comment line `# needs a GPU` or `# needs the network` marks the command below it. The sentence `All commands of
-    this page need …` marks a page.
-    """
-    found = []
-    of_page = hit[1] if (hit := _MARK_OF_PAGE.search(prose(text))) else ""
-    mark = ""
-    for line in "\n".join(blocks(text, "sh", "bash")).replace("\\\n", " ").splitlines():
+    """The commands of a document's shell blocks; a comment line such as `# needs a GPU` marks the one below it."""
+    found, mark = [], ""
+    shell = "".join(body for language, body in _BLOCK.findall(text) if language in ("sh", "bash"))
+    for line in shell.replace("\\\n", " ").splitlines():
         if words := _words(line):
-            found.append(Command(document, words, mark or of_page))
+            found.append(Command(document, words, mark))
         mark = hit[1] if (hit := _MARK.match(line.strip())) else ""
     return found
 

@@ -1,11 +1,10 @@
 """What the fork server of processes.py imports before it forks: TerraTorch, as floodrepro imports it, and watched."""
 
-import json
+import gc
 import logging
 import os
 import socket
 import time
-from pathlib import Path
 
 import torch
 
@@ -25,9 +24,9 @@ _before = _settings()
 import floodrepro.training.fit  # noqa: E402, F401
 
 time.sleep(1)  # checks of versions run in a thread
-_FOUND = {"unchanged": _before == _settings(), "asked": [*_asked]}
+FOUND = {"unchanged": _before == _settings(), "asked": [*_asked]}  # whether the process was left alone, and the hosts
+import torch.utils.tensorboard  # noqa: E402  # the recipes' logger imports it later
 
+import terratorch_runs  # noqa: E402, F401  # registers a network
 
-def tell(path: Path) -> None:
-    """Write down whether the import left the process alone, and which hosts it asked for."""
-    path.write_text(json.dumps(_FOUND))
+gc.freeze()  # children copy no page because a collector went over it

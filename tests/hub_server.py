@@ -124,13 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def send_api(self, parts: list[str]) -> None:
         what, revision = parts[0], unquote(parts[1])
-        if what == "revision" and self.hub.refusals:
+        if what == "commits" and self.hub.refusals:
             status, headers = self.hub.refusals.pop(0)
             return self.send(status, b"", headers)
         sha = self.hub.refs.get(revision, revision)
         if sha not in self.hub.commits:
             return self.send_error_code(404, "RevisionNotFound")
         files = self.hub.commits[sha]
+        if what == "commits":
+            entry = {"id": sha, "title": "", "message": "", "date": "2026-01-01T00:00:00Z", "authors": []}
+            return self.send_json([entry])
         if what == "revision":
             siblings = [{"rfilename": path} for path in sorted(files)]
             return self.send_json({"id": self.hub.repo, "sha": sha, "siblings": siblings, "private": False, "tags": []})

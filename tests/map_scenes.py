@@ -1,20 +1,10 @@
-"""Scenes and a network for the tests of `floodrepro map` that need no TerraMind: they map a scene in a second.
+"""Scenes and a network for the tests of `floodrepro map` that need no TerraMind: they map a scene in a second."""
 
-    python tests/map_scenes.py WIDTH HEIGHT FOLDER
-
-maps a scene of sparse files and prints the memory beyond the process in GiB, seconds, and µs of CPU a pixel.
-"""
-
-import json
-import resource
-import sys
-import time
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import rasterio
-import rasterio.windows
 import yaml
 from rasterio import Affine
 
@@ -46,18 +36,10 @@ def lake(height: int, width: int):
     return ((rows / height - 0.5) ** 2 + (columns / width - 0.4) ** 2 < 0.06) | (abs(columns - width * 0.8) < 3)
 
 
-def make_scene(folder: Path, height: int, width: int, *, seed: int = 0, **changes) -> Path:
-    """A plausible scene: a lake of dark radar at the event, reflectances of vegetation, low hills.
-
-    Args:
-        folder: Where it is written.
-        height: In pixels.
-        width: In pixels.
-        seed: Of the noise.
-        changes: Keys of scene.yaml that are replaced.
-    """
+def make_scene(folder: Path, height: int, width: int, **changes) -> Path:
+    """A scene of dark radar where it is flooded, vegetation and low hills; some keys of scene.yaml may be replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     scene: dict = {"S1RTC": {"unit": "dB"}, "S2L2A": {}}
     green = np.array([300, 400, 700, 450, 1000, 2600, 3200, 3400, 3500, 3600, 1800, 900])[:, None, None]
     for number, step in enumerate(STEPS):
@@ -78,7 +60,6 @@ def make_scene(folder: Path, height: int, width: int, *, seed: int = 0, **change
 class RadarNetwork:
     """Flood is where VV at the event is low; every probability depends on all inputs a little, as a network's does."""
 
-    bands: ClassVar = {"S2L2A": list(S2_BANDS), "S1RTC": list(S1_BANDS), "DEM": ["data"]}
     steps: ClassVar = {"S2L2A": [0, 1, 2, 3], "S1RTC": [0, 1, 2, 3], "DEM": [0]}
     classes = 2
 
@@ -98,38 +79,3 @@ class RadarNetwork:
 def run(scene: Path, output: Path, network=None, **options):
     """Map a scene with the network above."""
     return map_scene(network or RadarNetwork(), read_scene(scene), PLAN | options, output, {"weights": "none"})
-
-
-def make_sparse_scene(folder: Path, height: int, width: int) -> Path:
-    """Files without a block, but for a row of lakes in the event's radar, 512 px apart."""
-    folder.mkdir(parents=True)
-    place = {"width": width, "height": height, "crs": CRS, "transform": Affine(10, 0, LEFT, 0, -10, TOP)}
-    place |= {"driver": "GTiff", "dtype": "int16", "tiled": True, "sparse_ok": True, "compress": "deflate"}
-    files = {"S2L2A.tif": 12, "S1RTC.tif": 2, "event.tif": 2, "DEM.tif": 1}
-    for name, count in files.items():
-        with rasterio.open(folder / name, "w", count=count, **place) as file:
-            if name == "event.tif":
-                lakes = np.where(np.hypot(*np.mgrid[-256:256, -256:256]) < 180, -20, -9)[:height]
-                rows = np.tile(np.stack([lakes, lakes - 6]), (1, 1, -(-width // 512)))[:, :, :width].astype(np.int16)
-                file.write(rows, window=rasterio.windows.Window(0, 0, width, len(lakes)))
-    scene: dict = {"S2L2A": {"nodata": []}, "S1RTC": {}, "DEM": {"files": "DEM.tif"}}
-    for sensor, days in DAYS.items():
-        for step, day in zip(STEPS, days, strict=True):
-            name = "event.tif" if (sensor, step) == ("S1RTC", "event") else f"{sensor}.tif"
-            scene[sensor][step] = {"time": day, "files": [{"raster": name, "offset": 0}]}
-    (folder / "scene.yaml").write_text(yaml.safe_dump(scene))
-    return folder / "scene.yaml"
-
-
-def measure(width: int, height: int, folder: Path) -> dict:
-    """GiB of resident memory beyond the process, seconds, and µs of CPU a pixel of a map of a sparse scene."""
-    scene = make_sparse_scene(folder, height, width)
-    before, began = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), time.monotonic()
-    record = run(scene, folder / "map", crop=256, stride=208)
-    peak, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_time()
-    gib, seconds = (peak - before) / 2**30, time.monotonic() - began
-    return {"gib": gib, "seconds": seconds, "us_cpu_a_pixel": cpu / width / height * 1e6} | record["km2"]
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))

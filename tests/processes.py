@@ -30,24 +30,12 @@ class Command:
     Args:
         argv: Its arguments.
         log: The file that takes both of its streams.
-        program: ``floodrepro``, ``terratorch`` or a function.
-        strikes: Moments at which a signal hits the command: keyword arguments of `_strike`.
-        limit_file_size: Bytes that no file may exceed: a disk that is full for large files only.
-        environment: Variables that are set.
+        how: Keyword arguments of `_run`.
     """
 
-    def __init__(
-        self,
-        *argv: object,
-        log: Path,
-        program: str | Callable[[], object] = "floodrepro",
-        strikes: Sequence[dict[str, Any]] = (),
-        limit_file_size: int | None = None,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, *argv: object, log: Path, **how: Any) -> None:
         self._log = log
-        arguments = (program, [*map(str, argv)], log, strikes, limit_file_size, environment or {})
-        self._process = CONTEXT.Process(target=_run, args=arguments)
+        self._process = CONTEXT.Process(target=_run, args=([*map(str, argv)], log), kwargs=how)
         self._process.start()
 
     @property
@@ -76,7 +64,7 @@ class _Follower(multiprocessing.get_context("fork").Process):
     """A process that Lightning's launcher starts for a further device, in place of `subprocess.Popen`."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], cwd: None) -> None:
-        super().__init__(target=_run, args=("floodrepro", command[2:], Path("/dev/stderr"), (), None, env))
+        super().__init__(target=_run, args=(command[2:], Path("/dev/stderr")), kwargs={"environment": env})
         self.start()
 
     def poll(self) -> int | None:
@@ -89,16 +77,21 @@ class _Follower(multiprocessing.get_context("fork").Process):
 
 
 def _run(
-    program: str | Callable[[], object],
     argv: list[str],
     log: Path,
-    strikes: Sequence[dict[str, Any]],
-    limit_file_size: int | None,
-    environment: Mapping[str, str],
+    program: str | Callable[[], object] = "floodrepro",
+    strikes: Sequence[dict[str, Any]] = (),
+    limit_file_size: int | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
+    """Run ``floodrepro``, ``terratorch`` or a function.
+
+    Signals hit it at the moments *strikes* (arguments of `_strike`). No file may exceed *limit_file_size* bytes: a disk
+    that is full for large files only. The variables of *environment* are set.
+    """
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as it is in a process of its own
     os.setpgrp()  # signals for the group are this process's and its loader workers' alone
-    os.environ.update(environment)
+    os.environ.update(environment or {})
     file = log.open("ab", buffering=0)  # open until the process ends
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)

@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import rasterio
+import torch
 import yaml
+from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
+from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
+from conftest import SMALL
+from floodrepro import recipe as recipes
 from processes import Command
 
-ROOT = Path(__file__).parents[1]
+
+@TERRATORCH_BACKBONE_REGISTRY.register
+def thin_terramind(**kwargs: Any) -> torch.nn.Module:
+    """A TerraMind with all layers of the tiny one, a quarter as wide."""
+    return TerraMindViT(dim=48, num_heads=3, **kwargs)
 
 
 def terratorch_fit(recipe: dict[str, Any], folder: Path, *overrides: object, strikes: Sequence[Any] = ()) -> Command:
@@ -42,20 +51,33 @@ def with_callbacks(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def demo(chips: Path, **data: Any) -> dict[str, Any]:
     """The demo's recipe, smaller: 12 training chips, six steps an epoch, two epochs; the plateau halves each epoch."""
-    recipe = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    split = chips / "split"
-    recipe["data"]["init_args"] |= {
-        "data_root": str(chips / "data"),
-        **{f"{name}_split": str(split / f"impactmesh_flood_{name}.txt") for name in ("train", "val", "test")},
-        **{"predict_split": None, "batch_size": 2, "timesteps": [1, 2], **data},
-    }
-    recipe["model"]["init_args"]["model_args"] |= {
-        **{"backbone_temporal_n_timestamps": 2, "backbone_temporal_pooling": "mean"},
-        "decoder_channels": [32, 16, 8, 8],
-    }
-    recipe["lr_scheduler"]["init_args"] |= {"patience": 0, "threshold": 1.0}
-    recipe["trainer"] |= {"max_epochs": 2, "devices": 1, "accelerator": "cpu"}
-    return recipe
+    recipe = recipes.read_yaml(recipes.find("demo"))
+    changes = [*map(str, SMALL), *recipes.data_overrides(chips, recipe), "--trainer.max_epochs=2"]
+    changes += ["--trainer.accelerator=cpu", "--lr_scheduler.init_args.patience=0"]
+    changes += ["--lr_scheduler.init_args.threshold=1.0"]
+    return recipes.fold([recipe], [*changes, *(f"--data.init_args.{key}={value}" for key, value in data.items())])
+
+
+GENERIC = """
+seed_everything: 7
+trainer: {accelerator: cpu, devices: 1, max_epochs: 2, num_sanity_val_steps: 0}
+data:
+  class_path: GenericNonGeoSegmentationDataModule
+  init_args: {batch_size: 2, num_workers: 0, num_classes: 2, means: [0.0, 0.0, 0.0], stds: [1.0, 1.0, 1.0],
+    img_grep: "*_image.tif", label_grep: "*_mask.tif", no_data_replace: 0}
+model:
+  class_path: terratorch.tasks.SemanticSegmentationTask
+  init_args:
+    model_factory: EncoderDecoderFactory
+    model_args: {backbone: timm_mobilenetv3_small_050, backbone_pretrained: false, backbone_in_chans: 3,
+      decoder: FCNDecoder, decoder_channels: 8, head_dropout: 0.2, num_classes: 2}
+    loss: ce
+    ignore_index: -1
+optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
+lr_scheduler:
+  class_path: lightning.pytorch.cli.ReduceLROnPlateau
+  init_args: {monitor: val/loss, patience: 0, threshold: 1.0, factor: 0.5}
+"""
 
 
 def generic(folder: Path, **data: Any) -> dict[str, Any]:
@@ -70,35 +92,13 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
         if number == 0:
             image[:, 3, 5] = -9999
         write_tiff(images / f"chip{number}_image.tif", image)
-    return {
-        "seed_everything": 7,
-        "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "num_sanity_val_steps": 0},
-        "data": {
-            "class_path": "GenericNonGeoSegmentationDataModule",
-            "init_args": {
-                **{"batch_size": 2, "num_workers": 0, "num_classes": 2, "means": [0.0] * 3, "stds": [1.0] * 3},
-                **{f"{split}_data_root": str(images) for split in ("train", "val", "test", "predict")},
-                **{f"{split}_label_data_root": str(images) for split in ("train", "val", "test")},
-                **{"img_grep": "*_image.tif", "label_grep": "*_mask.tif", "no_data_replace": 0, **data},
-            },
-        },
-        "model": {
-            "class_path": "terratorch.tasks.SemanticSegmentationTask",
-            "init_args": {
-                "model_factory": "EncoderDecoderFactory",
-                "model_args": {
-                    **{"backbone": "timm_mobilenetv3_small_050", "backbone_pretrained": False, "backbone_in_chans": 3},
-                    **{"decoder": "FCNDecoder", "decoder_channels": 8, "head_dropout": 0.2, "num_classes": 2},
-                },
-                **{"loss": "ce", "ignore_index": -1},
-            },
-        },
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
-        "lr_scheduler": {
-            "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
-            "init_args": {"monitor": "val/loss", "patience": 0, "threshold": 1.0, "factor": 0.5},
-        },
-    }
+    recipe: dict[str, Any] = yaml.safe_load(GENERIC)
+    for split in ("train", "val", "test", "predict"):
+        recipe["data"]["init_args"][f"{split}_data_root"] = str(images)
+        if split != "predict":
+            recipe["data"]["init_args"][f"{split}_label_data_root"] = str(images)
+    recipe["data"]["init_args"] |= data
+    return recipe
 
 
 def write_tiff(path: Path, pixels: np.ndarray) -> None:
@@ -125,7 +125,6 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def different(one: Path, other: Path) -> tuple[list[str], int]:
     """Paths of the leaves that differ between two checkpoints, and the number of leaves; the folders' names are one."""
-    import torch
 
     def state_of(path: Path) -> dict[str, Any]:
         folder, state = str(path.parents[1]), leaves(torch.load(path, map_location="cpu", weights_only=True))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import zarr
 from floodrepro.data import audit as auditing
 from floodrepro.data.audit import FIGURES, MANIFEST, audit
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import PROTOCOLS
+from floodrepro.data.protocols import PROTOCOLS, suffix_of
 from floodrepro.data.splits import check_data
 from floodrepro.data.synth import VARIANTS, generate, zarr_zip
 from floodrepro.errors import DataError
@@ -33,10 +34,6 @@ def mine(clean, tmp_path) -> Path:
     return Path(shutil.copytree(clean, tmp_path / "mine"))
 
 
-def first_chip(root: Path) -> str:
-    return ids_of(root, "train")[0]
-
-
 def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, scl=True, **attributes: str) -> None:
     """Write a chip's zarr file anew, with other bands or attributes, or without its SCL."""
     path = root / "data" / modality / f"{chip}_{modality}.zarr.zip"
@@ -46,8 +43,7 @@ def rewrite(root: Path, chip: str, modality: str, change=lambda bands: bands, sc
 
 def retouch(root: Path, chip: str, part: str, change) -> None:
     """Write a chip's GeoTIFF anew."""
-    suffix = {"DEM": "_DEM.tif", "MASK": "_annotation_flood.tif"}[part]
-    path = root / "data" / part / f"{chip}{suffix}"
+    path = root / "data" / part / f"{chip}{suffix_of(PROTOCOLS['v1'], part)}"
     with rasterio.open(path) as file:
         values, profile = file.read(1), dict(file.profile)
     values, profile = change(values, profile)
@@ -62,7 +58,7 @@ def found_in(root: Path, **options) -> dict[str, dict]:
 
 @pytest.fixture(scope="session")
 def manifest(clean) -> dict:
-    """The audit of the clean chips, by two processes; table and file are beside them."""
+    """The audit of the clean chips, by two threads; table and file are beside them."""
     return audit(clean, PROTOCOLS["v1"], jobs=2)
 
 
@@ -101,52 +97,70 @@ def arrays(modality: str, **values: np.ndarray):
 
 
 APART, TURNED = "radar and optical event more than 5 days apart", "radar orbit changed between before and event"
-STRANGE = "radar values that become inputs"
+STRANGE, UNORDERED = "radar values that become inputs", "S2L2A: dates doubled or out of order"
 FAULTS = [  # severity, what the audit calls it, and what is done to a chip
-    ("warning", "S2L2A: a date is missing", bands("S2L2A", datetime="2020-01-01;;2020-02-05;2020-02-10")),
+    ("warning", "S2L2A: a date is missing", bands("S2L2A", datetime="2015-12-06;;2016-01-09;2016-01-21")),
     ("warning", "S1RTC: a date is missing", bands("S1RTC", datetime=";;;")),
-    ("warning", "S2L2A: a date is there", bands("S2L2A", datetime="2020-01-01;2020-01-01;2020-02-05;2020-02-10")),
-    ("warning", "S2L2A: dates out of order", bands("S2L2A", datetime="2020-02-01;NaT;2020-01-05;2020-01-01")),
+    ("warning", UNORDERED, bands("S2L2A", datetime="2015-12-06;2015-12-06;2016-01-09;2016-01-21")),
+    ("warning", UNORDERED, bands("S2L2A", datetime="2015-12-06;2015-12-05;2016-01-09;2016-01-21")),
     ("warning", APART, bands("S2L2A", datetime="2001-01-01;2001-01-02;2001-01-03+00:00;2001-01-04Z")),
     ("warning", TURNED, bands("S1RTC", sat_orbit_state="ascending;ascending;descending;ascending")),
     ("warning", STRANGE, bands("S1RTC", lambda bands: np.where(bands < -20, -9999, bands).astype("f2"))),
     ("error", STRANGE, bands("S1RTC", lambda bands: np.where(bands < -20, -np.inf, bands).astype("f2"))),
-    ("error", "radar is linear", bands("S1RTC", lambda bands: 10 ** (bands.astype("f4") / 10))),
-    ("error", "mask values", raster("MASK", lambda v, p: (v.view("u1"), p | {"dtype": "uint8", "nodata": 255}))),
-    ("error", "DEM and MASK", raster("DEM", lambda v, p: (v, p | {"crs": "EPSG:32631"}))),
+    ("error", "radar is linear, not in dB", bands("S1RTC", lambda bands: 10 ** (bands.astype("f4") / 10))),
+    ("error", "mask values", raster("MASK", lambda v, p: (v.view("u1") | 254, p | {"dtype": "uint8", "nodata": None}))),
+    ("error", "DEM and MASK on different grids", raster("DEM", lambda v, p: (v, p | {"crs": "EPSG:32631"}))),
     ("error", "DEM is damaged", lambda root, chip: (root / "data" / "DEM" / f"{chip}_DEM.tif").write_bytes(b"II*")),
     ("error", "no DEM", lambda root, chip: (root / "data" / "DEM" / f"{chip}_DEM.tif").unlink()),
     ("error", "S2L2A: shape", bands("S2L2A", lambda bands: bands[:, :2])),
-    ("error", "S1RTC: shape", bands("S1RTC", lambda bands: bands[:, :, :32])),
+    ("error", "S1RTC: shape", bands("S1RTC", lambda bands: bands[:, :, :16])),
     ("error", "S1RTC: shape", bands("S1RTC", lambda bands: bands[:1])),
-    ("error", "S1RTC: shape", arrays("S1RTC", bands=np.zeros((4, 64, 64), "f2"))),
-    ("error", "S2L2A: shape", arrays("S2L2A", bands=np.zeros((4, 12, 0, 64), "i2"))),
-    ("error", "S2L2A: dtype", arrays("S2L2A", bands=np.full((4, 12, 64, 64), "wet"))),
+    ("error", "S1RTC: shape", arrays("S1RTC", bands=np.zeros((4, 32, 32), "f2"))),
+    ("error", "S2L2A: shape", arrays("S2L2A", bands=np.zeros((4, 12, 0, 32), "i2"))),
+    ("error", "S2L2A: dtype", arrays("S2L2A", bands=np.full((4, 12, 32, 32), "wet"))),
     ("error", "S2L2A is damaged", arrays("S2L2A")),
     ("error", "MASK: dtype", raster("MASK", lambda v, p: (v, p | {"dtype": "float64"}))),
     ("error", "MASK: shape", raster("MASK", lambda v, p: (v[:9], p | {"height": 9}))),
     ("error", "DEM: dtype", raster("DEM", lambda v, p: (v, p | {"dtype": "complex64"}))),
-    ("warning", "SCL: shape", arrays("S2L2A", bands=np.ones((4, 12, 64, 64), "i2"), SCL=np.ones((64, 64), "u1"))),
+    ("warning", "SCL: shape", arrays("S2L2A", bands=np.ones((4, 12, 32, 32), "i2"), SCL=np.ones((32, 32), "u1"))),
 ]
 
 
-@pytest.mark.parametrize(("severity", "kind", "change"), FAULTS)
-def test_planted_fault_is_named_with_its_chip_and_what_is_right_can_be_drawn(
-    mine, cli, tmp_path, severity, kind, change
-):
-    chip = first_chip(mine)
-    change(mine, chip)
-    [finding] = [f for check, f in found_in(mine, splits=["train"]).items() if check.startswith(kind)]
-    assert finding["severity"] == severity
-    assert chip in finding["message"]
-    if kind.endswith(("shape", "dtype", "damaged")):
-        shown = cli("data", "show", chip, "--root", mine, "--output", tmp_path / "chip.png")
-        assert shown.code == 0, shown.err
-        assert kind in shown.err
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory) -> Path:
+    """Thirty chips, and each fault in one of them, the first ones of train."""
+    root = tmp_path_factory.mktemp("faulty")
+    generate(root, events=3, chips=90, size=32, protocol="v0", seed=5)
+    for chip, (_, _, change) in zip(ids_of(root, "train"), FAULTS, strict=False):
+        change(root, chip)
+    return root
+
+
+def test_each_planted_fault_is_named_with_its_chip_and_nothing_else_is(faulty):
+    found = audit(faulty, PROTOCOLS["v0"], splits=["train"], jobs=1)["findings"]
+    planted = Counter((severity, kind) for severity, kind, _ in FAULTS)
+    assert {(one["severity"], one["check"]): one["count"] for one in found} == planted
+    said = {(one["severity"], one["check"]): one["message"] for one in found}
+    for chip, (severity, kind, _) in zip(ids_of(faulty, "train"), FAULTS, strict=False):
+        assert chip in said[severity, kind], kind
+
+
+def test_what_is_right_of_a_chip_is_drawn_with_what_is_known_of_it(faulty, cli, tmp_path):
+    listed, picture = ids_of(faulty, "train"), tmp_path / "chip.png"
+    show = ("data", "show", "--root", faulty, "--output")
+    shown = cli(*show, picture, listed[-1])
+    assert shown.code == 0, shown.err
+    assert "S1RTC sat_relative_orbit: 81;81;81;81" in shown.out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert cli(*show, picture, listed[-1]).code == 2
+    for number, kind in [(number, kind) for number, (_, kind, _) in enumerate(FAULTS) if kind.endswith("dtype")]:
+        shown = cli(*show, tmp_path / f"{number}.png", listed[number])
+        assert (shown.code, kind in shown.err) == (0, True), shown.err
+    assert cli(*show, tmp_path / "none.png", "none").err.startswith("floodrepro: error: there is nothing to draw")
 
 
 def test_unsigned_mask_and_a_chip_without_clouds_are_right_and_255_tells_where_it_often_comes_from(mine):
-    chip, unsigned = first_chip(mine), {"dtype": "uint8", "nodata": None}
+    chip, unsigned = ids_of(mine, "train")[0], {"dtype": "uint8", "nodata": None}
     rewrite(mine, chip, "S2L2A", scl=False)
     retouch(mine, chip, "MASK", lambda v, p: (np.maximum(v, 0), p | unsigned))
     assert set(found_in(mine)) == {"shared events"}
@@ -154,32 +168,19 @@ def test_unsigned_mask_and_a_chip_without_clouds_are_right_and_255_tells_where_i
     assert "-1 saved as uint8" in found_in(mine)["mask values"]["message"]
 
 
-def test_swapped_classes_are_found_by_how_radar_falls(mine):
-    for chip in Chips(mine).having("MASK"):
-        retouch(mine, chip, "MASK", swapped)
-    finding = found_in(mine)["no flood signature"]
-    assert finding["severity"] == "error"
-    assert "the mask is 0" in finding["message"]
-
-
-def test_optical_offset_in_some_events_is_found(mine):
+def test_swapped_classes_and_an_optical_offset_in_some_events_are_found(mine):
     lifted = ids_of(mine, "val")
     for chip in lifted:
         rewrite(mine, chip, "S2L2A", lambda bands: np.where(bands > 0, bands + 1000, bands).astype(np.int16))
-    assert lifted[0].split("_")[0] in found_in(mine)["optical offset of 1000 in some events"]["message"]
-
-
-def test_faults_of_split_files_are_findings_and_other_chips_are_still_read(mine):
-    with split(mine, "val").open("a") as file:
-        file.write(f"{ids_of(mine, 'val')[0]}\n")
+    for chip in Chips(mine).having("MASK"):
+        retouch(mine, chip, "MASK", swapped)
     found = found_in(mine)
-    assert "listed twice" in found["split file"]["message"]
-    with split(mine, "train").open("a") as file:
-        file.write(f"{ids_of(mine, 'test')[0]}\n")
-    assert found_in(mine)["chip in two splits"]["severity"] == "error"
+    assert found["no flood signature"]["severity"] == "error"
+    assert "the mask is 0" in found["no flood signature"]["message"]
+    assert lifted[0].split("_")[0] in found["optical offset of 1000 in some events"]["message"]
 
 
-def test_only_the_splits_that_are_asked_for_are_read(mine):
+def test_only_the_splits_that_are_asked_for_are_read_and_a_chip_in_two_stops_all(mine):
     for split_name in ("train", "test"):
         for chip in ids_of(mine, split_name):
             (mine / "data" / "MASK" / f"{chip}_annotation_flood.tif").unlink()
@@ -187,6 +188,10 @@ def test_only_the_splits_that_are_asked_for_are_read(mine):
     assert manifest["findings"] == []
     assert list(manifest["splits"]) == ["val"]
     assert audit(mine, PROTOCOLS["v1"], splits=["val"], limit=1, jobs=1)["splits"]["val"]["chips"] == 1
+    with split(mine, "train").open("a") as file:
+        file.write(f"{ids_of(mine, 'val')[0]}\n")
+    with pytest.raises(DataError, match="the same chips are in"):
+        audit(mine, PROTOCOLS["v1"], jobs=1)
 
 
 def test_statistics_are_those_of_the_valid_pixels_and_figures_of_each_split_event_and_timestep(clean, manifest):
@@ -218,32 +223,19 @@ def test_command_lists_findings_of_a_kind_in_a_line_and_fails_for_an_error(mine,
     assert (classless.code, "--config YAML" in classless.err) == (2, True)
 
 
-def test_folder_that_cannot_be_written_is_told_before_anything_is_read(mine, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(auditing.os, "access", lambda *_: False)  # root may write anywhere
-        patch.setattr(auditing, "check_chip", None)
-        with pytest.raises(DataError, match="read-only"):
-            audit(mine, PROTOCOLS["v1"], jobs=1)
+def test_folder_that_cannot_be_written_is_told_before_anything_is_read(clean, monkeypatch):
+    monkeypatch.setattr(auditing.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(auditing, "check_chip", None)
+    with pytest.raises(DataError, match="read-only"):
+        audit(clean, PROTOCOLS["v1"], jobs=1)
 
 
-def test_stats_are_a_layer_and_show_draws_a_chip(mine, cli, tmp_path):
-    manifest = audit(mine, PROTOCOLS["v1"], jobs=1)
-    assert cli("data", "stats", "--root", mine, "--output", tmp_path / "layer.yaml").code == 0
-    layer = yaml.safe_load((tmp_path / "layer.yaml").read_text())["data"]["init_args"]
-    assert layer["means"]["S2L2A"] == manifest["bands"]["train"]["S2L2A"]["mean"]
-    picture = tmp_path / "chip.png"
-    shown = cli("data", "show", first_chip(mine), "--root", mine, "--output", picture)
-    assert shown.code == 0, shown.err
-    assert "S1RTC sat_relative_orbit: 81;81;81;81" in shown.out
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert cli("data", "show", first_chip(mine), "--root", mine, "--output", picture).code == 2
-    for flags in (("none", "--output", tmp_path / "new.png"), (first_chip(mine), "--output", tmp_path / "new.xyz")):
-        outcome = cli("data", "show", "--root", mine, *flags)
-        assert outcome.err.startswith("floodrepro: error: ")
-
-
-def test_stats_of_a_damaged_audit_are_refused(tmp_path, cli):
+def test_stats_are_a_layer_and_those_of_a_damaged_audit_are_refused(clean, manifest, cli, tmp_path):
+    command = ("data", "stats", "--output", tmp_path / "layer.yaml", "--root")
     for content in ("", '{"bands": {"train": {"DEM": {"mean": 1}}}}', '{"bands": {"train": {}}}'):
         (tmp_path / MANIFEST).write_text(content)
-        outcome = cli("data", "stats", "--root", tmp_path, "--output", tmp_path / "layer.yaml")
+        outcome = cli(*command, tmp_path)
         assert (outcome.code, outcome.err.startswith("floodrepro: error: ")) == (2, True)
+    assert cli(*command, clean).code == 0
+    layer = yaml.safe_load((tmp_path / "layer.yaml").read_text())["data"]["init_args"]
+    assert layer["means"]["S2L2A"] == manifest["bands"]["train"]["S2L2A"]["mean"]

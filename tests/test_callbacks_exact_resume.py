@@ -1,8 +1,10 @@
 """A run that was killed or stopped ends with the bits of one that never was, in plain ``terratorch fit`` too."""
 
+import multiprocessing.util
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from floodrepro.callbacks import AtomicCheckpointIO
+from floodrepro.callbacks import AtomicCheckpointIO, ExactResume, exact_resume
 from floodrepro.errors import CheckpointError, Interrupted, UsageError
 from floodrepro.training.fit import newest_state
+from processes import CONTEXT
 from terratorch_runs import demo, different, generic, terratorch_fit, with_callbacks
 from tiny_training import Data, Kill, Killed, train
 
@@ -146,6 +149,33 @@ def test_a_signal_saves_the_step_and_one_with_accumulated_gradients_is_ended_fir
     assert different(tmp_path / "straight" / LAST, tmp_path / "told" / LAST)[0] == []
 
 
+def _train_for_ever(writer) -> None:
+    """A training process with a loader worker that tells its number ten times a second."""
+
+    def work() -> None:
+        while True:
+            writer.send(os.getpid())
+            time.sleep(0.1)
+
+    callback = ExactResume()  # the registry holds no reference
+    multiprocessing.util.register_after_fork(callback, exact_resume._shield_worker)
+    multiprocessing.get_context("fork").Process(target=work).start()
+    signal.pause()
+
+
+def test_a_loader_worker_obeys_its_training_process_alone_and_dies_with_it():
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    parent = CONTEXT.Process(target=_train_for_ever, args=(writer,))
+    parent.start()
+    writer.close()
+    os.kill(reader.recv(), signal.SIGTERM)
+    assert all(reader.poll(5) and reader.recv() for _ in range(10)), "a signal of others ends it"
+    parent.kill()
+    with pytest.raises(EOFError):  # of a pipe that nobody writes to any more
+        for _ in range(100):
+            reader.recv()
+
+
 # One after the other on one run of plain `terratorch fit`, with real signals: the exit code, and the step of the state.
 KILL, TERM, INT = -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT
 STRIKES = {
@@ -160,7 +190,7 @@ STRIKES = {
 }
 
 
-@pytest.mark.parametrize("kind", STRIKES)
+@pytest.mark.parametrize("kind", [pytest.param("demo", marks=pytest.mark.slow), "generic"])
 def test_plain_terratorch_with_two_workers_goes_on_to_the_same_bits(kind, chips: Path, tmp_path: Path):
     made = demo(chips, num_workers=2) if kind == "demo" else generic(tmp_path, num_workers=2)
     recipe, straight, broken = with_callbacks(made), tmp_path / "straight", tmp_path / "broken"

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from floodrepro.callbacks import NaNGuard
-from floodrepro.callbacks.nan_guard import chips_of, largest_values, not_finite
+from floodrepro.callbacks.nan_guard import chips_of, largest_values
 from floodrepro.errors import Incident
 from terratorch_runs import generic, terratorch_fit, with_callbacks, write_tiff
 from tiny_training import Data, Task, train
@@ -50,12 +50,12 @@ def test_an_overflow_is_reported_within_ten_steps_and_never_saved(step, tmp_path
     every_step = ModelCheckpoint(tmp_path / "each", every_n_train_steps=1, save_weights_only=True, save_top_k=-1)
     with pytest.raises(Incident, match="the loss is nan") as caught:
         train(tmp_path, Overflow(step), every_step, every=1, max_epochs=4)
-    incident = caught.value
-    assert (incident.kind, incident.step, incident.rolls_back) == ("loss", step, True)
-    assert incident.tensors[0].startswith("model.1.running_"), "running statistics first"
-    assert {"model.0.weight", "model.3.bias"} < set(incident.tensors)
-    assert len(incident.chips) % 2 == 0
-    assert all(chip.endswith(".tif") for chip in incident.chips)
+    entry, tensors = caught.value.entry, caught.value.entry["tensors"]
+    assert (entry["kind"], entry["step"], caught.value.rolls_back) == ("loss", step, True)
+    assert tensors[0].startswith("model.1.running_"), "running statistics first"
+    assert {"model.0.weight", "model.3.bias"} < set(tensors)
+    assert len(entry["chips"]) % 2 == 0
+    assert all(chip.endswith(".tif") for chip in entry["chips"])
     assert all_finite(tmp_path)
 
 
@@ -70,15 +70,15 @@ def test_it_is_reported_by_the_tenth_batch_where_nothing_is_saved(tmp_path: Path
     data.chips.values = data.chips.values.repeat(10, 1)  # 60 steps an epoch
     with pytest.raises(Incident) as caught:
         train(tmp_path, Overflow(23), Count(), data=data, every=1000)
-    assert (caught.value.step, seen[-1]) == (23, 29)
+    assert (caught.value.entry["step"], seen[-1]) == (23, 29)
 
 
 @pytest.mark.parametrize("name", ["model.1.running_var", "model.0.weight"])
 def test_a_bad_weight_or_buffer_ends_the_run_before_its_validation(name, tmp_path: Path):
     with pytest.raises(Incident) as caught:
         train(tmp_path, Poison(5, name), every=1000)
-    assert name in caught.value.tensors
-    assert caught.value.kind == ("state" if "running" in name else "loss")
+    assert name in caught.value.entry["tensors"]
+    assert caught.value.entry["kind"] == ("state" if "running" in name else "loss")
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
@@ -89,9 +89,9 @@ def test_a_bad_input_is_told_from_an_overflow_with_its_chip(value, named, tmp_pa
     data.chips.values[7, 2] = value
     with pytest.raises(Incident) as caught:
         train(tmp_path, data=data)
-    assert (caught.value.kind, caught.value.rolls_back) == ("input", False)
-    assert len(caught.value.chips) == 1
-    assert caught.value.chips[0] == "chip7.tif" if named else caught.value.chips[0].endswith("of the batch")
+    assert (caught.value.entry["kind"], caught.value.rolls_back) == ("input", False)
+    (chip,) = caught.value.entry["chips"]
+    assert chip == "chip7.tif" if named else chip.endswith("of the batch")
     assert "rollback" not in caught.value.fix
     assert not list(tmp_path.rglob("*.ckpt")) or all_finite(tmp_path)
 
@@ -132,13 +132,6 @@ def test_inputs_and_chips_of_any_batch():
     assert largest_values({"image": torch.ones(2, 3, dtype=torch.uint8)}).numel() == 0
     assert chips_of({"filename": {"S1": ["a/b.tif"], "S2": ["a/c.tif"]}}) == ["b.tif"]
     assert chips_of(image) == []
-
-
-def test_a_sum_that_overflows_is_no_bad_tensor():
-    layer = torch.nn.Linear(2, 2)
-    with torch.no_grad():
-        layer.weight.fill_(3e38)
-    assert not_finite(layer) == []
 
 
 def test_a_step_reads_nothing_from_the_device():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,8 @@ from floodrepro.evaluation import intervals, metrics
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.metrics import iou, pool_by_event
 from floodrepro.verification.battery import ask
-from floodrepro.verification.checks import CRITERIA, Evidence, SeedRun, number, points
+from floodrepro.verification.checks import CRITERIA, Evidence, SeedRun, number
+from floodrepro.verification.checks.scores import points
 from verification_fixtures import OTHER, declared, figure_of, make_table, missed, summarise
 
 
@@ -19,7 +21,7 @@ from verification_fixtures import OTHER, declared, figure_of, make_table, missed
 def published(evidence: Evidence) -> dict:
     """What is published of the reference."""
     counts = evidence.reference.counts.sum(axis=0)
-    found = metrics.scores(counts) | {"Class_Accuracy_1": metrics.class_scores(counts, 1)["recall"]}
+    found = metrics.scores(counts)
     figures = {name: round(found[name], 4) for name in ("IoU_1", "mIoU", "Class_Accuracy_1")}
     about = {"name": "IBM", "protocol": "v0", "split": "test", "chips": 96, "source": "a page"}
     return about | {"sha256": OTHER["sha256"], "decimals": 4, "figures": figures}
@@ -41,13 +43,12 @@ def test_sound_run_passes_every_check_and_its_answer_is_json(evidence: Evidence,
     assert all(len(row) == len(table["columns"]) for table in answer["tables"] for row in table["rows"])
 
 
-@pytest.mark.parametrize("protocol", ["v1", "v1-binary"])
-def test_positive_class_is_named_and_counted_in_every_protocol(evidence: Evidence, protocol: str):
-    ours, theirs = make_table(seed=1, protocol=protocol), make_table(seed=2, protocol=protocol, checkpoint=OTHER)
-    found = replace(evidence, table=ours, reference=theirs, positive=ours.num_classes - 1, class_name="flood water")
+def test_positive_class_is_named_and_counted_among_three(evidence: Evidence):
+    ours, theirs = make_table(seed=1, protocol="v1"), make_table(seed=2, protocol="v1", checkpoint=OTHER)
+    found = replace(evidence, table=ours, reference=theirs, positive=2, class_name="flood water")
     answer = ask("parity", found)
     assert answer["outcome"] == "equivalent"
-    pooled = 100 * np.subtract(*(float(iou(one.counts.sum(axis=0), one.num_classes - 1)) for one in (ours, theirs)))
+    pooled = 100 * np.subtract(*(float(iou(one.counts.sum(axis=0), 2)) for one in (ours, theirs)))
     assert figure_of(answer, "difference in flood water IoU")["value"] == pytest.approx(pooled)
 
 
@@ -62,7 +63,7 @@ def test_difference_is_that_of_the_scores_and_its_interval_is_over_events(eviden
     by_event = [pool_by_event(one.counts, one.events)[1] for one in (evidence.table, evidence.reference)]
     result = intervals.jackknife(by_event[0], lambda counts: iou(counts, 1), other=by_event[1], positive=1)
     assert (found["low"], found["high"]) == pytest.approx([100 * end for end in result.interval()])
-    assert any("12 events are few" in note for note in answer["notes"])
+    assert "rough: 12 events" in answer["finding"]
 
 
 @pytest.mark.parametrize(
@@ -84,23 +85,15 @@ def test_comparison_ends_in_one_of_three_words(evidence: Evidence, lost, events,
     answer = ask("parity", found)
     assert (answer["outcome"], answer["status"]) == (outcome, status)
     assert ("parity" in summarise(found)["summary"]["not_met"]) is (status == "fail")
-    if outcome == "undecided":
-        pooled, other = (pool_by_event(one.counts, one.events)[1] for one in (ours, theirs))
-        needed = intervals.jackknife(pooled, lambda counts: iou(counts, 1), other=other, positive=1).needed(0.02)
-        assert f"about {number(needed)} events like these would decide" in answer["finding"]
+    assert bool(re.search(r"about [\d,]+ events like these would decide", answer["finding"])) is (status == "undecided")
 
 
-def test_undecided_run_is_no_failure_and_parity_by_name_asks_for_equivalence(evidence: Evidence):
-    spoilt = replace(evidence, table=missed(evidence.table, 0.3, ["EMSR9001"]), seeds=())
-    for outcome, found in (("undecided", spoilt), ("equivalent", replace(evidence, seeds=()))):
-        results = summarise(found)
-        assert results["verdict"]["word"] in (outcome, "incomplete")  # nothing was measured of these weights
-        assert results["verdict"]["outcome"] == outcome
-        assert "parity" not in results["summary"]["not_met"]
-        assert summarise(found, "parity")["summary"]["ok"] is (outcome == "equivalent")
-    better = replace(spoilt, table=evidence.table, reference=missed(evidence.reference, 0.2))
-    assert "parity" not in summarise(better)["summary"]["not_met"]
-    assert summarise(better, "parity")["summary"]["not_met"] == ["parity"]
+def test_required_comparison_is_met_unless_it_fails_and_by_name_if_it_is_equivalent(evidence: Evidence):
+    undecided = replace(evidence, table=missed(evidence.table, 0.3, ["EMSR9001"]), seeds=())
+    better = replace(evidence, reference=missed(evidence.reference, 0.2), seeds=())
+    for found, met in ((undecided, False), (better, False), (replace(evidence, seeds=()), True)):
+        assert "parity" not in summarise(found)["summary"]["not_met"]
+        assert summarise(found, "parity")["summary"]["ok"] is met
 
 
 def test_one_lucky_seed_is_not_called_equivalent(evidence: Evidence):
@@ -108,24 +101,8 @@ def test_one_lucky_seed_is_not_called_equivalent(evidence: Evidence):
     worse = [replace(run, table=missed(run.table, 0.1)) for run in evidence.seeds[1:]]
     found = replace(evidence, seeds=[evidence.seeds[0], *worse])
     assert ask("parity", found)["outcome"] == "equivalent"
-    assert ask("variance", found)["status"] in ("undecided", "fail")
     verdict = summarise(found)["verdict"]
-    assert verdict["outcome"] == "undecided"
-    assert "spread over seeds" in verdict["sentence"]
-
-
-def test_mean_over_events_decides_where_the_pooled_score_does_not(evidence: Evidence):
-    """One event with most of the flood makes the pooled score's interval wide; each event counts once in the mean."""
-    ours, theirs = make_table(40, 4, seed=1), make_table(40, 4, seed=2, checkpoint=OTHER)
-
-    def with_giant(table):
-        counts = table.counts.copy()
-        counts[:4] *= 4000
-        return replace(table, counts=counts)
-
-    found = replace(evidence, table=with_giant(ours), reference=with_giant(missed(theirs, 0.04, ["EMSR9001"])))
-    assert ask("parity", found)["outcome"] == "undecided"
-    assert ask("head_to_head", found)["outcome"] == "equivalent"
+    assert (verdict["outcome"], "spread over seeds" in verdict["sentence"]) == ("undecided", True)
 
 
 @pytest.mark.parametrize("check", ["parity", "head_to_head"])
@@ -150,27 +127,21 @@ def test_reference_that_has_not_seen_every_chip_is_compared_on_the_others(eviden
     counts[::4] //= 2
     unseen[::4] = 512
     masks = replace(evidence.reference, counts=counts, unseen=unseen)
-    parity, variance = (ask(name, replace(evidence, reference=masks)) for name in ("parity", "variance"))
-    assert parity["outcome"] == variance["outcome"] == "equivalent"
-    assert parity["notes"][0].startswith("24 chips")
-    none = replace(evidence, reference=replace(masks, unseen=np.ones_like(unseen)))
+    none = replace(masks, unseen=np.ones_like(unseen))
+    assert ask("parity", replace(evidence, reference=masks))["notes"][0].startswith("24 chips")
     for check in ("parity", "head_to_head", "variance"):
-        answer = ask(check, none)
+        some, answer = (ask(check, replace(evidence, reference=one)) for one in (masks, none))
+        assert some["outcome"] == "equivalent"
         assert (answer["status"], "no chip of which both" in answer["finding"]) == ("skip", True)
 
 
-def test_two_models_that_never_predict_the_class_are_not_equivalent(evidence: Evidence):
+def test_two_models_that_never_predict_the_class_fail_and_one_event_with_flood_is_a_skip(evidence: Evidence):
     answer = ask("parity", replace(evidence, table=silent(evidence.table), reference=silent(evidence.reference)))
     assert (answer["status"], answer["outcome"]) == ("fail", None)
-
-
-@pytest.mark.parametrize("kept", [["EMSR9001"], ["EMSR9001", "EMSR9012"]])
-def test_one_event_with_flood_is_a_skip(evidence: Evidence, kept: list[str]):
-    def few(table):
-        return table.subset([chip for chip in table.chips.tolist() if chip.split("_")[0] in kept])
-
-    found = replace(evidence, table=few(evidence.table), reference=few(evidence.reference))
-    assert ask("parity", found)["status"] == ask("head_to_head", found)["status"] == "skip"
+    for kept in (["EMSR9001"], ["EMSR9001", "EMSR9012"]):
+        chips = [chip for chip in evidence.table.chips.tolist() if chip.split("_")[0] in kept]
+        found = replace(evidence, table=evidence.table.subset(chips), reference=evidence.reference.subset(chips))
+        assert ask("parity", found)["status"] == ask("head_to_head", found)["status"] == "skip"
 
 
 def test_what_is_missing_is_a_skip_and_what_is_damaged_a_failure(evidence: Evidence):
@@ -211,9 +182,9 @@ def test_wrong_certainty_collapse_and_too_little_area_fail_calibration_and_class
     def calibration(table: ChipTable) -> dict:
         return ask("calibration", replace(evidence, table=table))
 
-    certain, sound = calibration(make_table(seed=42, likeness=0.5, sharpness=30)), calibration(evidence.table)
-    gaps = [figure_of(answer, "the same where")["value"] for answer in (certain, sound)]
-    assert gaps[0] > 2 * gaps[1]
+    tables = (make_table(seed=42, likeness=0.5, sharpness=30), evidence.table)
+    certain, sound = (figure_of(calibration(table), "the same where")["value"] for table in tables)
+    assert certain > 2 * sound
     answer = calibration(missed(evidence.table, 0.9))
     assert (answer["status"], "predicted over true area" in answer["finding"]) == ("fail", True)
     assert "predicted as one class: 1.000, expected at most 0.98" in calibration(silent(evidence.table))["finding"]
@@ -266,4 +237,4 @@ def test_figure_is_not_rounded_onto_its_limit(figure, beside, text):
 
 @pytest.mark.parametrize(("figure", "text"), [(1.96, "+1.96"), (-2.04, "-2.04"), (0.02, "+0.020"), (4.76, "+4.8")])
 def test_difference_stays_on_its_side_of_margin_and_zero(figure, text):
-    assert points(figure, 2.0) == text
+    assert points(figure / 100) == text

@@ -51,9 +51,8 @@ def test_torch_of_the_base_image_is_pinned_and_all_else_is_as_tested(image):
     assert [name for name in names if name.startswith(("nvidia", "cuda"))] == []
 
 
-@pytest.mark.parametrize("packages", [AMD.replace("torch==2.9.1+rocm7.2.4.lw.git9f3b\n", ""), "numpy==2.1.0\n"])
-def test_base_image_without_torch_stops_the_build(image, packages):
-    assert shell(step("pins.txt"), image, packages).returncode != 0
+def test_base_image_without_torch_stops_the_build(image):
+    assert shell(step("pins.txt"), image, AMD.replace("torch==2.9.1+rocm7.2.4.lw.git9f3b\n", "")).returncode != 0
 
 
 @pytest.mark.parametrize(
@@ -67,14 +66,6 @@ def test_base_image_without_torch_stops_the_build(image, packages):
 def test_torch_that_moved_stops_the_build(image, after, passes):
     shell(step("pins.txt"), image, AMD)
     assert (shell(step("pip install"), image, after).returncode == 0) is passes
-
-
-def test_what_is_copied_into_the_image_is_what_the_build_needs():
-    let_in = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
-    assert all((ROOT / name).exists() for name in let_in)
-    pyproject = (ROOT / "pyproject.toml").read_text()
-    included = re.findall(r'^"([^"]+)" = "floodrepro/', pyproject, re.MULTILINE)
-    assert {"LICENSE", "README.md", "pyproject.toml", "src", *(name.split("/")[0] for name in included)} <= set(let_in)
 
 
 def test_compose_and_the_documented_run_give_the_same_devices_and_folders():

@@ -20,7 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str,
     command = [ROOT / "scripts" / "reproduce.sh", "--demo", "--run-dir", folder, "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout[done.stdout.index('{\n  "verdict"') :])
+    report = json.loads(done.stdout[done.stdout.index('{\n  "where"') :])
     return RunFolder(folder / "runs" / "seed-42"), report["where"], done.stderr
 
 
@@ -53,7 +53,7 @@ def test_demo_is_verified_against_a_second_model_and_claims_no_more_than_it_show
     run, places, _ = demo
     results = json.loads(run.results.read_text())
     status = {check["id"]: check["status"] for check in results["checks"]}
-    for name in ("weights", "load_back", "round_trip", "panels", "identities", "data"):
+    for name in ("weights", "exported_pair", "panels", "identities", "data"):
         assert status[name] == "pass", name
     assert results["verdict"]["word"] in ("undecided", "different (better)", "equivalent")
     assert "the shorter-trained model" in results["verdict"]["sentence"]

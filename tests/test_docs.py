@@ -1,16 +1,15 @@
 """README and docs say what the program does: commands, flags, links, messages. No TerraTorch is imported here."""
 
 import importlib
-import os
 import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from conftest import FAULTS
-from doc_commands import DOCUMENTS, ROOT, Command, blocks, code_spans, commands_of, prose
+from doc_commands import DOCUMENTS, ROOT, Command, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
+from floodrepro.cli import shared
 from floodrepro.cli.main import COMMANDS, Parser, main
 
 ALL = [command for document, text in DOCUMENTS.items() for command in commands_of(document, text)]
@@ -22,7 +21,7 @@ FOREIGN = {  # flags that prose names and that belong to other programs
 
 def flags_of(name: str) -> set[str]:
     parser = Parser(name)
-    getattr(importlib.import_module(COMMANDS[name][0]), f"add_{name}_arguments")(parser)
+    getattr(importlib.import_module(COMMANDS[name][0]), f"_{name}_flags")(parser)
     actions = [action.choices for action in parser._actions if action.dest == "action" and action.choices]
     children = [child for choices in actions if isinstance(choices, dict) for child in choices.values()]
     return {flag for one in (parser, *children) for flag in one._option_string_actions}
@@ -31,27 +30,12 @@ def flags_of(name: str) -> set[str]:
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)
 def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeypatch, capsys):
     name, taken = command.words[0], []
+    monkeypatch.setattr(shared, "existing_file", Path)
     if name in COMMANDS:
         module = importlib.import_module(COMMANDS[name][0])
-        monkeypatch.setattr(module, f"run_{name}", lambda args: taken.append(args) or 0)
+        monkeypatch.setattr(module, f"_run_{name}", lambda args: taken.append(args) or 0)
     assert main(command.words) == 0, capsys.readouterr().err
     assert taken or "--help" in command.words
-
-
-def needs(command: Command) -> str:
-    """What a command cannot do without: fp16 a GPU, the hub the network."""
-    words = command.words
-    if words[:2] in (("data", "fetch"), ("data", "weights"), ("map", "plan")):
-        return "the network"
-    if {"--demo", "--dry-run", "--precision", "--print_config"} & set(words) or words[0] not in ("fit", "reproduce"):
-        return ""
-    config = recipes.find(words[words.index("--config") + 1]) if words[0] == "fit" else None
-    return "" if config and recipes.read_yaml(config)["trainer"]["precision"] != "16-mixed" else "a GPU"
-
-
-def test_command_that_needs_a_gpu_or_the_network_says_so():
-    unsaid = [f"{command} (needs {needs(command)})" for command in ALL if needs(command) not in command.mark]
-    assert (len(ALL) > 20, unsaid) == (True, [])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -89,17 +73,6 @@ def test_links_lead_to_files_and_headings_that_exist(document):
         assert not anchor or anchor in anchors_of(target.read_text(encoding="utf-8")), link
 
 
-def test_every_page_is_reached_from_the_readme():
-    reached, ahead = set(), ["README.md"]
-    while ahead:
-        document = ahead.pop()
-        if document in DOCUMENTS and document not in reached:
-            reached.add(document)
-            targets = ((ROOT / document).parent / link.partition("#")[0] for link in links_of(DOCUMENTS[document]))
-            ahead += [str(Path(os.path.normpath(target)).relative_to(ROOT)) for target in targets]
-    assert set(DOCUMENTS) - reached == set()
-
-
 def test_messages_of_the_troubleshooting_page_are_messages_of_the_program():
     """Those of other programs are named here; of ours every part between dots has to stand in the source."""
     foreign = ("operator torchvision", "No module named pip", "out of memory", "CUDA-capable", "429", "Bus error")
@@ -111,10 +84,6 @@ def test_messages_of_the_troubleshooting_page_are_messages_of_the_program():
     assert len(ours) > 10
     parts = [part.strip(" ,?") for message in ours for part in re.split(r"…|\b[NM]\b", message)]
     assert [part for part in parts if part and part not in source] == []
-
-
-def test_every_yaml_of_a_document_parses():
-    assert all(yaml.safe_load(body) for text in DOCUMENTS.values() for body in blocks(text, "yaml"))
 
 
 def test_every_fault_of_the_reliability_page_is_planted_by_a_test():

@@ -13,12 +13,14 @@ from floodrepro.callbacks.energy import EnergyMeter, PowerSource, find_sources
 def measured(*sources: PowerSource, seconds: float = 100, step: float = 2) -> dict:
     """A meter's reading after so many seconds of a clock that is turned by hand."""
     clock = SimpleNamespace(now=0.0)
-    meter = EnergyMeter(sources, interval_s=3600, clock=lambda: clock.now)
-    meter.start()
-    while clock.now < seconds:
-        clock.now += step
-        meter._sample()
-    return meter.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("floodrepro.callbacks.energy.time", SimpleNamespace(monotonic=lambda: clock.now))
+        meter = EnergyMeter(sources)
+        meter.start()
+        while clock.now < seconds:
+            clock.now += step
+            meter._sample()
+        return meter.stop()
 
 
 def counting(*values: float):

@@ -13,6 +13,7 @@ import torch
 
 import floodrepro
 from floodrepro.system.environment import code_version, environment, gpu_drivers, relevant_variables
+from processes import CONTEXT
 from test_doctor import plant
 
 
@@ -47,7 +48,7 @@ def test_this_machine_is_recorded_in_json_types_and_names_neither_host_nor_user(
     assert str(Path.home()) not in text
 
 
-def test_amd_box_gives_the_installed_rocm_and_the_driver_and_a_bare_one_nothing(tmp_path):
+def test_planted_machine_gives_its_drivers_and_names_and_a_bare_one_nothing(tmp_path):
     files = {
         "opt/rocm/.info/version": "7.2.4-93\n",
         "sys/module/amdgpu/version": "6.14.14\n",
@@ -55,17 +56,12 @@ def test_amd_box_gives_the_installed_rocm_and_the_driver_and_a_bare_one_nothing(
         "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9575F 64-Core Processor\nmodel name\t: another\n",
     }
     found, bare = environment(root=plant(tmp_path, files)), environment(root=tmp_path / "nothing")
-    assert found["torch"]["rocm"] == "7.2.4-93"
-    assert found["accelerator"]["drivers"] == {"amdgpu": "6.14.14"}
-    assert found["cpu"]["model"] == "AMD EPYC 9575F 64-Core Processor"
-    assert found["host"]["os"] == "Ubuntu 24.04.3 LTS"
+    assert (found["torch"]["rocm"], found["accelerator"]["drivers"]) == ("7.2.4-93", {"amdgpu": "6.14.14"})
+    assert (found["cpu"]["model"], found["host"]["os"]) == ("AMD EPYC 9575F 64-Core Processor", "Ubuntu 24.04.3 LTS")
     assert (bare["torch"]["rocm"], bare["accelerator"]["drivers"]) == (None, {})
-
-
-@pytest.mark.parametrize("words", ["Kernel Module  570.86.15  Tue", "Open Kernel Module for x86_64  570.86.15  Build"])
-def test_nvidia_driver_is_found_in_either_banner(tmp_path, words):
-    plant(tmp_path, {"proc/driver/nvidia/version": f"NVRM version: NVIDIA UNIX {words}\nGCC version: 12.3\n"})
-    assert gpu_drivers(tmp_path) == {"nvidia": "570.86.15"}
+    for words in ("Kernel Module  570.86.15  Tue", "Open Kernel Module for x86_64  570.86.15  Build"):  # both banners
+        banner = {"proc/driver/nvidia/version": f"NVRM version: NVIDIA UNIX {words}\nGCC version: 12.3\n"}
+        assert gpu_drivers(plant(tmp_path / "nvidia", banner)) == {"nvidia": "570.86.15"}
 
 
 def test_variables_that_change_numerics_or_speed_are_recorded_and_nothing_private(monkeypatch):
@@ -104,3 +100,17 @@ def test_package_inside_another_repository_or_without_git_has_no_commit_but_its_
     assert commit_of(repository / "src/package") == (git(repository, "rev-parse", "HEAD"), False)
     monkeypatch.setenv("PATH", str(repository))
     assert commit_of(repository / "src/package") == ("c0ffee", None)
+
+
+def _tell(path: Path) -> None:
+    import fork_server  # there it is imported already
+
+    path.write_text(json.dumps(fork_server.FOUND))
+
+
+def test_importing_terratorch_leaves_the_process_alone_and_asks_no_network(tmp_path):
+    """In the fork server, which every run of processes.py begins in."""
+    process = CONTEXT.Process(target=_tell, args=(tmp_path / "told.json",))
+    process.start()
+    process.join(180)
+    assert json.loads((tmp_path / "told.json").read_text()) == {"unchanged": True, "asked": []}

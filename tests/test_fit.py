@@ -1,7 +1,6 @@
 """Training through the command line: what a run folder holds, what is refused, and what your own recipe may contain."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import torch
 import yaml
 from filelock import FileLock
 
-import fork_server
+import terratorch_runs  # noqa: F401  # has the backbone of SMALL
 from conftest import SMALL, content
 from floodrepro import recipe as recipes
 from floodrepro.run_folder import RunFolder, sha256_of
-from processes import CONTEXT
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
 
@@ -28,26 +26,23 @@ def fit(cli, chips: Path, tmp_path: Path):
     return run
 
 
-def test_run_folder_holds_what_was_run(trained, chips):
+def test_run_folder_holds_what_was_run_and_its_best_epoch(trained, chips):
     recipe, record = recipes.read_yaml(trained.recipe), trained.read_record()
     assert recipe["trainer"]["max_epochs"] == 2
     assert recipe["data"]["init_args"]["data_root"] == str(chips / "data")
     assert record["recipe_sha256"] == recipes.fingerprint(recipe)
     assert record["recipe_sha256"] in trained.recipe.read_text().splitlines()[0]
-    assert (record["status"], record["epochs"], record["seed"]) == ("finished", 2, 42)
+    assert (record["status"], record["progress"]["epochs"], record["seed"]) == ("finished", 2, 42)
     assert set(record["data"]["digests"]) == {"train", "val"}
     assert record["environment"]["packages"]["terratorch"]
     assert sorted(path.name for path in trained.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert "epoch 2/2" in trained.log.read_text()
-
-
-def test_record_metrics_and_checkpoint_agree_on_the_best_epoch(trained):
-    record = trained.read_record()
+    # Record, metrics and checkpoint agree on the best epoch.
     losses = {int(row["epoch"]): float(row["val/loss"]) for row in trained.read_metrics() if row["val/loss"]}
     saved = torch.load(trained.best, weights_only=True)
     assert sorted(losses) == [0, 1]
     assert record["best_epoch"] == min(losses, key=losses.get) == saved["epoch"]
-    assert record["best_val_loss"] == record["best_metrics"]["val/loss"] == losses[record["best_epoch"]]
+    assert record["best_metrics"]["val/loss"] == losses[record["best_epoch"]]
     assert (record["monitor"], record["mode"]) == ("val/loss", "min")
     assert record["checkpoint_sha256"] == sha256_of(trained.best)
 
@@ -58,9 +53,6 @@ def test_finished_run_is_left_alone_and_the_same_command_exits_0(cli, trained, c
     outcome = cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2)
     assert outcome.code == 0
     assert "finished already" in outcome.err
-    changed = cli("fit", "--config", "demo", *where, "--trainer.max_epochs", 2, "--optimizer.init_args.lr", "2e-4")
-    assert changed.code == 2
-    assert "optimizer.init_args.lr: 0.0001 became 0.0002" in changed.err
     assert content(trained.path) == before
 
 
@@ -79,7 +71,8 @@ def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
         assert outcome.code == 0, outcome.err
     run = RunFolder(tmp_path / "run")
     assert [row["epoch"] for row in run.read_metrics() if row.get("val/loss")] == ["0", "1"]
-    assert (run.read_record()["status"], run.read_record()["epochs"]) == ("finished", 2)
+    record = run.read_record()
+    assert (record["status"], record["progress"]["epochs"]) == ("finished", 2)
 
 
 def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tmp_path: Path):
@@ -89,7 +82,8 @@ def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tm
     source = torch.load(trained.best, weights_only=True)["state_dict"]
     learned = [key for key in source if "running" not in key and "num_batches" not in key]
     assert all(torch.equal(begun[key], source[key]) for key in learned)  # the learning rate is 0
-    other = fit("--weights", trained.best, name="other")
+    decoder = ("--model.init_args.model_args.decoder_channels", "[32,16,8,8]")
+    other = fit("--weights", trained.best, name="other", size=decoder)
     assert other.code == 0, other.err
     assert "decoder" in other.err
     assert "do not fit" in other.err
@@ -222,20 +216,9 @@ def test_monitor_precision_loggers_and_checkpoints_of_your_own_are_kept(fit, tmp
     assert (mine / "logs" / "version_0" / "metrics.csv").is_file()
 
 
-def test_no_write_permission_is_a_clear_error(cli, chips, tmp_path: Path):
+def test_runs_root_that_is_no_folder_is_a_clear_error(cli, chips, tmp_path: Path):
     occupied = tmp_path / "file"
     occupied.write_text("mine")
-    unwritable = Path("/sys/floodrepro") if os.geteuid() == 0 else Path("/floodrepro")
-    for root in (unwritable, occupied):
-        outcome = cli("fit", "--config", "demo", "--data-root", chips, "--runs-root", root)
-        assert outcome.code == 1
-        assert "cannot be written" in outcome.report[0] or "disk" in outcome.report[0]  # /sys has no room at all
+    outcome = cli("fit", "--config", "demo", "--data-root", chips, "--runs-root", occupied)
+    assert (outcome.code, "the run folder cannot be written" in outcome.report[0]) == (1, True), outcome.err
     assert occupied.read_text() == "mine"
-
-
-def test_importing_terratorch_leaves_the_process_alone_and_asks_no_network(tmp_path: Path):
-    """In the fork server, which every run of processes.py begins in."""
-    process = CONTEXT.Process(target=fork_server.tell, args=(tmp_path / "told.json",))
-    process.start()
-    process.join(180)
-    assert json.loads((tmp_path / "told.json").read_text()) == {"unchanged": True, "asked": []}

@@ -1,12 +1,9 @@
 """Twenty training losses of the tiny recipe on generated chips: training computes what it did when they were written.
 
-On the stack of the file (versions, CPU, threads) the losses are equal to the bit. On another stack rounding errors grow
-with each step, to 1e-2 at worst of what was measured (other thread counts, AVX2 in place of AVX512), so that there 1e-5
-applies to the first two steps and 5e-2 from there on. 1e-5 sees a learning rate that is 1 % higher and matrices that
-are multiplied in bf16.
-
-The file is made anew only for a change of numerics that is meant and understood (a version of torch in constraints.txt,
-another generator of chips), and the commit says what changed the losses:
+On the stack of the file (versions, CPU, threads) they are equal to the bit. On another one rounding errors grow with
+each step, to 1e-2 at worst of what was measured: there 1e-5 applies to two steps and 5e-2 from there on. 1e-5 sees a
+learning rate that is 1 % higher and matrices that are multiplied in bf16. The file is made anew only for a change of
+numerics that is meant and understood, and the commit says what changed the losses:
 
     FLOODREPRO_WRITE_GOLDEN=1 scripts/test.sh tests/test_golden.py
 """

@@ -3,17 +3,15 @@
 from pathlib import Path
 
 import numpy as np
-import pyogrio
 import pytest
 import rasterio
-import shapely
 import yaml
 
 from floodrepro.errors import DataError, UsageError
 from floodrepro.mapping.checks import list_problems
-from floodrepro.mapping.reader import read_water
+from floodrepro.mapping.reader import water_of
 from floodrepro.mapping.scene import read_scene
-from map_scenes import CRS, LEFT, TOP, make_scene, save
+from map_scenes import make_scene, save
 
 
 @pytest.fixture
@@ -33,15 +31,9 @@ def edit_pixels(scene: Path, pattern: str, change):
             raster.write(change(raster.read()).astype(raster.dtypes[0]))
 
 
-def with_gap(values, value):
-    values = values.copy()
-    values[:, :, :10] = value
-    return values
-
-
-def swap(content, one="before", other="event"):
-    radar = content["S1RTC"]
-    radar[one]["time"], radar[other]["time"] = radar[other]["time"], radar[one]["time"]
+def swap(content):
+    before, event = (content["S1RTC"][step] for step in ("before", "event"))
+    before["time"], event["time"] = event["time"], before["time"]
 
 
 ORDER = [1, 2, 3, 7, 4, 5, 6, 8, 10, 11, 0, 9]  # all of 10 m first
@@ -53,10 +45,8 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
     [
         (("s1_event.tif", lambda db: 10 ** (db / 10)), None, "dB, and the values look like linear power (median of VV"),
         (("s1_event.tif", lambda db: 1000 * 10 ** (db / 20)), None, "look like neither dB nor linear power"),
-        (("s1_*.tif", abs), lambda c: c["S1RTC"].update(unit="power"), "look like neither dB nor linear power"),
         (("s1_before.tif", lambda db: db[::-1]), None, "S1RTC.before: vh is stronger than vv in most pixels"),
         (None, swap, "S1RTC.before (2026-08-28) is not before S1RTC.event (2026-08-16): are the dates swapped?"),
-        (None, lambda c: c.update(event="2026-08-29"), "is on the wrong side of the event (2026-08-29)"),
         (None, lambda c: c["S2L2A"]["event"].update(time="2026-09-03"), "are 6.0 days apart (limit 5, --max-gap)"),
         (None, lambda c: c["S1RTC"]["before"].update(orbit=139), "S1RTC: orbit 139 before and 66 at the event"),
         (("s2_after.tif", lambda bands: bands[ORDER]), None, "is the order of bands"),
@@ -67,13 +57,15 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
             *(lambda c: c["S2L2A"]["event"]["files"][0].pop("offset"), "neither offset nor baseline is given"),
         ),
         (None, lambda c: c["S2L2A"]["event"]["files"][0].update(offset=-1000), "was it taken off already?"),
-        (("s1_before.tif", lambda db: with_gap(db, -9999)), None, "12.5% of the pixels are no radar (such as -9999)"),
+        (
+            ("s1_before.tif", lambda db: np.where(np.arange(80) < 10, -9999, db)),
+            *(None, "12.5% of the pixels are no radar (such as -9999)"),
+        ),
         (("dem.tif", lambda metres: metres * 100), None, "DEM: heights from 10000 to 10900 are no metres"),
         (("s2_event.tif", lambda bands: bands / 200), None, "no reflectance x 10,000"),
     ],
 )
 def test_a_wrong_scene_is_named(scene, pixels, change, said):
-    assert list_problems(read_scene(scene), 5) == []
     if pixels:
         edit_pixels(scene, *pixels)
     if change:
@@ -82,16 +74,15 @@ def test_a_wrong_scene_is_named(scene, pixels, change, said):
     assert any(said in problem for problem in found), found
 
 
-@pytest.mark.parametrize("unit, wrong", [("m", False), ("metre", False), ("ft", True), ("US survey foot", True)])
-def test_heights_that_their_file_says_are_in_feet_are_named(scene, unit, wrong):
-    edit(scene, lambda c: c["DEM"].update(unit="m"))
+@pytest.mark.parametrize("unit, problems", [("metre", 0), ("ft", 1)])
+def test_heights_that_their_file_says_are_in_feet_are_named(scene, unit, problems):
     with rasterio.open(scene.parent / "dem.tif", "r+") as raster:
         raster.units = (unit,)
-    found = list_problems(read_scene(scene), 5)
-    assert [f"its heights are in {unit}" in problem for problem in found] == [True] * wrong
+    assert str(list_problems(read_scene(scene), 5)).count(f"its heights are in {unit}") == problems
 
 
-def test_a_file_with_a_baseline_or_dark_pixels_needs_no_offset(scene):
+def test_a_sound_scene_has_no_problems_and_with_a_baseline_or_dark_pixels_it_needs_no_offset(scene):
+    assert list_problems(read_scene(scene), 5) == []
     edit(scene, lambda c: c["S2L2A"]["event"]["files"][0].pop("offset"))
     assert list_problems(read_scene(scene), 5) == []  # dark pixels have 300
     edit_pixels(scene, "s2_event.tif", lambda bands: bands + 1000)
@@ -103,32 +94,19 @@ def test_a_file_with_a_baseline_or_dark_pixels_needs_no_offset(scene):
     "change, said",
     [
         (lambda c: c.update(S1=c.pop("S1RTC")), "unknown name 'S1'"),
-        (lambda c: c.update(S1RTC=["s1_event.tif"]), "is not a mapping"),
-        (lambda c: c["S1RTC"].update(event=["s1_event.tif"]), "is not a mapping"),
-        (lambda c: c["S1RTC"].update(nodata=0), "not iterable"),
-        (lambda c: c["S2L2A"]["event"].update(offset=-1000), "unknown name 'offset'"),
-        (
-            lambda c: c["S2L2A"]["event"]["files"][0].update(baseline="N0511"),
-            "could not convert string to float: 'N0511'",
-        ),
-        (lambda c: c["S2L2A"]["event"]["files"][0].update(raster=None), "expected string"),
+        (lambda c: c["S1RTC"].update(event=["s1_event.tif"]), "S1RTC.event"),
+        (lambda c: c["S2L2A"]["event"]["files"][0].update(baseline="N0511"), "could not convert string to float"),
         *(
             (lambda c, change={key: value}: c["S2L2A"]["event"]["files"][0].update(change), "from -2000 to 0")
             for key, value in [("offset", 1000), ("offset", -1e9), ("offset", np.nan), ("baseline", -np.inf)]
         ),
+        (lambda c: c.update(area={"box": [350_000, 5_199_500, 350_500, 5_200_000]}), "the area lies nowhere on Earth"),
         (lambda c: c.update(area={"fiel": "A.geojson"}), "unknown name 'fiel'"),
-        (lambda c: c.update(area={"box": [13, 46, 14]}), "missing 1 required positional"),
         (lambda c: c.update(area={"box": [13, 46, 14, float("nan")]}), "the area lies nowhere on Earth"),
-        (lambda c: c.update(area={"box": [LEFT, TOP - 500, LEFT + 500, TOP]}), "no degrees"),
-        (lambda c: c.update(area={"box": [13, 46, 13, 46]}), "the area "),
-        (lambda c: c["S1RTC"]["event"].update(ordit=66), "unknown name 'ordit'"),
         (lambda c: c["S1RTC"].update(unit="amplitude"), "the unit 'amplitude' is not known"),
-        (lambda c: c["S1RTC"]["event"].pop("time"), "'None' is no time"),
         (lambda c: c["S1RTC"]["event"].update(time="in August"), "'in August' is no time"),
         (lambda c: c["S1RTC"]["event"].update(files=[{"vv": "s1_event.tif"}]), "no file for band vh"),
         (lambda c: c["S1RTC"]["event"].update(files=[{"raster": "s1_event.tif", "ofset": 0}]), "unknown name 'ofset'"),
-        (lambda c: c.update(crs="EPSG:3857"), "the CRS of a map is a UTM zone"),
-        (lambda c: c.update(crs="EPSG:999999"), "EPSG code is unknown"),
         (lambda c: c.update(area={"file": "none.geojson"}), "the polygons cannot be read"),
     ],
 )
@@ -138,37 +116,23 @@ def test_a_scene_that_nobody_understands_is_bad_usage(scene, change, said):
         read_scene(scene)
 
 
-def test_a_raster_that_is_missing_cut_short_or_lies_nowhere_is_named_by_its_path(scene):
+def test_a_raster_that_is_cut_short_or_lies_nowhere_is_named_by_its_path(scene):
     file = scene.parent / "s2_before.tif"
     file.write_bytes(file.read_bytes()[:-9000])
-    with pytest.raises(DataError) as cut_short:
+    with pytest.raises(DataError, match="cannot be read") as cut_short:
         list_problems(read_scene(scene), 5)
-    file.unlink()
-    with pytest.raises(DataError, match="cannot be read") as missing:
-        list_problems(read_scene(scene), 5)
-    assert cut_short.value.where == missing.value.where == str(file)
+    assert cut_short.value.where == str(file)
     save(scene.parent / "s1_event.tif", np.zeros((2, 9, 9), np.float32), crs=None)
     with pytest.raises(DataError, match="CRS") as nowhere:
         read_scene(scene)
     assert nowhere.value.where.endswith("s1_event.tif")
 
 
-def test_empty_polygons_of_an_area_are_none(scene):
-    edit(scene, lambda c: c.update(area={"file": "area.gpkg"}))
-    options = {"field_data": [], "fields": [], "crs": CRS, "geometry_type": "Polygon"}
-    square = shapely.to_wkb(np.array([shapely.box(LEFT, TOP - 500, LEFT + 500, TOP), shapely.Polygon()]))
-    pyogrio.raw.write(scene.parent / "area.gpkg", square, **options)
-    assert (read_scene(scene).grid.height, read_scene(scene).grid.width) == (50, 50)
-    pyogrio.raw.write(scene.parent / "area.gpkg", square[1:], **options)
-    with pytest.raises(UsageError, match="holds no polygon"):
-        read_scene(scene)
-
-
 def test_what_lies_far_from_a_raster_is_missing_and_polygons_have_no_values(scene):
     edit(scene, lambda c: c.update(area={"box": [-170, 60, -169.9, 60.1]}))
     list_problems(far := read_scene(scene), 5)
     with pytest.raises(UsageError, match="polygons have no values"):
-        read_water(scene.with_name("truth.geojson"), far.grid, 0, 1, value=1)
+        water_of(scene.with_name("truth.geojson"), far, 1)
 
 
 def test_synth_writes_each_event_whole_and_in_two_crs(cli, tmp_path):
@@ -178,6 +142,6 @@ def test_synth_writes_each_event_whole_and_in_two_crs(cli, tmp_path):
     assert len(scenes) == 3 and all(list_problems(read_scene(scene), 5) == [] for scene in scenes)
     crs = []
     for scene in scenes[:2]:
-        with rasterio.open(next(iter(read_scene(scene).acquisitions["S2L2A", 2].sources[0].bands.values()))[0]) as file:
+        with rasterio.open(next(iter(read_scene(scene).acquisitions["S2L2A", 2].sources[0][0].values()))[0]) as file:
             crs.append(file.crs.to_string())
     assert crs[0].startswith("EPSG:32") and crs[1] == "EPSG:4326"

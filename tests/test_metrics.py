@@ -3,28 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, confusion_matrix, precision_recall_fscore_support
-from torchmetrics.classification import (
-    BinaryCalibrationError,
-    MulticlassAccuracy,
-    MulticlassF1Score,
-    MulticlassJaccardIndex,
-)
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from torchmetrics import classification as torchs
 
-from floodrepro.evaluation.chip_table import BINS, ChipTable
+from floodrepro.evaluation import metrics
+from floodrepro.evaluation.chip_table import BINS
 from floodrepro.evaluation.counting import count
-from floodrepro.evaluation.metrics import (
-    class_scores,
-    expected_calibration_error,
-    iou,
-    mean_iou,
-    pool_by_event,
-    reliability,
-    scores,
-    threshold_sweep,
-    which_iou,
-)
+from floodrepro.evaluation.metrics import class_scores, iou, mean_iou, scores
 
 DRY = np.array([[100, 0], [0, 0]])
 
@@ -43,33 +28,34 @@ def random_pair(classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_scores_are_those_of_torchmetrics_under_terratorchs_names(classes):
     truth, prediction = random_pair(classes, seed=classes)
     options = {"num_classes": classes, "ignore_index": -1}
-    metrics = {
-        "mIoU": MulticlassJaccardIndex(average="macro", **options),
-        "F1_Score": MulticlassF1Score(average="macro", **options),
-        "Pixel_Accuracy": MulticlassAccuracy(average="micro", **options),
+    theirs = {
+        "mIoU": torchs.MulticlassJaccardIndex(average="macro", **options),
+        "F1_Score": torchs.MulticlassF1Score(average="macro", **options),
+        "Pixel_Accuracy": torchs.MulticlassAccuracy(average="micro", **options),
+        "IoU": torchs.MulticlassJaccardIndex(average=None, **options),
+        "Class_Accuracy": torchs.MulticlassAccuracy(average=None, **options),
     }
     pair = torch.from_numpy(prediction), torch.from_numpy(truth)
-    expected = {name: float(metric(*pair)) for name, metric in metrics.items()}
-    each = MulticlassJaccardIndex(average=None, **options)(*pair)
-    expected |= {f"IoU_{k}": float(value) for k, value in enumerate(each)}
+    expected = {name: metric(*pair) for name, metric in theirs.items()}
+    for name in ("IoU", "Class_Accuracy"):
+        expected |= {f"{name}_{k}": value for k, value in enumerate(expected.pop(name))}
     counts = confusion(truth, prediction, classes)
-    assert scores(counts) == pytest.approx(expected, abs=1e-6)
-    assert mean_iou(counts) == pytest.approx(expected["mIoU"], abs=1e-6)
+    assert scores(counts) == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-6)
+    assert mean_iou(counts) == scores(counts)["mIoU"]
     known = truth >= 0
     by_class = precision_recall_fscore_support(truth[known], prediction[known])[:3]
     for k in range(classes):
         found = class_scores(counts, k)
         assert [found[name] for name in ("precision", "recall", "f1")] == pytest.approx([row[k] for row in by_class])
-        assert [found["truth_share"], found["predicted_share"]] == [
-            np.mean(values[known] == k) for values in (truth, prediction)
-        ]
-        assert found["iou"] == iou(counts, k) == pytest.approx(float(each[k]), abs=1e-6)
+        assert found["truth_share"] == np.mean(truth[known] == k)
+        assert found["iou"] == iou(counts, k) == scores(counts)[f"IoU_{k}"]
 
 
 def test_class_that_is_absent_is_none_never_zero():
-    assert scores(DRY) == {"mIoU": 1.0, "IoU_0": 1.0, "IoU_1": None, "F1_Score": 1.0, "Pixel_Accuracy": 1.0}
-    assert class_scores(DRY)["iou"] is class_scores(DRY)["precision"] is class_scores(DRY)["recall"] is None
-    assert np.isnan(iou(DRY))
+    absent = {"IoU_1": None, "Class_Accuracy_1": None}
+    names = ("mIoU", "IoU_0", "Class_Accuracy_0", "F1_Score", "Pixel_Accuracy")
+    assert scores(DRY) == dict.fromkeys(names, 1.0) | absent
+    assert class_scores(DRY) == dict.fromkeys(("iou", "precision", "recall", "f1"), None) | {"truth_share": 0.0}
     alarm, missed = np.array([[99, 1], [0, 0]]), np.array([[90, 0], [10, 0]])
     assert (class_scores(alarm)["iou"], class_scores(alarm)["recall"]) == (0, None)
     assert (class_scores(missed)["recall"], class_scores(missed)["precision"]) == (0, None)
@@ -88,64 +74,37 @@ def test_three_ious_have_three_names_and_three_n():
     """One large flood found, one small flood missed, a dry chip, and one of 4 pixels that decides nothing."""
     counts = np.array([[[0, 0], [100, 900]], [[800, 0], [200, 0]], [[1000, 0], [0, 0]], [[996, 0], [4, 0]]])
     events = ["EMSR1", "EMSR2", "EMSR2", "EMSR3"]
-    names, pooled = pool_by_event(counts, events)
+    names, pooled = metrics.pool_by_event(counts, events)
     assert names == ["EMSR1", "EMSR2", "EMSR3"]
     assert pooled[1].tolist() == [[1800, 0], [200, 0]]
-    assert [(entry["iou"], entry["n"], entry["of"]) for entry in which_iou(counts, events)] == [
+    assert [(entry["iou"], entry["n"], entry["of"]) for entry in metrics.which_iou(counts, events)] == [
         (900 / 1204, 4, "chips"),
         (pytest.approx(0.3), 3, "chips"),
         (pytest.approx(0.45), 2, "events"),
     ]
-    assert [entry["iou"] for entry in which_iou(DRY[None], ["EMSR1"])] == [None, None, None]
+    assert [entry["iou"] for entry in metrics.which_iou(DRY[None], ["EMSR1"])] == [None, None, None]
 
 
-def table_of(truth: np.ndarray, probability: np.ndarray) -> ChipTable:
-    """The chip table of truth (N, P) and probabilities of flood (N, P)."""
-    layers = (layer[:, None] for layer in (truth, (probability > 0.5).astype(int), probability))
-    return ChipTable.of_batches(
-        [(f"EMSR{n}_1", f"EMSR{n}") for n in range(len(truth))], [count(*layers, classes=2)], {}
-    )
-
-
-@pytest.fixture(scope="module")
-def flooded() -> tuple[ChipTable, np.ndarray, np.ndarray]:
-    """Over-confident flood probabilities of 6 chips: table, truth (6, 2000), probability of flood (6, 2000)."""
+def test_calibration_error_is_torchmetrics_and_best_threshold_that_of_counting_again_at_every_edge():
+    """Over-confident probabilities of flood in 6 chips, some next to the edges of the bins."""
     rng = np.random.default_rng(5)
-    probability = rng.beta(0.5, 1.5, (6, 2_000)).astype(np.float32).astype(np.float64)
-    truth = (rng.random(probability.shape) < 0.7 * probability + 0.05).astype(int)
-    return table_of(truth, probability), truth, probability
-
-
-@pytest.mark.parametrize("bins", [10, 50])
-def test_reliability_and_its_error_are_scikit_learns_and_torchmetrics(flooded, bins):
-    table, truth, probability = flooded
-    found = reliability(table.histogram, table.confidence, bins)
-    frequency, confidence = calibration_curve(truth.ravel(), probability.ravel(), n_bins=bins)
-    filled = found.pixels > 0
-    assert found.frequency[filled] == pytest.approx(frequency)
-    assert found.confidence[filled] == pytest.approx(confidence)
-    metric = BinaryCalibrationError(n_bins=bins, norm="l1")
-    expected = float(metric(torch.from_numpy(probability.ravel()), torch.from_numpy(truth.ravel())))
-    assert expected > 0.05
-    assert expected_calibration_error(found) == pytest.approx(expected, abs=1e-5)
-    assert table.brier == pytest.approx(brier_score_loss(truth.ravel(), probability.ravel()))
-    with pytest.raises(ValueError, match="cannot reshape"):
-        reliability(table.histogram, table.confidence, 15)
-
-
-def test_sweep_equals_counting_again_at_each_threshold_even_next_to_the_bin_edges(flooded):
-    _, truth, probability = flooded
+    probability = rng.beta(0.5, 1.5, (6, 2_000)).astype(np.float32)
     edges = np.linspace(0, 1, BINS + 1).astype(np.float32)
     near = np.concatenate([np.nextafter(edges, np.float32(0)), edges, np.nextafter(edges, np.float32(1))])
     probability[0, : len(near)] = np.clip(near, 0, 1)
-    table = table_of(truth, probability)
-    thresholds, counts = threshold_sweep(table.histogram)
-    assert thresholds.tolist() == [b / BINS for b in range(BINS)]
-    for threshold, found in zip(thresholds, counts, strict=True):
-        assert np.array_equal(found, confusion(truth, probability >= threshold, 2))
-
-
-def test_without_a_counted_pixel_nothing_is_claimed(flooded):
-    table = flooded[0].subset([])
-    assert expected_calibration_error(reliability(table.histogram, table.confidence)) is None
-    assert table.brier is None
+    probability = probability.astype(np.float64)
+    truth = (rng.random(probability.shape) < 0.7 * probability + 0.05).astype(int)
+    layers = (layer[:, None] for layer in (truth, (probability > 0.5).astype(int), probability))
+    table = count(*layers, classes=2)
+    histogram, confidence = table["histogram"], table["confidence"]
+    for least in (0.0, 0.1):
+        kept = probability >= least
+        pair = torch.from_numpy(probability[kept]), torch.from_numpy(truth[kept])
+        expected = float(torchs.BinaryCalibrationError(n_bins=10, norm="l1")(*pair))
+        assert expected > 0.05
+        assert metrics.calibration_error(histogram, confidence, least) == pytest.approx(expected, abs=1e-3)
+    assert metrics.calibration_error(histogram[:0], confidence[:0]) is None
+    recounted = [confusion(truth, probability >= n / BINS, 2) for n in range(BINS)]
+    hits = histogram.sum(axis=0)[1, ::-1].cumsum()[::-1]
+    assert hits.tolist() == [counts[1, 1] for counts in recounted]
+    assert metrics.best_threshold(histogram) == int(np.argmax([iou(counts) for counts in recounted])) / BINS

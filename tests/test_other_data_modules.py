@@ -52,7 +52,7 @@ def test_any_data_module_is_trained_validated_tested_and_predicted(cli, made, st
     fitted = cli("fit", "--config", path, "--runs-root", tmp_path, "--name", "run", "--format", "json")
     assert fitted.code == 0, fitted.err
     record = json.loads(fitted.out)
-    assert (record["status"], record["epochs"], record["epoch_times"][0]["steps"]) == ("finished", 1, steps)
+    assert (record["status"], record["progress"]["epochs"], record["epoch_times"][0]["steps"]) == ("finished", 1, steps)
     assert "at the end of each epoch only" in fitted.err
     arguments = ("--ckpt", tmp_path / "run" / "checkpoints" / "best.ckpt", "--format", "json")
     validated = cli("validate", *arguments)

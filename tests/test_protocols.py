@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import yaml
 
 from floodrepro import recipe as recipes
@@ -19,38 +18,26 @@ TINY = (
 )
 
 
-@pytest.fixture(scope="module")
-def v1_chips(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("v1") / "ImpactMesh-Flood"
-    generate(root, events=5, chips=20, size=32, protocol="v1", seed=2)
-    return root
-
-
-@pytest.mark.parametrize("protocol", ["v1", "v1_binary"])
-def test_recipe_trains_on_v1_data_and_tests_on_its_splits(cli, v1_chips, tmp_path: Path, protocol):
-    name = f"terramind_v1_tiny_impactmesh_flood_{protocol}"
-    fitted = cli("fit", "--config", name, "--data-root", v1_chips, "--runs-root", tmp_path, *TINY, *SHORT)
+def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: Path):
+    chips, name = tmp_path / "ImpactMesh-Flood", "terramind_v1_tiny_impactmesh_flood_v1"
+    generate(chips, events=5, chips=20, size=32, protocol="v1", seed=2)
+    fitted = cli("fit", "--config", name, "--data-root", chips, "--runs-root", tmp_path, *TINY, *SHORT)
     assert fitted.code == 0, fitted.err
     flags = ("--format", "json", "--data.init_args.num_workers=0")
     tested = cli("test", "--ckpt", tmp_path / name / "checkpoints" / "best.ckpt", *flags)
     assert tested.code == 0, tested.err
     metrics = json.loads(tested.out)["metrics"]
-    if protocol == "v1_binary":
-        assert {"test/IoU_0", "test/IoU_1"} <= set(metrics)
-        assert "test/IoU_2" not in metrics
-        return
     tables = {split: read_table(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
     assert set(tables) == {"test", "seen_events", "holdout"}
     for split, table in tables.items():
         assert {f"test/{split}/IoU_{k}" for k in range(3)} <= set(metrics)
         name = split if split == "test" else f"test_{split}"
-        listed = read_events(v1_chips / "split" / f"impactmesh_flood_{name}.txt")
+        listed = read_events(chips / "split" / f"impactmesh_flood_{name}.txt")
         assert set(table.events) == set(listed.values())
     parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)
     assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
 
 
-# ImpactMesh-Fire, with the statistics of impactmesh 0.1.2 (impactmesh_datamodule.datasets_stats["fire"]).
 FIRE = Protocol(
     name="fire",
     title="ImpactMesh-Fire, two classes",
@@ -58,16 +45,6 @@ FIRE = Protocol(
     label_map=(0, 1),
     mask_suffix="_annotation_wildfire.tif",
     hazard="fire",
-    means={
-        "S2L2A": (801.3, 861.7, 991.6, 1019.7, 1366.4, 2000.2, 2255.3, 2354.9, 2481.8, 2747.9, 2185.8, 1495.2),
-        "S1RTC": (-9.838, -15.465),
-        "DEM": (412.745,),
-    },
-    stds={
-        "S2L2A": (1960.5, 1732.9, 1494.8, 1384.5, 1385.1, 1309.4, 1322.6, 1352.4, 1336.4, 2379.4, 1145.6, 992.0),
-        "S1RTC": (3.505, 3.422),
-        "DEM": (354.58,),
-    },
 )
 
 
@@ -81,9 +58,10 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
     audited = cli("data", "audit", "--root", root, "--protocol", "fire", "--jobs", "1", "--format", "json")
     assert audited.code == 0, audited.out
     assert "error" not in {finding["severity"] for finding in json.loads(audited.out)["findings"]}
+    bands = json.loads(audited.out)["bands"]["train"]
     recipe = recipes.read_yaml(recipes.find("demo"))
     data = recipe["data"]["init_args"] | {"protocol": "fire", "data_root": str(root / "data"), "batch_size": 4}
-    data |= {key: {m: list(v) for m, v in getattr(FIRE, key).items()} for key in ("means", "stds")}
+    data |= {f"{key}s": {m: found[key] for m, found in bands.items()} for key in ("mean", "std")}
     splits = {"train": "train", "val": "val", "test": "test", "predict": "test"}
     data |= {f"{key}_split": str(root / "split" / FIRE.split_file(split)) for key, split in splits.items()}
     recipe["data"]["init_args"] = data

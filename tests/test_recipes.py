@@ -44,40 +44,46 @@ def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
         assert recipe["trainer"]["devices"] == 1
 
 
+PUBLISHED = """
+seed_everything: 42
+trainer: {precision: 16-mixed, max_epochs: 50}
+optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-4, weight_decay: 0.01}}
+lr_scheduler: {init_args: {monitor: val/loss, factor: 0.5, patience: 2}}
+data:
+  init_args: {batch_size: 16, num_workers: 8, no_data_replace: 0, timesteps: [0, 1, 2, 3], augment: true, protocol: v0}
+model:
+  init_args:
+    loss: dice
+    ignore_index: -1
+    class_weights: [0.342, 1.316]
+    tiled_inference_parameters: {h_crop: 256, w_crop: 256, h_stride: 208, w_stride: 208, batch_size: 64, delta: 8}
+    model_args:
+      backbone: terramind_v1_base
+      backbone_pretrained: true
+      backbone_modalities: [S2L2A, S1RTC, DEM]
+      backbone_use_temporal: true
+      backbone_temporal_pooling: concat
+      backbone_temporal_n_timestamps: 4
+      necks:
+        - {name: SelectIndices, indices: [2, 5, 8, 11]}
+        - {name: ReshapeTokensToImage, remove_cls_token: false}
+        - {name: LearnedInterpolateToPyramidal}
+      decoder: UNetDecoder
+      decoder_channels: [512, 256, 128, 64]
+      head_dropout: 0.1
+      num_classes: 2
+"""
+
+
 def test_base_recipe_is_the_published_one():
-    recipe = recipes.read_yaml(recipes.find(BASE))
-    trainer, task, data = recipe["trainer"], recipe["model"]["init_args"], recipe["data"]["init_args"]
-    stopping = next(c for c in trainer["callbacks"] if c["class_path"].endswith("EarlyStopping"))["init_args"]
-    checkpoint = next(c for c in trainer["callbacks"] if c["class_path"].endswith("ModelCheckpoint"))["init_args"]
-    assert (recipe["seed_everything"], trainer["precision"], trainer["max_epochs"]) == (42, "16-mixed", 50)
-    assert (stopping["monitor"], stopping["patience"]) == ("val/loss", 10)
-    assert (checkpoint["monitor"], checkpoint["save_weights_only"]) == ("val/loss", True)
-    assert recipe["optimizer"]["class_path"].endswith("AdamW")
-    assert recipe["optimizer"]["init_args"] == {"lr": 1e-4, "weight_decay": 0.01}
-    assert recipe["lr_scheduler"]["init_args"] == {"monitor": "val/loss", "factor": 0.5, "patience": 2}
-    assert (data["batch_size"], data["num_workers"], data["no_data_replace"]) == (16, 8, 0)
-    assert data["timesteps"] == [0, 1, 2, 3]
-    assert (data["augment"], protocol_of(recipe).label_map) == (True, (0, 1))
-    assert (task["loss"], task["ignore_index"], task["class_weights"]) == ("dice", -1, [0.342, 1.316])
-    assert task["model_args"] == {
-        "backbone": "terramind_v1_base",
-        "backbone_pretrained": True,
-        "backbone_modalities": ["S2L2A", "S1RTC", "DEM"],
-        "backbone_use_temporal": True,
-        "backbone_temporal_pooling": "concat",
-        "backbone_temporal_n_timestamps": 4,
-        "necks": [
-            {"name": "SelectIndices", "indices": [2, 5, 8, 11]},
-            {"name": "ReshapeTokensToImage", "remove_cls_token": False},
-            {"name": "LearnedInterpolateToPyramidal"},
-        ],
-        "decoder": "UNetDecoder",
-        "decoder_channels": [512, 256, 128, 64],
-        "head_dropout": 0.1,
-        "num_classes": 2,
-    }
-    tiling = task["tiled_inference_parameters"]
-    assert tiling == {"h_crop": 256, "w_crop": 256, "h_stride": 208, "w_stride": 208, "batch_size": 64, "delta": 8}
+    recipe, published = recipes.read_yaml(recipes.find(BASE)), yaml.safe_load(PUBLISHED)
+    assert recipes.differences(recipe, recipes.fold([recipe, published])) == {}
+    assert recipe["optimizer"] == published["optimizer"]
+    assert recipe["model"]["init_args"]["model_args"] == published["model"]["init_args"]["model_args"]
+    callbacks = {one["class_path"].rpartition(".")[2]: one["init_args"] for one in recipe["trainer"]["callbacks"][1:]}
+    assert (callbacks["EarlyStopping"]["monitor"], callbacks["EarlyStopping"]["patience"]) == ("val/loss", 10)
+    assert callbacks["ModelCheckpoint"]["monitor"] == "val/loss"
+    assert callbacks["ModelCheckpoint"]["save_weights_only"]
 
 
 def test_statistics_written_out_are_impactmesh_0_1_2s_own():
@@ -157,14 +163,9 @@ def test_a_limit_of_one_batch_is_not_read_as_all_of_them(given, tmp_path: Path):
     ("change", "says"),
     [
         (lambda r: r.update(trainr={"max_epochs": 3}), "did you mean 'trainer' instead of 'trainr'?"),
-        (lambda r: r["trainer"].update(max_epochz=1), "did you mean 'max_epochs' instead of 'max_epochz'?"),
-        (lambda r: r["trainer"].update(max_epochs="many"), "trainer.max_epochs"),
-        (lambda r: r["trainer"]["callbacks"][1].update(class_path="nowhere.Monitor"), "nowhere.Monitor"),
         (lambda r: r["trainer"]["callbacks"][2]["init_args"].update(patienc=1), "did you mean 'patience'"),
-        (lambda r: r["data"]["init_args"].update(batch_size="big"), "batch_size"),
         (lambda r: r["model"]["init_args"].update(los="dice"), "did you mean 'loss' instead of 'los'?"),
-        (lambda r: r["optimizer"]["init_args"].update(lrr=1), "lrr"),
-        (lambda r: r["data"].update(class_path="floodrepro.Nothing"), "floodrepro.Nothing"),
+        (lambda r: r["data"]["init_args"].update(batch_size="big"), "batch_size"),
         (lambda r: r["model"].update(class_path="no.such.Task"), "no.such.Task"),
         (lambda r: r.pop("model"), "required: model"),
         (lambda r: r["model"]["init_args"]["model_args"].update(backbone="terramind_v9"), "does not build"),

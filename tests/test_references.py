@@ -1,14 +1,9 @@
-"""Criteria and published figures: found in the package, sourced, and true to their own identities."""
-
-import ast
-from pathlib import Path
+"""Published figures: sourced, and true to their own identities."""
 
 import pytest
 
 from floodrepro.data.protocols import PROTOCOLS
-from floodrepro.verification import checks
 from floodrepro.verification.battery import load_published
-from floodrepro.verification.checks import CHECKS, CRITERIA
 
 PUBLISHED = load_published()
 
@@ -32,27 +27,12 @@ def contradictions(figures: dict[str, float], decimals: int) -> list[str]:
 @pytest.mark.parametrize("stem", PUBLISHED)
 def test_published_figures_have_a_source_and_satisfy_the_identities(stem: str):
     entry = PUBLISHED[stem]
+    figures = entry["figures"]
     assert "msradam/" in entry["source"]
-    assert contradictions(entry["figures"], entry["decimals"]) == []
+    assert contradictions(figures, entry["decimals"]) == []
     assert (entry["protocol"], entry["split"], entry["chips"]) == ("v0", "test", PROTOCOLS["v0"].counts["test"])
-
-
-@pytest.mark.parametrize("stem", ["published_amd_run_a", "published_ibm"])
-def test_published_class_accuracies_follow_from_the_ious(stem: str):
-    figures = PUBLISHED[stem]["figures"]
-    iou = [figures[f"IoU_{k}"] for k in (0, 1)]
-    recall = [figures[f"Class_Accuracy_{k}"] for k in (0, 1)]
-    errors = 1 / (sum(1 / (1 - x) for x in iou) - 1)  # FP + FN as a share of all pixels
-    hits = [errors * x / (1 - x) for x in iou]
-    missed = [hit * (1 - r) / r for hit, r in zip(hits, recall, strict=True)]
-    assert sum(missed) == pytest.approx(errors, rel=0.005)  # four digits of each
-
-
-def test_every_check_is_a_function_here_or_in_measure_and_says_what_it_claims():
-    makers = {
-        node.name
-        for node in ast.parse(Path(checks.__file__).parents[1].joinpath("measure.py").read_text()).body
-        if isinstance(node, ast.FunctionDef)
-    }
-    assert set(CHECKS) <= set(CRITERIA) <= set(CHECKS) | makers
-    assert all({"title", "claim", "files"} <= set(about) for about in CRITERIA.values())
+    if stem in ("published_amd_run_a", "published_ibm"):  # recalls follow from the IoUs
+        iou, recall = ([figures[f"{name}_{k}"] for k in (0, 1)] for name in ("IoU", "Class_Accuracy"))
+        errors = 1 / (sum(1 / (1 - x) for x in iou) - 1)  # FP + FN as a share of all pixels
+        missed = [errors * x / (1 - x) * (1 - r) / r for x, r in zip(iou, recall, strict=True)]
+        assert sum(missed) == pytest.approx(errors, rel=0.005)  # four digits of each

@@ -1,6 +1,5 @@
 """The scripts that a newcomer runs first, and the constraints that they install."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from conftest import ROOT
 
@@ -65,12 +66,12 @@ def test_uv_installs_where_it_is_and_an_unchanged_environment_is_used_as_it_is(c
 
 def test_constraints_hold_exact_versions_of_every_dependency_and_no_address():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9.+!]+", line)] == []
-    pins = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    pins = {Requirement(line) for line in lines}
+    assert {(len(pin.specifier), next(iter(pin.specifier)).operator, pin.url) for pin in pins} == {(1, "==", None)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {re.split(r"[\[><=!]", dependency)[0].lower().replace("_", "-") for dependency in named}
-    assert names - {"floodrepro"} <= pins
+    names = {canonicalize_name(Requirement(dependency).name) for dependency in named}
+    assert names - {"floodrepro"} <= {canonicalize_name(pin.name) for pin in pins}
 
 
 @pytest.mark.parametrize("name", ["shellcheck", "hadolint"])

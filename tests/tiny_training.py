@@ -1,6 +1,5 @@
 """A training of a second with Lightning's own trainer: dropout, running statistics, a sampler that starts mid-epoch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,10 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
+from floodrepro.data.samplers import ShuffledByEpoch
 
 
 class Task(LightningModule):
@@ -57,22 +57,6 @@ class Chips(Dataset[Any]):
         return {"image": self.values[index], "filename": f"chip{index}.tif"} if self.named else self.values[index]
 
 
-class Shuffled(DistributedSampler[int]):
-    """An order by epoch, from a batch on; processes take turns."""
-
-    starts_mid_epoch = True
-
-    def __init__(self, count: int, trainer: Trainer) -> None:
-        super().__init__(range(count), num_replicas=trainer.world_size, rank=trainer.global_rank)
-        loop = trainer.fit_loop
-        self.done = 2 * loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
-        self.resumed = self.epoch = loop.epoch_progress.current.processed
-
-    def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(self.epoch)).tolist()
-        yield from order[self.rank :: self.num_replicas][self.done if self.epoch == self.resumed else 0 :]
-
-
 class Data(LightningDataModule):
     """Batches of two; *resumable* as floodrepro's own data module is, else shuffled by torch."""
 
@@ -83,7 +67,10 @@ class Data(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         if not self.resumable:
             return DataLoader(self.chips, 2, shuffle=True)
-        sampler = Shuffled(len(self.chips), self.trainer)
+        loop, world, rank = self.trainer.fit_loop, self.trainer.world_size, self.trainer.global_rank
+        done = loop.epoch_loop.batch_progress.current.completed if loop.restarting else 0
+        resumed = (loop.epoch_progress.current.processed, done)
+        sampler = ShuffledByEpoch(len(self.chips), 1, batch_size=2, world=world, rank=rank, resumed=resumed)
         return DataLoader(self.chips, 2, sampler=sampler, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -42,12 +42,13 @@ def emit(data: Mapping[str, Any], text: str, output_format: str) -> None:
         print(json.dumps(data, indent=2) if output_format == "json" else text, flush=True)
 
 
-def columns(rows: Sequence[Sequence[str]], *, right_from: int = 1) -> str:
-    """Lay rows out in columns; those from *right_from* on are figures and stand to the right."""
-    rows = [[re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", cell) for cell in row] for row in rows]  # a terminal obeys them
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def columns(rows: Sequence[Sequence[object]], *, right_from: int = 1) -> str:
+    """Lay rows out in columns; those from *right_from* on are figures and stand to the right, None as "-"."""
+    texts = [[f"{c:.6f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    texts = [[re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text) for text in row] for row in texts]  # a terminal obeys them
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
-    for row in rows:
+    for row in texts:
         sized = enumerate(zip(row, widths, strict=True))
         cells = [f"{cell:{'<' if i < right_from else '>'}{width}}" for i, (cell, width) in sized]
         lines.append("  ".join(cells).rstrip())
@@ -135,26 +136,19 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130  # 128 + SIGINT, the shell's convention
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`)
-        _drop_stdout()
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): let the last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
-        if isinstance(error, OSError) and error.errno in _DISK:
-            if not error.filename:
-                _drop_stdout()
-            failure = FloodreproError(f"a file or stdout cannot be used: {error.strerror}", where=error.filename)
-        else:
-            traceback.print_exc()
-            fix = "if it is not your own code, report it together with the traceback"
-            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
+        if isinstance(error, OSError) and error.errno in _DISK and error.filename:
+            failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
+            print(failure.report(), file=sys.stderr)
+            return failure.exit_code
+        traceback.print_exc()
+        fix = "if it is not your own code, report it together with the traceback"
+        failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
     print(failure.report(), file=sys.stderr)
     return failure.exit_code
-
-
-def _drop_stdout() -> None:
-    """Give the interpreter's last flush of stdout somewhere to go."""
-    with contextlib.suppress(OSError):  # stdout may be no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_follower() -> bool:

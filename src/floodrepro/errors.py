@@ -18,7 +18,7 @@ class FloodreproError(Exception):
     """The work could not be done: exit code 1.
 
     Args:
-        what: What is wrong, in one sentence. Line breaks are folded, so that the report keeps to three lines.
+        what: What is wrong, in one sentence.
         where: The file, key or command that it is about.
         fix: What the user can do next.
     """
@@ -28,8 +28,8 @@ class FloodreproError(Exception):
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None) -> None:
         if worker := _FROM_WORKER.match(what):
             what, where, fix = worker["what"], worker["where"] or where, worker["fix"] or fix
-        self.what = _fold(what)
-        self.where, self.fix = _fold(str(where or "")) or None, _fold(fix or "") or None
+        # Line breaks are folded: the report keeps to three lines.
+        self.what, self.where, self.fix = (" ".join(str(text or "").split()) for text in (what, where, fix))
         super().__init__(self.what)
 
     def __str__(self) -> str:
@@ -67,16 +67,9 @@ class RunFolderError(FloodreproError):
 class Incident(FloodreproError):
     """The guard stopped a run before a bad state could overwrite a good one: exit code 3.
 
-    Args:
-        kind: ``input`` (a batch held a value that is not finite), ``loss``, or ``state`` (a weight or a buffer).
-        detail: What was found.
-        tensors: Names of the parameters and buffers that are not finite, running statistics first.
-        epoch: Counted from 0.
-        step: Optimizer steps taken before it.
-        chips: Names of the chips in the batches around it; for ``input`` the bad ones only.
-
-    Attributes:
-        entry: All of it as JSON types, for ``run.json``.
+    `kind` is ``input`` (a batch held a value that is not finite), ``loss``, or ``state`` (a weight or a buffer);
+    `tensors` are the parameters and buffers that are not finite, `chips` those of the batches around `step`, of
+    ``input`` the bad ones only. The attribute ``entry`` holds all of it as JSON types, for ``run.json``.
     """
 
     exit_code = 3
@@ -84,9 +77,8 @@ class Incident(FloodreproError):
     def __init__(
         self, kind: str, detail: str, *, epoch: int, step: int, chips: Sequence[str], tensors: Sequence[str] = ()
     ) -> None:
-        self.kind, self.step, self.tensors, self.chips = kind, step, list(tensors), list(chips)
-        self.entry = {"kind": kind, "detail": detail, "epoch": epoch, "step": step, "tensors": self.tensors}
-        self.entry |= {"chips": self.chips}
+        self.entry = {"kind": kind, "detail": detail, "epoch": epoch, "step": step}
+        self.entry |= {"tensors": [*tensors], "chips": [*chips]}
         bad = f"; not finite: {_first_three(tensors)}" if tensors else ""
         named = f"; chips {_first_three(chips)}" if chips else ""
         fix = "look at these chips, replace or remove them; then run the same command again"
@@ -97,21 +89,17 @@ class Incident(FloodreproError):
     @property
     def rolls_back(self) -> bool:
         """Whether a wider number format can help; it cannot where the input itself is bad."""
-        return self.kind != "input"
+        return self.entry["kind"] != "input"
 
 
 class Interrupted(FloodreproError, SystemExit):
     """The run was told to stop and did so in good order: exit code 128 + the signal's number, as shells have it.
 
-    It is a `SystemExit` too: plain ``terratorch fit`` ends with the same code and without a traceback.
-
-    Args:
-        number: The signal's number.
-        where: The run folder, or the folder of the states.
-        how: What was saved.
+    It is a `SystemExit` too: plain ``terratorch fit`` ends with the same code and without a traceback. `how` says what
+    was saved, `where` in which folder.
     """
 
-    def __init__(self, number: int, where: str | Path, how: str = "the state is saved") -> None:
+    def __init__(self, number: int, where: str | Path, how: str) -> None:
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name}; {how}", where=where, fix="run the same command again to resume")
         self.exit_code = self.code = SIGNALLED + number
@@ -119,7 +107,3 @@ class Interrupted(FloodreproError, SystemExit):
 
 def _first_three(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.split())

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import difflib
-import functools
 import hashlib
 import itertools
 import json
@@ -37,11 +36,7 @@ def shipped() -> dict[str, Path]:
 
 
 def find(name_or_path: str) -> Path:
-    """Find a recipe by its path, or by the name of a shipped one.
-
-    Raises:
-        UsageError: There is neither.
-    """
+    """Find a recipe by its path, or by the name of a shipped one; raises `UsageError` where there is neither."""
     path, known = Path(name_or_path), shipped()
     if path.is_file():
         return path
@@ -49,29 +44,13 @@ def find(name_or_path: str) -> Path:
         return known[name_or_path]
     close = difflib.get_close_matches(name_or_path, known, n=1)
     fix = f"did you mean '{close[0]}'?" if close else "give a path, or a name that 'floodrepro configs ls' lists"
-    what = "is a folder, not a recipe" if path.is_dir() else "config file not found"
-    raise UsageError(what, where=name_or_path, fix=fix)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML would keep the last without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.composer.ComposerError(None, None, f"'{twice[0]}' stands there twice", node.start_mark)
-        return node
+    raise UsageError("config file not found", where=name_or_path, fix=fix)
 
 
 def read_yaml(path: Path) -> Recipe:
-    """Read a YAML and check that it parses.
-
-    Raises:
-        UsageError: The file cannot be read, or it or one of its sections is no mapping.
-    """
+    """Read a YAML; raises `UsageError` where it cannot be read, or it or one of its sections is no mapping."""
     try:
-        content: Recipe = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        content: Recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         if next(itertools.islice(leaves(content), 10**5, None), None):  # anchors of anchors
             raise ValueError("it holds more than 100,000 values")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
@@ -81,7 +60,7 @@ def read_yaml(path: Path) -> Recipe:
     # What every command may look into before TerraTorch's parser has seen it, outer ones first.
     for key in ("", "trainer", "data", "data.init_args", "model", "model.init_args", "model.init_args.model_args"):
         value: Any = content
-        for part in filter(None, key.split(".")):
+        for part in key.split(".") if key else ():
             value = (value or {}).get(part)
         if not isinstance(value, dict) and (value is not None or not key):
             what = f"{key or 'the YAML'} is no mapping of keys to values"
@@ -96,12 +75,20 @@ def to_yaml(recipe: Recipe) -> str:
 
 def fold(layers: Sequence[Recipe], overrides: Sequence[str] = ()) -> Recipe:
     """Merge layers, later ones winning, and overrides, as `pairs` reads them. Types are left to TerraTorch's parser."""
-    changes = []
+    folded: Recipe = {}
+    for layer in layers:
+        folded = _merge(folded, layer)
     for key, value in pairs(overrides):
         for part in reversed(key.split(".")):
             value = {part: value}
-        changes.append(value)
-    return dict(functools.reduce(_merge, [*layers, *changes], {}))
+        folded = _merge(folded, value)
+    return folded
+
+
+def _merge(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: _merge(old.get(key), value) for key, value in new.items()}
 
 
 def pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -109,18 +96,12 @@ def pairs(overrides: Sequence[str]) -> Iterator[tuple[str, Any]]:
     words = iter(overrides)
     for word in words:
         key, given, text = word.removeprefix("--").partition("=")
-        text = text if given else next(words, "")
-        value: Any = text
+        value: Any = text if given else next(words, "")
         with contextlib.suppress(yaml.YAMLError, ValueError):
-            value = yaml.safe_load(text)
+            read = yaml.safe_load(value)
+            value = value if isinstance(read, datetime.date) else read
             value = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-4 as text
-        yield key, text if isinstance(value, datetime.date) else value
-
-
-def _merge(old: Any, new: Any) -> Any:
-    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        return new
-    return dict(old) | {key: _merge(old.get(key), value) for key, value in new.items()}
+        yield key, value
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -156,16 +137,6 @@ PLACE = re.compile(
     r"|data\.init_args\.(\w*(root|dir|path|split)(\..+)?|num_workers|prefetch_factor|pin_memory|persistent_workers"
     r"|strict|skip_damaged)"
 )
-
-
-def beside_shipped(recipe: Recipe) -> tuple[str, list[str]]:
-    """The shipped recipe nearest to a resolved one, and the keys in which they differ; place and seed do not count."""
-    found = {}
-    for name, path in shipped().items():
-        changed = differences(read_yaml(path), recipe).keys() - {"seed_everything"}
-        found[name] = sorted(key for key in changed if not PLACE.fullmatch(key))
-    nearest = min(found, key=lambda name: len(found[name]))
-    return nearest, found[nearest]
 
 
 def data_overrides(root: Path, *given: Recipe) -> list[str]:

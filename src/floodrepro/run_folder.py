@@ -83,9 +83,7 @@ class RunFolder:
 def config_beside(checkpoint: Path) -> Path:
     """The config that goes with a checkpoint: ``recipe.yaml`` of its run folder, or the YAML beside an export.
 
-    Raises:
-        UsageError: There is none, or more than one.
-        CheckpointError: It has code to be run; a download must not do so unasked.
+    Raises `UsageError` where it is not one, and `CheckpointError` where it would run code: a download must not unasked.
     """
     run, twin = RunFolder.of_checkpoint(checkpoint), checkpoint.with_suffix(".yaml")
     found = [run.recipe] if run else [twin] if twin.is_file() else sorted(checkpoint.parent.glob("*.y*ml"))

@@ -18,25 +18,19 @@ import torch
 
 TDP_W = {"MI300X": 750.0, "H100 PCIe": 350.0, "H100": 700.0, "H200": 700.0}
 """Rated power by a part of the device's name, W: data sheets of AMD Instinct and of NVIDIA (SXM where not said)."""
+INTERVAL_S = 2.0  # between two readings of power
 MAX_GAP_S = 60.0  # between power readings further apart than this, anything may have happened
 COVERAGE = 0.95  # share of the time that readings must cover before they stand for all of it
 
 
 @dataclass(frozen=True)
 class PowerSource:
-    """What one physical device offers to measure with. A reading may raise; it then counts as failed.
+    """What one physical device offers to measure with. A reading may raise; it then counts as failed."""
 
-    Args:
-        name: As torch calls the device, and what else runs on it where the run has a part of it only.
-        counter: Gives the joules since any fixed moment.
-        power: Gives watts.
-        tdp_w: Rated power, W.
-    """
-
-    name: str
-    counter: Callable[[], float] | None = None
-    power: Callable[[], float] | None = None
-    tdp_w: float = math.nan
+    name: str  # as torch calls it, and what else runs on it where the run has a part of it only
+    counter: Callable[[], float] | None = None  # joules since any fixed moment
+    power: Callable[[], float] | None = None  # watts
+    tdp_w: float = math.nan  # rated power, watts
 
 
 def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[PowerSource]:
@@ -56,47 +50,41 @@ def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[PowerSo
 def _nvidia(name: str, pci: str, index: int, tdp: float) -> PowerSource:
     note = ", the whole device of which the run had a MIG slice" if "MIG" in name else ""
     counter: Callable[[], float] | None = None
-    try:
+    with contextlib.suppress(
+        Exception
+    ):  # not installed, no driver, hidden from this container: all the same to the run
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByPciBusId(f"{pci}.0")
         counter = lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3  # noqa: E731  # of millijoules
-    except Exception:  # not installed, no driver, hidden from this container: all the same to the run
-        pass
     return PowerSource(name + note, counter, lambda: torch.cuda.power_draw(index) / 1e3, tdp)  # of milliwatts
 
 
 def _amd(name: str, pci: str, index: int, tdp: float, root: Path) -> PowerSource:
-    texts = {}
-    for card in root.glob("sys/class/drm/card*/device"):
-        for file in (*sorted(card.glob("hwmon/*/power1_[ai][vn]*")), card / "current_compute_partition"):
-            if card.resolve().name.startswith(pci):
-                with contextlib.suppress(OSError):  # it is not there, or the driver does not answer
-                    texts[file] = file.read_text().strip()
-    files = [file for file, text in texts.items() if file.name.startswith("power1") and text not in ("", "0")]
-    modes = sorted({text for file, text in texts.items() if file not in files} - {"SPX", "", "0"})
+    def ask(pattern: str) -> list[str]:
+        """What the driver says in files of this device, where it answers."""
+        answers = []
+        for file in root.glob(f"sys/class/drm/card*/device/{pattern}"):
+            with contextlib.suppress(OSError):
+                if pci in str(file.resolve()):
+                    answers.append(file.read_text().strip())
+        return answers
+
+    def watts() -> float:  # microwatts in the files; torch gives watts here, and 0 where amdsmi does not know
+        readings = [int(text or 0) / 1e6 for text in ask("hwmon/*/power1_[ai][vn]*")]
+        return max([0, *readings]) or torch.cuda.power_draw(index) or math.nan
+
+    modes = sorted({*ask("current_compute_partition")} - {"SPX", "", "0"})
     note = f", the whole device of which the run had a partition ({', '.join(modes)})" if modes else ""
-
-    def watts() -> float:  # microwatts in the file; torch gives watts here, and 0 where amdsmi does not know
-        return int(files[0].read_text()) / 1e6 if files else torch.cuda.power_draw(index) or math.nan
-
     return PowerSource(name + note, None, watts, tdp)
 
 
 class EnergyMeter:
-    """Measures once, from `start` to `stop`; no failure of a source reaches the run.
+    """Measures once, from `start` to `stop`, with a source for each device; no failure of one reaches the run."""
 
-    Args:
-        sources: One for each physical device.
-        interval_s: Seconds between two readings of power.
-        clock: Seconds that never go back.
-    """
-
-    def __init__(
-        self, sources: Sequence[PowerSource], *, interval_s: float = 2.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._sources, self._interval_s, self._clock = list(sources), interval_s, clock
-        self._began = self._last = clock()
+    def __init__(self, sources: Sequence[PowerSource]) -> None:
+        self._sources = list(sources)
+        self._began = self._last = 0.0
         self._watts = self._first = math.nan  # of the reading before; joules on the counters at the start
         self._joules = self._covered = 0.0  # of integrated power, and the seconds that it covers
         self._final: dict[str, Any] | None = None
@@ -106,7 +94,7 @@ class EnergyMeter:
     def start(self) -> None:
         """Take the first reading and go on in a thread."""
         self._first, self._watts = self._sum("counter"), self._sum("power")
-        self._began = self._last = self._clock()
+        self._began = self._last = time.monotonic()
         if self._sources:
             self._thread.start()
 
@@ -114,20 +102,21 @@ class EnergyMeter:
         """Energy since `start`: ``joules`` and ``kWh`` (None where unknown), ``method``, ``note`` and ``devices``."""
         if self._final is not None:
             return self._final
-        seconds = self._clock() - self._began
+        seconds = time.monotonic() - self._began
         names = " + ".join(source.name for source in self._sources) or "no GPU"
         rated = sum(source.tdp_w for source in self._sources)
         power = self._joules if self._covered >= COVERAGE * seconds else 0
-        found = (
-            ("counter", self._sum("counter") - self._first, f"energy counter of {names}"),
-            ("power", power, f"power of {names}, read every {self._interval_s:g} s and integrated"),
-            ("tdp", rated * seconds, f"upper estimate: {rated:g} W rated power of {names}"),
-        )
-        none = ("none", math.nan, f"no counter, power or rated power: {names}")
-        method, joules, note = next((row for row in found if row[1] > 0), none)  # a NaN is not
-        known = {"joules": round(joules, 3), "kWh": round(joules / 3.6e6, 9)}
-        figures = known if method != "none" else dict.fromkeys(known)
-        return {**figures, "method": method, "note": note, "devices": len(self._sources)}
+        joules = {"counter": self._sum("counter") - self._first, "power": power, "tdp": rated * seconds}
+        notes = {
+            "counter": f"energy counter of {names}",
+            "power": f"power of {names}, read every {INTERVAL_S:g} s and integrated",
+            "tdp": f"upper estimate: {rated:g} W rated power of {names}",
+            "none": f"no counter, power or rated power: {names}",
+        }
+        method = next((name for name, value in joules.items() if value > 0), "none")  # a NaN is not
+        known = joules.get(method)
+        figures = {"joules": known and round(known, 3), "kWh": known and round(known / 3.6e6, 9)}
+        return {**figures, "method": method, "note": notes[method], "devices": len(self._sources)}
 
     def stop(self) -> dict[str, Any]:
         """End the measurement and give its `reading`; a second call gives the same one."""
@@ -140,12 +129,12 @@ class EnergyMeter:
         return self._final
 
     def _sample_until_stopped(self) -> None:
-        while not self._stopping.wait(self._interval_s):
+        while not self._stopping.wait(INTERVAL_S):
             self._sample()
 
     def _sample(self) -> None:
         """Integrate power by the trapezoid rule."""
-        watts, now = self._sum("power"), self._clock()
+        watts, now = self._sum("power"), time.monotonic()
         if math.isnan(watts):
             return
         if not math.isnan(self._watts) and now - self._last <= MAX_GAP_S:

@@ -29,7 +29,6 @@ _KEY = "exact_resume"  # of what is added to Lightning's checkpoint
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AGREE_EVERY = 10  # batches: asking all processes costs a round trip
-_SECONDS_TO_DIE = 2.0  # that a loader worker outlives a killed training process
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -75,9 +74,8 @@ class ExactResume(Callback):
 
     States are saved before each validation, at the end of an epoch without one, every N steps, when a signal stops the
     run, and at the end. Within an epoch that needs a sampler with an attribute ``starts_mid_epoch = True`` that leaves
-    out the batches behind it; with any other, states are saved at the end of each epoch only. Weights, optimizer,
-    schedulers, best checkpoints and validation are the same to the bit; training metrics of an epoch that was resumed
-    in its middle cover the part after the resume.
+    out the batches behind it; with any other, states are saved at the end of each epoch only. Training metrics of an
+    epoch that was resumed in its middle cover the part after the resume.
 
     A signal raises `floodrepro.errors.Interrupted`, which also plain ``terratorch fit`` leaves with exit code 128 + the
     signal's number. A second one stops at once. Loader workers that are forked leave signals to the training process.
@@ -91,7 +89,7 @@ class ExactResume(Callback):
         self._dirpath, self._folder, self._every = dirpath, Path(), every_n_steps
         self._mid_epoch = False  # whether the data can be taken up in the middle of an epoch
         self._signal = 0
-        self._moment: str | None = None  # of the state that is being saved
+        self._moment = ""  # of the state that is being saved
         self._state: dict[str, Any] | None = None  # that was loaded and waits to be put back
         self._saved = -1  # step of the newest state
 
@@ -103,7 +101,7 @@ class ExactResume(Callback):
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             kind = type(trainer.strategy).__name__
             raise UsageError(f"ExactResume does not know {kind}", fix="--trainer.strategy auto or ddp")
-        self._folder = Path(self._dirpath or Path(trainer.default_root_dir, "checkpoints")).absolute()
+        self._folder = Path(self._dirpath or Path(trainer.default_root_dir, "checkpoints")).resolve()
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a recipe's own plugin stays
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         multiprocessing.util.register_after_fork(self, _shield_worker)
@@ -111,7 +109,8 @@ class ExactResume(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to write over states of another run, or beside somebody else who writes ``last.ckpt``."""
         last = self._folder / LAST
-        if any(c.save_last and Path(c.dirpath or "").resolve() == last.parent.resolve() for c in _best(trainer)):
+        others = [one for one in trainer.checkpoint_callbacks if getattr(one, "save_last", None)]
+        if any(Path(one.dirpath or "").resolve() == self._folder for one in others):
             what = f"a ModelCheckpoint with save_last and ExactResume both write {LAST}"
             raise UsageError(what, where=last, fix="leave save_last out: the state of ExactResume holds more")
         if trainer.ckpt_path is None and last.exists():
@@ -144,12 +143,22 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Save where it is time; stop where that was asked for."""
         self._restore(trainer, pl_module)
-        step, stop = trainer.global_step, self._told_to_stop(trainer, batch_idx)
+        step, stop = trainer.global_step, self._signal
+        if trainer.world_size > 1 and batch_idx % _AGREE_EVERY:  # all processes stop together
+            stop = 0
+        elif trainer.world_size > 1:
+            number = torch.tensor(self._signal, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            stop = self._signal = int(number)
         due = stop or step - max(self._saved, 0) >= self._every
-        if due and step != self._saved and self._may_save(trainer, batch_idx):
+        # Not from an epoch's first batch, nor behind a validation, nor in the middle of an accumulation.
+        total = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+        since = batch_idx if trainer.check_val_every_n_epoch is not None else total
+        validated = since % (trainer.val_check_batch or math.inf) == 0
+        exact = batch_idx > 0 and not validated and batch_idx % trainer.accumulate_grad_batches == 0
+        if due and exact and self._mid_epoch and step != self._saved:
             self._save(trainer, "batch")
-        # In the middle of an accumulation nothing can be saved: the next batch will do.
-        if stop and (step in (0, self._saved) or not self._mid_epoch):
+        if stop and (step in (0, self._saved) or not self._mid_epoch):  # else the next batch will do
             raise self._interrupted()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -181,19 +190,32 @@ class ExactResume(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add to Lightning's checkpoint; those of other callbacks stay Lightning's own."""
-        if self._moment is None:
+        if not self._moment:
             return
-        loops = checkpoint["loops"]["fit_loop"]
-        ranks = [generators := _generators(pl_module.device)] * trainer.world_size
+        name, keys, *rest = np.random.get_state()
+        on_gpu = pl_module.device.type == "cuda"
+        generators = {  # tensors and plain values
+            "python": random.getstate(),
+            "numpy": (name, np.asarray(keys).tolist(), *rest),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(pl_module.device) if on_gpu else None,  # of this process's device alone
+        }
+        ranks = [generators] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(ranks, generators)
-        checkpoint[_KEY] = {
-            "moment": self._moment,
-            "should_stop": trainer.should_stop,
-            "validated": dict(loops["epoch_loop.val_loop.batch_progress"]["total"]),
-            "ranks": ranks,
-        }
-        _settle_progress(loops, self._moment)
+        loops = checkpoint["loops"]["fit_loop"]
+        batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
+        validated = loops["epoch_loop.val_loop.batch_progress"]["total"]
+        added = {"moment": self._moment, "should_stop": trainer.should_stop, "validated": {**validated}, "ranks": ranks}
+        checkpoint[_KEY] = added
+        if self._moment == "validation":  # "interrupted in its first batch": else Lightning would leave it out
+            validated.update(ready=1, started=1, processed=0, completed=0)
+            return
+        begins = batches if self._moment == "batch" else epochs
+        for counts in (begins["total"], begins["current"]):  # what is about to begin has not begun
+            counts["ready"] = counts["completed"]
+        if self._moment == "epoch":
+            batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep what was added until it can be put back; let the best checkpoints be found again."""
@@ -206,11 +228,14 @@ class ExactResume(Callback):
             raise UsageError(what, fix="resume with as many devices: otherwise each step sees other chips")
         if state["moment"] == "epoch":  # an early stop is in no state of Lightning's
             trainer.should_stop = state["should_stop"]
-        names = [(callback.dirpath, callback.filename) for callback in _best(trainer)]
-        for callback, name in zip(_best(trainer), names, strict=True):
+        best = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        names = [(callback.dirpath, callback.filename) for callback in best]
+        for callback, name in zip(best, names, strict=True):
             if names.count(name) == 1:  # an epoch that runs again writes its file again, no -v1 beside it
                 callback._enable_version_counter = False
-            _bring_best(callback, checkpoint["callbacks"])
+            if scores := checkpoint["callbacks"].get(callback.state_key):
+                callback.current_score = scores["current_score"]  # Lightning saves it and does not load it
+                _move(scores, Path(str(callback.dirpath)))
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if self._signal:
@@ -219,23 +244,6 @@ class ExactResume(Callback):
         self._signal = number
         name = signal.Signals(number).name  # print() must not be interrupted by itself
         os.write(2, f"floodrepro: {name}: stopping after this batch, twice stops at once\n".encode())
-
-    def _told_to_stop(self, trainer: Any, batches: int) -> bool:
-        """Whether to stop now; with several processes all of them answer alike."""
-        if trainer.world_size > 1:
-            if batches % _AGREE_EVERY:
-                return False
-            number = torch.tensor(self._signal, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self._signal = int(number)
-        return self._signal != 0
-
-    def _may_save(self, trainer: Any, batches: int) -> bool:
-        """Whether Lightning can resume exactly from here: *batches* of the epoch are done, the next has not begun."""
-        total = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        since = batches if trainer.check_val_every_n_epoch is not None else total
-        validated = since % (trainer.val_check_batch or math.inf) == 0
-        return self._mid_epoch and batches > 0 and not validated and batches % trainer.accumulate_grad_batches == 0
 
     def _interrupted(self) -> Interrupted:
         saved = f"the state of step {self._saved} is saved" if self._saved >= 0 else "no state was saved yet"
@@ -248,7 +256,7 @@ class ExactResume(Callback):
             trainer.save_checkpoint(self._folder / LAST, weights_only=False)
             self._saved = trainer.global_step
         finally:
-            self._moment, trainer.strategy.checkpoint_io = None, before
+            self._moment, trainer.strategy.checkpoint_io = "", before
 
     def _restore(self, trainer: Any, pl_module: Any) -> None:
         state, self._state = self._state, None
@@ -266,48 +274,13 @@ class ExactResume(Callback):
             _say(f"resuming at step {trainer.global_step}, epoch {trainer.current_epoch + 1}")
 
 
-def _generators(device: torch.device) -> dict[str, Any]:
-    """The generators of this process, as tensors and plain values."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, np.asarray(keys).tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,  # of this process's device alone
-    }
-
-
-def _settle_progress(loops: dict[str, Any], moment: str) -> None:
-    """Leave Lightning's counters as its resuming reads them rightly."""
-    batches, epochs = loops["epoch_loop.batch_progress"], loops["epoch_progress"]
-    if moment == "validation":  # "interrupted in its first batch": else Lightning would leave the validation out
-        loops["epoch_loop.val_loop.batch_progress"]["total"].update(ready=1, started=1, processed=0, completed=0)
-        return
-    for counts in (batches if moment == "batch" else epochs).values():  # what is about to begin has not begun
-        if isinstance(counts, dict):
-            counts["ready"] = counts["completed"]
-    if moment == "epoch":
-        batches |= {"current": dict.fromkeys(batches["current"], 0), "is_last_batch": False}
-
-
-def _best(trainer: Any) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def _bring_best(callback: ModelCheckpoint, states: dict[str, Any]) -> None:
-    """Let a ModelCheckpoint resume with its scores, in a run folder that was moved too."""
-    state, folder = states.get(callback.state_key), str(callback.dirpath)
-    if state is None:
-        return
-    callback.current_score = state["current_score"]  # Lightning saves it and does not load it
-
-    def moved(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {moved(key): moved(value) for key, value in node.items()}
-        return node.replace(state["dirpath"], folder, 1) if isinstance(node, str) else node
-
-    if Path(folder, Path(state["best_model_path"]).name).is_file():  # or it is the best of another run
-        states[callback.state_key] = moved(state)  # Lightning would forget all scores
+def _move(state: dict[str, Any], folder: Path) -> None:
+    """Let a ModelCheckpoint of a run folder that was moved find its files: else Lightning forgets all scores."""
+    if (folder / Path(state["best_model_path"]).name).is_file():  # else it is the best of another run
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[key] = state[key].replace(state["dirpath"], str(folder), 1)
+        moved = {path.replace(state["dirpath"], str(folder), 1): s for path, s in state["best_k_models"].items()}
+        state |= {"dirpath": str(folder), "best_k_models": moved}
 
 
 def _say(text: str) -> None:
@@ -315,17 +288,17 @@ def _say(text: str) -> None:
 
 
 def _shield_worker(_: ExactResume) -> None:
-    """Let a forked loader worker obey the training process alone, leave signals of others to it, and die with it.
+    """Let a forked loader worker obey the training process alone, and die with it.
 
-    Else a signal to the whole process group kills the workers, and torch then ends the training wherever it is; and
-    torch's own worker, whose parent is killed while it starts, takes init for its parent and stays for ever.
+    A signal to the whole process group would kill the workers, and torch then ends the training wherever it is. And a
+    worker of torch whose parent is killed while it starts takes init for its parent and stays for ever.
     """
     parent = getattr(multiprocessing.parent_process(), "pid", None)
 
     def obey_parent() -> None:
         told = None
         while os.getppid() == parent and (told is None or told.si_pid != parent):
-            told = signal.sigtimedwait({signal.SIGTERM}, _SECONDS_TO_DIE)
+            told = signal.sigtimedwait({signal.SIGTERM}, 2)  # seconds
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

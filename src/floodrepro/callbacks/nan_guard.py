@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from floodrepro.errors import Incident
 
+_LOOK_EVERY = 10  # batches
 _BEYOND_DATA = 1e30  # no sensor's value: nan_to_num makes 3.4e38 of an infinity
 
 
@@ -28,16 +29,12 @@ class NaNGuard(Callback):
           callbacks:
             - class_path: floodrepro.callbacks.NaNGuard
 
-    A training step never waits for the device: losses are read every N batches, and before any validation or
-    checkpoint, where weights and buffers are looked at too: nothing bad is measured or saved. A step that GradScaler
-    leaves out is no incident, its loss is finite. One class in all predictions of a validation is a warning.
-
-    Args:
-        every_n_steps: Batches between two looks at the losses.
+    A training step never waits for the device: losses are read every ten batches, and before any validation or
+    checkpoint, where weights and buffers are looked at too. A step that GradScaler leaves out is no incident, its loss
+    is finite. One class in all predictions of a validation is a warning.
     """
 
-    def __init__(self, every_n_steps: int = 10) -> None:
-        self._every = every_n_steps
+    def __init__(self) -> None:
         self._step, self._largest = 0, torch.empty(0)  # of the batch that is being trained
         self._steps: list[tuple[int, list[str], Tensor]] = []  # step, chips, loss and the largest input of each chip
         self._bad_input: tuple[int, list[str]] | None = None  # step and chips of the first
@@ -63,7 +60,7 @@ class NaNGuard(Callback):
         if isinstance(loss, Tensor):
             values = torch.cat([loss.detach().float().mean().view(1), self._largest.to(loss.device)])
             self._steps.append((self._step, chips_of(batch), values))
-        if (batch_idx + 1) % self._every == 0:
+        if (batch_idx + 1) % _LOOK_EVERY == 0:
             self._look(trainer, pl_module, at_weights=False)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
@@ -75,10 +72,10 @@ class NaNGuard(Callback):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Warn if one class was predicted everywhere: the first epochs may do it once or twice."""
-        metrics = () if trainer.sanity_checking else getattr(pl_module, "val_metrics", nn.Module()).modules()
+        metrics = getattr(pl_module, "val_metrics", nn.Module()).modules()
         matrices = (getattr(metric, "confmat", None) for metric in metrics)  # torchmetrics counted already
         counts = next((one for one in matrices if isinstance(one, Tensor) and one.ndim == 2), None)
-        if counts is None:
+        if counts is None or trainer.sanity_checking:
             return
         predicted = counts.sum(dim=0)
         if trainer.world_size > 1:  # also where this process had no pixel: the others wait for it
@@ -92,26 +89,26 @@ class NaNGuard(Callback):
         """Raise `Incident` if a loss since the last look, a weight or a buffer is not finite; all processes call it."""
         found: dict[str, Any] | None = None
         seen: list[str] = []
-        for step, chips, values in self._steps:
+        steps, self._steps = self._steps, []
+        for step, chips, values in steps:
             loss, *inputs = values.tolist()  # the first waits for the device
             seen = chips + seen  # the last first
             names = chips if len(chips) == len(inputs) else [f"number {i} of the batch" for i in range(len(inputs))]
             bad = [name for name, value in zip(names, inputs, strict=True) if not value < _BEYOND_DATA]
-            if bad and self._bad_input is None:
-                self._bad_input = step, bad
+            self._bad_input = self._bad_input or ((step, bad) if bad else None)
             if not math.isfinite(loss):
                 found = {"kind": "loss", "detail": f"the loss is {loss}", "step": step, "chips": seen}
                 break
-        self._steps = []
-        if found is None and at_weights and not_finite(pl_module):
+        tensors = not_finite(pl_module) if found or at_weights else []
+        if tensors and found is None:
             what = "weights or buffers are not finite"
-            found = {"kind": "state", "detail": what, "step": trainer.global_step, "chips": ()}
+            found = {"kind": "state", "detail": what, "step": trainer.global_step, "chips": []}
         if found is not None:
-            found |= {"epoch": trainer.current_epoch, "tensors": not_finite(pl_module)}
-            if self._bad_input is not None:
-                step, found["chips"] = self._bad_input
-                what = f"the input of step {step} is not finite or far too large; {found['detail']}"
-                found |= {"kind": "input", "detail": what}
+            found |= {"epoch": trainer.current_epoch, "tensors": tensors}
+        if found is not None and self._bad_input is not None:
+            step, chips = self._bad_input
+            what = f"the input of step {step} is not finite or far too large; {found['detail']}"
+            found |= {"kind": "input", "detail": what, "chips": chips}
         if trainer.world_size > 1:  # one that stopped alone would let the others wait for it
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, found)
@@ -128,18 +125,16 @@ def not_finite(root: nn.Module) -> list[str]:
     floating = {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
     if not floating:
         return []
-    # A sum is finite where all terms are, and no copy of them is made; it may overflow where they are: looked at again.
+    # A sum is finite where all terms are (and none is near 1e38), and no copy of them is made.
     sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in floating.values()])
-    suspects = [name for name, ok in zip(floating, torch.isfinite(sums).tolist(), strict=True) if not ok]
-    bad = [name for name in suspects if not bool(torch.isfinite(floating[name]).all())]
+    bad = [name for name, ok in zip(floating, torch.isfinite(sums).tolist(), strict=True) if not ok]
     return sorted(bad, key=lambda name: "running_" not in name)
 
 
 def largest_values(batch: Any) -> Tensor:
     """Largest absolute value of each chip in a batch's input, (B,); empty where no input is floating point.
 
-    Args:
-        batch: A tensor, a tuple that begins with the input, or a dictionary: its ``image``, else all but its labels.
+    The input is the batch itself, the first of a tuple, or a dictionary's ``image``, else all but its labels.
     """
     if isinstance(batch, Mapping):
         batch = batch.get("image", {key: value for key, value in batch.items() if key not in ("mask", "label")})

@@ -26,24 +26,22 @@ class RunRecord(Callback):
         trainer:
           callbacks:
             - class_path: floodrepro.callbacks.RunRecord
-              init_args: {path: runs/mine/run_record.json}
 
-    The file holds, for all parts of a resumed run:
+    ``checkpoints/run_record.json`` below ``default_root_dir`` holds, for all parts of a resumed run:
 
-    - ``epochs``, and of each one in ``epoch_times``: ``epoch`` (from 0), ``steps`` (batches), ``chips`` (of all
-      processes), ``seconds`` (without validation) and ``waiting`` (seconds until a batch was there).
+    - ``progress``: ``epochs``, ``step``, ``skipped_steps`` (by GradScaler; null where the optimizer counts none).
+    - ``epoch_times``: of each ``epoch`` (from 0) its ``steps`` (batches), ``chips`` (of all processes), ``seconds``
+      (without validation) and ``waiting`` (seconds until a batch was there).
     - ``chips_per_second`` over epochs, see `percentiles`; ``share_waiting_for_data`` of the seconds.
     - ``memory_gib``: peaks of this part ``after_warm_up`` (10 batches), see `peak_memory`.
     - ``energy``: an entry for each part, see `floodrepro.callbacks.energy`.
-    - ``progress``: ``epochs``, ``step``, ``skipped_steps`` (by GradScaler; null where the optimizer counts none).
 
     Args:
-        path: The file; ``checkpoints/run_record.json`` below ``default_root_dir`` if None.
         write: Called with the record's entries, by name, in place of writing a file.
     """
 
-    def __init__(self, path: str | None = None, write: Callable[..., None] | None = None) -> None:
-        self._path, self._write = path, write
+    def __init__(self, write: Callable[..., None] | None = None) -> None:
+        self._write = write
         self._epochs: list[dict[str, Any]] = []
         self._epoch = {"steps": 0, "chips": 0, "seconds": 0.0, "waiting": 0.0}
         self._energy: list[dict[str, Any]] = []  # of the parts before this one
@@ -83,8 +81,8 @@ class RunRecord(Callback):
         self._epoch["chips"] += 0 if sample is None else len(sample) * trainer.world_size
         self._epoch["steps"] += 1
         self._batches, self._last = self._batches + 1, now
-        if self._batches == _WARM_UP:
-            reset_peaks(pl_module.device)
+        if self._batches == _WARM_UP and pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Time from here: a validation within an epoch is neither waiting for data nor a step."""
@@ -113,11 +111,12 @@ class RunRecord(Callback):
     def _publish(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
+        states = trainer.optimizers[0].state.values() if trainer.optimizers else ()
+        taken = [int(state["step"]) for state in states if "step" in state]
+        skipped = trainer.global_step - max(taken) if taken else None
         seconds, waiting = (sum(epoch[key] for epoch in self._epochs) for key in ("seconds", "waiting"))
-        progress = {"epochs": len(self._epochs), "step": trainer.global_step, "skipped_steps": _skipped_steps(trainer)}
         record = {
-            "progress": progress,
-            "epochs": len(self._epochs),
+            "progress": {"epochs": len(self._epochs), "step": trainer.global_step, "skipped_steps": skipped},
             "epoch_times": [{key: round(value, 4) for key, value in epoch.items()} for epoch in self._epochs],
             "chips_per_second": percentiles([e["chips"] / e["seconds"] for e in self._epochs if e["seconds"]]),
             "share_waiting_for_data": round(waiting / seconds, 4) if seconds else None,
@@ -127,7 +126,7 @@ class RunRecord(Callback):
         if self._write is not None:
             self._write(**record)
         elif not trainer.fast_dev_run:
-            path = Path(self._path or Path(trainer.default_root_dir, "checkpoints", "run_record.json"))
+            path = Path(trainer.default_root_dir, "checkpoints", "run_record.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -148,16 +147,3 @@ def percentiles(values: Sequence[float]) -> dict[str, float | int] | None:
         return None
     p10, median, p90 = (float(f"{value:.5g}") for value in np.percentile(values, (10, 50, 90)))
     return {"median": median, "p10": p10, "p90": p90, "n": len(values)}
-
-
-def reset_peaks(device: torch.device) -> None:
-    """Let a GPU's peaks begin again at what is in use now; those of a process on a CPU cannot."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _skipped_steps(trainer: Any) -> int | None:
-    """Optimizer steps that GradScaler left out so far; None for an optimizer that does not count its own."""
-    states = trainer.optimizers[0].state.values() if trainer.optimizers else ()
-    taken = [float(state["step"]) for state in states if "step" in state]
-    return trainer.global_step - int(max(taken)) if taken else None

@@ -3,112 +3,102 @@
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import add_format, new_file
+from floodrepro.cli.shared import listed, new_file
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError
+from floodrepro.run_folder import replacing
 
 _EPILOG = """\
 examples:
   floodrepro data fetch --root ImpactMesh-Flood --protocol v1 --sample 64   real chips, about 200 MB
-  floodrepro data audit --root ImpactMesh-Flood --protocol v1 --split val
   floodrepro data show EMSR773_1_30SYJ_x715915_y4339925 --root ImpactMesh-Flood --output chip.png
 """
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions and their flags."""
+def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     actions = parser.add_subparsers(dest="action", required=True, metavar="fetch|weights|audit|stats|show|synth")
 
-    def add(run: Callable[[argparse.Namespace], None], text: str, root: str) -> argparse.ArgumentParser:
+    def action(run: Callable[[argparse.Namespace], None], text: str, root: str) -> Callable[..., argparse.Action]:
         name = run.__name__.removeprefix("_")
-        child: argparse.ArgumentParser = actions.add_parser(name, prog=f"{parser.prog} {name}", help=text)
+        child: argparse.ArgumentParser = actions.add_parser(name, help=text)
         child.set_defaults(act=run)
         if root:
             child.add_argument("--root", type=Path, required=True, metavar="DIR", help=root)
-        add_format(child)
-        return child
+        return child.add_argument
 
-    known = list(PROTOCOLS)
-    fetch = add(_fetch, "download the data set, or a sample of its chips, from the hub", "folder for one commit of it")
-    fetch.add_argument("--protocol", choices=known, help="stop before the archives if the data does not fit")
-    fetch.add_argument("--revision", default="main", metavar="SHA", help="branch, tag or commit (default: main)")
-    fetch.add_argument("--split", type=_listed(SPLITS), default=SPLITS, metavar="NAMES", help="as train,val")
-    fetch.add_argument("--modality", type=_listed(PARTS), default=PARTS, metavar="NAMES", help="as DEM,MASK")
-    fetch.add_argument("--sample", type=int, metavar="N", help="extract N chips in place of fetching the archives")
-    fetch.add_argument("--repo", metavar="ID", help="data set repository (default: the protocol's)")
-    weights = add(_weights, "fetch the backbone's weights, and IBM's checkpoint, into the hub's cache", "")
-    weights.add_argument("--config", required=True, metavar="YAML", help="the recipe that names the backbone")
-    weights.add_argument("--reference", type=Path, metavar="FILE", help="where to put IBM's checkpoint")
-    audit = add(_audit, "read every chip once and list what is wrong", "folder of chips and split/")
-    audit.add_argument("--protocol", choices=known, help="default: the recipe's")
-    audit.add_argument("--config", metavar="YAML", help="the recipe that says which classes there are")
-    audit.add_argument("--split", type=_listed(), metavar="NAMES", help="split files, as val,test (default: all)")
-    audit.add_argument("--limit", type=int, metavar="N", help="chips of each split, at most")
-    audit.add_argument("--fraction", type=float, metavar="F", help="share of the chips of each split")
-    audit.add_argument("--jobs", type=int, metavar="N", help="threads (default: one a core, up to 16)")
-    audit.add_argument("--strict", action="store_true", help="an event in two splits is an error")
-    stats = add(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
-    stats.add_argument("--split", default="train", metavar="NAME", help="of which split (default: train)")
-    stats.add_argument("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
-    show = add(_show, "draw a chip with its dates, orbits and clouds", "folder of chips")
-    show.add_argument("chip", help="chip id")
-    show.add_argument("--protocol", choices=known, default="custom", help="says how masks are named (default: custom)")
-    show.add_argument("--output", type=new_file, required=True, metavar="PNG", help="picture to write; must be new")
-    synth = add(_synth, "generate chips of plausible events", "folder to write; must hold no data set")
-    synth.add_argument("--events", type=int, default=8, metavar="N", help="events, at least 3 (default: 8)")
-    synth.add_argument("--chips", type=int, default=128, metavar="M", help="chips over all events (default: 128)")
-    synth.add_argument("--size", type=int, default=64, metavar="PX", help="a chip's edge in pixels (default: 64)")
     drawn = [name for name, rules in PROTOCOLS.items() if rules.class_names]
-    synth.add_argument("--protocol", choices=drawn, default="v0", help="mask classes (default: v0)")
-    synth.add_argument("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
-    synth.add_argument("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
-    synth.add_argument("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
-    synth.add_argument("--layout-variant", type=_listed(), default=["time", "quarters"], help="storage, in turn")
+    add = action(_fetch, "download the data set, or a sample of its chips, from the hub", "folder for one commit of it")
+    add("--protocol", choices=drawn, help="stop before the archives if the data does not fit")
+    add("--revision", default="main", metavar="SHA", help="branch, tag or commit (default: main)")
+    add("--split", type=listed, default=SPLITS, metavar="NAMES", help="as train,val (default: all)")
+    add("--modality", type=listed, default=PARTS, metavar="NAMES", help="as DEM,MASK (default: all)")
+    add("--sample", type=int, metavar="N", help="extract N chips in place of fetching the archives")
+    add("--repo", metavar="ID", help="data set repository (default: the protocol's)")
+    add = action(_weights, "fetch the backbone's weights, and IBM's checkpoint, into the hub's cache", "")
+    add("--config", required=True, metavar="YAML", help="the recipe that names the backbone")
+    add("--reference", type=Path, metavar="FILE", help="where to put IBM's checkpoint")
+    add = action(_audit, "read every chip once and list what is wrong", "folder of chips and split/")
+    add("--protocol", choices=PROTOCOLS, help="default: the recipe's")
+    add("--config", metavar="YAML", help="the recipe that says which classes there are")
+    add("--split", type=listed, metavar="NAMES", help="as val,test_holdout (default: train,val,test)")
+    add("--limit", type=int, metavar="N", help="chips of each split, at most")
+    add("--fraction", type=float, metavar="F", help="share of the chips of each split")
+    add("--jobs", type=int, metavar="N", help="threads (default: one a core, up to 16)")
+    add = action(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
+    add("--split", default="train", metavar="NAME", help="of which split (default: train)")
+    add("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
+    add = action(_show, "draw a chip with its dates, orbits and clouds", "folder of chips")
+    add("chip", help="chip id")
+    add("--protocol", choices=PROTOCOLS, default="custom", help="says how masks are named (default: custom)")
+    add("--output", type=new_file, required=True, metavar="PNG", help="picture to write; must be new")
+    add = action(_synth, "generate chips of plausible events", "folder to write; must hold no data set")
+    add("--events", type=int, default=8, metavar="N", help="events, at least 3 (default: 8)")
+    add("--chips", type=int, default=128, metavar="M", help="chips over all events (default: 128)")
+    add("--size", type=int, default=64, metavar="PX", help="a chip's edge in pixels (default: 64)")
+    add("--protocol", choices=drawn, default="v0", help="mask classes (default: v0)")
+    add("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
+    add("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
+    add("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
+    add("--layout-variant", type=listed, default=["time", "quarters"], help="storage, in turn")
 
 
-def run_data(args: argparse.Namespace) -> int:
-    """Get, check, look at and generate chips."""
+def _run_data(args: argparse.Namespace) -> None:
     args.act(args)
-    return 0
 
 
 def _fetch(args: argparse.Namespace) -> None:
     from floodrepro.data.fetch import fetch
 
-    repo = args.repo or PROTOCOLS[args.protocol or "v1-binary"].repo
-    if repo is None:
-        raise UsageError(f"protocol {args.protocol} names no data set on the hub", fix="--repo ID")
+    repo = str(args.repo or PROTOCOLS[args.protocol or "v1-binary"].repo)
     chosen = {"revision": args.revision, "splits": args.split, "parts": args.modality}
     report = fetch(args.root, repo, protocol=args.protocol, sample=args.sample, **chosen)
     counts = ", ".join(f"{count:,} {split}" for split, count in report["chips"].items())
-    size = sum(report["files"].values()) / 1e9
-    text = f"version {report['version']}: {counts}\n{len(report['files'])} files, {size:.2f} GB\n{args.root}"
-    console.emit(report, f"{repo}@{report['commit']}\n{text}", args.format)
+    files = f"{len(report['files'])} files, {sum(report['files'].values()) / 1e9:.2f} GB"
+    text = f"{repo}@{report['commit']}\nversion {report['version']}: {counts}\n{files}\n{args.root}"
+    console.emit(report, text, args.format)
 
 
 def _weights(args: argparse.Namespace) -> None:
     from floodrepro.data.weights import REFERENCE, backbone_weights, fetch_file
 
     recipe = recipes.read_yaml(recipes.find(args.config))
-    model = (recipe.get("model") or {}).get("init_args", {}).get("model_args") or {}
-    found = {}
+    model, found = (recipe.get("model") or {}).get("init_args", {}).get("model_args") or {}, {}
     backbone = backbone_weights(str(model.get("backbone"))) if model.get("backbone_pretrained") else None
     if backbone is not None:
         found["backbone"] = str(fetch_file(backbone))
     if args.reference is not None:
         if not args.reference.exists():
             args.reference.parent.mkdir(parents=True, exist_ok=True)
-            partial = args.reference.with_name(f".{args.reference.name}.partial")
-            shutil.copyfile(fetch_file(REFERENCE), partial)
-            partial.replace(args.reference)
+            with replacing(args.reference) as partial:
+                shutil.copyfile(fetch_file(REFERENCE), partial)
         found["reference"] = str(args.reference)
     console.emit(found, "\n".join(f"{name}: {path}" for name, path in found.items()) or "none needed", args.format)
 
@@ -116,12 +106,12 @@ def _weights(args: argparse.Namespace) -> None:
 def _audit(args: argparse.Namespace) -> None:
     from floodrepro.data.audit import FIGURES, audit
 
-    if not args.protocol and not args.config:
+    if args.protocol in (None, "custom") and not args.config:
         raise UsageError("say what the data should be", fix=f"--protocol {'|'.join(PROTOCOLS)}, or --config YAML")
     recipe = recipes.read_yaml(recipes.find(args.config)) if args.config else {}
     rules = protocol_of(recipe) if args.protocol in (None, "custom") else PROTOCOLS[args.protocol]
     chosen = {"splits": args.split, "limit": args.limit, "fraction": args.fraction}
-    manifest = audit(args.root, rules, jobs=args.jobs, strict=args.strict, **chosen)
+    manifest = audit(args.root, rules, jobs=args.jobs, **chosen)
     rows = [["split", "chips", "events"]]
     rows += [[split, f"{c['chips']:,}", f"{c['events']:,}"] for split, c in manifest["splits"].items()]
     lines = [f"{f['severity']}: {f['check']} ({f['count']}): {f['message']}" for f in manifest["findings"]]
@@ -138,11 +128,11 @@ def _stats(args: argparse.Namespace) -> None:
     try:
         bands = json.loads(path.read_text(encoding="utf-8"))["bands"][args.split]
         values = {f"{key}s": {name: found[key] for name, found in bands.items()} for key in ("mean", "std")}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        bands = None
-    if not bands:
+        if not bands:
+            raise LookupError(args.split)
+    except (OSError, ValueError, LookupError, TypeError) as error:
         fix = f"floodrepro data audit --root {args.root} --protocol NAME"
-        raise UsageError(f"there is no audit of chips of {args.split}", where=path, fix=fix)
+        raise UsageError(f"there is no audit of chips of {args.split}", where=path, fix=fix) from error
     layer = {"data": {"init_args": values}}
     args.output.write_text(yaml.safe_dump(layer, sort_keys=False, default_flow_style=None, width=200), encoding="utf-8")
     console.emit(layer, f"{args.output}: use it as floodrepro fit --config RECIPE --config {args.output}", args.format)
@@ -164,17 +154,5 @@ def _synth(args: argparse.Namespace) -> None:
     chosen = {name: getattr(args, name) for name in ("events", "chips", "size", "protocol", "seed", "layout")}
     report = generate(args.root, variants=args.layout_variant, scenes=args.scene, **chosen)
     rows = [["split", "events", "chips"]]
-    rows += [[split, str(report["events"][split]), str(count)] for split, count in report["chips"].items()]
+    rows += [[split, report["events"][split], count] for split, count in report["chips"].items()]
     console.emit(report, f"{console.columns(rows)}\n{args.root}", args.format)
-
-
-def _listed(known: Sequence[str] = ()) -> Callable[[str], list[str]]:
-    """What reads a list with commas."""
-
-    def parse(text: str) -> list[str]:
-        names = [name.strip() for name in text.split(",")]
-        if known and not set(names) <= set(known):
-            raise argparse.ArgumentTypeError(f"{text!r}, expected some of {','.join(known)}")
-        return names
-
-    return parse

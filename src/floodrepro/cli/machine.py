@@ -1,18 +1,20 @@
-"""``floodrepro doctor`` and ``bench``: what this machine can do, and how fast."""
+"""What is here: the shipped recipes (configs), your runs (runs), this machine (doctor) and its speed (bench)."""
 
 import argparse
+import contextlib
 import json
 import tempfile
 from collections import Counter
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import add_format, read_recipe
-from floodrepro.errors import UsageError
-from floodrepro.recipe import PRECISIONS
+from floodrepro.cli import model
+from floodrepro.errors import FloodreproError
+from floodrepro.run_folder import RunFolder
 from floodrepro.system import doctor, environment
 
 # What is not given, by whether there is a GPU. On one, train and test are made to end within 8 minutes together.
@@ -21,20 +23,55 @@ _ON_GPU: dict[str, Any] = {"config": _BASE, "precision": ["fp16", "bf16"], "batc
 _ON_CPU: dict[str, Any] = {"config": _TINY, "precision": ["fp32"], "batch": 2, "size": 64}
 
 
-def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
-    parser.add_argument("--config", action="append", metavar="YAML", help="judge the machine for this recipe")
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="the data set's folder (default: the recipe's)")
-    parser.add_argument("--precision", choices=PRECISIONS, help="the trainer's precision")
-    add_format(parser)
-    parser.epilog = "With --config, overrides as in fit: --data.init_args.num_workers 2\n"
+def _configs_flags(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ls|show")
+    actions.add_parser("ls", help="names, and the first line of each")
+    show = actions.add_parser("show", help="print one; > mine.yaml keeps it")
+    show.add_argument("name")
 
 
-def run_doctor(args: argparse.Namespace) -> int:
-    """Look at this machine before a run does: torch, packages, GPU, memory, disk, data, and what to do about each."""
-    if (args.overrides or args.data_root or args.precision) and not args.config:
-        raise UsageError("overrides need the recipe that they change", fix="--config YAML")
-    recipe = read_recipe(args)[2] if args.config else None
+def _run_configs(args: argparse.Namespace) -> None:
+    if args.action == "show":
+        print(recipes.find(args.name).read_text(encoding="utf-8"), end="")
+        return
+    rows = [[name, file.read_text(encoding="utf-8").partition("\n")[0][2:]] for name, file in recipes.shipped().items()]
+    console.emit(dict(rows), console.columns(rows, right_from=2), args.format)
+
+
+def _runs_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("ls",), help="one line a run, the newest first")
+    parser.add_argument("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
+
+
+def _run_runs(args: argparse.Namespace) -> None:
+    shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
+    shown, found = ("name", "recipe", "status", "monitor", "best", "age"), []
+    for file in filter(Path.is_file, args.runs_root.rglob("run.json")):  # a FIFO would wait
+        entry = dict.fromkeys(shown) | {"name": file.parent.name, "path": str(file.parent), "started": ""}
+        # One odd record hides no other run.
+        with contextlib.suppress(FloodreproError, AttributeError, LookupError, TypeError, ValueError, OverflowError):
+            record = RunFolder(file.parent).read_record()
+            digest, monitor, started = record["recipe_sha256"], record.get("monitor"), record["started"]
+            age = datetime.now(UTC).replace(microsecond=0) - datetime.fromisoformat(started)
+            best = (record.get("best_metrics") or {}).get(monitor)  # a running run has none yet
+            entry |= {"recipe": shipped.get(digest) or f"sha256 {digest[:12]}", "status": record["status"]}
+            entry |= {
+                "monitor": monitor,
+                "best": best if best is None else float(best),
+                "age": str(age),
+                "started": started,
+            }
+        found.append(entry)
+    found.sort(key=lambda run: run["started"] or "", reverse=True)
+    text = console.columns([shown, *([run[name] for name in shown] for run in found)], right_from=9)
+    console.emit({"runs": found}, text if found else f"no runs below {args.runs_root}", args.format)
+
+
+_doctor_flags = model.add_recipe_flags
+
+
+def _run_doctor(args: argparse.Namespace) -> int:
+    recipe = model.read_recipe(args)[2] if args.config or args.data_root or args.overrides else None
     findings = [*doctor.examine(recipe), *([doctor.check_chips(recipe)] if recipe else [])]
     count = Counter(finding.status for finding in findings)
     rows = []
@@ -48,23 +85,20 @@ def run_doctor(args: argparse.Namespace) -> int:
     return 1 if count["fail"] else 0
 
 
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+def _bench_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=("train", "test", "data"), help="what is measured")
     add("--config", metavar="YAML", help="default: the base recipe on a GPU, the tiny one on a CPU")
-    add("--precision", action="append", choices=PRECISIONS, help="may be given several times")
+    add("--precision", action="append", choices=recipes.PRECISIONS, help="may be given several times")
     add("--batch", type=int, metavar="N", help="chips in a batch")
     add("--size", type=int, metavar="PX", help="edge of a chip in pixels")
     add("--steps", type=int, default=20, metavar="N", help="steps that count (default: 20)")
     add("--rounds", type=int, default=2, metavar="N", help="processes of each side (default: 2)")
-    add("--workers", type=int, metavar="N", help="loader processes (default: the recipe's; CPU: 0)")
     add("--output", type=Path, metavar="DIR", help="folder for ACTION-PRECISION.json")
-    add_format(parser)
+    parser.epilog = "Overrides as in fit: --data.init_args.num_workers 8 (default: the recipe's; on a CPU 0)\n"
 
 
-def run_bench(args: argparse.Namespace) -> int:
-    """Measure speed beside plain TerraTorch, on generated chips: training, testing, or reading alone."""
+def _run_bench(args: argparse.Namespace) -> None:
     from floodrepro.data.synth import generate
     from floodrepro.system.bench import bench, describe
 
@@ -72,26 +106,23 @@ def run_bench(args: argparse.Namespace) -> int:
     chosen = {name: getattr(args, name) or value for name, value in (_ON_GPU if gpu else _ON_CPU).items()}
     if args.action == "data":  # the model is built and not used
         chosen |= {"config": args.config or _TINY, "precision": chosen["precision"][:1]}
-    recipe = recipes.read_yaml(recipes.find(chosen["config"]))
-    changes = [f"--data.init_args.batch_size={chosen['batch']}"]
-    if not gpu or args.workers is not None:
-        changes.append(f"--data.init_args.num_workers={args.workers or 0}")
+    recipe, batch, size = recipes.read_yaml(recipes.find(chosen["config"])), chosen["batch"], chosen["size"]
+    changes = [f"--data.init_args.batch_size={batch}", *([] if gpu else ["--data.init_args.num_workers=0"])]
     # Half of the chips are for training and a quarter is for each other split.
-    chips = max(16, 4 * chosen["batch"] * (args.steps + 2 if args.action == "test" else 1))
+    chips = max(16, 4 * batch * (args.steps + 2 if args.action == "test" else 1))
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="floodrepro-bench-") as folder:
         root = Path(folder) / "chips"
-        console.say(f"generating {chips} chips of {chosen['size']} px")
-        generate(root, events=8, chips=chips, size=chosen["size"], protocol="v0", seed=1)
-        changes += recipes.data_overrides(root, recipe)
+        console.say(f"generating {chips} chips of {size} px")
+        generate(root, events=8, chips=chips, size=size, protocol="v0", seed=1)
+        changes += [*recipes.data_overrides(root, recipe), *args.overrides]
         for name in chosen["precision"]:
             place = Path(folder) / name
             place.mkdir()
-            folded = recipes.fold([recipe], [*changes, f"--trainer.precision={PRECISIONS[name]}"])
+            folded = recipes.fold([recipe], [*changes, f"--trainer.precision={recipes.PRECISIONS[name]}"])
             found = bench(args.action, folded, place, steps=args.steps, rounds=args.rounds)
-            results[name] = {"config": chosen["config"], "chip_pixels": chosen["size"], **found}
+            results[name] = {"config": chosen["config"], "chip_pixels": size, **found}
             if args.output:
                 args.output.mkdir(parents=True, exist_ok=True)
                 (args.output / f"{args.action}-{name}.json").write_text(json.dumps(results[name], indent=2) + "\n")
     console.emit(results, "\n\n".join(describe(found) for found in results.values()), args.format)
-    return 0

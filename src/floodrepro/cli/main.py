@@ -1,4 +1,4 @@
-"""The command table. A command NAME is two functions, ``add_NAME_arguments(parser)`` and ``run_NAME(args)``."""
+"""The command table. A command NAME is two functions, ``_NAME_flags(parser)`` and ``_run_NAME(args)``."""
 
 import argparse
 import difflib
@@ -13,24 +13,30 @@ from floodrepro.system.environment import missing_requirements
 
 # name: (module, one line of help). The module must not import torch or TerraTorch at its top: --help stays instant.
 COMMANDS = {
-    "fit": ("floodrepro.cli.fit", "train a recipe into a run folder"),
+    "fit": ("floodrepro.cli.model", "train a recipe into a run folder; the same command again resumes it"),
     "map": ("floodrepro.cli.map", "map a whole scene, compare a map with a truth, plan a scene"),
-    "validate": ("floodrepro.cli.evaluate", "measure a checkpoint on the validation split"),
-    "test": ("floodrepro.cli.evaluate", "measure a checkpoint on the test split"),
-    "predict": ("floodrepro.cli.evaluate", "write a flood mask (GeoTIFF) for every chip of a split"),
+    "validate": ("floodrepro.cli.model", "measure a checkpoint on the validation split"),
+    "test": ("floodrepro.cli.model", "measure a checkpoint, or masks made by anyone, and leave a chip table"),
+    "predict": ("floodrepro.cli.model", "write a flood mask (GeoTIFF) for every chip of a split"),
     "verify": ("floodrepro.cli.publish", "check a run, compare it with a reference, and write its report"),
-    "export": ("floodrepro.cli.publish", "write a safetensors + YAML pair that plain TerraTorch loads"),
+    "export": ("floodrepro.cli.publish", "write a safetensors + YAML pair that plain TerraTorch loads, and its card"),
     "publish": ("floodrepro.cli.publish", "upload an export to the hub, in one commit; --dry-run looks first"),
-    "configs": ("floodrepro.cli.runs", "list the shipped recipes, or print one to change it"),
-    "runs": ("floodrepro.cli.runs", "list runs with recipe, status, best score and age"),
-    "data": ("floodrepro.cli.data", "get and check data sets: data fetch, data audit, data synth"),
+    "configs": ("floodrepro.cli.machine", "list the shipped recipes, or print one to change it"),
+    "runs": ("floodrepro.cli.machine", "list runs with recipe, status, best score and age"),
+    "data": ("floodrepro.cli.data", "get, check, look at and generate chips"),
     "doctor": ("floodrepro.cli.machine", "check whether this machine can do what a recipe needs"),
-    "bench": ("floodrepro.cli.machine", "measure speed beside plain TerraTorch"),
+    "bench": ("floodrepro.cli.machine", "measure speed beside plain TerraTorch, on generated chips"),
     "reproduce": ("floodrepro.cli.reproduce", "every stage from the download to the verdict; --demo at toy size"),
 }
-_TAKES_OVERRIDES = ("fit", "validate", "test", "predict", "doctor", "reproduce")
+_TAKES_OVERRIDES = ("fit", "validate", "test", "predict", "doctor", "bench", "reproduce")
+_SUMMARIES = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
+_OVERVIEW = f"""\
+usage: floodrepro COMMAND [options]   (floodrepro COMMAND --help tells more)
 
-EXAMPLES = """\
+Re-run, check, trust and use the fine-tuning of TerraMind for flood mapping.
+
+{_SUMMARIES}
+
 examples:
   floodrepro reproduce --demo
   floodrepro data synth --root chips --events 8 --chips 128 --size 64 --protocol v0 --seed 42
@@ -38,8 +44,7 @@ examples:
   floodrepro test --ckpt runs/first/checkpoints/best.ckpt
 
 exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit,
-4 map plan: no pass yet, 130 and 143 stopped by a signal
-"""
+4 map plan: no pass yet, 130 and 143 stopped by a signal"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +52,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **kwargs: object) -> None:
         super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type]
+        self.add_argument("--format", choices=console.FORMATS, default="text", help="what stdout holds (default: text)")
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage block."""
@@ -54,14 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: Arguments without the program's name; those of the process where None.
-
-    Returns:
-        Exit code: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped a fit, 128 + a signal's number.
-    """
+    """Run the command of *argv*, by default the process's, and return its exit code; --help lists the codes."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return console.run(lambda: _dispatch(arguments))
 
@@ -70,11 +69,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not sys.platform.startswith("linux"):
         raise UsageError(f"floodrepro runs on Linux only, and this is {sys.platform}", fix="use Linux, WSL 2 or Docker")
     name, rest = arguments[0] if arguments else "--help", arguments[1:]
-    if name in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if name in ("-V", "--version"):
-        print(f"floodrepro {__version__}")
+    if name in ("-h", "--help", "-V", "--version"):
+        print(_OVERVIEW if name in ("-h", "--help") else f"floodrepro {__version__}")
         return 0
     if name not in COMMANDS:
         later = next((word for word in rest if word in COMMANDS), None)
@@ -83,13 +79,13 @@ def _dispatch(arguments: list[str]) -> int:
             raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
         raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
     try:
-        command = importlib.import_module(COMMANDS[name][0])
-        run = getattr(command, f"run_{name}")
-        parser = Parser(f"floodrepro {name}", description=run.__doc__)
-        getattr(command, f"add_{name}_arguments")(parser)
+        module, summary = COMMANDS[name]
+        command = importlib.import_module(module)
+        parser = Parser(f"floodrepro {name}", description=summary)
+        getattr(command, f"_{name}_flags")(parser)
         args, overrides = parser.parse_known_args(rest)
         args.overrides = _check_overrides(overrides, parser, name in _TAKES_OVERRIDES)
-        return int(run(args))
+        return getattr(command, f"_run_{name}")(args) or 0
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
             what = f"floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
@@ -113,11 +109,3 @@ def _check_overrides(words: list[str], parser: Parser, allowed: bool) -> list[st
 def _closest(word: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean '{matches[0]}'?" if matches else ""
-
-
-def _overview() -> str:
-    rows = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
-    return (
-        "usage: floodrepro COMMAND [options]   (floodrepro COMMAND --help tells more)\n\n"
-        f"Re-run, check, trust and use the fine-tuning of TerraMind for flood mapping.\n\n{rows}\n\n{EXAMPLES}"
-    )

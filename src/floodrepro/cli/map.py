@@ -1,20 +1,17 @@
 """Map a whole scene (map), compare a map with a truth (map check), write a scene from a catalogue (map plan)."""
 
 import argparse
-import contextlib
 import json
 import os
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import add_format, new_file, parse
-from floodrepro.errors import CheckpointError, DataError, FloodreproError, UsageError
-from floodrepro.recipe import PRECISIONS
-from floodrepro.run_folder import config_beside, sha256_of, write_atomically
+from floodrepro.cli import model, shared
+from floodrepro.errors import DataError, FloodreproError, UsageError
+from floodrepro.run_folder import sha256_of, write_atomically
 
 _EXAMPLES = """\
 examples:
@@ -25,96 +22,79 @@ docs/mapping.md describes scenes and maps. If it is interrupted, run the same co
 """
 
 
-def _number(text: str, most: float = 1e5) -> float:
-    """A flag's value from 0 up."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= most:  # NaN is not either
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to {most:,g}")
-
-
-_share = partial(_number, most=1)
-
-
-def add_map_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of map and of its actions."""
+def _map_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--ckpt", type=Path, metavar="FILE", help="a .ckpt, .pt or .safetensors")
+    amount, share = shared.between(0, 1e5), shared.between(0, 1)
+    weights, add = parser.add_mutually_exclusive_group(), parser.add_argument
+    shared.add_checkpoint(weights)
     weights.add_argument("--export", type=Path, metavar="DIR", help="folder of an exported pair")
-    add = parser.add_argument
     add("--config", action="append", metavar="YAML", help="recipe (default: the one beside the weights)")
     add("--scene", type=Path, metavar="YAML", help="what to map; 'map plan' writes one")
     add("--output", type=Path, metavar="DIR", help="folder for the map")
-    add("--precision", choices=PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
+    add("--precision", choices=recipes.PRECISIONS, help="default: the recipe's; fp16 needs a GPU")
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
-    add("--max-gap", type=_number, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-seen", type=_share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
-    add("--threshold", type=_share, metavar="P", help="probability of the positive class (default: argmax)")
-    add("--permanent", type=Path, metavar="FILE", help="raster or polygons of permanent water")
-    add("--min-hectares", type=_number, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
+    add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--min-seen", type=share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--threshold", type=share, metavar="P", help="probability of the positive class (default: argmax)")
+    add("--permanent", type=shared.existing_file, metavar="FILE", help="raster or polygons of permanent water")
+    add("--min-hectares", type=amount, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
     add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
-    check = actions.add_parser("check", prog=f"{parser.prog} check", help="compare a map with a truth")
-    check.add_argument("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
-    check.add_argument("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
-    check.add_argument("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
-    check.add_argument("--output", type=new_file, metavar="FILE", help="write the chip table there (.parquet)")
-    plan = actions.add_parser("plan", prog=f"{parser.prog} plan", help="write scene.yaml from a STAC catalogue")
-    add = plan.add_argument
-    place = plan.add_mutually_exclusive_group(required=True)
+    check = actions.add_parser("check", help="compare a map with a truth")
+    add = check.add_argument
+    add("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
+    add("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
+    add("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
+    add("--output", type=shared.new_file, metavar="FILE", help="write the chip table there (.parquet)")
+    plan = actions.add_parser("plan", help="write scene.yaml from a STAC catalogue")
+    place, add = plan.add_mutually_exclusive_group(required=True), plan.add_argument
     place.add_argument("--aoi", type=Path, metavar="FILE", help="polygons: GeoJSON, GeoPackage")
     place.add_argument("--box", type=float, nargs=4, metavar=("WEST", "SOUTH", "EAST", "NORTH"), help="in degrees")
     add("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
     add("--stac", default="https://planetarycomputer.microsoft.com/api/stac/v1", metavar="URL", help="a STAC API")
-    add("--output", type=new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
-    add("--max-days", type=_number, default=12, metavar="N", help="that an event pass may come late (default: 12)")
-    add("--max-gap", type=_number, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-coverage", type=_share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
-    for each in (parser, check, plan):
-        add_format(each)
+    add("--output", type=shared.new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
+    add("--max-days", type=amount, default=12, metavar="N", help="that an event pass may come late (default: 12)")
+    add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--min-coverage", type=share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
 
 
-def run_map(args: argparse.Namespace) -> int:
-    """Map a whole scene, compare a map with a truth, or plan a scene."""
+def _run_map(args: argparse.Namespace) -> None:
     if args.action:
         return {"check": _check, "plan": _plan}[args.action](args)
-    if not args.scene or not args.output:
-        raise UsageError("--scene and --output are needed", fix="floodrepro map --help")
+    weights = [*args.export.glob("*.safetensors")] if args.export else [args.ckpt] if args.ckpt else []
+    if not args.scene or not args.output or len(weights) != 1:
+        what = "map needs --scene, --output, and --ckpt or --export with one .safetensors"
+        raise UsageError(what, where=args.export, fix="floodrepro map --help")
     from floodrepro.mapping.checks import list_problems
     from floodrepro.mapping.scene import name_of, read_scene
 
     scene = read_scene(args.scene)  # what is wrong with it is answered before the slow import
-    files = sorted(args.export.glob("*.safetensors")) if args.export else [args.ckpt] if args.ckpt else []
-    if len(files) != 1 or not files[0].is_file():
-        raise CheckpointError("checkpoint not found", where=args.export or args.ckpt, fix="--ckpt FILE or --export DIR")
-    if args.permanent and not args.permanent.is_file():
-        raise UsageError("there is no such file", where=args.permanent, fix="--permanent FILE")
+    [args.ckpt] = weights
+    files, overrides, _ = model.read_recipe(args)
     problems = list_problems(scene, args.max_gap)
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
         what = f"problems of the scene, listed above: {len(problems)}"
         raise DataError(what, where=args.scene, fix="mend it, or --anyway: map.json will list them")
-    configs = [recipes.find(name) for name in args.config] if args.config else [config_beside(files[0])]
-    cli = parse(configs, [f"--trainer.precision={PRECISIONS[args.precision]}"] if args.precision else [])
+    cli = model.parse(files, overrides)
     import torch
 
     from floodrepro.mapping.mapper import map_scene
     from floodrepro.mapping.network import Network
     from floodrepro.training.checkpoint import read_checkpoint
 
-    network = Network(cli, read_checkpoint(files[0]))
+    network = Network(cli, read_checkpoint(args.ckpt))
     wanted = [(m, step) for m, steps in network.steps.items() for step in steps]
     missing = [name_of(*key) for key in wanted if key not in scene.acquisitions]
     if missing and args.missing == "refuse":
         raise DataError(f"the scene lacks {', '.join(missing)}", where=args.scene, fix="add them, or --missing zero")
-    record = {"weights": {"file": files[0].name, "sha256": sha256_of(files[0])}, "device": str(network.device)}
+    record = {"weights": {"file": args.ckpt.name, "sha256": sha256_of(args.ckpt)}, "device": str(network.device)}
     record |= {"recipe_sha256": recipes.fingerprint(cli.recipe), "filled": missing, "problems": problems}
     record["versions"] = {"floodrepro": __version__, "torch": torch.__version__}
     record["precision"] = cli.recipe.get("trainer", {}).get("precision")
-    result = map_scene(network, scene, _plan_of(args, cli.recipe, files[0]), args.output, record)
+    result = map_scene(network, scene, _plan_of(args, cli.recipe), args.output, record)
     shares = result["shares_of_area"]
     text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
     console.emit(result, f"{text}\n{args.output}", args.format)
@@ -122,18 +102,17 @@ def run_map(args: argparse.Namespace) -> int:
         why = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "seen")
         what = f"only {shares['seen']:.0%} of the area was seen (--min-seen {args.min_seen:g}; {why})"
         raise DataError(what, where=args.output, fix="find a pass that shows it; the map is there all the same")
-    return 0
 
 
-def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path) -> dict[str, Any]:
+def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
     """What flags, recipe and an export's weights ask for."""
     from safetensors import safe_open
 
-    from floodrepro.data.protocols import class_names_of, positive_class_of
+    from floodrepro.data.protocols import protocol_of
 
-    names, positive = class_names_of(recipe), positive_class_of(recipe)
-    if checkpoint.suffix == ".safetensors":  # the YAML of an export has impactmesh's data module: it names no classes
-        with safe_open(str(checkpoint), framework="np") as file:
+    names, positive = list(protocol_of(recipe).class_names), protocol_of(recipe).positive_class
+    if args.ckpt.suffix == ".safetensors":  # the YAML of an export has impactmesh's data module: it names no classes
+        with safe_open(str(args.ckpt), framework="np") as file:
             said = file.metadata() or {}
         names = json.loads(said.get("class_names", "null")) or names
         positive = int(said.get("positive_class", positive))
@@ -150,7 +129,7 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe, checkpoint: Path)
     return plan | {"permanent_file": str(args.permanent.absolute()) if args.permanent else None}
 
 
-def _check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> None:
     """Compare a map with a truth."""
     from floodrepro.evaluation import chip_table
     from floodrepro.evaluation.metrics import class_scores
@@ -162,12 +141,10 @@ def _check(args: argparse.Namespace) -> int:
     result |= {"seen_share": float(counts.sum() / max(counts.sum() + unseen, 1)), "tiles": len(table)}
     if args.output:
         chip_table.write_table(table, args.output)
-    rows = [[name, "-" if value is None else f"{value:.4f}"] for name, value in result.items() if name != "tiles"]
-    console.emit(result, console.columns(rows), args.format)
-    return 0
+    console.emit(result, console.columns(list(result.items())), args.format)
 
 
-def _plan(args: argparse.Namespace) -> int:
+def _plan(args: argparse.Namespace) -> None:
     """Write a scene from a STAC catalogue."""
     from shapely import box
     from shapely.errors import ShapelyError
@@ -176,7 +153,7 @@ def _plan(args: argparse.Namespace) -> int:
     from floodrepro.mapping.scene import DEGREES, parse_time, read_polygons, to_degrees
 
     event = parse_time(args.event, "--event")
-    area = plan.Area(read_polygons(args.aoi) if args.aoi else to_degrees([box(*args.box)], DEGREES))
+    area = read_polygons(args.aoi) if args.aoi else to_degrees([box(*args.box)], DEGREES)
     limits = {name: getattr(args, name) for name in ("max_days", "max_gap", "min_coverage")}
     items = plan.search(args.stac, area, event)
     try:
@@ -188,4 +165,3 @@ def _plan(args: argparse.Namespace) -> int:
     scene = {"area": where, "stac": console.public(args.stac), **made}
     write_atomically(args.output, f"# By floodrepro map plan; change what you like.\n{recipes.to_yaml(scene)}")
     console.emit(scene, str(args.output), args.format)
-    return 0

@@ -11,13 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import add_format
 from floodrepro.data.protocols import PARTS, PROTOCOLS, protocol_of
-from floodrepro.errors import SIGNALLED, RunFolderError, UsageError
+from floodrepro.errors import SIGNALLED, UsageError
 from floodrepro.run_folder import DECLARATION, RunFolder, timestamp, write_atomically
 
 STAGES = ("doctor", "weights", "fetch", "synth", "audit", "fit", "test", "reference", "export", "verify", "card")
@@ -27,19 +24,16 @@ _DEMO_NOTE = """
 Generated chips show that every stage works, not how well floods are mapped. Three test events are too few to judge
 a model by, and after so short a training its probabilities are not calibrated: that is why some checks do not pass.
 """
-
-
 Stage = tuple[str, list[str], list[Path]]  # one of STAGES, perhaps with a seed; arguments; files that say it is done
 
 
-def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags."""
+def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     published = [name for name in PROTOCOLS if name != "custom"]
     add = parser.add_argument
     add("--demo", action="store_true", help="generated chips and TerraMind tiny, on a CPU in minutes")
     add("--protocol", choices=published, default="v1-binary", help="whose base recipe is run (default: v1-binary)")
     add("--config", metavar="YAML", help="another recipe, and the protocol that it names")
-    add("--seeds", type=_seeds, metavar="S,S,…", help="declared runs, each is tested (default: the recipe's seed)")
+    add("--seeds", type=whole_numbers, metavar="S,S,…", help="declared runs (default: the recipe's seed)")
     add("--precision", choices=recipes.PRECISIONS, help="the trainer's precision; fp16 needs a GPU")
     add("--data-root", type=Path, metavar="DIR", help="default: ImpactMesh-Flood; the demo's lies in its --run-dir")
     add("--run-dir", type=Path, metavar="DIR", help="default: runs/RECIPE-reproduction, or demo")
@@ -48,15 +42,11 @@ def add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="first", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
     add("--until", dest="last", choices=STAGES, metavar="STAGE", help="the last stage to run")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    add_format(parser)
-    parser.epilog = """\
-Any key of the recipe can be overridden as in fit. A finished stage is skipped while its command, floodrepro's version
-and its outputs stay the same. The exit code is that of the first stage that fails."""
+    parser.epilog = "Overrides as in fit. A stage is skipped while its command, version and outputs stay the same.\n"
 
 
-def run_reproduce(args: argparse.Namespace) -> int:
-    """Every stage from the download to the verdict, as a list of commands. Run the same command again to resume."""
-    stages, run_dir, seeds = list_stages(args)
+def _run_reproduce(args: argparse.Namespace) -> int:
+    stages, run_dir, seeds = _stages_of(args)
     wanted = STAGES[STAGES.index(args.first or STAGES[0]) : STAGES.index(args.last or STAGES[-1]) + 1]
     stages = [stage for stage in stages if stage[0].partition("-")[0] in wanted]
     if args.dry_run:
@@ -65,32 +55,22 @@ def run_reproduce(args: argparse.Namespace) -> int:
         console.emit(data, "\n".join(lines), args.format)
         return 0
     run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(run_dir / ".reproduce.lock", timeout=0):
-            _declare(run_dir, seeds, [command for name, command, _ in stages if name.startswith("fit")])
-            for number, stage in enumerate(stages, 1):
-                if code := _run(stage, run_dir, f"[{number}/{len(stages)}] {stage[0]}"):
-                    console.say(f"stage {stage[0]} ended with exit code {code}; run the same command again to resume")
-                    return code
-    except Timeout as error:
-        raise RunFolderError("another reproduction is running here", where=run_dir, fix="another --run-dir") from error
+    _declare(run_dir, seeds, [command for name, command, _ in stages if name.startswith("fit")])
+    for number, stage in enumerate(stages, 1):
+        if code := _run(stage, run_dir, f"[{number}/{len(stages)}] {stage[0]}"):
+            console.say(f"stage {stage[0]} ended with exit code {code}; run the same command again to resume")
+            return code
     if "card" in wanted:
         run = RunFolder(run_dir / f"seed-{seeds[0]}")
-        found = json.loads(run.results.read_text(encoding="utf-8"))
-        verdict, summary = found["verdict"], found["summary"]
-        where = {"run": run.path, "report": run.verification / "report.html", "card": run.export / "README.md"}
-        lines = [f"{verdict['word']}: {verdict['sentence']}", f"checks: {summary['text']}"]
-        lines += [*([_DEMO_NOTE] if args.demo else []), *(f"{name:<8}{path}" for name, path in where.items())]
-        places = {name: str(path) for name, path in where.items()}
-        console.emit({"verdict": verdict, "summary": summary, "where": places}, "\n".join(lines), args.format)
+        files = {"run": run.path, "report": run.verification / "report.html", "card": run.export / "README.md"}
+        where = {name: str(file) for name, file in files.items()}
+        lines = [*([_DEMO_NOTE] if args.demo else []), *(f"{name:<8}{path}" for name, path in where.items())]
+        console.emit({"where": where}, "\n".join(lines), args.format)
     return 0
 
 
-def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
-    """The commands of a reproduction, the folder of its runs, and its seeds.
-
-    The demo's are the same at toy size: generated chips in place of the download, a shorter run in place of IBM's.
-    """
+def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
+    """All stages, the folder of the runs, and their seeds. The demo has its own chips, and a run in place of IBM's."""
     config = args.config or ("demo" if args.demo else str(PROTOCOLS[args.protocol].recipe))
     source = recipes.find(config)
     recipe = recipes.read_yaml(source)
@@ -143,11 +123,9 @@ def list_stages(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]
     return [(name, list(map(str, command)), outputs) for name, command, outputs in stages], run_dir, seeds
 
 
-def _seeds(text: str) -> list[int]:
-    seeds = [int(part) for part in text.split(",") if part.isdecimal()]
-    if len(set(seeds)) != len(text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}, expected different whole numbers, as 42,43,44")
-    return seeds
+def whole_numbers(text: str) -> list[int]:
+    """The value of --seeds, each once."""
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def _declare(run_dir: Path, seeds: list[int], fits: list[Any]) -> None:

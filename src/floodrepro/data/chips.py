@@ -95,19 +95,16 @@ class Chips:
         return self._read(chip, modality, functools.partial(read_bands, empty=empty))
 
     def extras(self, chip: str, modality: str, *names: str) -> tuple[dict[str, Any], dict[str, Array]]:
-        """The attributes in a chip's S2L2A or S1RTC, and those of the named arrays that are there.
-
-        Raises as `bands` does.
-        """
-        return self._read(chip, modality, functools.partial(read_extras, names=names))
+        """The attributes in a chip's S2L2A or S1RTC, and the named arrays that are there; raises as `bands`."""
+        return self._read(chip, modality, functools.partial(_read_extras, names=names))
 
     def raster(self, chip: str, part: str) -> Array:
-        """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk. Raises as `bands` does."""
+        """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk; raises as `bands`."""
         return self._read(chip, part, read_raster)
 
     def grid(self, chip: str, part: str) -> tuple[Any, Any]:
-        """CRS and transform of a chip's DEM or MASK. Raises as `bands` does."""
-        return self._read(chip, part, read_grid)
+        """CRS and transform of a chip's DEM or MASK; raises as `bands`."""
+        return self._read(chip, part, _read_grid)
 
     def _read(self, chip: str, part: str, decode: Callable[[bytes], T]) -> T:
         """What is decoded from a chip's file. The disk is asked three times: a network disk's hiccup passes."""
@@ -148,11 +145,11 @@ class Chips:
             return [name.removesuffix(suffix) for name in names if name.endswith(suffix) and not name.startswith(".")]
 
         folder: dict[str, Place] = {}
+        tars: dict[str, Place] = {}
         for parent in (self.root / "data" / part, self.root / part):
             if not folder and parent.is_dir():
                 names = os.listdir(parent)  # noqa: PTH208  # a Path for each of 80,000 is slow
                 folder = {chip: (f"{parent}/{chip}{suffix}", 0, None) for chip in chips(names)}
-        tars: dict[str, Place] = {}
         for parent in (self.root, self.root.parent):
             for tar in [] if tars else sorted(tar for split in SPLITS for tar in (parent / split).glob(f"{part}*.tar")):
                 index = tar_index(tar)
@@ -184,9 +181,10 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
         DataError: The tar is damaged.
     """
     state = [tar.stat().st_size, tar.stat().st_mtime_ns]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache") / "floodrepro"
-    elsewhere = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{tar.name}.index.json"
-    saved = tar.with_name(f"{tar.name}.index.json") if os.access(tar.parent, os.W_OK) else elsewhere
+    saved = tar.with_name(f"{tar.name}.index.json")
+    if not os.access(tar.parent, os.W_OK):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache") / "floodrepro"
+        saved = cache / f"{hashlib.sha256(str(tar.resolve()).encode()).hexdigest()[:16]}-{saved.name}"
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):  # no locks, or no cache: every process reads for itself
             saved.parent.mkdir(parents=True, exist_ok=True)
@@ -200,24 +198,22 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
         try:
             with tarfile.open(tar, "r:") as archive:
                 files = [m for m in archive if m.isreg() and ".." not in m.name.split("/")]
-                index = {Path(m.name).name: (m.offset_data, m.size) for m in files}
         except (tarfile.TarError, EOFError) as error:
             what = f"the archive is damaged or cut short: {error}"
             raise DataError(what, where=tar, fix="fetch it again: delete it, then floodrepro data fetch") from error
+        index = {Path(m.name).name: (m.offset_data, m.size) for m in files}
         with contextlib.suppress(OSError):  # a full disk: the headers are read again next time
             write_atomically(saved, json.dumps({"tar": state, "files": index}))
     return index
 
 
-def read_extras(content: bytes, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Attributes of a zarr ZIP, and those of the named arrays that are there; all checksums are compared."""
+def _read_extras(content: bytes, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Array]]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         group = zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
     return dict(group.attrs), {name: group[name][...] for name in names if name in group}
 
 
-def read_grid(content: bytes) -> tuple[Any, Any]:
-    """CRS and transform of a GeoTIFF."""
+def _read_grid(content: bytes) -> tuple[Any, Any]:
     with MemoryFile(content) as memory, memory.open(driver="GTiff") as dataset:
         return dataset.crs, dataset.transform
 

@@ -23,10 +23,9 @@ from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from floodrepro import console
-from floodrepro.data.augment import apply_symmetry, draw_symmetry
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, MODALITIES, fill_protocol
-from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
+from floodrepro.data.samplers import EachOnce, ShuffledByEpoch, hashed_number
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError
 
@@ -42,6 +41,23 @@ class Batch(dict[str, Any]):
 
     chips: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
+
+
+def draw_symmetry(seed: int, epoch: int, chip: str) -> int:
+    """The symmetry of a chip in an epoch, 0 to 7, equally likely. 0 leaves the chip as it is."""
+    return hashed_number(seed, epoch, chip) % 8
+
+
+def apply_symmetry(symmetry: int, image: torch.Tensor) -> torch.Tensor:
+    """Apply a symmetry (0 to 3: quarter turns; 4 to 7: of the transposed image) to the last two axes (..., H, W).
+
+    Raises:
+        ValueError: The image is not square, and is to be turned.
+    """
+    if symmetry and image.shape[-1] != image.shape[-2]:
+        raise ValueError(f"augment needs square chips, these have {image.shape[-2]} x {image.shape[-1]} pixels")
+    turns, image = (symmetry, image) if symmetry < 4 else (symmetry - 3, image.transpose(-2, -1))
+    return torch.rot90(image, turns, (-2, -1))
 
 
 class ChipDataset(Dataset[dict[str, Any]]):
@@ -67,15 +83,8 @@ class ChipDataset(Dataset[dict[str, Any]]):
         """Number of chips."""
         return len(self.chips)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """One chip: what `__getitems__` gives, without the batch's axis. A DataError is raised for a damaged one."""
-        batch = self.__getitems__([index])
-        if batch["failed"]:
-            raise batch["failed"][0][1]
-        return {name: batch[name][0] for name in batch if name not in ("failed", "odd")}
-
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """A batch, stacked: each modality (B, T, C, H, W) in its dtype on disk (DEM with T = 1), mask (B, H, W) int8.
+        """A batch, stacked: S2L2A and S1RTC (B, T, C, H, W), DEM (B, H, W), as on disk; mask (B, H, W) int8.
 
         `chip` holds the ids, `failed` the errors of chips that are left out, `odd` what is odd in which. Chips are
         decoded into the memory that the batch travels in. Errors travel as values: torch makes another exception of
@@ -97,22 +106,21 @@ class ChipDataset(Dataset[dict[str, Any]]):
             return array
 
         for chip in (self.chips[index] for index in indices):
-            faults = None
             try:
                 for modality in self.modalities:
                     if modality == "DEM":
                         elevation = self.source.raster(chip, modality)
-                        place(modality, (1, 1, *elevation.shape), elevation.dtype)[...] = elevation
+                        place(modality, elevation.shape, elevation.dtype)[...] = elevation
                     else:
-                        bands = self.source.bands(chip, modality, partial(place, modality))
-                        faults = radar_faults(bands) if modality == "S1RTC" else faults
+                        self.source.bands(chip, modality, partial(place, modality))
                 if self._known:
                     mask = self._read_mask(chip)
                     place("mask", mask.shape, mask.dtype)[...] = mask
             except DataError as error:
                 failed.append((chip, error))
                 continue
-            odd += [(chip, faults)] if faults else []
+            if "S1RTC" in batch and (faults := radar_faults(batch["S1RTC"][len(chips)].numpy())):
+                odd.append((chip, faults))
             chips.append(chip)
         tensors = {name: tensor[: len(chips)] for name, tensor in batch.items()}
         return {**tensors, "chip": chips, "failed": failed, "odd": odd}
@@ -146,19 +154,17 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
 
     Args:
         data_root: Folder in ImpactMesh-Flood's layout, or the `data` folder in it.
-        protocol: Name in `PROTOCOLS`. `custom` takes any chips in this layout: the recipe then gives class_names, means
-            and stds, and label_map and mask_suffix where they are not the default.
+        protocol: Name in `PROTOCOLS`. Classes that are not given here are the protocol's; `custom` has none.
         train_split, val_split, predict_split: Split files, see `floodrepro.data.splits.read_events`.
         test_split: One split file, or several by name, in this order (the task's `test_dataloaders_names`).
         means, stds: By modality, a value for each band. Reflectance x 10,000, dB, metres.
         label_map: The class of each mask value on disk, from value 0 up; the ignore index -1 is kept.
         class_names: Of the classes that the label map gives, from 0 up.
-        positive_class: The class that reports speak of; the protocol's, or the last, by default.
+        positive_class: The class that reports speak of.
         mask_suffix: End of a mask's file name, after the chip id.
         modalities: Any of S2L2A, S1RTC, DEM.
         timesteps: Indices: 0 a month before, 1 before, 2 event, 3 after.
-        no_data_value: Marks a missing value on disk, besides NaN.
-        no_data_replace: What a missing value becomes before normalisation.
+        no_data_value, no_data_replace: A missing value on disk, besides NaN, and what it becomes.
         augment: Whether training chips are turned and mirrored.
         seed: Of the order of training chips and of their symmetries. Default: what seed_everything was given.
         limit, fraction: How many chips of each split to use; whole events where they fit.
@@ -205,17 +211,17 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
     ) -> None:
         modalities = modalities or list(MODALITIES)
         self.protocol = fill_protocol(protocol, class_names, label_map, positive_class, mask_suffix)
-        given_means, given_stds = means or self.protocol.means, stds or self.protocol.stds
-        if absent := [name for name in modalities if name not in given_means or name not in given_stds]:
-            raise ValueError(f"means or stds lack {', '.join(absent)}; protocol {protocol} has none of its own")
-        if any(std <= 0 for name in modalities for std in given_stds[name]):
+        means, stds = means or {}, stds or {}
+        if absent := [name for name in modalities if name not in means or name not in stds]:
+            raise ValueError(f"means or stds lack {', '.join(absent)}: take them from a shipped recipe, or data stats")
+        if any(std <= 0 for name in modalities for std in stds[name]):
             raise ValueError("stds hold a value that is not above 0: every pixel would become infinite")
         super().__init__(
             data_root=data_root,
             batch_size=batch_size,
             num_workers=num_workers,
-            means={modality: list(given_means[modality]) for modality in modalities},
-            stds={modality: list(given_stds[modality]) for modality in modalities},
+            means={modality: means[modality] for modality in modalities},
+            stds={modality: stds[modality] for modality in modalities},
             train_split=train_split,
             val_split=val_split,
             test_split=test_split,
@@ -241,7 +247,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         self.source = Chips(Path(root or self.data_root), self.protocol)
         splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
         for split in splits[stage]:
-            keys = {f"{split}_split": getattr(self, f"{split}_split"), "limit": self.limit, "fraction": self.fraction}
+            keys = {name: getattr(self, name) for name in (f"{split}_split", "limit", "fraction")}
             labels = self.protocol.label_map if split != "predict" else None
             self._datasets[split] = []
             for events in read_splits(keys, split).values():
@@ -289,8 +295,9 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed
 
     def _image(self, raw: torch.Tensor, symmetries: Sequence[int]) -> torch.Tensor:
-        """Float32 (B, C, T, H, W), or (B, C, H, W) for a single timestep, from raw (B, T, C, H, W)."""
+        """Float32 (B, C, T, H, W), or (B, C, H, W) for a single timestep, from raw (B, T, C, H, W) or (B, H, W)."""
         wanted = len(self.timesteps)
+        raw = raw if raw.ndim == 5 else raw[:, None, None]
         if raw.shape[1] > wanted:  # as many as on disk means all, in disk order, as in impactmesh
             raw = raw[:, self.timesteps]
         count, steps, bands, height, width = raw.shape

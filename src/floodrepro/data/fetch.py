@@ -5,12 +5,11 @@ import re
 import shutil
 import tarfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from floodrepro import console
 from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
@@ -48,15 +47,14 @@ def fetch(
             where the order in the archives allows it.
 
     Returns:
-        `commit`; `version`, such as v1 or, with other counts, `like v1`; `chips`, by split; `files`, the bytes of each
-        by its path.
+        `commit`; `version`, v0 or v1; `chips`, by split; `files`, the bytes of each by its path.
 
     Raises:
         UsageError: The sample is not of 1 or more chips.
         DataError: The hub cannot be read, lacks a part, holds another version than the protocol's; the folder holds
             another commit, or data of none; the disk is too small; a file is not what the hub says it is.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, RepoFile, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     if sample is not None and sample < 1:
@@ -65,11 +63,14 @@ def fetch(
     if held is None and (others := data_in(root)):
         what = f"the folder holds a data set ({', '.join(others)}) and no note of its commit; nothing is overwritten"
         raise DataError(what, where=root, fix="--root of a new folder")
+    hub, kind = HfApi(), "dataset"
     try:
-        commit, sizes = _list_files(repo, revision)
+        commit = hub.list_repo_commits(repo, repo_type=kind, revision=revision)[0].commit_id
         if held not in (None, commit):
             what = f"the folder holds commit {held}, and {revision} is {commit}"
             raise DataError(what, where=root, fix=f"--revision {held}, or another --root")
+        tree = hub.list_repo_tree(repo, repo_type=kind, revision=commit, recursive=True)
+        sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
         wanted: list[str] = []
         for start in (f"{split}/{part}" for split in splits for part in parts):
             found = [path for path in sizes if path.startswith(start) and path.endswith(".tar")]
@@ -78,21 +79,29 @@ def fetch(
                 raise DataError(what, where=f"{repo}@{commit}", fix="--split, --modality, --repo")
             wanted += found
         lists = [path for path in sizes if path.startswith("split/") and path.endswith(".txt")]
-        if sample is None:
-            _check_disk(root, sum(sizes[path] for path in wanted if not (root / path).is_file()))
+        root.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(sizes[path] for path in wanted if not (root / path).is_file()), shutil.disk_usage(root).free
+        if sample is None and needed > free:
+            what = f"the disk is too small: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free"
+            raise DataError(what, where=root, fix="--split, --modality, --sample, or another --root")
         whole = root / ".fetch"  # `split/` is not written before the note; a sample's lists its own chips only
-        get = partial(snapshot_download, repo, repo_type="dataset", revision=commit)
+        get = partial(snapshot_download, repo, repo_type=kind, revision=commit)
         get(local_dir=whole, allow_patterns=lists)
         files_of = split_files(whole / "split")
         chips = {name: list(read_events(file)) for name, file in files_of.items()}
-        version = _check_version(chips, protocol, f"{repo}@{commit}")
+        version = "v1" if "test_holdout" in chips else "v0"  # only version 1 has further test splits
+        if protocol and PROTOCOLS[protocol].data_version not in (None, version):
+            counts = ", ".join(f"{len(ids):,} {name}" for name, ids in chips.items())
+            what = f"protocol {protocol} needs {PROTOCOLS[protocol].data_version} data, this is {version}: {counts}"
+            fix = "--revision of a commit that holds it, or another --protocol; v1-binary is version 1 in two classes"
+            raise DataError(what, where=f"{repo}@{commit}", fix=fix)
         # Before the archives: a folder with any of them says of which commit.
         note = {"repo": repo, "commit": commit, "asked": revision, "sample": sample}
         write_atomically(root / FETCH_NOTE, json.dumps(note, indent=2) + "\n")
         if sample is None:
             get(local_dir=root, allow_patterns=[*lists, *wanted])
             console.say("comparing checksums")
-            compared = HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=root)
+            compared = hub.verify_repo_checksums(repo, repo_type=kind, revision=commit, local_dir=root)
             if bad := [mismatch["path"] for mismatch in compared.mismatches]:
                 what = f"not what the hub says it is: {', '.join(bad)}"
                 raise DataError(what, where=root, fix="delete what is named, then fetch again")
@@ -112,46 +121,8 @@ def fetch(
     except (HTTPError, ValueError, LookupError, TypeError) as error:  # no network; a login page, or no hub at all
         what = f"the hub cannot be reached, or this is no hub: {error!r}"
         raise DataError(what, where=f"{repo}@{revision}", fix="check the network, HF_ENDPOINT and --repo") from error
-    counts = {name: len(ids) for name, ids in chips.items()}
-    return {"root": str(root), "commit": commit, "version": version, "chips": counts, "files": files}
-
-
-def _check_version(chips: Mapping[str, Sequence[str]], protocol: str | None, where: str) -> str:
-    """v0 or v1, as its split files are; `like v0` or `like v1` where the counts are not those of the published data."""
-    if absent := [split for split in SPLITS if split not in chips]:
-        raise DataError(f"there is no split file of {absent[0]}", where=where, fix="check --repo and --revision")
-    kind = "v1" if "test_holdout" in chips else "v0"  # only version 1 has further test splits
-    found = {split: len(chips[split]) for split in SPLITS}
-    version = kind if (kind, found) in [(p.data_version, p.counts) for p in PROTOCOLS.values()] else f"like {kind}"
-    needed = PROTOCOLS[protocol].data_version if protocol else None
-    if needed not in (None, kind):
-        counts = ", ".join(f"{count:,} {split}" for split, count in found.items())
-        fix = f"--revision of a commit that holds {needed}, or another --protocol"
-        fix += "; v1-binary reads version 1 as version 0's two classes" if needed == "v0" else ""
-        raise DataError(f"protocol {protocol} needs {needed} data, this is {version}: {counts}", where=where, fix=fix)
-    return version
-
-
-def _list_files(repo: str, revision: str) -> tuple[str, dict[str, int]]:
-    """Commit of a revision, and the size of each of its files by path. A busy hub is asked again when it says so."""
-    from huggingface_hub import HfApi, RepoFile
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
-
-    api = HfApi()
-    address = f"{api.endpoint}/api/datasets/{repo}/revision/{quote(revision, safe='')}"
-    answer = http_backoff("GET", address, headers=build_hf_headers(), timeout=30)
-    hf_raise_for_status(answer)
-    commit = str(answer.json()["sha"])
-    tree = api.list_repo_tree(repo, repo_type="dataset", revision=commit, recursive=True)
-    return commit, {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-
-
-def _check_disk(root: Path, needed: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    if needed > (free := shutil.disk_usage(root).free):
-        what = f"the disk is too small: {needed / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free"
-        raise DataError(what, where=root, fix="--split, --modality, --sample, or another --root")
-    console.say(f"{needed / 1e9:.1f} GB to fetch, {free / 1e9:.0f} GB free")
+    counted = {name: len(ids) for name, ids in chips.items()}
+    return {"root": str(root), "commit": commit, "version": version, "chips": counted, "files": files}
 
 
 def _extract_sample(

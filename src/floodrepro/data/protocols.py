@@ -1,7 +1,7 @@
 """The vocabulary of the data set, and the one table of protocols.
 
-A protocol says what the chips of a recipe are: which data, which classes, which statistics. A recipe names it in
-`data.init_args.protocol`. A new protocol is one more entry of `PROTOCOLS` and one recipe.
+A protocol says what the chips of a recipe are: which data, which classes. A recipe names it in
+`data.init_args.protocol`, and holds the statistics. A new protocol is one more entry of `PROTOCOLS` and one recipe.
 
 Nothing here imports numpy or torch, so that every command can afford this module.
 """
@@ -24,43 +24,12 @@ IGNORE_INDEX = -1
 SPLITS = ("train", "val", "test")
 DATA_MODULE = "floodrepro.data.datamodule.FloodDataModule"
 
-Statistics = Mapping[str, tuple[float, ...]]  # by modality, a value for each band
-
 _SUFFIXES = {"S2L2A": "_S2L2A.zarr.zip", "S1RTC": "_S1RTC.zarr.zip", "DEM": "_DEM.tif"}
-
-# fmt: off
-# impactmesh 0.1.2, impactmesh_datamodule.datasets_stats["flood"]: the published checkpoints were trained with these.
-MEANS_0_1_2: Statistics = {
-    "S2L2A": (1223.128, 1251.355, 1423.443, 1408.984, 1786.818, 2448.316,
-              2685.642, 2745.795, 2817.936, 3194.081, 1964.659, 1399.317),
-    "S1RTC": (-9.98, -15.968),
-    "DEM": (141.786,),
-}
-STDS_0_1_2: Statistics = {
-    "S2L2A": (2358.709, 2227.598, 2082.363, 2068.519, 2086.682, 2003.085,
-              2019.494, 2060.309, 2014.732, 2992.644, 1414.951, 1218.357),
-    "S1RTC": (4.24, 4.105),
-    "DEM": (189.363,),
-}
-# impactmesh 0.2.0, the same table.
-MEANS_0_2_0: Statistics = {
-    "S2L2A": (1460.264, 1499.629, 1663.836, 1651.188, 2056.615, 2747.754,
-              2990.725, 3074.264, 3130.254, 3578.565, 2111.968, 1501.892),
-    "S1RTC": (-9.871, -15.993),
-    "DEM": (154.914,),
-}
-STDS_0_2_0: Statistics = {
-    "S2L2A": (2587.746, 2477.497, 2315.289, 2303.498, 2283.186, 2087.282,
-              2048.065, 2099.017, 2008.163, 3010.72, 1332.457, 1162.548),
-    "S1RTC": (4.028, 3.899),
-    "DEM": (368.796,),
-}
-# fmt: on
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What the chips of a recipe are. Means and stds are of reflectance x 10,000, dB and metres."""
+    """What the chips of a recipe are."""
 
     name: str  # key in `PROTOCOLS`
     title: str  # one line for a reader
@@ -69,8 +38,6 @@ class Protocol:
     data_version: str | None = None  # v0 or v1 of the published data set; None where nothing is published
     counts: Mapping[str, int] = field(default_factory=dict)  # chips that the published version lists, by split
     mask_suffix: str = "_annotation_flood.tif"  # end of a mask's file name, after the chip id
-    means: Statistics = field(default_factory=dict)  # empty: the recipe's own only
-    stds: Statistics = field(default_factory=dict)
     positive_class: int = 1  # the class that reports speak of
     hazard: str = "flood"  # what that class is, in one word: flood, fire. It names the split files as well
     repo: str | None = None  # id of the data set on the Hugging Face hub
@@ -89,8 +56,6 @@ _V0 = Protocol(
     label_map=(0, 1),
     data_version="v0",
     counts={"train": 57_067, "val": 9_028, "test": 14_556},
-    means=MEANS_0_1_2,
-    stds=STDS_0_1_2,
     repo="ibm-esa-geospatial/ImpactMesh-Flood",
     size_gb=210,  # inferred from the sizes of chips; no published figure
     recipe="terramind_v1_base_impactmesh_flood_amd",
@@ -111,12 +76,10 @@ _V1 = replace(
     title="ImpactMesh-Flood version 1, three classes",
     class_names=("no water", "permanent water", "flood water"),
     label_map=(0, 1, 2),
-    means=MEANS_0_2_0,
-    stds=STDS_0_2_0,
     positive_class=2,
     recipe="terramind_v1_base_impactmesh_flood_v1",
 )
-_CUSTOM = Protocol(name="custom", title="your own chips, with the classes and statistics of the recipe")
+_CUSTOM = Protocol(name="custom", title="your own chips, with the classes of the recipe")
 PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (_V0, _V1_BINARY, _V1, _CUSTOM)}
 
 
@@ -180,16 +143,6 @@ def fill_protocol(
         if value and list(value) != list(getattr(protocol, key)):
             raise ValueError(f"{key} is {value}, protocol {name} has {getattr(protocol, key)}; protocol custom is free")
     return protocol if positive_class is None else replace(protocol, positive_class=positive_class)
-
-
-def class_names_of(recipe: Mapping[str, Any]) -> list[str]:
-    """Names of a recipe's classes, from 0 up. See `protocol_of`."""
-    return list(protocol_of(recipe).class_names)
-
-
-def positive_class_of(recipe: Mapping[str, Any]) -> int:
-    """The class that reports speak of: `data.init_args.positive_class`, by default the protocol's or the last one."""
-    return protocol_of(recipe).positive_class
 
 
 def suffix_of(protocol: Protocol, part: str) -> str:

@@ -1,12 +1,19 @@
 """Which chips come when, in a run of one process or of several."""
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data.distributed import DistributedSampler
 
-from floodrepro.data.augment import hashed_number
+
+def hashed_number(seed: int, epoch: int, what: str) -> int:
+    """A number from 0 to 2^64 - 1 that looks random and depends on the three arguments only.
+
+    So neither the order of chips, nor the number of workers or processes, nor an interruption changes it.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{what}".encode(), digest_size=8).digest(), "little")
 
 
 class ShuffledByEpoch(DistributedSampler[int]):

@@ -20,8 +20,6 @@ from floodrepro.errors import DataError, UsageError
 FETCH_NOTE = "floodrepro-fetch.json"  # beside `split/`: repository, commit and what was asked for
 SYNTH_NOTE = "floodrepro-synth.txt"  # there too, of generated chips: the command that makes them again
 
-_SHOWN = 3  # examples in a message
-
 
 @dataclass(frozen=True)
 class DataState:
@@ -55,13 +53,13 @@ def read_events(path: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError) as error:
         what = f"the split file cannot be read: {getattr(error, 'strerror', None) or error}"
         raise DataError(what, where=path, fix="set --data-root, or floodrepro data fetch") from error
-    rows = [[cell.strip() for cell in line.split(",", 1)] for line in lines if line.strip()]
-    rows = rows[1:] if rows and [cell.lower() for cell in rows[0]] == ["chip", "event"] else rows
+    rows = [[cell.strip() for cell in f"{line},".split(",")] for line in lines if line.strip()]
+    rows = rows[1:] if rows and [cell.lower() for cell in rows[0][:2]] == ["chip", "event"] else rows
     doubles = [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]
     if doubles or not rows:
         what = f"chips listed twice: {_examples(doubles)}" if doubles else "the split file names no chip"
         raise DataError(what, where=path, fix="list each chip once, one id a line")
-    return {row[0]: row[1] if len(row) > 1 and row[1] else protocols.event_of(row[0]) for row in rows}
+    return {chip: event or protocols.event_of(chip) for chip, event, *_ in rows}
 
 
 def split_files(folder: Path) -> dict[str, Path]:
@@ -97,8 +95,8 @@ def choose_chips(
 ) -> dict[str, str]:
     """At most `limit` chips, or a fraction of them, and the event of each: whole events, but for the last one taken.
 
-    The order in which events and their chips are taken is drawn by hash, those with more chips than wanted last. All
-    seeds of a recipe, and every checkpoint that is tested, see the same chips.
+    Events and their chips are taken in the order of hashes, those with more chips than wanted last. All seeds of a
+    recipe, and every checkpoint that is tested, see the same chips.
 
     Raises:
         UsageError: The limit or the fraction is out of range.
@@ -160,12 +158,12 @@ def digest_of(source: Chips, chips: Sequence[str], parts: Sequence[str]) -> str:
     """Sha256 over the sorted chip ids of a split and the size in bytes of each chip's parts."""
     keys = [(chip, part) for chip in sorted(chips) for part in sorted(parts)]
     with ThreadPoolExecutor(16) as pool:  # a network disk takes about a millisecond for each of 320,000 files
-        sizes = list(pool.map(lambda key: source.size(*key), keys, chunksize=64))
-    lines = (f"{chip} {part} {size}\n" for (chip, part), size in zip(keys, sizes, strict=True))
+        sizes = pool.map(lambda key: source.size(*key), keys, chunksize=64)
+        lines = [f"{chip} {part} {size}\n" for (chip, part), size in zip(keys, sizes, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str] = SPLITS) -> list[str]:
+def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str]) -> list[str]:
     """One sentence for each pair of splits that share events, as published splits do, and one of which is asked for.
 
     Splits are given as chips and their events. Names as `test/holdout` are of one split: its parts may share chips.
@@ -204,4 +202,4 @@ def data_in(root: Path) -> list[str]:
 
 
 def _examples(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

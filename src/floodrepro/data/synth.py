@@ -3,31 +3,31 @@
 It stands in for the real data wherever what matters is that the pipeline works. Events are numbered from EMSR9001,
 beyond any Copernicus activation, so that a generated chip is never taken for a real one.
 
-Each event is one scene of 10 m pixels with four timesteps, of which only the third shows the event. Values are chosen
-so that the classes read as ImpactMesh-Flood's do (VV/VH about -10/-15 dB before, -15/-21 dB at the event, and back).
-Fields that lose backscatter without water, woods that hide it, wind, speckle and clouds resist a mere threshold.
-Shape suffixes: T = 4 timesteps, C = bands, H, W = pixels.
+Each event is one scene of 10 m pixels with four timesteps, of which only the third shows the event: a flood, whatever
+the protocol calls it. Values are chosen so that the classes read as ImpactMesh-Flood's do (VV/VH about -10/-15 dB
+before, -15/-21 dB at the event, and back). Fields that lose backscatter without water, woods that hide it, wind,
+speckle and clouds resist a mere threshold. Shape suffixes: T = 4 timesteps, C = bands, H, W = pixels.
 """
 
 import io
 import math
 import shutil
 import tarfile
-import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import rasterio
 import yaml
 import zarr
 from numcodecs import Blosc, Zlib
-from rasterio.errors import RasterioError
-from rasterio.warp import Resampling, reproject
+from rasterio.warp import reproject
 from scipy import ndimage
 
 from floodrepro import console
@@ -38,8 +38,9 @@ from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
 _STEPS = ("month_before", "before", "event", "after")  # as a scene.yaml names them
-_DEGREES = 0.00018  # about 20 m
-FIRST_EVENT, MAX_EVENTS = 9001, 900  # four digits each, so that names sort in the order of generation
+_CRS, _DEGREES = "EPSG:4326", 0.00018  # about 20 m: of a scene that is not like its chips
+_MISSING = {"S1RTC": np.nan, "S2L2A": NO_DATA, "DEM": NO_DATA, "MASK": IGNORE_INDEX}
+FIRST_EVENT = 9001
 EPSG, TILE = 32630, "30TXM"
 DAYS = {"S1RTC": (-30, -12, 0, 12), "S2L2A": (-33, -8, 1, 13)}  # from the event, as the satellites might pass
 LOOKS = 4.4  # equivalent number of looks of Sentinel-1 IW GRDH: ESA, S1-RS-MDA-52-7440, table 5-1
@@ -49,23 +50,18 @@ SOIL = np.array((850, 980, 1300, 1650, 1850, 2000, 2120, 2250, 2400, 2450, 2950,
 CROP = np.array((330, 400, 720, 440, 1020, 2650, 3300, 3500, 3700, 3750, 1850, 920))
 WATER = np.array((380, 420, 480, 330, 290, 230, 210, 200, 180, 170, 110, 80))
 TURBID = np.array((640, 780, 1050, 1120, 1150, 860, 820, 760, 620, 480, 230, 160))
-BURNT = np.array((350, 380, 430, 480, 600, 750, 820, 880, 950, 1000, 1700, 1650))
 CLOUD = np.array((6300, 6200, 6000, 5900, 6100, 6200, 6300, 6400, 6500, 6600, 4300, 3200))
 
 # How chips may be stored: a zarr chunk as a share of (T, C, H, W), rounded up, its compressor and byte order where
 # it is another than this machine's, and GDAL's options for the TIFFs.
+_TILES = {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "time": {"chunk": (0.25, 1, 1, 1), "codec": Blosc("lz4"), "tiff": {}},
     # zarr 2.18's own default for 256 px: chunks (2, 6, 128, 128)
     "quarters": {"chunk": (0.5, 0.5, 0.5, 0.5), "codec": Blosc("lz4"), "tiff": {"compress": "deflate", "predictor": 2}},
     "whole": {"chunk": (1, 1, 1, 1), "codec": Blosc("zstd", shuffle=0), "tiff": {"compress": "lzw"}},
     "uneven": {"chunk": (0.75, 1, 0.8, 0.3), "codec": Zlib(), "tiff": {"compress": "zstd"}},
-    "big-endian": {
-        "chunk": (0.25, 0.08, 1, 1),
-        "codec": None,
-        "order": ">",
-        "tiff": {"tiled": True, "blockxsize": 16, "blockysize": 16, "compress": "deflate"},
-    },
+    "big-endian": {"chunk": (0.25, 0.08, 1, 1), "codec": None, "order": ">", "tiff": _TILES},
 }
 
 
@@ -85,7 +81,7 @@ def generate(
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
     `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. `SYNTH_NOTE` says that the chips are
-    generated. All is written into a hidden folder first: a killed call leaves that, and nothing else.
+    generated. All is written into the hidden folder `.synth` first; what a killed call leaves there, the next removes.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -100,11 +96,11 @@ def generate(
 
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
-        DataError: `root` cannot be written.
+        DataError: `root` cannot be written, or another process is writing into it.
     """
     demands = {
         f"--root holds a data set ({', '.join(data_in(root))}), and nothing is overwritten": not data_in(root),
-        f"--events is {events}, expected 3 (one a split) to {MAX_EVENTS}": 3 <= events <= MAX_EVENTS,
+        f"--events is {events}, expected at least 3, one a split": events >= 3,
         f"--chips is {chips}, expected at least one an event, {events}": chips >= events,
         "--root holds scenes, and nothing is overwritten": not (scenes and (root / "scenes").exists()),
         f"--seed is {seed}, expected 0 or more": seed >= 0,
@@ -115,13 +111,16 @@ def generate(
         raise UsageError("; ".join(problems), where=root, fix="change the flags named above, or name a new folder")
     rules, held_out = PROTOCOLS[protocol], (events + 2) // 5
     counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
-    lists: dict[str, list[str]] = {split: [] for split in SPLITS}
+    like_v1 = rules.data_version == "v1"
+    further = ("test_seen_events", "test_holdout") if like_v1 else ()
+    lists: dict[str, list[str]] = {name: [] for name in (*SPLITS, *further)}
     flags = f"--events {events} --chips {chips} --size {size} --protocol {protocol} --seed {seed} --layout {layout}"
-    note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
+    hidden, made = root / ".synth", root / ".synth" / "made"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".synth-", dir=root) as hidden, console.progress("chips") as progress:
-            made = Path(hidden)
+        hidden.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(hidden / "lock", timeout=0), console.progress("chips") as progress, ExitStack() as stack:
+            stack.callback(shutil.rmtree, hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock is
+            shutil.rmtree(made, ignore_errors=True)
             for event, split in enumerate(np.repeat(SPLITS, list(counts.values())).tolist()):
                 share = chips // events + (event < chips % events)
                 drawn = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
@@ -129,29 +128,27 @@ def generate(
                     for name, content in files.items():
                         _write(made / "data" / name, content)
                     # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
-                    seen = rules.data_version == "v1" and split == "train" and number == 1
+                    seen = like_v1 and split == "train" and number == 1
                     lists["test" if seen else split].append(chip)
-                    progress(sum(map(len, lists.values())), chips)
+                    if like_v1 and (seen or split == "test"):
+                        lists["test_seen_events" if seen else "test_holdout"].append(chip)
+                    progress(sum(len(lists[name]) for name in SPLITS), chips)
             if layout == "hub":
                 _pack(made, lists, rules)
-            if rules.data_version == "v1":
-                trained = set(map(protocols.event_of, lists["train"]))
-                for name, wanted in (("test_seen_events", True), ("test_holdout", False)):
-                    lists[name] = [chip for chip in lists["test"] if (protocols.event_of(chip) in trained) == wanted]
             for name, ids in lists.items():
                 _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
+            note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
             _write(made / SYNTH_NOTE, note.encode())
             if scenes:
                 _write_scenes(made)
-            for path in sorted(made.iterdir(), key=lambda path: (path.name == SYNTH_NOTE, path.name)):
-                path.rename(root / path.name)  # the first one fails where another call has put a data set meanwhile
-    except (OSError, RasterioError) as error:
-        problem = f"the data set cannot be written: {getattr(error, 'strerror', '') or error}"
-        where = getattr(error, "filename", None) or root
-        raise DataError(problem, where=where, fix="name a new folder that can be written") from error
+            for path in sorted(made.iterdir()):
+                path.rename(root / path.name)
     except MemoryError as error:
         what = "the memory is too small for so many chips an event"
         raise UsageError(what, where="--chips", fix="fewer --chips, or more --events") from error
+    except OSError as error:  # a lock that is held is one as well
+        problem = f"the data set cannot be written: {error.strerror or error}"
+        raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 
@@ -181,68 +178,54 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
         The scene.yaml.
     """
     output.mkdir(parents=True, exist_ok=True)
-    source, offset, names = Chips(root), 1000 if mixed else 0, [*S2_BANDS, "SCL"]
-    places = {chip: [int(word[1:]) for word in chip.split("_")[-2:]] for chip in chips}  # x, y: see `_event_chips`
-    left, top = min(x for x, _ in places.values()), max(y for _, y in places.values())
-    corners = {chip: ((top - y) // 10, (x - left) // 10) for chip, (x, y) in places.items()}
-    size = len(source.raster(chips[0], "DEM"))
-    height, width = (max(corner[axis] for corner in corners.values()) + size for axis in (0, 1))
-    place = {"crs": f"EPSG:{EPSG}", "transform": rasterio.Affine(10, 0, left - 5, 0, -10, top + 5)}
+    source, offset, bands = Chips(root), 1000 if mixed else 0, [*S2_BANDS, "SCL"]
+    x, y = np.array([[int(word[1:]) for word in chip.split("_")[-2:]] for chip in chips]).T  # see `_event_chips`
+    images: dict[str, Array] = {}
+    for chip, row, column in zip(chips, (y.max() - y) // 10, (x - x.min()) // 10, strict=True):
+        optical, classes = source.bands(chip, "S2L2A"), source.extras(chip, "S2L2A", "SCL")[1]["SCL"]
+        optical[optical != NO_DATA] += offset
+        read = {part: source.raster(chip, part)[None] for part in ("DEM", "MASK")}
+        read["S1RTC"] = source.bands(chip, "S1RTC").astype(np.float32)
+        read["S2L2A"] = np.concatenate([optical, classes[:, None]], axis=1)
+        size = optical.shape[-1]
+        shape = (np.ptp(y) // 10 + size, np.ptp(x) // 10 + size)
+        for part, image in read.items():
+            whole = images.setdefault(part, np.full((*image.shape[:-2], *shape), _MISSING[part], image.dtype))
+            whole[..., row : row + size, column : column + size] = image
+    place = {"crs": f"EPSG:{EPSG}", "transform": rasterio.Affine(10, 0, x.min() - 5, 0, -10, y.max() + 5)}
 
-    def mosaic(missing: float, images: Mapping[str, Array]) -> Array:
-        """The images (…, H, W) of all chips in their places."""
-        first = images[chips[0]]
-        whole = np.full((*first.shape[:-2], height, width), missing, first.dtype)
-        for chip, (row, column) in corners.items():
-            whole[..., row : row + size, column : column + size] = images[chip]
-        return whole
+    def save(name: str, part: str, values: Array, described: Sequence[str], **where: Any) -> dict[str, Any]:
+        """Write a raster (C, H, W) and return a scene's entry of it."""
+        options = {"compress": "deflate", "tiled": True} | place | where
+        (output / name).write_bytes(_geotiff(values, _MISSING[part], described, **options))
+        return {"raster": name, "bands": list(described)}
 
-    def save(name: str, values: Array, missing: float, bands: Sequence[str], **where: Any) -> str:
-        """Write a raster (C, H, W) and return its name."""
-        profile = dict(zip(("count", "height", "width"), values.shape, strict=True)) | place | where
-        profile |= {"driver": "GTiff", "compress": "deflate", "tiled": True, "nodata": missing, "dtype": values.dtype}
-        with rasterio.open(output / name, "w", **profile) as file:
-            file.write(values)
-            file.descriptions = tuple(bands)
-        return name
-
-    def save_in_degrees(stem: str, values: Array) -> dict[str, str]:
-        """Write each optical band in EPSG:4326 to a file of its own and return the names."""
-        files, given = {}, {"src_crs": place["crs"], "src_transform": place["transform"], "src_nodata": NO_DATA}
-        for band, image in zip(names, values, strict=True):
-            method = Resampling.nearest if band == "SCL" else Resampling.bilinear
-            given |= {"dst_crs": "EPSG:4326", "dst_resolution": _DEGREES, "resampling": method}
-            warped, grid = reproject(image[None], **given)
-            files[band] = save(f"{stem}_{band}.tif", warped, NO_DATA, [band], crs="EPSG:4326", transform=grid)
-        return files
-
-    radar = mosaic(np.nan, {chip: source.bands(chip, "S1RTC").astype(np.float32) for chip in chips})
-    radar = 10 ** (radar / 10) if mixed else radar
-    optical = mosaic(NO_DATA, {chip: source.bands(chip, "S2L2A") for chip in chips})
-    optical[optical != NO_DATA] += offset
-    classes = {chip: source.extras(chip, "S2L2A", "SCL")[1]["SCL"].astype(np.int16) for chip in chips}
-    optical = np.concatenate([optical, mosaic(NO_DATA, classes)[:, None]], axis=1)
+    radar = 10 ** (images["S1RTC"] / 10) if mixed else images["S1RTC"]
     scene: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
     times = {sensor: source.extras(chips[0], sensor)[0]["datetime"].split(";") for sensor in scene}
     for step, key in enumerate(_STEPS):
-        file: dict[str, Any] = {"raster": save(f"s1_{key}.tif", radar[step], np.nan, S1_BANDS), "bands": list(S1_BANDS)}
+        file = save(f"s1_{key}.tif", "S1RTC", radar[step], S1_BANDS)
         scene["S1RTC"][key] = {"time": times["S1RTC"][step], "orbit": 66, "files": [file]}
         if mixed:
-            file = dict(save_in_degrees(f"s2_{key}", optical[step]))
+            given = {"src_crs": place["crs"], "src_transform": place["transform"], "src_nodata": NO_DATA}
+            warped, grid = reproject(images["S2L2A"][step], **given, dst_crs=_CRS, dst_resolution=_DEGREES)
+            file = {band: f"s2_{key}_{band}.tif" for band in bands}
+            for band, image in zip(bands, warped, strict=True):
+                save(file[band], "S2L2A", image[None], [band], crs=_CRS, transform=grid)
         else:
-            file = {"raster": save(f"s2_{key}.tif", optical[step], NO_DATA, names), "bands": list(names)}
+            file = save(f"s2_{key}.tif", "S2L2A", images["S2L2A"][step], bands)
         scene["S2L2A"][key] = {"time": times["S2L2A"][step], "files": [file | {"offset": -offset}]}
-    heights, truth = ({chip: source.raster(chip, part)[None] for chip in chips} for part in ("DEM", "MASK"))
-    scene["DEM"] = {"files": [{"data": save("dem.tif", mosaic(NO_DATA, heights), NO_DATA, ["data"])}]}
-    save("truth.tif", mosaic(IGNORE_INDEX, truth), IGNORE_INDEX, ["class"])
+    save("dem.tif", "DEM", images["DEM"], ["data"])
+    scene["DEM"] = {"files": [{"data": "dem.tif"}]}
+    save("truth.tif", "MASK", images["MASK"], ["class"])
     (output / "scene.yaml").write_text(yaml.safe_dump(scene, sort_keys=False), encoding="utf-8")
     return output / "scene.yaml"
 
 
-def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], hazard: str, edge: str) -> dict[str, Array]:
-    """A whole event as the satellites (DEM, S1RTC, S2L2A, SCL) and the mappers (permanent, hit, mapped: H, W) saw it.
+def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], values: int, edge: str) -> dict[str, Array]:
+    """A whole event as the satellites (DEM, S1RTC, S2L2A, SCL) and the mappers (MASK of so many values) saw it.
 
-    A fire burns what a flood would cover. `edge` is the sensor whose swath ends inside: NaN or NO_DATA lie beyond.
+    `edge` is the sensor whose swath ends inside: NaN or NO_DATA lie beyond.
     """
     rows, columns = np.mgrid[: shape[0], : shape[1]] / min(shape)
     river = 0.25 * shape[1] / min(shape) + 0.1 * np.sin(4 * rows + 6 * rng.random())
@@ -255,22 +238,19 @@ def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], hazard: str, e
     dry = (_field(rng, shape, 4) > 1.1) & ~woods  # fields that lose backscatter at the event, and no water comes
     s1, s2 = np.empty((4, 2, *shape)), np.empty((4, 12, *shape))
     scl = np.full((4, *shape), 4, np.uint8)
-    colour = BURNT if hazard == "fire" else TURBID
     cover = np.clip(0.5 + 0.3 * green, 0, 1)
     for step in range(4):
         struck = hit & (step == EVENT)
-        open_water = permanent | (struck & ~woods & (hazard != "fire"))
+        open_water = permanent | (struck & ~woods)
         land = np.stack((-9.8 + 0.9 * rough, -15.2 + 0.9 * rough)) + 1.2 * woods - 4.0 * (dry & (step == EVENT))
-        burnt = np.array((-3.0, -5.0))[:, None, None] * (struck & (hazard == "fire"))
         wind = np.clip(_field(rng, shape, 5) - 1, 0, 1)
-        decibels = np.where(
-            open_water, np.stack((-17.5 + 4 * wind, -23.5 + 2 * wind)), land + burnt + rng.normal(0, 0.3)
-        )
+        water = np.stack((-17.5 + 4 * wind, -23.5 + 2 * wind))
+        decibels = np.where(open_water, water, land + rng.normal(0, 0.3))
         # Speckle: a gamma law of mean 1 (Oliver and Quegan, Understanding Synthetic Aperture Radar Images, chapter 4).
         s1[step] = decibels + 10 * np.log10(rng.gamma(LOOKS, 1 / LOOKS, decibels.shape))
         surface = SOIL[:, None, None] * (1 - cover) + CROP[:, None, None] * cover
         surface = np.where(permanent, WATER[:, None, None], surface)
-        surface = np.where(struck & ~woods, colour[:, None, None], surface)
+        surface = np.where(struck & ~woods, TURBID[:, None, None], surface)
         thickness = _field(rng, shape, 7)
         haze = np.clip(3 * (thickness - np.quantile(thickness, 0.5 if step == EVENT else 0.85)), 0, 1)
         s2[step] = surface + haze * (CLOUD[:, None, None] - surface) + rng.normal(0, 40, surface.shape)
@@ -282,10 +262,10 @@ def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], hazard: str, e
         s1[EVENT, :, far] = np.nan
     if edge == "S2L2A":
         s2[0, :, far], scl[0, far] = NO_DATA, NOT_SEEN
-    mapped = ~(far if edge == "S1RTC" else beyond < np.quantile(beyond, 0.05))
+    truth = np.where(hit, values - 1, permanent & (values == 3)).astype(np.int8)  # version 1 tells permanent water
+    truth[far if edge == "S1RTC" else beyond < np.quantile(beyond, 0.05)] = IGNORE_INDEX
     elevation = np.rint(60 + 40 * np.maximum(height, 0) + 4 * woods + rng.normal(0, 0.6, shape)).astype(np.int16)
-    images = {"DEM": elevation, "S1RTC": s1.astype(np.float16), "S2L2A": s2, "SCL": scl}
-    return images | {"permanent": permanent, "hit": hit, "mapped": mapped}
+    return {"DEM": elevation, "S1RTC": s1.astype(np.float16), "S2L2A": s2, "SCL": scl, "MASK": truth}
 
 
 def _field(rng: np.random.Generator, shape: tuple[int, int], smooth: float) -> Array:
@@ -302,29 +282,25 @@ def _event_chips(
     columns = int(np.ceil(np.sqrt(chips)))
     shape = (-(-chips // columns) * size, columns * size)
     # In turn, so that the smallest data set has both kinds of missing pixels and an event without any.
-    scene = _draw_scene(rng, shape, protocol.hazard, edge=("", "S1RTC", "S2L2A")[event % 3])
-    truth = np.where(scene["hit"], len(protocol.label_map) - 1, 0).astype(np.int8)
-    if len(protocol.label_map) == 3:  # version 1 tells permanent water from the rest
-        truth[scene["permanent"]] = 1
-    truth[~scene["mapped"]] = IGNORE_INDEX
+    scene = _draw_scene(rng, shape, len(protocol.label_map), edge=("", "S1RTC", "S2L2A")[event % 3])
     time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
     times = {s: ";".join(np.datetime_as_string(time + np.array(days, "m8[D]"), "s")) for s, days in DAYS.items()}
     orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
-    suffixes = {part: protocols.suffix_of(protocol, part) for part in PARTS}
     for number in range(chips):
         row, column = (place * size for place in divmod(number, columns))
-        east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row
-        window = np.s_[..., row : row + size, column : column + size]
-        s1, s2, scl, mask = scene["S1RTC"][window], scene["S2L2A"][window], scene["SCL"][window], truth[window]
+        east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row  # of the first pixel's centre
+        cut = {part: image[..., row : row + size, column : column + size] for part, image in scene.items()}
         variant = variants[number % len(variants)]
-        chip = f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}"
+        place = {"crs": f"EPSG:{EPSG}", "transform": rasterio.Affine(10, 0, east - 5, 0, -10, north + 5)}
+        masks = {"SCL": cut["SCL"], "cloud_mask": cut["SCL"] == CLOUDY}, {"nan_mask": np.isnan(cut["S1RTC"][:, 0])}
         contents = {
-            "S2L2A": zarr_zip(s2, {"SCL": scl, "cloud_mask": scl == CLOUDY}, {"datetime": times["S2L2A"]}, variant),
-            "S1RTC": zarr_zip(s1, {"nan_mask": np.isnan(s1[:, 0])}, {"datetime": times["S1RTC"]} | orbits, variant),
-            "DEM": _geotiff(scene["DEM"][window], east, north, NO_DATA, variant["tiff"]),
-            "MASK": _geotiff(mask, east, north, IGNORE_INDEX, variant["tiff"]),
+            "S2L2A": zarr_zip(cut["S2L2A"], masks[0], {"datetime": times["S2L2A"]}, variant),
+            "S1RTC": zarr_zip(cut["S1RTC"], masks[1], {"datetime": times["S1RTC"]} | orbits, variant),
         }
-        yield chip, {f"{part}/{chip}{suffixes[part]}": content for part, content in contents.items()}
+        for part in ("DEM", "MASK"):
+            contents[part] = _geotiff(cut[part][None], _MISSING[part], **place, **variant["tiff"])
+        chip = f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}"
+        yield chip, {f"{part}/{chip}{protocols.suffix_of(protocol, part)}": contents[part] for part in PARTS}
 
 
 def zarr_zip(
@@ -349,13 +325,14 @@ def zarr_zip(
     return buffer.getvalue()
 
 
-def _geotiff(values: Array, east: int, north: int, no_data: int, options: Mapping[str, Any]) -> bytes:
-    """One band (H, W) with the chip's georeference: `east` and `north` are the centre of its upper left pixel."""
-    profile = {"driver": "GTiff", "count": 1, "dtype": values.dtype.name, "nodata": no_data, **options}
-    profile |= {"height": values.shape[0], "width": values.shape[1], "crs": f"EPSG:{EPSG}"}
+def _geotiff(values: Array, no_data: float, described: Sequence[str] = (), **options: Any) -> bytes:
+    """A GeoTIFF of bands (C, H, W)."""
+    shape = dict(zip(("count", "height", "width"), values.shape, strict=True))
     with rasterio.MemoryFile() as memory:
-        with memory.open(**profile, transform=rasterio.Affine(10, 0, east - 5, 0, -10, north + 5)) as target:
-            target.write(values, 1)
+        with memory.open(driver="GTiff", dtype=values.dtype.name, nodata=no_data, **shape, **options) as target:
+            target.write(values)
+            if described:
+                target.descriptions = tuple(described)
         return bytes(memory.read())
 
 

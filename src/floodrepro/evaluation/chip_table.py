@@ -4,7 +4,7 @@ N = chips, K = classes, B = bins of probability. `docs/chip-table.md` describes 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +21,6 @@ from floodrepro.run_folder import replacing
 SCHEMA = 2
 BINS = 50  # of probability, equally wide from 0 to 1, each with its lower edge: thresholds in steps of 0.02
 _KEY = "floodrepro"
-_IDS = ("chip", "event")
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,7 @@ class ChipTable:
     metadata: dict[str, Any] = field(default_factory=dict)  # JSON types, as `docs/chip-table.md` lists them
 
     @classmethod
-    def of_batches(
-        cls,
-        rows: Iterable[tuple[str, str]],
-        batches: Sequence[Mapping[str, npt.NDArray[Any]]],
-        metadata: dict[str, Any],
-    ) -> Self:
+    def of_batches(cls, rows: Iterable[tuple[str, str]], batches: Sequence[Any], metadata: dict[str, Any]) -> Self:
         """The table of batches that `floodrepro.evaluation.counting.count` counted; each row's chip and its event."""
         columns: dict[str, Any] = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
         chips, events = np.array(list(rows), dtype=np.str_).T
@@ -58,30 +52,14 @@ class ChipTable:
         return len(self.chips)
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return int(self.counts.shape[-1])
-
-    @property
     def positive(self) -> int:
         """The class that a report speaks of, 0 to K - 1."""
-        return int(self.metadata.get("positive_class", self.num_classes - 1))
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes."""
-        return self.metadata.get("class_names") or [f"class {k}" for k in range(self.num_classes)]
+        return int(self.metadata.get("positive_class", self.counts.shape[-1] - 1))
 
     @property
     def name(self) -> str:
         """Whose predictions these are: a checkpoint's file name, a baseline, or the name given to masks."""
         return str((self.metadata.get("predictor") or self.metadata.get("checkpoint") or {}).get("name", "unnamed"))
-
-    @property
-    def brier(self) -> float | None:
-        """Mean of (probability - truth)^2 of the positive class, 0 to 1 (Brier 1950); None without probabilities."""
-        pixels = int(self.counts.sum())
-        return float(self.squared_error.sum() / pixels) if self.squared_error is not None and pixels else None
 
     def subset(self, chips: Sequence[str] | npt.NDArray[np.str_], **metadata: Any) -> "ChipTable":
         """The rows of these chips, in their order, with metadata changed as given.
@@ -90,10 +68,9 @@ class ChipTable:
             TableError: A chip is not in the table.
         """
         places = {chip: row for row, chip in enumerate(self.chips.tolist())}
-        try:
-            rows = np.array([places[str(chip)] for chip in chips], dtype=np.int64)
-        except KeyError as error:
-            raise TableError(f"a chip is not in the chip table: {error.args[0]}") from error
+        if missing := [chip for chip in chips if chip not in places]:
+            raise TableError(f"a chip is not in the chip table: {missing[0]}")
+        rows = np.array([places[chip] for chip in chips], np.int64)
         changed = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **changed, metadata=self.metadata | metadata)
 
@@ -108,7 +85,7 @@ def write_table(table: ChipTable, path: Path) -> None:
     for name, values in vars(table).items():
         if isinstance(values, np.ndarray) and values.dtype.kind != "U":
             columns[name] = values if values.ndim == 1 else [row.ravel() for row in values]
-    metadata = {"schema": SCHEMA, "classes": table.num_classes} | table.metadata
+    metadata = {"schema": SCHEMA, "classes": table.counts.shape[-1]} | table.metadata
     content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(metadata)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,49 +99,42 @@ def read_table(path: Path) -> ChipTable:
     """Read a table.
 
     Raises:
-        TableError: There is no such file, it is damaged, of another schema, or empty.
+        TableError: There is no such file, it is damaged or empty, or of another schema.
     """
-    if not path.is_file():
-        raise TableError("chip table not found", where=path, fix="floodrepro test --ckpt FILE writes it")
     try:
         content = pq.read_table(path, page_checksum_verification=True)
         metadata = json.loads((content.schema.metadata or {})[_KEY.encode()])
-        if metadata.get("schema") != SCHEMA:
-            what = f"the chip table has schema {metadata.get('schema')}, this version of floodrepro reads {SCHEMA}"
-            raise TableError(what, where=path, fix="run the test again with this version")
-        if not len(content):
-            raise TableError("the chip table has no rows: the split was empty", where=path)
+        if metadata["schema"] != SCHEMA:
+            raise ValueError(f"it has schema {metadata['schema']}, this version of floodrepro reads {SCHEMA}")
+        columns: dict[str, Any] = {name: np.stack(content[name].to_numpy()) for name in content.column_names}
+        chips, events = (columns.pop(name).astype(np.str_) for name in ("chip", "event"))
         classes = metadata.pop("classes")
-        shapes: dict[str, tuple[int, ...]] = {"counts": (classes, classes), "histogram": (2, -1)}
-        chips, events = (np.array(content[name].to_pylist(), dtype=np.str_) for name in ("chip", "event"))
-        columns: dict[str, Any] = {}
-        for name in set(content.column_names) - {"chip", "event"}:
-            values = np.stack(content[name].to_numpy())
-            columns[name] = values.reshape(len(values), *shapes.get(name, values.shape[1:]))
+        for name, shape in {"counts": (classes, classes), "histogram": (2, BINS)}.items():
+            if name in columns:
+                columns[name] = columns[name].reshape(-1, *shape)
         for name in {"counts", "ignored", "unseen", "histogram"} & columns.keys():
             if columns[name].dtype.kind not in "iu" or (columns[name] < 0).any():
                 raise ValueError(f"{name} holds what is no count")
-        if len(set(chips)) < len(chips) or not all(isinstance(c, str) for n in _IDS for c in content[n].to_pylist()):
+        ids = [one for name in ("chip", "event") for one in content[name].to_pylist()]
+        if len(set(chips)) < len(chips) or not all(isinstance(one, str) for one in ids):
             raise ValueError("chips and events are no text, or a chip is there twice")
         if metadata.get("positive_class", 0) not in range(classes):
             raise ValueError(f"the positive class is none of {classes}")
         parts = [metadata.get(key) or {} for key in ("checkpoint", "predictor", "data", "metrics", "inputs", "speed")]
-        if (
-            not all(isinstance(part, dict) for part in parts)
-            or len(metadata.get("class_names") or "x" * classes) != classes
-        ):
+        named = len(metadata.get("class_names") or range(classes))
+        if named != classes or not all(isinstance(part, dict) for part in parts):
             raise TypeError("its metadata is of other types")
         return ChipTable(chips, events, **columns, metadata=metadata)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise TableError(f"this is no chip table, or it is damaged: {error}", where=path) from error
+        what = f"this is no chip table, or it is damaged: {error}"
+        raise TableError(what, where=path, fix="floodrepro test writes it") from error
 
 
 def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     """Why two tables cannot be compared chip by chip; None if they have the same classes, chips and truth."""
-    if one.num_classes != other.num_classes:
-        return f"{one.num_classes} classes against {other.num_classes}: another protocol"
-    if one.metadata.get("protocol") != other.metadata.get("protocol"):
-        return f"protocol {one.metadata.get('protocol')} against {other.metadata.get('protocol')}"
+    kinds = [f"{table.counts.shape[-1]} classes of {table.metadata.get('protocol')}" for table in (one, other)]
+    if kinds[0] != kinds[1]:
+        return f"another protocol: {kinds[0]} against {kinds[1]}"
     if not np.array_equal(one.chips, other.chips):
         only = len(set(one.chips.tolist()) ^ set(other.chips.tolist()))
         return f"other chips: {only} are in one table alone" if only else "the same chips in another order"
@@ -174,21 +144,3 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     if differing.any():
         return f"another truth in {int(differing.sum())} chips, the first is {one.chips[differing][0]}"
     return None
-
-
-def on_common_chips(one: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
-    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out.
-
-    A mask without data in part of a chip would otherwise be judged on easier pixels than a model that predicts them
-    all. Tables of different chips are returned as they are.
-
-    Raises:
-        TableError: No chip is left.
-    """
-    if not np.array_equal(one.chips, other.chips):
-        return one, other, 0
-    whole = (one.unseen == 0) & (other.unseen == 0)
-    if not whole.any():
-        raise TableError("the two chip tables have no chip of which both have seen every pixel")
-    chips = one.chips[whole]
-    return one.subset(chips), other.subset(chips), int((~whole).sum())

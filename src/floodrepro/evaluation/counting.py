@@ -7,34 +7,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from floodrepro.data.protocols import IGNORE_INDEX
 from floodrepro.errors import DataError
 from floodrepro.evaluation.chip_table import BINS
 
 
 def count(
-    truth: Any,
-    prediction: Any,
-    probability: Any = None,
-    *,
-    classes: int,
-    positive: int = -1,
-    ignore_index: int = IGNORE_INDEX,
+    truth: Any, prediction: Any, probability: Any = None, *, classes: int, positive: int = -1, ignore_index: int = -1
 ) -> dict[str, npt.NDArray[Any]]:
     """The columns of `floodrepro.evaluation.chip_table.ChipTable` for a batch, by their names.
 
     Args:
         truth: (B, H, W), integers, a tensor or an array; pixels of `ignore_index` do not count.
         prediction: (B, H, W), integers from 0 to K - 1; -1 where there is none.
-        probability: (B, H, W), of the positive class, 0 to 1; without it three of the columns are missing.
+        probability: (B, H, W), of the class `positive`, 0 to 1; without it three of the columns are missing.
         classes: K.
-        positive: The class that the probabilities are of; -1 is the last.
+        positive: -1 is the last class.
         ignore_index: See truth.
 
     Raises:
         DataError: The truth or the prediction holds a class that is none of the K.
     """
-    truth, prediction = _tensor(truth), _tensor(prediction)
+    # The sums of probabilities have no deterministic form on a GPU.
+    device = "cpu" if torch.are_deterministic_algorithms_enabled() else None
+    truth, prediction = (torch.as_tensor(values, device=device) for values in (truth, prediction))
     known, chips = truth != ignore_index, len(truth)
     counted = known & (prediction >= 0)
     # Other pixels go to one more chip, which is dropped: a mask takes seven times as long on a CPU, and on a GPU waits.
@@ -56,15 +51,10 @@ def count(
         "unseen": (known & ~counted).sum(dim=(1, 2)),
     }
     if probability is not None:
-        p, is_positive = torch.where(counted, _tensor(probability), 0).double(), label == positive % classes
+        p = torch.where(counted, torch.as_tensor(probability, device=device), 0).double()
+        is_positive = label == positive % classes
         place = (p * BINS).int().clamp_(max=BINS - 1)
         found["histogram"] = bincount((2 * chip + is_positive.int()) * BINS + place, 2, BINS)
         found["confidence"] = bincount(chip * BINS + place, BINS, weights=p)
         found["squared_error"] = bincount(chip, weights=(p - is_positive.double()).square_())
     return {name: value.cpu().numpy() for name, value in found.items()}
-
-
-def _tensor(values: Any) -> Tensor:
-    """On the device where it is, unless that has no deterministic form of a weighted bincount."""
-    tensor = torch.as_tensor(values)
-    return tensor.cpu() if torch.are_deterministic_algorithms_enabled() else tensor

@@ -38,17 +38,14 @@ def tabulate_masks(
     scale: float | None = None,
     values: str | None = None,
 ) -> ChipTable:
-    """Count masks against the truth of a split.
-
-    A pixel of a chip takes the value of the mask's pixel in which its centre lies, whatever CRS the mask is in. Where
-    a mask has no data, or none covers the chip, the pixel is not counted; `unseen` says how many these are.
+    """Count masks against the truth of a recipe's split, as `docs/chip-table.md` describes.
 
     Args:
         recipe: Says where the chips are and what their classes are.
         masks: Files, or folders of files: one per chip, named after it, or rasters that cover several chips.
-        chips: Chip ids of the split and the event of each.
-        name: What the table is called in reports.
-        split: Its name.
+        chips: Ids, and the event of each.
+        name: What reports call the table.
+        split: What the chips are.
         scale: For masks of probabilities of the positive class: the value that means 1.
         values: The class of each value, as `parse_values` reads it. By default a value is a class.
 
@@ -57,47 +54,31 @@ def tabulate_masks(
         DataError: A file cannot be read, holds values that are not known, or no mask covers any chip.
     """
     protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
-    classes, positive = len(protocol.class_names), protocol.positive_class
+    names, positive = list(protocol.class_names), protocol.positive_class
     if not protocols.uses_flood_data_module(recipe):
         raise UsageError("masks are compared on chips of floodrepro's own data module", where="data.class_path")
-    if scale is not None and classes != 2:
-        raise UsageError(f"the protocol has {classes} classes: masks of probabilities need two", fix="give classes")
+    if scale is not None and len(names) != 2:
+        raise UsageError(f"the protocol has {len(names)} classes: masks of probabilities need two", fix="give classes")
     data = check_data(recipe, (split if split in ("train", "val") else "test",))
-    source, files = Chips(Path(arguments["data_root"]), protocol), _raster_files(masks)
-    by_chip = _named_after_chips(files, chips, "prob" if scale is not None else "pred")
-    named = parse_values(values, protocol.class_names) if values else {}
+    source = Chips(Path(arguments["data_root"]), protocol)
+    files = _raster_files(masks, "_pred" if scale is None else "_prob")
+    by_chip = _named_after_chips(files, chips)
+    known = parse_values(values, names) if values else {k: k for k in range(len(names))}
     batches = []
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
         for done, chip in enumerate(chips, 1):
-            truth = read_truth(source, chip)
             with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR), driver="GTiff") as grid:
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
-                found = _on_chip(rasters, grid, named)
-            probability = None if scale is None else found / scale
-            if probability is None:
-                prediction = _classes_of(found, named or {k: k for k in range(classes)}, chip)
-            else:
-                if (probability < 0).any() or (probability > 1).any():
-                    low, high = np.nanmin(probability), np.nanmax(probability)
-                    what = f"the mask over {chip} holds probabilities {low:g} to {high:g}, expected 0 to 1"
-                    raise DataError(what, fix="--probability 100 or --probability 255 says which value means 1")
-                prediction = np.select([probability > 0.5, probability <= 0.5], [positive, 1 - positive], -1)
-            layers = (None if one is None else one[None] for one in (truth, prediction, probability))
-            batches.append(count(*layers, classes=classes, positive=positive))
+                found = _on_chip(rasters, grid, known if values else ())
+            prediction, probability = _interpret(found, known, scale, positive, chip)
+            layers = (None if one is None else one[None] for one in (read_truth(source, chip), prediction, probability))
+            batches.append(count(*layers, classes=len(names), positive=positive))
             show(done, len(chips))
-    metadata: dict[str, Any] = {
-        "split": split,
-        "class_names": list(protocol.class_names),
-        "positive_class": positive,
-        "protocol": protocol.name,
-        "predictor": {"kind": "masks", "name": name},
-        "detail": f"{'classes' if scale is None else 'probabilities'} from {len(files)} rasters, nearest pixel",
-        "checkpoint": None,
-        "data": data.as_dict(),
-        "metrics": {},
-        "made": timestamp(),
-    }
+    metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive}
+    metadata |= {"protocol": protocol.name, "data": data.as_dict(), "predictor": {"kind": "masks", "name": name}}
+    detail = f"{len(files)} rasters, nearest pixel"
+    metadata |= {"detail": detail, "checkpoint": None, "metrics": {}, "made": timestamp()}
     table = ChipTable.of_batches(chips.items(), batches, metadata)
     unseen, counted = int(table.unseen.sum()), int(table.counts.sum())
     if not counted:
@@ -150,22 +131,23 @@ def _open(file: Path) -> DatasetReader:
     return dataset
 
 
-def _raster_files(masks: Sequence[Path]) -> list[Path]:
+def _raster_files(masks: Sequence[Path], preferred: str) -> list[Path]:
+    """The rasters among files and in folders; where some are named like `predict`'s, these alone."""
     places = [file for place in masks for file in (sorted(place.rglob("*")) if place.is_dir() else [place])]
     files = [file for file in places if file.suffix.lower() in (".tif", ".tiff", ".vrt")]
     if not files:
         raise DataError("there are no masks here", where=masks[0], fix=_ADVICE)
-    return files
+    return [file for file in files if file.stem.endswith(preferred)] or files
 
 
-def _named_after_chips(files: Sequence[Path], chips: Mapping[str, str], preferred: str) -> dict[str, Path]:
+def _named_after_chips(files: Sequence[Path], chips: Mapping[str, str]) -> dict[str, Path]:
     """The file of each chip: its stem is the chip's id, or the id, `_` and any other words."""
     found: dict[str, Path] = {}
-    for file in sorted(files, key=lambda file: file.stem.endswith(f"_{preferred}")):
+    for file in files:
         chip = file.stem
         while chip and chip not in chips:
             chip = chip.rpartition("_")[0]
-        if chip in found and file.stem != f"{chip}_{preferred}":
+        if chip in found:
             raise DataError(f"two masks are named after {chip}: {file.name} and {found[chip].name}", where=file.parent)
         if chip:
             found[chip] = file
@@ -190,13 +172,22 @@ def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Conta
     return found
 
 
-def _classes_of(found: npt.NDArray[np.float64], known: Mapping[int, int], chip: str) -> npt.NDArray[np.int64]:
-    """Classes (H, W) of values; -1 where there is none, or one that means no data."""
-    prediction = np.full(found.shape, -1)
-    for value in np.unique(found[~np.isnan(found)]).tolist():
-        if value not in known:
-            what = f"the mask over {chip} holds {value:g}, expected one of {sorted(known)}"
-            fix = f"--values VALUE=CLASS,... names them, {value:g}={_NONE} leaves one out; or --probability"
-            raise DataError(what, fix=fix)
-        prediction[found == value] = known[value]
-    return prediction
+def _interpret(
+    found: npt.NDArray[np.float64], known: Mapping[int, int], scale: float | None, positive: int, chip: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
+    """Classes (H, W) of values, -1 where there is none, and probabilities (H, W) if there is a scale."""
+    seen = ~np.isnan(found)
+    if scale is None:
+        probability, odd, expected = None, np.setdiff1d(found[seen], list(known)), f"one of {sorted(known)}"
+        fix = f"--values VALUE=CLASS,... names them, VALUE={_NONE} leaves one out; or --probability"
+        prediction = np.full(found.shape, -1)
+        for value, label in known.items():
+            prediction[found == value] = label
+    else:
+        probability = found / scale
+        odd, expected = probability[(probability < 0) | (probability > 1)], "0 to 1"
+        fix = "--probability 100 or --probability 255 says which value means 1"
+        prediction = np.select([probability > 0.5, seen], [positive, 1 - positive], -1)
+    if odd.size:
+        raise DataError(f"the mask over {chip} holds {odd[0]:g}, expected {expected}", fix=fix)
+    return prediction, probability

@@ -10,7 +10,7 @@ from rasterio.windows import Window
 from floodrepro.console import public
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.mapping.reader import read_source
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, Acquisition, Array, Grid, Scene, Source, opened
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, Acquisition, Array, Bands, Grid, Scene, opened
 
 _WINDOW, _ALONG = 256, 3  # pixels of a window of the sample, and windows along each side
 _FEW = 1000  # pixels: of fewer, speckle decides
@@ -27,8 +27,8 @@ def list_problems(scene: Scene, max_gap: float) -> list[str]:
     """
     problems = list(_dates(scene, max_gap))
     for a in scene.acquisitions.values():
-        for source in a.sources:
-            if problem := _bands(a, source) or _values(a, source, scene.grid):
+        for bands, offset in a.sources:
+            if problem := _bands(a, bands) or _values(a, bands, offset, scene):
                 problems.append(f"{a.name}: {public(problem)}")
     return problems
 
@@ -38,23 +38,19 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
     for a, b in itertools.pairwise(timed):  # by sensor, each in order of steps
         if a.sensor == b.sensor and a.time >= b.time:
             yield f"{a.name} ({a.time:%F}) is not before {b.name} ({b.time:%F}): are the dates swapped?"
-    for a in timed if scene.event else []:
-        if (a.time < scene.event) != (a.step < EVENT_STEP):
-            yield f"{a.name} ({a.time:%F}) is on the wrong side of the event ({scene.event:%F})"
     radar, optical = (scene.acquisitions.get((sensor, EVENT_STEP)) for sensor in ("S1RTC", "S2L2A"))
     before = scene.acquisitions.get(("S1RTC", EVENT_STEP - 1))
-    for key in ("orbit", "direction"):
-        was, now = (a.facts.get(key) if a else None for a in (before, radar))
-        if was and now and was != now:
-            yield f"S1RTC: {key} {was} before and {now} at the event: what changed may be the view alone"
+    was, now = (a.said.get("orbit") if a else None for a in (before, radar))
+    if was and now and was != now:
+        yield f"S1RTC: orbit {was} before and {now} at the event: what changed may be the view alone"
     if radar and optical and (gap := abs((radar.time - optical.time).total_seconds()) / 86_400) > max_gap:
         yield f"the event passes of radar and optical are {gap:.1f} days apart (limit {max_gap:g}, --max-gap)"
 
 
-def _bands(a: Acquisition, source: Source) -> str | None:
+def _bands(a: Acquisition, bands: Bands) -> str | None:
     """Whether each raster has the bands that it is said to have, by number and, where it tells them, name and unit."""
-    for place in dict.fromkeys(place for place, _ in source.bands.values()):
-        listed = {name: number for name, (where, number) in source.bands.items() if where == place}
+    for place in dict.fromkeys(place for place, _ in bands.values()):
+        listed = {name: number for name, (where, number) in bands.items() if where == place}
         with opened(place) as raster:
             if raster.count != max(listed.values()):
                 return f"{place} has {raster.count} bands, {max(listed.values())} are named ({', '.join(listed)})"
@@ -68,21 +64,20 @@ def _bands(a: Acquisition, source: Source) -> str | None:
     return None
 
 
-def _values(a: Acquisition, source: Source, grid: Grid) -> str | None:
+def _values(a: Acquisition, bands: Bands, offset: float | None, grid: Grid) -> str | None:
     """What windows spread over the grid say, by pixels (C, N) in the file's unit that miss no band."""
-    names, parts = BANDS[a.sensor], []
-    for row in np.unique(np.linspace(0, max(grid.height - _WINDOW, 0), _ALONG).astype(int)):
-        for column in np.unique(np.linspace(0, max(grid.width - _WINDOW, 0), _ALONG).astype(int)):
-            window = Window(column, row, min(_WINDOW, grid.width), min(_WINDOW, grid.height))
-            parts.append(read_source(a, source, names, grid, window).reshape(len(names), -1))
-    values = np.concatenate(parts, axis=1)
+    width, height = min(_WINDOW, grid.width), min(_WINDOW, grid.height)
+    columns, rows = np.linspace(0, (grid.width - width, grid.height - height), _ALONG, dtype=int).T
+    windows = [Window(column, row, width, height) for row in np.unique(rows) for column in np.unique(columns)]
+    parts = [read_source(a, bands, BANDS[a.sensor], grid, window) for window in windows]
+    values = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
     values = values[:, ~np.isnan(values).any(axis=0)]
     if values.shape[1] < _FEW:
         return None  # it may see a corner only; the shares of map.json tell
     if a.sensor == "S1RTC":
-        return _radar(values, a.unit)
+        return _radar(values, a.said["unit"])
     if a.sensor == "S2L2A":
-        return _optical(values, source.offset)
+        return _optical(values, offset)
     lowest, highest = values.min(), values.max()
     return f"heights from {lowest:.0f} to {highest:.0f} are no metres" if lowest < -500 or highest > 9000 else None
 

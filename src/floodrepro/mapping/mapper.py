@@ -9,62 +9,83 @@ C = classes, H, W = rows and columns of the raster, h = rows of a strip.
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.figure
 import numpy as np
+import pyogrio
 import rasterio
+import rasterio.features
+import rasterio.shutil
 import shapely
 from filelock import FileLock, Timeout
+from rasterio import DatasetReader
+from rasterio._err import CPLE_BaseError  # rasterio.shutil.copy lets GDAL's own errors through
+from rasterio.errors import RasterioError
 from rasterio.windows import Window
+from shapely.geometry import shape
 
 from floodrepro import console
-from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
+from floodrepro.data.protocols import NO_DATA
 from floodrepro.errors import DataError, RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.counting import count
-from floodrepro.mapping import write
-from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, Tile, read_water
-from floodrepro.mapping.scene import EVENT_STEP, PIXEL, Array, Grid, Scene, name_of, opened
+from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, is_seen, water_of
+from floodrepro.mapping.scene import EVENT_STEP, PIXEL, Array, Scene, opened
 from floodrepro.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from floodrepro.mapping.network import Network
 
-_RECORD, _WORK, _JOURNAL, _LOCK = "map.json", ".map-in-progress", "journal.json", "lock"
-_TRUTH_TILE = 256  # pixels: a row of the table that compares a map with a truth
-Predict = Callable[[Sequence[Tile]], Array]  # tiles of one size -> probabilities (N, C, rows, columns)
+_RECORD, _WORK, _BEGUN, _LOCK = "map.json", ".map-in-progress", "begun.json", "lock"
+NOT_SEEN = 255
+PROBABILITY_STEPS = 250  # a probability of 1 in the uint8 raster
+# The layers of a map that is being made: class, probability, quality, whether it is the positive class, the event in
+# red, green and blue. They lie in one file, row by row, which Python writes: GDAL may say nothing of a full disk.
+_RAW, _LAYERS = "layers.raw", 7
+_HEADER = "ENVI\nsamples = {0.width}\nlines = {0.height}\nbands = {1}\ndata type = 1\ninterleave = bil\n"
+_HEADER += "map info = {{UTM, 1, 1, {0.transform.c}, {0.transform.f}, {0.transform.a}, {0.transform.a}, {2}, WGS-84}}\n"
+_RESAMPLING = {"class": "MODE", "probability": "AVERAGE", "quality": "NEAREST"}  # of overviews
+_PICTURE = 1024  # pixels of the picture's longer side, at most
+_CHUNK = 256  # rows that are held at once where a whole raster is read; edge of a tile that is compared with a truth
+_DISK_ERRORS = (OSError, RasterioError, CPLE_BaseError, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError)
+Predict = Callable[[int], Iterable[tuple[int, Array]]]
+
+
+def starts(size: int, crop: int, stride: int) -> list[int]:
+    """First pixels of the tiles along an axis; one that is smaller than a tile has one tile of its own size."""
+    return [*range(0, size - crop, stride), max(size - crop, 0)]
 
 
 def strips(
-    predict: Predict, shape: tuple[int, int, int], crop: int, stride: int, batch: int, first_row: int = 0
+    predict: Predict, shape: tuple[int, int, int], crop: int, stride: int, first_row: int = 0
 ) -> Iterator[tuple[int, Array]]:
     """Predict a raster (C, H, W) from top to bottom: first row and probabilities (C, h, W) of strip after strip.
 
-    *predict* gets up to *batch* tiles of one size; a raster smaller than a tile is one tile of its own size. Strips
-    above *first_row*, which another run has finished, are left out. The rest has the same bits: the tiles that reach
-    into it are computed again, in the same order and batches.
+    *predict* gets the first row of a row of tiles, and gives first columns and probabilities (C, rows, columns) of
+    those of its tiles that matter; where none does, the result is 0. Strips that end above *first_row* are left out.
+    The rest has the same bits: the tiles that reach into it are computed again in the same order.
     """
     classes, height, width = shape
-    rows, columns = ([*range(0, size - crop, stride), max(size - crop, 0)] for size in (height, width))
-    h, w = min(crop, height), min(crop, width)
+    rows, h, w = starts(height, crop, stride), min(crop, height), min(crop, width)
+    first = max(row for row in [*rows, height] if row <= first_row)
     # Raised-cosine weights along each axis: highest in the middle, never 0.
     down, across = (0.501 - 0.5 * np.cos(2 * np.pi * (np.arange(size) + 0.5) / size) for size in (h, w))
     weight = np.outer(down, across).astype(np.float32)
     total = np.zeros((classes + 1, h, width), np.float32)  # the last one sums the weights
     for row, end in zip(rows, [*rows[1:], height], strict=True):
-        if row + h <= first_row:
+        if row + h <= first:
             continue
-        for j in range(0, len(columns), batch):
-            tiles = [(row, column, h, w) for column in columns[j : j + batch]]
-            for (_, column, _, _), probability in zip(tiles, predict(tiles), strict=True):
-                total[:-1, :, column : column + w] += probability * weight
-                total[-1, :, column : column + w] += weight
+        for column, probability in predict(row):
+            total[:-1, :, column : column + w] += probability * weight
+            total[-1, :, column : column + w] += weight
         done = end - row
-        if row >= first_row:
-            yield row, total[:-1, :done] / total[-1, :done]
+        if row >= first:
+            yield row, total[:-1, :done] / np.maximum(total[-1, :done], 1e-9)
         # Keep what these tiles have left for the rows below.
         total = np.concatenate([total[:, done:], np.zeros((classes + 1, done, width), np.float32)], axis=1)
 
@@ -74,19 +95,10 @@ def map_scene(
 ) -> dict[str, Any]:
     """Map a scene into a folder; killed at any moment, the same call ends with the same bytes.
 
-    Args:
-        network: Turns chip values into probabilities.
-        scene: What is read.
-        plan: In JSON types: names of the classes, positive (index of the class that the map is about), permanent (of
-            permanent water, or None), permanent_file (absolute path or None), threshold (probability from which a
-            pixel is positive; None for the most probable class), crop and stride (pixels) and min_hectares (minimum
-            mapping unit of the polygons).
-        output: Folder for the map.
-        record: What map.json says of weights, recipe, problems and versions. Its whole content is returned.
-
-    Raises:
-        RunFolderError: The folder holds something else, another process maps into it, or it cannot be written.
-        DataError: A file cannot be read.
+    *plan* has the names of the classes, the indices positive and permanent (or None), permanent_file (absolute path or
+    None), threshold (None for the most probable class), crop, stride and min_hectares; *record* is what map.json says
+    of weights, recipe, problems and versions. The whole content of map.json is returned. Raises `RunFolderError` where
+    the folder holds something else, is in use or cannot be written.
     """
     identity, work = _identity(scene, plan, record), output / _WORK
     if not (output / _RECORD).is_file():
@@ -95,10 +107,15 @@ def map_scene(
         try:
             work.mkdir(parents=True, exist_ok=True)
             with FileLock(work / _LOCK, timeout=0), rasterio.Env(GDAL_CACHEMAX=128):  # MB; by default 5 % of the memory
-                _finish(scene, plan, output, _map_rows(network, scene, plan, work, identity), record)
+                if not (work / _BEGUN).is_file():  # the batch is kept: with another, a network's last bits may differ
+                    batch = network.fitting_batch(plan["crop"])
+                    write_atomically(work / _BEGUN, json.dumps({"identity": identity, "batch": batch}))
+                begun = _read_json(work / _BEGUN, identity)
+                _map_rows(network, scene, plan, work, begun["batch"])
+                _finish(scene, plan, output, begun | record)
         except Timeout as error:
             raise RunFolderError("another map is being made here", where=output, fix="wait for it") from error
-        except write.ERRORS as error:
+        except _DISK_ERRORS as error:
             fix = "make room or name another --output; the same command continues"
             raise RunFolderError(f"the map cannot be written: {error}", where=output, fix=fix) from error
     content = _read_json(output / _RECORD, identity)
@@ -108,142 +125,188 @@ def map_scene(
 
 def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
     """A hash of all that a map depends on; of files, paths and dates."""
-    places = {place for a in scene.acquisitions.values() for s in a.sources for place, _ in s.bands.values()}
-    files = sorted(filter(None, [*places, plan["permanent_file"]]))
-    dates = [(place, Path(place).is_file() and Path(place).stat().st_mtime_ns) for place in files]
-    parts = [record, plan, scene.content, shapely.to_wkb(scene.polygons, hex=True).tolist(), scene.grid, dates]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    places = {place for a in scene.acquisitions.values() for bands, _ in a.sources for place, _ in bands.values()}
+    files = [Path(place) for place in sorted(places | {plan["permanent_file"]} - {None})]
+    dates = [(str(file), file.is_file() and file.stat().st_mtime_ns) for file in files]
+    area = shapely.to_wkb(scene.polygons, hex=True).tolist()
+    return hashlib.sha256(repr([record, plan, scene.content, area, scene.transform, dates]).encode()).hexdigest()
 
 
-def _read_json(path: Path, identity: str | None = None, keys: Sequence[str] = ("identity",)) -> dict[str, Any]:
-    """The content of a map's record or journal, which has some keys and is to be of what *identity* says."""
+def _read_json(path: Path, identity: str | None = None) -> dict[str, Any]:
+    """What is recorded of a map, which is to be of what *identity* says."""
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
-        found = [content[key] for key in keys]
-        found += [content["names"][content["positive"]], content["weights"]["file"]] if "names" in keys else []
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        found = content["identity"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         fix = "move the folder away and map again"
         raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
-    if identity not in (None, found[0]):
+    if identity not in (None, found):
         what = "the folder holds a map of other files, weights or options, and nothing is overwritten"
         raise RunFolderError(what, where=path.parent, fix="name another --output, or move this folder away")
     return content
 
 
-def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: Path, identity: str) -> dict[str, Any]:
-    """Fill the work rasters strip by strip; the journal, which is returned, is written after a strip is on disk."""
-    if (work / _JOURNAL).is_file():
-        journal = _read_json(work / _JOURNAL, identity)
-    else:  # the batch is kept: with other batches a network's last bits may differ
-        journal = {"identity": identity, "rows": 0, "counts": {}, "batch": network.fitting_batch(plan["crop"])}
-        write_atomically(work / _JOURNAL, json.dumps(journal))
-    grid, reader = scene.grid, Reader(scene, network.bands, network.steps, plan["crop"])
-    positive, permanent = plan["positive"], plan["permanent_file"]
-    held: dict[int, tuple[Array, Array]] = {}  # quality and what was seen of the row of tiles, by its first row
+def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: Path, batch: int) -> None:
+    """Append the layers strip by strip to their file, whose length tells how far it has come."""
+    crop, positive, permanent = plan["crop"], plan["positive"], plan["permanent_file"]
+    reader, water = Reader(scene, network.steps, crop), water_of(Path(permanent), scene) if permanent else None
 
-    def predict(tiles: Sequence[Tile]) -> Array:
-        """Probabilities; 0 in tiles without a pixel that was seen, on which no result depends."""
-        row, _, height, width = tiles[0]
-        if row not in held:
-            held.clear()
-            reader.hold(row, height)
-            held[row] = reader.quality(row, height)
-        wanted = [i for i, tile in enumerate(tiles) if held[row][1][:, tile[1] : tile[1] + width].any()]
-        out = np.zeros((len(tiles), network.classes, height, width), np.float32)
-        if wanted:
-            out[wanted] = network.probabilities({m: [reader.cut(m, tiles[i]) for i in wanted] for m in network.bands})
-        return out
+    def predict(row: int) -> Iterator[tuple[int, Array]]:
+        reader.hold(row)
+        seen = is_seen(reader.bits)
+        columns = [c for c in starts(scene.width, crop, plan["stride"]) if seen[:, c : c + crop].any()]
+        for some in [columns[i : i + batch] for i in range(0, len(columns), batch)]:
+            chips = {m: [reader.cut(m, np.s_[c : c + crop]) for c in some] for m in network.steps}
+            yield from zip(some, network.probabilities(chips), strict=True)
 
-    shape, sizes = (network.classes, grid.height, grid.width), (plan["crop"], plan["stride"], journal["batch"])
-    with console.progress("rows") as show:
-        for row, probability in strips(predict, shape, *sizes, first_row=journal["rows"]):
-            height = probability.shape[1]
-            bits, seen = (values[:height] for values in held[row])
-            percent = np.rint(write.PROBABILITY_STEPS * probability[positive]).astype(np.uint8)
+    shape, row_bytes = (network.classes, scene.height, scene.width), _LAYERS * scene.width
+    with (work / _RAW).open("ab") as file, console.progress("rows") as show:
+        for row, probability in strips(predict, shape, crop, plan["stride"], file.tell() // row_bytes):
+            bits = reader.bits[: probability.shape[1]]
+            seen = is_seen(bits)
+            percent = np.rint(PROBABILITY_STEPS * probability[positive]).astype(np.uint8)
             if plan["threshold"] is not None:  # the positive class wherever it reaches it, and nowhere else
                 probability[positive] = np.where(probability[positive] >= plan["threshold"], 2, -1)
             classes = probability.argmax(axis=0).astype(np.uint8)
-            if permanent:
-                classes[read_water(Path(permanent), grid, row, height)[0]] = plan["permanent"]
-            classes[~seen] = percent[~seen] = write.NOT_SEEN
-            values = {"class": classes, "probability": percent, "quality": bits, "positive": classes == positive}
-            for name, value in (values | _colours(reader, (row, 0, *bits.shape))).items():
-                write.write_rows(work, name, grid, row, value)
-            inside = bits & OUTSIDE == 0
-            counts = {"area": inside, "seen": seen}
-            counts |= {name: classes == number for number, name in enumerate(plan["names"])}
-            counts |= {name: inside & (bits & bit > 0) for name, bit in QUALITY.items()}
-            for modality, step in [(m, step) for m, steps in network.steps.items() for step in steps]:
-                counts[f"missing {name_of(modality, step)}"] = inside & reader.missing(modality, step, row, height)
-            journal["rows"] = row + height
-            for name, where in counts.items():
-                journal["counts"][name] = journal["counts"].get(name, 0) + int(where.sum())
-            write_atomically(work / _JOURNAL, json.dumps(journal))
-            show(row + height, grid.height)
-    return journal
+            if water:
+                classes[water(Window(0, row, scene.width, len(bits))) == 1] = plan["permanent"]
+            classes[~seen] = percent[~seen] = NOT_SEEN
+            file.truncate(row * row_bytes)  # what was written of a strip when it was killed
+            layers = [classes, percent, bits, classes == positive, *_colours(reader, len(bits))]
+            file.write(np.stack(layers, axis=1, dtype=np.uint8, casting="unsafe").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            show(row + len(bits), scene.height)
 
 
-def _colours(reader: Reader, tile: Tile) -> dict[str, Array]:
-    """The event in colours (h, W) from 0 to 255: optical where there is some, else VV in grey."""
-    event = {modality: steps.index(EVENT_STEP) for modality, steps in reader.steps.items() if modality != "DEM"}
-    grey: Array = np.zeros(tile[2:], np.float32)
-    if "S1RTC" in event:
-        vv = reader.cut("S1RTC", tile, np.s_[event["S1RTC"], :1])[0].astype(np.float32)
-        grey = np.nan_to_num((vv + 25) * 10.2)  # -25 dB is black, 0 dB white
-    out = dict.fromkeys(write.COLOURS, grey)
-    for colour, band in zip(write.COLOURS, ("B04", "B03", "B02"), strict=True):
-        if band in reader.bands.get("S2L2A", []):
-            values = reader.cut("S2L2A", tile, np.s_[event["S2L2A"], reader.bands["S2L2A"].index(band)])
-            out[colour] = np.where(values == NO_DATA, grey, values * 0.085)  # 3000 is white
-    return {colour: np.clip(values, 0, 255).astype(np.uint8) for colour, values in out.items()}
+def _colours(reader: Reader, height: int) -> Array:
+    """The event in red, green and blue (3, h, W), 0 to 255: optical where there is some, else VV in grey."""
+    colours = np.zeros((3, height, reader.bits.shape[1]), np.float32)
+    if "S1RTC" in reader.steps:
+        vv = reader.event("S1RTC")[:, :height].astype(np.float32)
+        colours[:] = np.nan_to_num((vv + 25) * 10.2)  # -25 dB is black, 0 dB white
+    if "S2L2A" in reader.steps:
+        values = reader.event("S2L2A", np.s_[3:0:-1])[:, :height]  # B04, B03, B02
+        np.copyto(colours, values * np.float32(0.085), where=values != NO_DATA)  # 3000 is white
+    return np.clip(colours, 0, 255, out=colours)
 
 
-def _finish(
-    scene: Scene, plan: Mapping[str, Any], output: Path, journal: dict[str, Any], record: dict[str, Any]
-) -> None:
-    """Turn the work rasters into the map's files; map.json comes last: where it is, all is."""
+def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[str, Any]) -> None:
+    """Turn the layers into the map's files; map.json comes last: where it is, all is."""
     console.say("writing COGs, polygons and the quicklook")
-    work, counts, names = output / _WORK, journal["counts"], plan["names"]
-    write.write_cogs(work, output)
-    area, hazard = max(counts["area"], 1), names[plan["positive"]]
-    km2 = {name: counts[name] * PIXEL**2 / 1e6 for name in ("area", "seen", *names)}
-    shares = {name: count / area for name, count in counts.items() if name not in ("area", *names)}
-    shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT_STEP]
-    titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
-    write.write_quicklook(work, output / "quicklook.png", titles)
-    polygons = write.write_polygons(work, output / "water.gpkg", hazard, plan["min_hectares"])
-    content = {"identity": journal["identity"], **record, "scene": scene.content, **plan, "batch": journal["batch"]}
-    content["grid"] = {"crs": scene.grid.crs.to_string(), "transform": scene.grid.transform.to_gdal()[:6]}
-    content |= {"resampling": RESAMPLING, "km2": km2, "shares_of_area": shares, "polygons": polygons}
+    work, hazard, epsg = output / _WORK, plan["names"][plan["positive"]], scene.crs.to_epsg()
+    zone = f"{epsg % 100}, {'North' if epsg < 32700 else 'South'}"
+    (work / _RAW).with_suffix(".hdr").write_text(_HEADER.format(scene, _LAYERS, zone), encoding="utf-8")
+    options = {"driver": "COG", "compress": "DEFLATE", "bigtiff": "IF_SAFER", "num_threads": "1"}
+    with rasterio.open(work / _RAW) as layers:
+        for number, (name, resampling) in enumerate(_RESAMPLING.items(), 1):
+            no_data = "" if name == "quality" else f"&a_nodata={NOT_SEEN}"
+            layer, path = f"vrt://{layers.name}?bands={number}{no_data}", work / f"{name}.tif"
+            rasterio.shutil.copy(layer, path, overview_resampling=resampling, **options)
+            with rasterio.open(path) as made:
+                if made.checksum(1) != layers.checksum(number):  # where the disk is full, GDAL may say nothing
+                    raise OSError(f"{name}.tif is not what was written")
+        km2, shares = _areas(layers, plan["names"])
+        shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT_STEP]
+        titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
+        polygons = _write_polygons(layers, work / "water.gpkg", hazard, plan["min_hectares"])
+        _write_quicklook(layers, work / "quicklook.png", titles)
+    for name in ("quicklook.png", "water.gpkg", *(f"{name}.tif" for name in _RESAMPLING)):
+        (work / name).replace(output / name)
+    grid = {"crs": scene.crs.to_string(), "transform": scene.transform.to_gdal()}
+    content = record | {"scene": scene.content, **plan, "grid": grid, "resampling": RESAMPLING}
+    content |= {"km2": km2, "shares_of_area": shares, "polygons": polygons}
     write_atomically(output / _RECORD, json.dumps(console.public(content), indent=2, default=str))
 
 
-def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
-    """The counts of a map against a truth as `read_water` has it: class 1 is the map's positive class, 0 all others.
+def _chunks(raster: DatasetReader) -> list[Window]:
+    rows = range(0, raster.height, _CHUNK)
+    return [Window(0, row, raster.width, min(_CHUNK, raster.height - row)) for row in rows]
 
-    Raises:
-        RunFolderError: The folder holds no map.
-        DataError: A file cannot be read, or no flood of the truth lies where the map has seen something.
+
+def _areas(layers: DatasetReader, names: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """km² of the area, of what was seen of it and of each class; shares of the area that were seen, and by quality."""
+    parts = (layers.read([1, 3], window=window) for window in _chunks(layers))
+    counted = [[np.bincount(layer.ravel(), None, 256) for layer in part] for part in parts]
+    classes, qualities = np.sum(counted, axis=0)
+    bits = np.arange(256)
+    inside = bits & OUTSIDE == 0
+    pixels = {"area": qualities[inside].sum(), "seen": qualities[is_seen(bits)].sum()}
+    pixels |= dict(zip(names, classes, strict=False))
+    shares = {name: qualities[inside & (bits & bit > 0)].sum() for name, bit in QUALITY.items()}
+    shares = {name: float(n / max(pixels["area"], 1)) for name, n in ({"seen": pixels["seen"]} | shares).items()}
+    return {name: float(n * PIXEL**2 / 1e6) for name, n in pixels.items()}, shares
+
+
+def _write_polygons(layers: DatasetReader, path: Path, name: str, min_hectares: float) -> int:
+    """Patches of the positive class, of pixels that share an edge, from the minimum mapping unit on; their number."""
+    band = rasterio.band(layers, 4)  # which GDAL reads row by row
+    patches = rasterio.features.shapes(band, mask=band, connectivity=4, transform=layers.transform)
+    found = (shape(geometry) for geometry, _ in patches)
+    polygons = np.array([polygon for polygon in found if polygon.area >= min_hectares * 10_000], object)
+    sums, tree = np.zeros((2, len(polygons) + 1)), shapely.STRtree(polygons)  # of probabilities and of pixels
+    for window in _chunks(layers):
+        here = np.sort(tree.query(shapely.box(*layers.window_bounds(window))))
+        if len(here):
+            part, pairs = layers.read(2, window=window), zip(polygons[here], here + 1, strict=True)
+            place = {"out_shape": part.shape, "transform": layers.window_transform(window), "dtype": "int32"}
+            owner = rasterio.features.rasterize(pairs, **place).ravel()
+            sums += [np.bincount(owner, weights, sums.shape[1]) for weights in (part.ravel(), None)]
+    columns = {"class": np.full(len(polygons), name, object), "area_km2": shapely.area(polygons) / 1e6}
+    columns["mean_probability"] = sums[0, 1:] / sums[1, 1:] / PROBABILITY_STEPS
+    path.unlink(missing_ok=True)
+    pyogrio.set_gdal_config_options({"OGR_CURRENT_DATE": "1970-01-01T00:00:00.000Z"})  # same map, same bytes
+    how = {"layer": "water", "geometry_type": "Polygon", "driver": "GPKG", "crs": layers.crs.to_string()}
+    pyogrio.raw.write(path, shapely.to_wkb(polygons), list(columns.values()), list(columns), **how)
+    return len(polygons)
+
+
+def _write_quicklook(layers: DatasetReader, path: Path, titles: tuple[str, str, str]) -> None:
+    """A PNG: the event, the probability, and the outlines of the positive class over the event."""
+    step = -(-max(layers.shape) // _PICTURE)
+    height, width = (-(-size // step) for size in layers.shape)
+    _, probability, _, positive, *event = layers.read(out_shape=(_LAYERS, height, width))
+    figure = matplotlib.figure.Figure(figsize=(15, min(max(5 * height / width + 0.4, 2.5), 25)), layout="constrained")
+    axes = figure.subplots(1, 3)
+    axes[0].imshow(np.dstack(event))
+    axes[1].set_facecolor("lightgrey")
+    seen = np.ma.masked_equal(probability, NOT_SEEN) / PROBABILITY_STEPS
+    figure.colorbar(axes[1].imshow(seen, cmap="viridis", vmin=0, vmax=1), ax=axes[1], shrink=0.7)
+    axes[2].imshow(np.dstack(event))
+    if positive.any() and min(positive.shape) > 1:
+        axes[2].contour(positive, levels=[0.5], colors="red", linewidths=0.8)
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, fontsize=10)
+        axis.set(xticks=[], yticks=[])
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # without the library's version
+
+
+def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
+    """The counts of a map against a truth as `water_of` has it: class 1 is the map's positive class, 0 all others.
+
+    Raises `RunFolderError` where there is no map, and `DataError` where a file cannot be read or no flood was seen.
     """
-    record = _read_json(folder / _RECORD, keys=("names", "positive", "weights", "recipe_sha256"))
-    positive, events, counted = record["positive"], dict[str, str](), list[dict[str, Any]]()
+    record = _read_json(folder / _RECORD)
+    try:
+        name = record["names"][record["positive"]]
+        weights = {"name": record["weights"]["file"]} | record["weights"]
+    except (TypeError, LookupError) as error:
+        raise RunFolderError(f"the map's record is damaged: {error!r}", where=folder / _RECORD) from error
+    rows, counted = list[tuple[str, str]](), list[dict[str, Any]]()
     with opened(str(folder / "class.tif")) as classes, opened(str(folder / "probability.tif")) as probability:
-        grid = Grid(classes.crs, classes.transform, *classes.shape)
-        for row in range(0, classes.height, _TRUTH_TILE):
-            window = Window(0, row, classes.width, min(_TRUTH_TILE, classes.height - row))
-            water, known = read_water(truth, grid, row, int(window.height), value)
-            wet = np.where(known, water, IGNORE_INDEX)
-            found, share = classes.read(1, window=window), probability.read(1, window=window) / write.PROBABILITY_STEPS
-            called = np.where(found == write.NOT_SEEN, -1, found == positive)
-            for column in range(0, classes.width, _TRUTH_TILE):
-                part = np.s_[None, :, column : column + _TRUTH_TILE]
-                events[f"row{row:06d}_column{column:06d}"] = f"row{row:06d}"
+        water = water_of(truth, classes, value)
+        for window in _chunks(classes):
+            wet, found = water(window), classes.read(1, window=window)
+            share = probability.read(1, window=window) / PROBABILITY_STEPS
+            called = np.where(found == NOT_SEEN, -1, found == record["positive"])
+            for column in range(0, classes.width, _CHUNK):
+                part, row = np.s_[None, :, column : column + _CHUNK], f"row{window.row_off:06d}"
+                rows.append((f"{row}_column{column:06d}", row))
                 counted.append(count(wet[part], called[part], share[part], classes=2))
-    if not sum(int(counts["counts"][0, 1].sum()) for counts in counted):
+    if not sum(counts["counts"][0, 1].sum() for counts in counted):
         fix = "look at the place of the truth, and at --truth-value"
         raise DataError("no flood of the truth lies where the map has seen something", where=truth, fix=fix)
-    metadata: dict[str, Any] = {"split": "map", "protocol": "custom"}
-    metadata |= {"class_names": ["rest", record["names"][positive]], "positive_class": 1}
-    metadata["checkpoint"] = {"name": record["weights"]["file"]} | record["weights"]
-    metadata["recipe_sha256"] = record["recipe_sha256"]
-    return ChipTable.of_batches(events.items(), counted, metadata)
+    metadata = {"split": "map", "protocol": "custom", "recipe_sha256": record.get("recipe_sha256")}
+    metadata |= {"class_names": ["rest", name], "positive_class": 1}
+    metadata["checkpoint"] = weights
+    return ChipTable.of_batches(rows, counted, metadata)

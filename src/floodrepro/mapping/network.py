@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from floodrepro.data.protocols import NO_DATA
-from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, STEPS, Array
+from floodrepro.errors import CheckpointError
+from floodrepro.mapping.scene import BANDS, STEPS, Array
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
@@ -18,14 +18,8 @@ _PATCH = 32  # two of TerraMind's patches: what TerraTorch pads images to
 class Network:
     """The model of a parsed recipe with the weights of a checkpoint, on the recipe's device and in its precision.
 
-    Attributes:
-        bands: Names of the bands by modality, in the model's order.
-        steps: Timesteps by modality, in the model's order; the terrain model has one.
-        classes: K.
-
-    Raises:
-        UsageError: The recipe does not build, or has no use for the event.
-        CheckpointError: The weights are another model's.
+    `classes` is K, `steps` are timesteps by modality in the model's order. Raises `UsageError` where the recipe does
+    not build, and `CheckpointError` where the weights are another model's.
     """
 
     def __init__(self, cli: RecipeCLI, weights: Checkpoint) -> None:
@@ -39,18 +33,13 @@ class Network:
         steps = list(self._data.timesteps)
         self._count = len(steps)
         steps = steps if len(steps) < len(STEPS) else list(range(len(STEPS)))  # impactmesh: all, in their order
-        chosen = getattr(self._data, "bands", {})
-        self.bands = {m: [BANDS[m][i] for i in chosen.get(m, range(len(BANDS[m])))] for m in self._data.modalities}
-        self.steps = {m: [0] if m == "DEM" else steps for m in self.bands}
+        self.steps = {m: [0] if m == "DEM" else steps for m in self._data.modalities}
         self.classes = int(cli.recipe["model"]["init_args"]["model_args"]["num_classes"])
-        if EVENT_STEP not in steps or self.bands.keys() <= {"DEM"}:
-            raise UsageError("the recipe does not look at the event", where="data.init_args.timesteps, modalities")
 
     def probabilities(self, chips: dict[str, list[Array]]) -> Array:
-        """Probabilities (B, K, H, W) of tiles of one size, given by modality as (T, C, H, W) in chip values.
+        """Probabilities (B, K, H, W) of tiles of one size, by modality (T, C, H, W) in chip values.
 
-        Raises:
-            CheckpointError: The model predicts NaN or infinities.
+        Raises `CheckpointError` where the model predicts NaN or infinities.
         """
         with torch.inference_mode(), self._precision.forward_context():
             images = {modality: self._image(np.stack(tiles)) for modality, tiles in chips.items()}
@@ -78,7 +67,7 @@ class Network:
             return 1
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        shapes = {m: (len(self.steps[m]), len(self.bands[m]), crop, crop) for m in self.bands}
-        self.probabilities({modality: [np.zeros(shape, np.int16)] for modality, shape in shapes.items()})
+        chips = {m: [np.zeros((len(steps), len(BANDS[m]), crop, crop), np.int16)] for m, steps in self.steps.items()}
+        self.probabilities(chips)
         each = torch.cuda.max_memory_allocated(self.device) - before
         return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), 64))

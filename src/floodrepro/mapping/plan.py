@@ -1,34 +1,34 @@
 """Write the scene of a flood: ask a STAC API and choose four passes of each sensor.
 
-A pass is a step of scene.yaml: its `coverage` is the share of the area inside the footprints, an upper bound of what
-the pixels cover, `cloud` percent of that by the figures of whole tiles; `files` are listed least cloud first.
+A pass is a step of scene.yaml: `days` are counted from the event, `coverage` is the share of the area inside the
+footprints, an upper bound of what the pixels cover, `cloud` percent of that by the figures of whole tiles; `files` are
+listed least cloud first. An area is an array of polygons in degrees.
 """
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
 import shapely
-from shapely.geometry import box, shape
+from shapely.geometry import shape
 
 from floodrepro.console import public
 from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.mapping.scene import BANDS, SCL, STEPS
+from floodrepro.mapping.scene import LAYERS, STEPS
 
 DAY = timedelta(days=1)
 Item = dict[str, Any]
 Pass = dict[str, Any]
-_CYCLE = {"S1RTC": 12 * DAY, "S2L2A": 10 * DAY}  # one satellite's exact repeat; a second one flies half-way between
+_CYCLE = {"S1RTC": 12, "S2L2A": 10}  # days of one satellite's exact repeat; a second one flies half-way between
 _ALIKE = 0.05  # a share of the area too small to be worth another orbit or day
 _WORDS = {"S1RTC": "radar", "S2L2A": "optical"}
 _COLLECTIONS = {"S1RTC": "sentinel-1-rtc", "S2L2A": "sentinel-2-l2a", "DEM": "cop-dem-glo-30"}
 # The borders of Planetary Computer's radar hold 0: microsoft/PlanetaryComputer#307, #493.
 _PIXELS: dict[str, dict[str, Any]] = {"S1RTC": {"unit": "power", "nodata": [-32768, 0]}, "S2L2A": {"nodata": [0]}}
-_LOOK_BACK, _LOOK_AHEAD = 90 * DAY, 45 * DAY  # what is searched: a month before `before`, and an `after`
-_WINDOW = {"S1RTC": _LOOK_AHEAD, "S2L2A": 15 * DAY}  # how far the other dates may lie from what they are to be near
+_LOOK_BACK, _LOOK_AHEAD = 90, 45  # days that are searched: a month before `before`, and an `after`
+_WINDOW = {"S1RTC": _LOOK_AHEAD, "S2L2A": 15}  # days: how far the other dates may lie from what they are to be near
 _MOST = 10_000  # items of a sensor
 _ODD = (KeyError, TypeError, AttributeError, RecursionError)  # what comes of an answer that is no STAC
 _BACKOFF = 1  # second, doubled from one attempt to the next
@@ -40,36 +40,10 @@ class NoPassYet(FloodreproError):
     exit_code = 4
 
 
-class Area:
-    """Where a flood is looked for, by polygons in degrees that are in one piece across 180; `whole` is projected."""
-
-    def __init__(self, parts: Any) -> None:
-        self._parts, self._bounds = parts, shapely.total_bounds(parts)
-        self.whole = shapely.union_all(self.project(parts))
-
-    def project(self, geometry: Any) -> Any:
-        """Geometries in Lambert's equal-area projection around the area; what is split at 180 or beyond it is whole."""
-        east = 180 - (self._bounds[0] + self._bounds[2]) / 2
-        moved = shapely.transform(geometry, lambda x, y: ((x + east) % 360, np.sin(np.radians(y))), interleaved=False)
-        return shapely.make_valid(moved)
-
-    def search_shape(self) -> Any:
-        """A simple shape within ±180 degrees that the footprint of every item over the area intersects."""
-        west, south, east, north = self._bounds
-        if max(-west, east) < 170:
-            return shapely.union_all(self._parts).convex_hull
-        # Planetary Computer keeps a footprint across 180 in one piece that goes beyond ±180, where a search may not
-        # reach (microsoft/PlanetaryComputer#296): ask on both sides of it, from wherever the area is.
-        west, east = min(west % 360, 179.99), max(east % 360 - 360, -179.99)
-        return shapely.union_all([box(west, south, 180, north), box(-180, south, east, north)])
-
-
-def search(url: str, area: Area, event: datetime) -> dict[str, list[Item]]:
+def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
     """Every item over the area by sensor, from 90 days before the event to 45 after it; terrain of any date.
 
-    Raises:
-        UsageError: pystac-client is missing.
-        FloodreproError: The server cannot be reached, keeps refusing, or is no STAC API.
+    Raises `FloodreproError` where the server cannot be reached, keeps refusing, or is no STAC API.
     """
     try:
         import pystac_client as stac
@@ -79,8 +53,8 @@ def search(url: str, area: Area, event: datetime) -> dict[str, list[Item]]:
     # By default pystac-client does not repeat a POST: the first 429 or 504 would end the search (pystac-client#520).
     again = (429, 500, 502, 503, 504)
     retry = Retry(5, connect=2, backoff_factor=_BACKOFF, status_forcelist=again, allowed_methods=None)
-    window = f"{event - _LOOK_BACK:%Y-%m-%dT%H:%M:%SZ}/{event + _LOOK_AHEAD:%Y-%m-%dT%H:%M:%SZ}"
-    where, found = json.loads(shapely.to_geojson(area.search_shape())), {}
+    window = (event - _LOOK_BACK * DAY, event + _LOOK_AHEAD * DAY)
+    where, found = json.loads(shapely.to_geojson(shapely.union_all(area).convex_hull)), {}
     try:
         client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor, collection in _COLLECTIONS.items():
@@ -102,86 +76,73 @@ def search(url: str, area: Area, event: datetime) -> dict[str, list[Item]]:
 
 
 def make_scene(
-    items: Mapping[str, Sequence[Item]], area: Area, event: datetime, today: datetime, limits: Mapping[str, float]
+    items: Mapping[str, Sequence[Item]], area: Any, event: datetime, today: datetime, limits: Mapping[str, float]
 ) -> dict[str, Any]:
     """What scene.yaml says of event, sensors and terrain.
 
-    *limits* are max_days that an event pass may come late, max_gap days between the two, and min_coverage, the least
-    share of the area that a pass sees.
-
-    Raises:
-        NoPassYet: A sensor has not passed since the event.
-        FloodreproError: It passed too late, sees too little, has no history, or the two lie too far apart.
+    *limits* are max_days that an event pass may come late, max_gap days between the two where there is a choice, and
+    min_coverage, the least share of the area that a pass sees. Raises `NoPassYet` where a sensor has not passed since
+    the event, and `FloodreproError` where it passed too late, sees too little, or has no history.
     """
     scene: dict[str, Any] = {"event": f"{event:%Y-%m-%dT%H:%MZ}"}
-    late, gap = limits["max_days"] * DAY, limits["max_gap"] * DAY
+    aim, near = 0.0, limits["max_days"]  # the radar pass that comes first, and the optical one nearest to it
     for sensor, word in _WORDS.items():
-        dual = [item for item in items[sensor] if sensor != "S1RTC" or {"vv", "vh"} <= set(item["assets"])]
-        passes = _passes(dual, area, sensor)
+        passes = _passes(items[sensor], area, sensor, event)
         found = [p for p in passes if p["coverage"] >= limits["min_coverage"]]
         if not found:
             best = max((p["coverage"] for p in passes), default=0)
             told = f"covers {limits['min_coverage']:.0%} of the area (best {best:.0%}, {len(items[sensor])} items)"
             fix = f"cut the area, lower --min-coverage, or see that the server has {_COLLECTIONS[sensor]}"
             raise FloodreproError(f"no {word} pass {told}", fix=fix)
-        if sensor == "S1RTC":
-            chosen = _choose_orbit(found, event, late)
-        else:
-            chosen = _choose(found, sensor, event, _time(scene["S1RTC"]["event"]), late, gap)
-        if not chosen:
-            raise _too_late(sensor, found, event, today, late)
+        if not (chosen := _choose(found, sensor, limits["max_days"], aim, near)):
+            raise _too_late(sensor, found, event, (today - event) / DAY, limits["max_days"])
         if missing := [step for step in STEPS[:3] if not chosen[step]]:
             raise FloodreproError(f"no {word} pass for {', '.join(missing)}", fix="write scene.yaml by hand")
         scene[sensor] = _PIXELS[sensor] | {step: chosen[step] or {"missing": True} for step in STEPS}
-    apart = abs(_time(scene["S1RTC"]["event"]) - _time(scene["S2L2A"]["event"])) / DAY
-    if apart > limits["max_gap"]:
-        told = f"the event passes of radar and optical are {apart:.1f} days apart (limit {limits['max_gap']:g})"
-        raise FloodreproError(told, fix=f"--max-gap {apart + 1:.0f} if the water stood as long")
-    terrain = _pass_of(items["DEM"], area, "DEM")
+        aim, near = scene["S1RTC"]["event"]["days"], limits["max_gap"]
+    terrain = _pass_of(items["DEM"], area, "DEM", event)
     return scene | ({"DEM": {"unit": "m", "files": terrain["files"]}} if terrain else {})
 
 
-def _passes(items: Iterable[Item], area: Area, sensor: str) -> list[Pass]:
+def _passes(items: Sequence[Item], area: Any, sensor: str, event: datetime) -> list[Pass]:
     """The passes over the area, oldest first: radar slices of one relative orbit, optical tiles of one morning."""
-    # An hour holds the slices of a pass, six hours a morning's optical orbits; a UTC day would end within a pass
-    # near 180 degrees.
-    gap = timedelta(hours=1 if sensor == "S1RTC" else 6)
-    groups: dict[int, list[list[Item]]] = {}
-    for item in sorted(items, key=_sensed):
-        of_orbit = groups.setdefault(item["properties"]["sat:relative_orbit"] if sensor == "S1RTC" else 0, [])
-        if of_orbit and _sensed(item) - _sensed(of_orbit[-1][-1]) < gap:
-            of_orbit[-1].append(item)
-        else:
-            of_orbit.append([item])
-    found = [_pass_of(group, area, sensor) for of_orbit in groups.values() for group in of_orbit]
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        if sensor == "S2L2A" or {"vv", "vh"} <= item["assets"].keys():
+            # A day of local solar time: no pass crosses its midnight, as near 180 degrees it may cross that of UTC.
+            day = (_sensed(item) + shapely.total_bounds(area)[0] / 360 * DAY).date()
+            orbit = item["properties"]["sat:relative_orbit"] if sensor == "S1RTC" else None
+            groups.setdefault((day, orbit), []).append(item)
+    found = [_pass_of(group, area, sensor, event) for group in groups.values()]
     return sorted((p for p in found if p), key=lambda p: p["time"])
 
 
-def _pass_of(items: Iterable[Item], area: Area, sensor: str) -> Pass | None:
+def _pass_of(items: Sequence[Item], area: Any, sensor: str, event: datetime) -> Pass | None:
     """The pass that items are of; None if they see nothing of the area (a search asks with a simpler shape)."""
 
-    def number(item: Item, name: str) -> float:
-        value = float(item["properties"].get(name) or 0)
-        return 0 if math.isnan(value) else value
+    def flat(geometry: Any) -> Any:
+        """In Lambert's cylindrical equal-area projection."""
+        moved = shapely.transform(geometry, lambda x, y: (np.radians(x), np.sin(np.radians(y))), interleaved=False)
+        return shapely.make_valid(moved)
 
-    def order(item: Item) -> tuple[float, float, str]:
-        """Least cloud first; of two processings of one scene the newer one."""
-        return number(item, "eo:cloud_cover"), -number(item, "s2:processing_baseline"), item["id"]
+    def cloud(item: Item) -> float:
+        return float(np.nan_to_num(float(item["properties"].get("eo:cloud_cover") or 0)))
 
-    kept, seen, clear = [], shapely.Polygon(), 0.0
-    for item in sorted(items, key=order):
-        part = area.project(shape(item["geometry"])).intersection(area.whole)
+    whole, kept, seen, clear = shapely.union_all(flat(area)), [], shapely.Polygon(), 0.0
+    newest = sorted(items, key=lambda item: (item["properties"].get("s2:processing_baseline", ""), item["id"]))[::-1]
+    for item in sorted(newest, key=cloud):  # of two processings of one scene the newer one
+        part = flat(shape(item["geometry"])).intersection(whole)
         if part.area > 0:
             kept.append(item)
-            clear += (1 - number(item, "eo:cloud_cover") / 100) * part.difference(seen).area
+            clear += (1 - cloud(item) / 100) * part.difference(seen).area
             seen = seen.union(part)
     if not kept:
         return None
     first = min(kept, key=_sensed)
     facts = first["properties"]
-    found = {"time": f"{_sensed(first):%Y-%m-%dT%H:%M:%SZ}", "satellite": facts["platform"].upper()}
-    found |= {"orbit": facts.get("sat:relative_orbit"), "direction": facts.get("sat:orbit_state")}
-    found["coverage"] = round(min(seen.area / area.whole.area, 1), 3)
+    found = {"time": f"{_sensed(first):%Y-%m-%dT%H:%M:%SZ}", "days": round((_sensed(first) - event) / DAY, 3)}
+    found |= {"satellite": facts["platform"].upper(), "orbit": facts.get("sat:relative_orbit")}
+    found["coverage"] = round(min(seen.area / whole.area, 1), 3)
     if sensor == "S2L2A":
         found["cloud"] = round(100 * max(1 - clear / seen.area, 0), 1)
     return found | {"files": [_links(sensor, item) for item in kept]}
@@ -189,84 +150,66 @@ def _pass_of(items: Iterable[Item], area: Area, sensor: str) -> Pass | None:
 
 def _links(sensor: str, item: Item) -> dict[str, Any]:
     """One entry under `files`: the item, what its pixels need, and an unsigned link for each band."""
-    names = [*BANDS[sensor], SCL] if sensor == "S2L2A" else BANDS[sensor]
-    if absent := [name for name in names if name not in item["assets"]]:
-        fix = "use a STAC API with Planetary Computer's names"
-        raise FloodreproError(f"{item['id']} has no asset {', '.join(absent)}", fix=fix)
-    hrefs = {name: public(item["assets"][name]["href"]) for name in names}
-    if local := [href for href in hrefs.values() if not href.startswith(("http://", "https://"))]:
-        raise FloodreproError(f"{item['id']} lies at {local[0][:100]!r}, which is no web address", fix="another --stac")
     known = {"tile": "s2:mgrs_tile", "baseline": "s2:processing_baseline", "cloud": "eo:cloud_cover"}
     facts = {key: item["properties"][name] for key, name in known.items() if item["properties"].get(name) is not None}
+    hrefs = {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
+    if local := [href for href in hrefs.values() if not href.startswith(("http://", "https://"))]:
+        raise FloodreproError(f"{item['id']} lies at {local[0][:100]!r}, which is no web address", fix="another --stac")
     return {"item": item["id"], **facts} | hrefs
 
 
-def _choose(
-    found: Sequence[Pass], sensor: str, event: datetime, aim: datetime, late: timedelta, gap: timedelta
-) -> dict[str, Pass | None] | None:
-    """Four passes by step, or None where none came within *late* of the event; its pass is within *gap* of the aim.
+def _choose(found: Sequence[Pass], sensor: str, late: float, aim: float, near: float) -> dict[str, Any] | None:
+    """Four passes by step, or None where none came within *late* of the event; if one can be, it is *near* the aim.
 
     Each is the clearest in its window; of those within 5 points of the clearest, the one nearest to the aim (event),
-    to the event (before), to 30 days before `before` (month_before), to the event pass (after).
+    to the event (before), to 30 days before `before` (month_before), to the event pass (after). Those of the radar are
+    of one relative orbit: of the orbits that see most of the area, the one that came first.
     """
 
-    def clearest(low: datetime, high: datetime, aim: datetime) -> Pass | None:
-        there = [(p["coverage"] * (1 - p.get("cloud", 0) / 100), p) for p in found if low <= _time(p) < high]
-        alike = [p for clear, p in there if clear >= max(share for share, _ in there) - _ALIKE]
+    def clearest(own: Sequence[Pass], low: float, high: float, aim: float) -> Pass | None:
+        clear = [(p["coverage"] * (1 - p.get("cloud", 0) / 100), p) for p in own if low <= p["days"] < high]
+        alike = [p for share, p in clear if share >= max(share for share, _ in clear) - _ALIKE]
         # Whole days, because 30 days lie half-way between two passes of a 12-day cycle: the earlier one then.
-        return min(alike, key=lambda p: (round(abs(_time(p) - aim) / DAY), p["time"]), default=None)
+        return min(alike, key=lambda p: (round(abs(p["days"] - aim)), p["days"]), default=None)
 
-    end, past = event + late, _WINDOW[sensor]
-    this = clearest(max(event, aim - gap), min(end, aim + gap), aim) or clearest(event, end, aim)
-    if this is None:
-        return None
-    before, month_before = clearest(event - past, event, event), None
-    if before:
-        month = _time(before) - 30 * DAY
-        month_before = clearest(month - past, min(month + past, _time(before)), month)
-    after = clearest(_time(this) + DAY / 4, _time(this) + past, _time(this))
-    return {"month_before": month_before, "before": before, "event": this, "after": after}
-
-
-def _choose_orbit(found: Sequence[Pass], event: datetime, late: timedelta) -> dict[str, Pass | None] | None:
-    """Four radar passes of one relative orbit: of those that see most of the area, the one that came first."""
-
-    def reach(plan: Mapping[str, Pass | None]) -> float:
-        return min(float(p["coverage"]) for step, p in plan.items() if p and step != "after")
-
-    orbits = [[p for p in found if p["orbit"] == orbit] for orbit in sorted({p["orbit"] for p in found})]
-    plans = [plan for own in orbits if (plan := _choose(own, "S1RTC", event, event, late, late))]
+    window, plans = _WINDOW[sensor], list[dict[str, Any]]()
+    for orbit in sorted({p["orbit"] for p in found}) if sensor == "S1RTC" else [None]:
+        own = [p for p in found if orbit in (None, p["orbit"])]
+        this = clearest(own, max(0, aim - near), min(late, aim + near), aim) or clearest(own, 0, late, aim)
+        if this:
+            before = clearest(own, -window, 0, 0)
+            latest = (before or this)["days"]
+            month_before = clearest(own, latest - 30 - window, min(latest - 30 + window, latest), latest - 30)
+            after = clearest(own, this["days"] + 0.25, this["days"] + window, this["days"])
+            plans.append({"month_before": month_before, "before": before, "event": this, "after": after})
     plans = [plan for plan in plans if plan["month_before"]] or plans  # one without history only where none has it
-    near = [plan for plan in plans if reach(plan) >= max(map(reach, plans)) - _ALIKE]
-    return min(near, key=lambda plan: plan["event"]["time"], default=None)  # type: ignore[index]
+    reach = [min(p["coverage"] for step, p in plan.items() if p and step != "after") for plan in plans]
+    near_best = [plan for plan, share in zip(plans, reach, strict=True) if share >= max(reach) - _ALIKE]
+    return min(near_best, key=lambda plan: plan["event"]["days"], default=None)
 
 
-def _too_late(sensor: str, found: Sequence[Pass], event: datetime, today: datetime, late: timedelta) -> FloodreproError:
-    """The error that says when the next pass is expected, or how late the first one came."""
-    word, cycle, newest = _WORDS[sensor], _CYCLE[sensor], _time(found[-1])
-    if newest >= event or today >= event + _LOOK_AHEAD:
-        waits = [f"{(_time(p) - event) / DAY:.1f}" for p in found if _time(p) >= event] or ["more than 45"]
-        told = f"the first {word} pass came {waits[0]} days after the event (limit {late / DAY:g})"
+def _too_late(sensor: str, found: Sequence[Pass], event: datetime, today: float, late: float) -> FloodreproError:
+    """The error that says when the next pass is expected, or how late the first one came; *today* in days after it."""
+    word, cycle, newest = _WORDS[sensor], _CYCLE[sensor], found[-1]["days"]
+    if newest >= 0 or today >= _LOOK_AHEAD:
+        waits = [f"{p['days']:.1f}" for p in found if p["days"] >= 0] or [f"more than {_LOOK_AHEAD}"]
+        told = f"the first {word} pass came {waits[0]} days after the event (limit {late:g})"
         return FloodreproError(told, fix="allow more with --max-days, if the water stood as long")
     due = []
     # A satellite repeats its orbits exactly; one that has not been seen for two cycles is taken to be gone.
-    for (orbit, satellite), last in {(p["orbit"], p["satellite"]): _time(p) for p in found}.items():
+    for (orbit, satellite), last in {(p["orbit"], p["satellite"]): p["days"] for p in found}.items():
         if newest - last <= 2 * cycle:
-            first = max(1, math.ceil((event - last) / cycle))
-            until = (max(event, today) + cycle - last) // cycle
-            due += [(last + n * cycle, orbit, satellite) for n in range(first, until + 1)]
-    time, orbit, satellite = min(d for d in due if d[0] >= today)
-    told = f"no {word} pass since {event:%F} yet; next expected on {time:%F} (relative orbit {orbit}, {satellite})"
-    if missed := [f"{time:%F}" for time, _, _ in sorted(due) if time < today]:
+            expected = np.arange(last + cycle, max(today, 0) + cycle, cycle)
+            due += [(day, orbit, satellite) for day in expected.tolist() if day >= 0]
+    day, orbit, satellite = min(d for d in due if d[0] >= today)
+    told = f"no {word} pass since {event:%F} yet; next expected on {event + day * DAY:%F}"
+    told += f" (relative orbit {orbit}, {satellite})"
+    if missed := [f"{event + day * DAY:%F}" for day, _, _ in sorted(due) if day < today]:
         told += f"; expected by now and not in the catalogue: {', '.join(missed)}"
-    told += f"; newest over the area: {newest:%F}"
+    told += f"; newest over the area: {event + newest * DAY:%F}"
     return NoPassYet(told, fix="run it again a day or more after that date: a catalogue lags behind the satellites")
 
 
 def _sensed(item: Item) -> datetime:
     """When an item was sensed (UTC)."""
     return datetime.fromisoformat(item["properties"]["datetime"]).astimezone(UTC)
-
-
-def _time(p: Pass) -> datetime:
-    return datetime.fromisoformat(p["time"])

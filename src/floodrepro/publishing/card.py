@@ -3,119 +3,63 @@
 A card is its author's from then on: another one never replaces it, the old one is set aside.
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
-from floodrepro.publishing.export import ExportedWeights, read_exported
+from floodrepro.publishing.export import read_exported
 from floodrepro.recipe import Recipe, fingerprint
-from floodrepro.run_folder import RunFolder, free_name, replacing, sha256_of
+from floodrepro.run_folder import RunFolder, free_name, replacing, sha256_of, write_atomically
 from floodrepro.verification import report, results
 from floodrepro.verification.checks import number
-from floodrepro.verification.checks.run import device_of
 
 CARD, RESULTS = "README.md", "results.json"
 _TAGS = ("terratorch", "terramind", "earth-observation", "sentinel-1", "sentinel-2")
 # The hub's names for what TerraTorch measures (https://hf.co/metrics); a class's IoU has none.
-_METRICS = {"mIoU": "mean_iou", "F1_Score": "f1", "Pixel_Accuracy": "accuracy"}
-_METHODS = {
-    "counter": "read from the device's own energy counter",
-    "power": "integrated from sampled power",
-    "tdp": "an upper estimate, rated power times time",
+_METRICS = {
+    "mIoU": "mean_iou",
+    "F1_Score": "f1",
+    "Pixel_Accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
 }
-
-
-class Factors(NamedTuple):
-    """What turns the devices' energy into a data centre's emissions, and where both figures come from."""
-
-    pue: float  # power usage effectiveness: energy of the data centre over its computers' (ISO/IEC 30134-2)
-    pue_source: str
-    intensity: float  # of the grid, kg CO2e per kWh
-    intensity_source: str
+Factors = tuple[float, str, float, str] | None
+"""Power usage effectiveness (ISO/IEC 30134-2), its source, the grid's kg CO2e per kWh, and its source; or None."""
 
 
 def write_card(
-    folder: Path,
-    name: str,
-    checkpoint: Path,
-    recipe: Recipe,
-    run: RunFolder | None,
-    *,
-    licence: str | None = None,
-    factors: Factors | None = None,
+    pair: Path, checkpoint: Path, recipe: Recipe, run: RunFolder | None, licence: str = "", factors: Factors = None
 ) -> Path:
     """Write README.md beside an exported pair, with a copy of results.json and the picture of chips; return the card.
 
-    Args:
-        folder: The export folder.
-        name: Stem of the pair.
-        checkpoint: What the pair was exported from.
-        recipe: The recipe that it was trained with.
-        run: Its run folder; None for a checkpoint that is no run's best one.
-        licence: The author's choice, by its SPDX or hub id; None where none was made.
-        factors: PUE and grid intensity, if they were given.
+    `pair` is its safetensors. `run` is None for a checkpoint that is no run's best one, `licence` an SPDX or hub id.
 
     Raises:
         CheckpointError: The pair is missing, damaged, or comes from another checkpoint.
-        RunFolderError, TableError: As `read_records`, or the folder cannot be written.
+        RunFolderError, TableError: As `read_records`.
     """
-    weights, digest = read_exported(folder / f"{name}.safetensors"), sha256_of(checkpoint)
+    weights, digest, folder = read_exported(pair), sha256_of(checkpoint), pair.parent
     if weights.metadata.get("source_sha256") != digest:
         what, fix = f"the pair was not exported from {checkpoint.name}", "export again, into another --output DIR"
         raise CheckpointError(what, where=weights.path, fix=fix)
     record, found = read_records(run, recipe, digest)
-    picture = run.verification / "figures" / report.PICTURE if run and found else None
-    text = _fill_in(name, weights, recipe, record, found, licence, factors, picture=bool(picture and picture.is_file()))
-    try:
-        if (folder / CARD).exists():
-            aside = (folder / CARD).replace(folder / free_name(folder / CARD))
-            console.say(f"{CARD}, which was there, is now {aside.name}")
-        for source in (run.results, picture) if run and found else ():
-            if source and source.is_file():
-                with replacing(folder / source.name) as partial:
-                    shutil.copyfile(source, partial)
-        with replacing(folder / CARD) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"the card cannot be written: {error.strerror or error}", where=folder) from error
-    return folder / CARD
-
-
-def _fill_in(
-    name: str,
-    weights: ExportedWeights,
-    recipe: Recipe,
-    record: Mapping[str, Any],
-    found: Mapping[str, Any] | None,
-    licence: str | None,
-    factors: Factors | None,
-    *,
-    picture: bool,
-) -> str:
-    """The card's text, metadata included; see `write_card`."""
-    protocol, base, (energy, emitted) = (
-        protocols.protocol_of(recipe),
-        results.base_model(recipe),
-        energy_of(record, factors),
-    )
-    source = {
-        "checkpoint": {"sha256": weights.metadata.get("source_sha256")},
-        "protocol": protocol.name,
-        "recipe_sha256": weights.metadata.get("recipe_sha256"),
-    }
-    run = (found["run"] if found else results.without_folders(record)) | source
-    used = record.get("data") or {}
-    chips = {split: (used.get("chips") or {}).get(split) for split in ("train", "val")}
-    generated, counts = used.get("generated"), {split: protocol.counts.get(split) for split in chips}
-    published = bool(protocol.repo and chips == counts and not generated)
-    data: dict[str, Any] = {
-        "license": licence,
+    copied = [run.results, run.verification / "figures" / report.PICTURE] if run and found else []
+    source = {"checkpoint": {"sha256": digest}, "recipe_sha256": weights.metadata.get("recipe_sha256")}
+    protocol, base = protocols.protocol_of(recipe), results.base_model(recipe)
+    about = (found["run"] if found else results.without_folders(record)) | source | {"protocol": protocol.name}
+    facts, (energy, emissions) = report.run_facts(about), energy_of(record, factors)
+    used, chips = record.get("data") or {}, (record.get("data") or {}).get("chips") or {}
+    whole = all(chips.get(split) == protocol.counts.get(split) for split in ("train", "val"))
+    published = bool(protocol.repo and whole and not used.get("generated"))
+    metadata: dict[str, Any] = {
+        "license": licence or None,
         "library_name": "terratorch",
         "pipeline_tag": "image-segmentation",
         "tags": [*_TAGS, protocol.hazard, "floodrepro"],
@@ -123,38 +67,39 @@ def _fill_in(
         "base_model_relation": "finetune" if base else None,
         "datasets": [protocol.repo] if published else None,
     }
-    if emitted is not None and factors:
-        data["co2_eq_emissions"] = {
-            "emissions": round(1000 * emitted, 3),  # grams
-            "source": f"measured energy x PUE ({factors.pue_source}) x grid intensity ({factors.intensity_source})",
-            "training_type": "fine-tuning" if base else "pre-training",
-            "hardware_used": device_of(record),
-        }
+    if emissions:
+        kind = "fine-tuning" if base else "pre-training"
+        metadata["co2_eq_emissions"] = emissions | {"training_type": kind, "hardware_used": facts.get("device")}
     if found and found["scores"]["rows"]:
-        data |= {"model_name": name, "eval_results": _eval_results(protocol, generated, found)}
-    return report.fill_in(
+        metadata |= {"model_name": pair.stem, "eval_results": _eval_results(protocol, found)}
+    text = report.fill_in(
         Path(__file__).parent / "README.md.j2",
-        metadata=ModelCardData(**data).to_yaml(),
-        name=name,
+        metadata=ModelCardData(**metadata).to_yaml(),
+        name=pair.stem,
         protocol=protocol,
         recipe=recipe,
         results=found,
         record=record,
-        chips=chips["train"],
-        parts=results.architecture(recipe),
-        start=results.start_of_weights(recipe, record) if record or base else None,
-        required=report.required_sentence(found) if found else "",
-        training=report.run_facts(record),
+        chips=chips.get("train"),
+        model=results.describe_model(recipe, record),
+        facts=[*facts.items(), ("weights sha256", weights.sha256)],
         energy=energy,
         weights=weights,
         timesteps=protocols.TIMESTEPS,
-        generated=generated,
+        generated=used.get("generated"),
         published=published,
         licence=licence,
         pretrained=base,
-        picture=picture,
-        provenance=[("weights sha256", weights.sha256), *report.how_to_reproduce(run)],
+        picture=any(file.name == report.PICTURE and file.is_file() for file in copied),
     )
+    if (folder / CARD).exists():
+        aside = (folder / CARD).replace(folder / free_name(folder / CARD))
+        console.say(f"{CARD}, which was there, is now {aside.name}")
+    for file in filter(Path.is_file, copied):
+        with replacing(folder / file.name) as partial:
+            shutil.copyfile(file, partial)
+    write_atomically(folder / CARD, text)
+    return folder / CARD
 
 
 def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -178,7 +123,7 @@ def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[di
     return record, found
 
 
-def factors_of(pue: Sequence[str] | None, grid: Sequence[str] | None) -> Factors | None:
+def factors_of(pue: Sequence[str] | None, grid: Sequence[str] | None) -> Factors:
     """`Factors` from the two flags, each a figure and its source; None where neither was given.
 
     Raises:
@@ -187,72 +132,66 @@ def factors_of(pue: Sequence[str] | None, grid: Sequence[str] | None) -> Factors
     if pue is None and grid is None:
         return None
     (x, x_source), (y, y_source) = pue or ("", ""), grid or ("", "")
-    try:
-        found = Factors(float(x), x_source.strip(), float(y), y_source.strip())
-        fits = 1 <= found.pue < 10 and 0 <= found.intensity < 10 and found.pue_source and found.intensity_source
-    except ValueError:
-        fits = ""
-    if not fits:
-        what = "a carbon figure needs a PUE of 1 or more and 0 to about 1 kg CO2e per kWh, each with its source"
-        raise UsageError(
-            f"--pue {x} {x_source!r} --grid {y} {y_source!r}: {what}", fix="--pue X SOURCE --grid X SOURCE"
-        )
-    return found
+    with contextlib.suppress(ValueError):
+        found = (float(x), x_source.strip(), float(y), y_source.strip())
+        if 1 <= found[0] < 10 and 0 <= found[2] < 10 and found[1] and found[3]:
+            return found
+    what = "a carbon figure needs a PUE of 1 or more and 0 to about 1 kg CO2e per kWh, each with its source"
+    raise UsageError(f"{what}, not {x or '?'} and {y or '?'}", fix="--pue X SOURCE --grid X SOURCE")
 
 
-def energy_of(record: Mapping[str, Any], factors: Factors | None) -> tuple[list[str], float | None]:
-    """Energy of a run by method, and which devices it is of, in sentences; and its emissions in kg CO2e.
+def energy_of(record: Mapping[str, Any], factors: Factors) -> tuple[str, dict[str, Any] | None]:
+    """Energy of a run by method, and which devices it is of, in sentences; and its emissions in grams CO2e.
 
-    Emissions are None unless a PUE and a grid intensity were given and all parts of the run, on all devices, were
-    measured by one method.
+    Emissions, with their source, are None unless a PUE and a grid intensity were given and all parts of the run, on
+    all devices, were measured by one method.
     """
-    parts: Sequence[Mapping[str, Any]] = record.get("energy") or []
+    parts, devices = record.get("energy") or [], int(record.get("processes") or 1)
     known = [part for part in parts if part.get("kWh") is not None]
     if not known:
-        return ["The energy was not measured, so there is no carbon figure."], None
-    methods = list(dict.fromkeys(str(part["method"]) for part in known))
-    kwh = [sum(part["kWh"] for part in known if part["method"] == method) for method in methods]
-    lines = [f"{number(used)} kWh, {_METHODS.get(how, how)}." for how, used in zip(methods, kwh, strict=True)]
-    if len(methods) > 1:
-        lines.append("Figures of different methods are not added.")
+        return "The energy was not measured, so there is no carbon figure.", None
+    lines, methods = [], list(dict.fromkeys(part["method"] for part in known))
+    for method in methods:
+        ones = [part for part in known if part["method"] == method]
+        kwh, notes = sum(part["kWh"] for part in ones), dict.fromkeys(str(part.get("note", method)) for part in ones)
+        lines.append(f"{number(kwh)} kWh ({'; '.join(notes)}).")
     if len(known) < len(parts):
         lines.append(f"The energy of {len(parts) - len(known)} of {len(parts)} parts of the run is not known.")
-    metered, devices = min(int(part.get("devices") or 1) for part in parts), int(record.get("processes") or 1)
-    whose = "the device" if devices == 1 else f"all {devices} devices"
-    if metered < devices:
-        whose = f"{metered} of {devices} devices; nothing was scaled up"
+    metered = min(int(part.get("devices") or 1) for part in parts)
+    share = f"{metered} of {devices} devices" if metered < devices else f"all {devices} devices"
+    whose = "the device" if devices == 1 else share
     lines.append(f"This is the energy of {whose}, without host and cooling. Validation is included, the test is not.")
-    emitted = None
+    emissions = None
     if len(methods) > 1 or len(known) < len(parts) or metered < devices:
-        lines.append("There is no one figure for the whole run on all devices, so there is no carbon figure.")
+        lines.append("Different methods are not added and nothing is scaled up, so there is no carbon figure.")
     elif factors is None:
         lines.append("No PUE and grid intensity were given with a source, so there is no carbon figure.")
     else:
-        emitted = kwh[0] * factors.pue * factors.intensity
-        lines.append(
-            f"Data centre and grid: {number(kwh[0])} kWh x PUE {factors.pue:g} ({factors.pue_source}) x "
-            f"{factors.intensity:g} kg CO2e/kWh ({factors.intensity_source}) = {number(emitted)} kg CO2e."
-        )
-    notes = dict.fromkeys(str(part["note"]) for part in known if part.get("note"))
-    return [*lines, *([f"How it was measured: {'; '.join(notes)}."] if notes else [])], emitted
+        pue, pue_source, intensity, intensity_source = factors
+        emitted = kwh * pue * intensity
+        source = f"{number(kwh)} kWh x PUE {pue:g} ({pue_source}) x {intensity:g} kg CO2e/kWh ({intensity_source})"
+        lines.append(f"Data centre and grid: {source} = {number(emitted)} kg CO2e.")
+        emissions = {"emissions": round(1000 * emitted, 3), "source": source}
+    return " ".join(lines), emissions
 
 
-def _eval_results(protocol: protocols.Protocol, generated: str | None, found: Mapping[str, Any]) -> list[EvalResult]:
-    """The scores that are defined, for the hub."""
-    whole, chips = not found["banner"] and protocol.repo, f"{found['run']['n_chips']} chips ({protocol.name})"
-    other = "generated chips (floodrepro data synth)" if generated else chips
-    names = _METRICS | {"f1": f"f1_{protocol.positive_class}"}  # f1 is the mean of classes
+def _eval_results(protocol: protocols.Protocol, found: Mapping[str, Any]) -> list[EvalResult]:
+    """The scores that the hub lists, as far as they are defined."""
+    run, whole = found["run"], not found["banner"] and protocol.repo
+    kind = "generated by floodrepro data synth" if run["data"].get("generated") else protocol.name
+    classes = range(len(protocol.class_names))
+    types = _METRICS | {"f1": f"f1_{protocol.positive_class}"} | {f"IoU_{k}": f"iou_{k}" for k in classes}
     return [
         EvalResult(
             task_type="image-segmentation",
             dataset_type=str(protocol.repo) if whole else "other",
-            dataset_name=protocol.title if whole else other,
+            dataset_name=protocol.title if whole else f"{run['n_chips']} chips ({kind})",
             dataset_config=protocol.name,
-            dataset_split=found["run"].get("split") or "test",
-            metric_type=names.get(row["metric"], row["metric"].lower()),
+            dataset_split=run.get("split") or "test",
+            metric_type=types[row["metric"]],
             metric_name=row["label"],
             metric_value=row["values"][0],
         )
         for row in found["scores"]["rows"]
-        if row["values"][0] is not None
+        if row["metric"] in types and row["values"][0] is not None
     ]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from floodrepro import __version__
 from floodrepro import recipe as recipes
 from floodrepro.data import protocols
-from floodrepro.errors import CheckpointError, RunFolderError, UsageError
+from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import replacing, sha256_of, write_atomically
 
@@ -41,35 +41,22 @@ class ExportedWeights:
 
 
 def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportedWeights:
-    """Write NAME.safetensors and NAME.yaml.
-
-    Args:
-        checkpoint_path: A ``.ckpt``, ``.pt`` or ``.safetensors``.
-        recipe: The recipe that it was trained with.
-        output: Folder for the pair; made if it is not there.
-        name: Stem of both files.
+    """Write NAME.safetensors and NAME.yaml of a checkpoint and the recipe that it was trained with.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or holds values that are not finite.
         UsageError: The recipe is another model's, or a file of that name is there already.
-        RunFolderError: The folder cannot be written.
     """
     from safetensors.torch import save_file
 
     from floodrepro.training.checkpoint import check_finite, list_differences, read_checkpoint
 
-    for section in ("data", "model"):
-        if "class_path" not in (recipe.get(section) or {}):
-            raise UsageError(f"the recipe's section '{section}' names no class_path", fix="--config YAML")
     checkpoint = read_checkpoint(checkpoint_path)
     check_finite(checkpoint)
     given = recipe["model"].get("init_args") or {}
     if differences := list_differences(checkpoint.hyper_parameters, given):
-        raise UsageError(
-            f"the checkpoint was made with another recipe: {'; '.join(differences)}",
-            where=checkpoint_path,
-            fix="give the --config that it was trained with: the exported YAML has to describe these weights",
-        )
+        what = f"the checkpoint was made with another recipe: {'; '.join(differences)}"
+        raise UsageError(what, where=checkpoint_path, fix="give the --config that it was trained with")
     weights, config = output / f"{name}.safetensors", output / f"{name}.yaml"
     if there := next((file for file in (weights, config) if file.exists()), None):
         raise UsageError("the file exists already and is not overwritten", where=there, fix="--output DIR")
@@ -86,16 +73,13 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
     # The names of Lightning's state dict, of which TerraTorch strips one leading "model."; clone, for safetensors
     # refuses tensors that share memory.
     tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    with replacing(weights) as partial:
+        save_file(tensors, partial, metadata=metadata)
+        _sort_header(partial)
+        partial.chmod(0o644)
     header = _HEADER.format(checkpoint=checkpoint_path.name, sha256=fingerprint)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with replacing(weights) as partial:
-            save_file(tensors, partial, metadata=metadata)
-            _sort_header(partial)
-            partial.chmod(0o644)
-        write_atomically(config, header + recipes.to_yaml(_portable(recipe)))
-    except OSError as error:
-        raise RunFolderError(f"the export cannot be written: {error.strerror or error}", where=output) from error
+    write_atomically(config, header + recipes.to_yaml(_portable(recipe)))
     return read_exported(weights)
 
 
@@ -105,13 +89,12 @@ def read_exported(path: Path) -> ExportedWeights:
     Raises:
         CheckpointError: It is missing or damaged, or the YAML beside it is missing.
     """
-    if not path.is_file():
-        raise CheckpointError("there are no exported weights", where=path, fix="floodrepro export --run DIR")
     try:
         with safe_open(str(path), framework="np") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"the exported weights are damaged: {error}", where=path) from error
+        what, fix = f"the exported weights are missing or damaged: {error}", "floodrepro export --run DIR"
+        raise CheckpointError(what, where=path, fix=fix) from error
     config = path.with_suffix(".yaml")
     if not config.is_file():
         raise CheckpointError("the YAML of the pair is missing", where=config, fix="export into another --output DIR")
@@ -159,14 +142,12 @@ def _portable(recipe: Recipe) -> Recipe:
     if "backbone_pretrained" in model_args:
         model_args["backbone_pretrained"] = False
 
-    def listed(file: str) -> str:
-        return str(_DATA_ROOT / "split" / Path(file).name)
-
     data = stock["data"].get("init_args") or {}
     for key, value in data.items():
         if key.endswith("data_root") and value:
             data[key] = str(_DATA_ROOT / "data")
         elif key.endswith("_split") and value:
-            several = isinstance(value, dict)
-            data[key] = {name: listed(file) for name, file in value.items()} if several else listed(value)
+            files = value if isinstance(value, dict) else {"": value}
+            moved = {name: str(_DATA_ROOT / "split" / Path(file).name) for name, file in files.items()}
+            data[key] = moved if isinstance(value, dict) else moved[""]
     return stock

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from floodrepro import __version__
@@ -15,21 +15,19 @@ from floodrepro.errors import CheckpointError, FloodreproError, UsageError
 from floodrepro.publishing.card import CARD, RESULTS
 from floodrepro.publishing.export import read_exported
 from floodrepro.run_folder import sha256_of
-from floodrepro.verification import report, results
-
-_LOGIN = "hf auth login, or set HF_TOKEN, with a token that may write to it"
+from floodrepro.verification import results
+from floodrepro.verification.report import PICTURE
 
 
 def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[str, Any]:
     """Look through an export folder; nobody is contacted.
 
     Returns:
-        JSON types: what was given, `endpoint` (the hub's address), `files` (sha256 by name), `left_out` (other files of
-        the folder), `verdict` and `licence` (empty where there is none), and `objection`: why this should not be
-        published, empty where there is no reason.
+        JSON types: what was given, `endpoint` (the hub's address), `files` (sha256 by name), `left_out` (other files),
+        and, empty where there is none, `verdict`, `licence` and `objection`: why this should not be published.
 
     Raises:
-        UsageError: The repository's name is not valid, or the folder has no card, not one pair, or a link.
+        UsageError: The repository's name is not valid, or the folder has no card not one pair, or a link.
         CheckpointError: The pair or the card is damaged, or the results are of other weights.
     """
     try:
@@ -44,11 +42,9 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
         raise UsageError(what, where=folder, fix="floodrepro export --run DIR writes a pair and its card")
     weights = read_exported(found[0])
     names = [weights.path.name, weights.config.name, CARD]
-    names += [name for name in (RESULTS, report.PICTURE) if (folder / name).is_file()]
+    names += [name for name in (RESULTS, PICTURE) if (folder / name).is_file()]
     if links := [name for name in names if (folder / name).is_symlink()]:
-        raise UsageError(
-            "this is a link, and is not followed", where=folder / links[0], fix="put the file itself there"
-        )
+        raise UsageError("this is a link, and is not followed", where=folder / links[0], fix="put the file there")
     objection, verdict = "not verified: no required check was run", ""
     if RESULTS in names:
         said = results.load(folder / RESULTS)
@@ -56,7 +52,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
             what = "results.json is of another checkpoint than the weights were exported from"
             raise CheckpointError(what, where=folder, fix="verify the run, then floodrepro export --card-only")
         verdict = "{word}. {sentence}".format(**said["verdict"])
-        objection = report.required_sentence(said | {"summary": said["summary"] | {"required": []}})  # what is not met
+        objection = said["summary"]["objection"]
     try:
         licence = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.get("license") or ""
     except (ValueError, yaml.YAMLError) as error:  # the first where it is not UTF-8
@@ -85,9 +81,6 @@ def upload(plan: Mapping[str, Any]) -> str:
         FloodreproError: There is no token, or the hub refuses or cannot be reached.
     """
     repo, branch, private, where = plan["repo"], plan["branch"], plan["private"], f"{plan['endpoint']}/{plan['repo']}"
-    if constants.HF_HUB_OFFLINE or get_token() is None:
-        what = "HF_HUB_OFFLINE forbids every request" if constants.HF_HUB_OFFLINE else "there is no token for the hub"
-        raise FloodreproError(what, where=where, fix=f"unset HF_HUB_OFFLINE; {_LOGIN}")
     files = [CommitOperationAdd(name, Path(plan["folder"], name)) for name in plan["files"]]
     found = {file.path_in_repo: file.upload_info.sha256.hex() for file in files}
     if changed := [name for name, digest in plan["files"].items() if found[name] != digest]:
@@ -102,11 +95,8 @@ def upload(plan: Mapping[str, Any]) -> str:
         if branch != constants.DEFAULT_REVISION:
             api.create_branch(repo, branch=branch, exist_ok=True)
         done = api.create_commit(repo, files, commit_message=f"Add {files[0].path_in_repo}", revision=branch)
-    except HfHubHTTPError as error:
-        said = error.server_message or str(error).splitlines()[0]
-        what = f"the hub refuses (HTTP {error.response.status_code}): {said}"
-        raise FloodreproError(what, where=where, fix=f"check --repo; {_LOGIN}") from error
-    except HTTPError as error:  # of the HTTP library, which is httpx or httpx2
-        what = f"the hub cannot be reached: {type(error).__name__}: {public(str(error))}"
-        raise FloodreproError(what, where=where, fix="check the network and HF_ENDPOINT, and try again") from error
+    except (HTTPError, OSError) as error:  # of the HTTP library, which is httpx or httpx2; HF_HUB_OFFLINE; no file
+        what = f"the hub refuses or cannot be reached: {type(error).__name__}: {public(str(error))}"
+        fix = "check --repo, the network and HF_ENDPOINT; hf auth login, or HF_TOKEN with a token that may write to it"
+        raise FloodreproError(what, where=where, fix=fix) from error
     return str(done.commit_url)

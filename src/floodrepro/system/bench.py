@@ -150,11 +150,7 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
 
 
 def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Speed and memory of each side, ratios of ours to theirs by round, scores, and how far the two sides' differ.
-
-    Args:
-        runs: What `StepClock` wrote, by side, one for each round.
-    """
+    """Sum up what `StepClock` wrote, by side, one for each round: ratios are ours over theirs, round by round."""
     theirs, ours = (runs[side] for side in SIDES)
     pairs = list(zip(ours, theirs, strict=True))
     shared = ours[0]["scores"].keys() & theirs[0]["scores"].keys()
@@ -167,7 +163,6 @@ def sum_up(runs: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
         },
         "scores": {side: [run["scores"] for run in runs[side]] for side in SIDES},
         "score_difference": float(np.max(gaps)) if gaps else None,  # NaN if one is
-        "load_average": os.getloadavg()[0],
         "environment": ours[0]["environment"],
     }
 
@@ -178,12 +173,11 @@ def describe(found: Mapping[str, Any]) -> str:
     for side, rate in found["chips_per_second"].items():
         peaks = [f"{kind.removesuffix('_gib')} {value:.2f}" for kind, value in found["peak_memory"][side].items()]
         rows.append([side, *(f"{rate[q]:.2f}" for q in ("median", "p10", "p90")), ", ".join(peaks)])
-    ratio = found["ratio"]
-    lines = [f"times as fast: {ratio['median']:.3f} (p10 {ratio['p10']:.3f}, p90 {ratio['p90']:.3f} of the rounds)"]
+    text = "times as fast: {median:.3f} (p10 {p10:.3f}, p90 {p90:.3f} of the rounds)\n".format(**found["ratio"])
     if found["score_difference"] is not None:
-        lines.append(f"largest difference of loss or metrics: {found['score_difference']:.1e}")
-    lines.append(f"{found['what']}; {found['precision']}, batches of {found['batch_size']}")
-    return console.columns(rows) + "\n\n" + "\n".join(lines)
+        text += f"largest difference of loss or metrics: {found['score_difference']:.1e}\n"
+    text += f"{found['what']}; {found['precision']}, batches of {found['batch_size']}"
+    return f"{console.columns(rows)}\n\n{text}"
 
 
 def _run_side(
@@ -200,11 +194,9 @@ def _run_side(
     timed["trainer"]["callbacks"] = [*callbacks, own]
     file.write_text(to_yaml(with_stock_data(timed) if side == "terratorch" else timed), encoding="utf-8")
     command = [sys.executable, "-m", side, "test" if checkpoint else "fit", "--config", str(file)]
-    if checkpoint is None:
-        command += [] if side == "terratorch" else ["--runs-root", str(folder / "runs"), "--name", name]
-    else:
-        command += ["--ckpt_path", str(checkpoint)]
-        command += [] if side == "terratorch" else ["--output", str(folder / name)]
+    command += ["--ckpt_path", str(checkpoint)] if checkpoint else []
+    place = ["--output", str(folder / name)] if checkpoint else ["--runs-root", str(folder / "runs"), "--name", name]
+    command += place if side == "floodrepro" else []
     variables = os.environ | {"LIGHTLY_DID_VERSION_CHECK": "True", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     if done.returncode:

@@ -3,6 +3,7 @@
 Nothing that is recorded names a person or a machine: no host name, no user name, no token.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -23,7 +24,6 @@ _PACKAGES = (
     *("torch", "lightning", "terratorch", "impactmesh", "torchvision", "torchgeo", "zarr", "numcodecs", "numpy"),
     *("jsonargparse", "torchmetrics", "segmentation-models-pytorch"),
 )
-COMMIT_VARIABLE = "FLOODREPRO_COMMIT"  # set in a container image, which has no repository inside
 # Variables that change numerics or speed. NVIDIA_TF32_OVERRIDE overrules torch's own switches without a word.
 _VARIABLES = re.compile(
     r"(OMP|MKL)_NUM_THREADS|PYTHONHASHSEED|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|(MIOPEN|PYTORCH|HSA|NCCL|TORCH)_.*"
@@ -90,36 +90,25 @@ def code_version(package: Path = Path(floodrepro.__file__).parent) -> dict[str, 
 
     The commit is that of the repository which tracks the package, or the one that a container image was built from.
     """
-    commit, changes = None, None
-    try:
-        if _git(package, "ls-files", "--error-unmatch", "__init__.py"):
-            commit = _git(package, "rev-parse", "--verify", "HEAD")
-            changes = _git(package, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):  # git is missing, or hangs on a slow file system
-        pass
-    found = {"floodrepro": floodrepro.__version__, "source_sha256": _source_digest(package)}
-    if commit and changes is not None:
-        return found | {"commit": commit, "dirty": bool(changes)}
-    return found | {"commit": os.environ.get(COMMIT_VARIABLE) or None, "dirty": None}
-
-
-def _source_digest(package: Path) -> str:
-    """Sha256 over the paths and contents of a package's Python files; it tells dirty checkouts apart."""
-    digest = hashlib.sha256()
+    commit, dirty = os.environ.get("FLOODREPRO_COMMIT") or None, None  # of an image, which has no repository inside
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # git is missing, hangs, or tracks no such file
+        _git(package, "ls-files", "--error-unmatch", "__init__.py")
+        found = _git(package, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        commit, dirty = found.removesuffix("-dirty"), found.endswith("-dirty")
+    digest = hashlib.sha256()  # tells dirty checkouts apart
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
+    source = digest.hexdigest()
+    return {"floodrepro": floodrepro.__version__, "source_sha256": source, "commit": commit, "dirty": dirty}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints; None if it fails."""
+def _git(folder: Path, *arguments: str) -> str:
     # GIT_DIR and its like, which a hook sets, would answer for another repository. No optional lock: a run that only
     # looks must not make a commit in another window fail.
     variables = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, env=variables, text=True, timeout=20, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    return subprocess.run(command, capture_output=True, env=variables, text=True, timeout=20, check=True).stdout.strip()
 
 
 def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
@@ -172,11 +161,10 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Cores by this process's affinity and by the quotas of its cgroup and the ones above it."""
     cores = len(os.sched_getaffinity(0))
     for folder in _cgroups(root, "cpu"):
-        quota, period = [*(small_text(folder / "cpu.max") or "max").split(), "100000"][:2]
-        if v1 := _number(folder / "cpu.cfs_quota_us"):  # -1 where there is none
-            quota, period = str(v1), small_text(folder / "cpu.cfs_period_us") or "100000"
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
+        limit = small_text(folder / "cpu.max") or ""  # v2: quota and period in one file, "max" where there is no limit
+        limit = limit or " ".join(small_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+        if found := re.fullmatch(r"(\d+) (\d+)", limit):
+            cores = min(cores, math.ceil(int(found[1]) / int(found[2])))
     return cores
 
 
@@ -188,13 +176,14 @@ def free_memory(root: Path = Path("/")) -> int:
     found = re.search(r"^MemAvailable:\s+(\d+) kB", small_text(root / "proc/meminfo") or "", re.MULTILINE)
     free = int(found[1]) * 1024 if found else 0
     for folder in _cgroups(root, "memory"):
-        limit = _number(folder / "memory.max") or _number(folder / "memory.limit_in_bytes")
-        used = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+        files = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # v2, v1
+        pairs = [[small_text(folder / name) or "" for name in names] for names in files]
         stat = dict(re.findall(r"^(\w+) (\d+)$", small_text(folder / "memory.stat") or "", re.MULTILINE))
         # The total_ figures of v1 include the cgroups below, as the limit does; those of v2 always do.
-        cache = [stat.get(f"total_{kind}") or stat.get(kind) or "0" for kind in ("inactive_file", "active_file")]
-        if limit:
-            free = min(free, max(0, limit - used + sum(map(int, cache))))
+        cache = [int(stat.get(f"total_{kind}") or stat.get(kind) or 0) for kind in ("inactive_file", "active_file")]
+        for limit, used in pairs:
+            if limit.isdigit() and used.isdigit():
+                free = min(free, max(0, int(limit) - int(used) + sum(cache)))
     return free
 
 
@@ -217,11 +206,6 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
             place = top / path.lstrip("/")
             folders += [place, *(parent for parent in place.parents if parent.is_relative_to(top))]
     return folders
-
-
-def _number(file: Path) -> int | None:
-    text = small_text(file) or ""
-    return int(text) if text.isdigit() else None
 
 
 # What torch makes of it. A broken build may end the process that imports it, so it is asked in one of its own.

@@ -21,23 +21,12 @@ _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 # What changes the shape of the model or what is measured. Not: pretrained, class_weights, optimiser, learning rate.
 _MEASURED = ("model_factory", "loss", "ignore_index", "class_names", "tiled_inference_on_testing")
 _SHAPELESS = ("backbone_pretrained", "pretrained", "head_dropout")
-_PAGE = "this is a web page: a link or a login page was saved"
-# What downloads leave in place of weights, by its first bytes.
-_NO_WEIGHTS = {
-    b"version https://git-lfs": "this is a Git LFS pointer, not the weights",
-    b"<!doctype": _PAGE,
-    b"<html": _PAGE,
-}
-_UNREADABLE: tuple[type[Exception], ...] = (
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-)
-_UNREADABLE += (struct.error, TypeError, AssertionError, AttributeError)  # of a file in torch's old format, cut short
+# What downloads leave in place of weights.
+_POINTER = (b"version https://git-lfs", "this is a Git LFS pointer, not the weights")
+_PAGE = (b"<", "this is a web page: a link or a login page was saved")
+_UNREADABLE: tuple[type[Exception], ...] = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError)
+# The others come of a file in torch's old format that was cut short.
+_UNREADABLE += (ValueError, LookupError, struct.error, TypeError, AssertionError, AttributeError)
 _STRIP = """if you trust its author, keep its tensors only, where its code is installed: python -c "import torch;
 c = torch.load('{name}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'weights.pt')\""""
 
@@ -54,24 +43,22 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a Lightning ``.ckpt``, a ``.pt`` of IBM's or of plain torch, or a ``.safetensors``, whatever its name.
 
-    torch.load of a ``.safetensors`` works from torch 2.13 on only, hence the safetensors library. Pickled code is never
-    run: ``weights_only=True``. Prefixes of Lightning (``model.``), DDP (``module.``) and torch.compile (``_orig_mod.``)
+    Pickled code is never run. Prefixes of Lightning (``model.``), DDP (``module.``) and torch.compile (``_orig_mod.``)
     are taken off the names, and the buffers of a loss with class weights (``criterion.``) are left out.
 
     Raises:
         CheckpointError: The file is missing, or it is not a checkpoint; the message names what it is.
     """
     if not path.is_file():
-        fix = "give runs/NAME/checkpoints/best.ckpt or an export"
-        raise CheckpointError("checkpoint not found", where=path, fix=fix)
+        raise CheckpointError("checkpoint not found", where=path, fix="runs/NAME/checkpoints/best.ckpt, or an export")
     with path.open("rb") as file:
         first = file.read(64)
-    for start, what in _NO_WEIGHTS.items():
-        if first.lstrip().lower().startswith(start):
+    for start, what in (_POINTER, _PAGE):
+        if first.lstrip().startswith(start):
             raise CheckpointError(what, where=path, fix="hf download REPO FILE, or git lfs pull")
     try:
         if first[8:9] == b"{":  # the header of safetensors, after its length
-            with safe_open(str(path), framework="pt", device="cpu") as opened:
+            with safe_open(str(path), framework="pt", device="cpu") as opened:  # torch.load can from 2.13 on
                 remembered: Any = json.loads((opened.metadata() or {}).get("hyper_parameters", "{}"))
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
                 content: Any = {"state_dict": weights, "hyper_parameters": remembered}
@@ -95,55 +82,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
     }
     if len(kept) < sum(not name.startswith("criterion.") for name in state):
         raise CheckpointError("two tensors have one name once prefixes (model., module.) are taken off", where=path)
-    remembered = named.get("hyper_parameters")
     if odd := [key for key, t in kept.items() if t.layout != torch.strided or t.is_meta]:
         raise CheckpointError(f"the checkpoint holds what is no plain tensor: {odd[0]}", where=path)
+    remembered = named.get("hyper_parameters")
     sound = isinstance(remembered, Mapping) and isinstance(remembered.get("model_args") or {}, Mapping)
     return Checkpoint(path, kept, remembered if sound else {})
 
 
 def check_finite(checkpoint: Checkpoint) -> None:
-    """Refuse weights to be used or passed on that are not finite: a network with NaN predicts class 0 everywhere.
-
-    Raises:
-        CheckpointError: A weight or a buffer holds NaN or an infinity.
-    """
-    floats = {key: t if t.is_complex() else t.double() for key, t in checkpoint.weights.items()}
-    bad = [name for name, tensor in floats.items() if not bool(tensor.isfinite().all())]
-    if bad:
+    """Raise a CheckpointError for a weight or buffer that is not finite: with NaN, class 0 is predicted everywhere."""
+    if bad := [name for name, tensor in checkpoint.weights.items() if not bool(tensor.isfinite().all())]:
         what = f"{len(bad)} tensors of the checkpoint are not finite: {', '.join(bad[:3])}"
         raise CheckpointError(what, where=checkpoint.path, fix="train again, or give an earlier checkpoint")
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool = True) -> str:
-    """Put a file's weights into a model; what is left out is told as a warning.
-
-    Args:
-        model: What a TerraTorch task calls ``model``.
-        checkpoint: What `read_checkpoint` returned.
-        strict: Whether every name and every shape has to fit.
+    """Put a file's weights into a model (what a TerraTorch task calls ``model``).
 
     Returns:
-        What did not fit and was left out: counts and first names; empty where all did.
+        What did not fit and was left out, told as a warning too: counts and first names; empty where all did.
 
     Raises:
-        CheckpointError: A value is not finite; with `strict` something, without it everything does not fit.
+        CheckpointError: A value is not finite; with `strict` a name or a shape, without it everything does not fit.
     """
     check_finite(checkpoint)
-    own, given = model.state_dict(), checkpoint.weights
-
-    def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-        return tensor.shape, tensor.is_floating_point()
-
-    misfits = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own],
-        # torch would copy int8 as if it were weights, and the real part of complex ones
-        "of another shape or kind": [name for name in own if name in given and kind(given[name]) != kind(own[name])],
-    }
-    left_out = {name for names in misfits.values() for name in names}
-    fitting = {name: tensor for name, tensor in given.items() if name not in left_out}
-    told = ", ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in misfits.items() if names)
+    # torch would copy int8 as if it were weights, and the real part of complex ones
+    own, given = (
+        {name: (tensor.shape, tensor.is_floating_point()) for name, tensor in weights.items()}
+        for weights in (model.state_dict(), checkpoint.weights)
+    )
+    misfits = {"missing": own.keys() - given.keys(), "unexpected": given.keys() - own.keys()}
+    misfits["of another shape or kind"] = {name for name in own.keys() & given.keys() if own[name] != given[name]}
+    told = ", ".join(f"{len(odd)} {what} ({', '.join(sorted(odd)[:3])})" for what, odd in misfits.items() if odd)
+    fitting = {name: tensor for name, tensor in checkpoint.weights.items() if given[name] == own.get(name)}
     if (strict and told) or not fitting:
         fix = "give the --config that the checkpoint was trained with"
         raise CheckpointError(f"the weights are not this model's: {told}", where=checkpoint.path, fix=fix)
@@ -154,18 +125,10 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, *, strict: bool
 
 
 def load_strictly(checkpoint: Checkpoint, task: Any, recipe: Recipe) -> None:
-    """Put all weights into a task's model; the recipe counts, and a checkpoint that remembers another is named.
-
-    Raises:
-        CheckpointError: The weights belong to another model, or are not finite.
-    """
-    differences = list_differences(checkpoint.hyper_parameters, recipe["model"].get("init_args") or {})
-    try:
-        load_weights(task.model, checkpoint)
-    except CheckpointError as error:
-        raise CheckpointError("; ".join([error.what, *differences]), where=error.where, fix=error.fix) from error
-    for difference in differences:
+    """Put all weights into a task's model, or raise as `load_weights`; a recipe of its own in the file is only told."""
+    for difference in list_differences(checkpoint.hyper_parameters, recipe["model"].get("init_args") or {}):
         console.warn(f"{difference}; the config counts")
+    load_weights(task.model, checkpoint)
 
 
 def list_differences(remembered: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,8 @@
 """Turn a recipe and chips into a run folder: check, build, hold the folder, choose where to start, train, record."""
 
 import contextlib
-import functools
 import gc
 import re
-import signal
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -16,9 +14,8 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from floodrepro import console
@@ -29,7 +26,7 @@ from floodrepro.data.protocols import data_arguments
 from floodrepro.data.splits import DataState, check_data
 from floodrepro.errors import CheckpointError, FloodreproError, Incident, Interrupted, RunFolderError, UsageError
 from floodrepro.run_folder import RunFolder, sha256_of, timestamp
-from floodrepro.system.environment import code_version, environment
+from floodrepro.system.environment import environment
 from floodrepro.training import terratorch_cli
 from floodrepro.training.checkpoint import load_weights, read_checkpoint
 
@@ -38,10 +35,10 @@ _LOCK_SECONDS = 10  # loader workers outlive a killed parent by seconds
 _KEY = "floodrepro"  # under which a full state keeps the run's identity
 _PACKAGES = ("torch", "lightning", "terratorch", "torchmetrics", "timm", "segmentation-models-pytorch", "numpy")
 _SHOWN = 3  # changes in a message
-# What a resumed run may have changed, beside its place: how long it lasts and what it prints.
+# What a resumed run may have changed: its place, how long it lasts and what it prints.
 _MAY_CHANGE = re.compile(
     r"trainer\.(callbacks.*|plugins.*|profiler.*|log_every_n_steps|(max|min)_\w+|num_sanity_val_steps)"
-    r"|predict_output_dir|output_file_prefix|out_dtype|deploy_config_file|custom_modules_path"
+    rf"|predict_output_dir|output_file_prefix|out_dtype|deploy_config_file|custom_modules_path|{recipes.PLACE.pattern}"
 )
 
 
@@ -70,10 +67,7 @@ def fit(
         The content of ``run.json``; of several processes only the first has it.
 
     Raises:
-        UsageError: The recipe cannot be built or run on this machine, or the run folder is not this run's.
-        DataError: Chips are missing.
-        CheckpointError: A state or the weights cannot be read.
-        RunFolderError: The run folder cannot be written, or another fit is running in it.
+        UsageError, DataError, CheckpointError, RunFolderError: Recipe, chips, a state or the run folder cannot be used.
         Incident: NaNGuard stopped the run.
         Interrupted: A signal stopped the run.
     """
@@ -91,26 +85,27 @@ def fit(
     run = RunFolder(path)
     if run.holds_something_else():
         raise UsageError("the folder exists and holds no run of floodrepro", where=path, fix="give another --name")
-    run_ids = run.read_record().get("loggers") or {}
-    terratorch_cli.into_run_folder(cli.config, run, run_ids)
+    record = run.read_record()
+    terratorch_cli.into_run_folder(cli.config, run, record.get("loggers") or {})
+    if record.get("rollback"):
+        cli.config.trainer.precision = _ROLLBACK_PRECISION
     if weights is not None or ckpt_path is not None or (run.checkpoints / LAST).exists():
         terratorch_cli.forget_pretrained_weights(cli.config)
     cli.build()
     trainer: Any = cli.trainer  # which knows whether this process is the first
-    if on_overflow == "rollback":
-        _refuse_rollback(trainer)
+    if on_overflow == "rollback" and trainer.world_size > 1:
+        raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop")
     with contextlib.ExitStack() as held:
         with _agreeing(trainer, run):
             if trainer.is_global_zero:
                 path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
                 held.enter_context(console.log_to(run.log))
-            record = run.read_record()
-            finished = _is_finished(cli.recipe, record)
+            record = run.read_record()  # again: another fit may have trained until now
+            length, wanted = record.get("length") or {}, cli.recipe["trainer"]
+            longer = [(wanted.get(key) or 0) > (length.get(key) or 0) for key in ("max_epochs", "max_steps")]
+            finished = record.get("status") == "finished" and not any(longer)
             now, state, changes = _choose_state(cli.recipe, data, run, ckpt_path, allow_changes=allow_changes)
-            if record.get("rollback"):
-                bf16 = MixedPrecision(_ROLLBACK_PRECISION, trainer.strategy.root_device.type)
-                trainer.strategy.precision_plugin = bf16
             trainer.callbacks += [_WeightedMeans(), _RunState(run, now), NaNGuard(), RunRecord(write=run.update_record)]
             trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
             entries: dict[str, Any] = {"started": record.get("started") or timestamp()}
@@ -134,35 +129,24 @@ def fit(
         except BaseException as failure:
             if trainer.is_global_zero:
                 _record_failure(run, failure)
-            if not isinstance(failure, Incident) or not failure.rolls_back:
-                raise
-            if on_overflow != "rollback" or record.get("rollback"):
+            may_roll_back = on_overflow == "rollback" and not record.get("rollback")
+            if not may_roll_back or not isinstance(failure, Incident) or not failure.rolls_back:
                 raise
             console.warn(failure.what)
-            step, before = failure.step, str(trainer.precision)
+            rollback = {"step": failure.entry["step"], "precision": [str(trainer.precision), _ROLLBACK_PRECISION]}
     del trainer
     gc.collect()  # the failed step's graph, with all its activations, hangs in a cycle with the traceback
     torch.cuda.empty_cache()
     last = newest_state(run.checkpoints)
-    where = last.name if last else "the start"
-    entry = {"step": step, "state": where, "precision": [before, _ROLLBACK_PRECISION], "when": timestamp()}
-    run.update_record(rollback=entry)  # from now on it chooses the precision
+    where, weights = (last.name, None) if last else ("the start", weights)
+    run.update_record(rollback=rollback | {"state": where, "when": timestamp()})  # it chooses the precision from now on
     console.warn(f"rolled back to {where}; the run continues in {_ROLLBACK_PRECISION}. This happens once")
-    again = functools.partial(fit, cli, path, ckpt_path=ckpt_path, weights=None if last else weights)
-    return again(allow_changes=allow_changes, on_overflow=on_overflow, save_every=save_every)
-
-
-def _refuse_rollback(trainer: Any) -> None:
-    if trainer.world_size > 1:
-        raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop")
-    # torch would let older GPUs emulate it.
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UsageError("this GPU has no bf16, which a rollback continues in", fix="--on-overflow stop")
+    return fit(cli, path, ckpt_path=ckpt_path, weights=weights, allow_changes=allow_changes, save_every=save_every)
 
 
 @contextlib.contextmanager
 def _agreeing(trainer: Any, run: RunFolder) -> Iterator[None]:
-    """Let a refusal of one process end all of them: those that torchrun or srun started wait for each other."""
+    """Let a refusal of one process end all: those that torchrun or srun started wait for each other."""
     error: FloodreproError | None = None
     try:
         yield
@@ -186,14 +170,12 @@ def _agreeing(trainer: Any, run: RunFolder) -> Iterator[None]:
 def _choose_state(
     recipe: recipes.Recipe, data: DataState, run: RunFolder, ckpt_path: str | None, *, allow_changes: bool
 ) -> tuple[dict[str, Any], Path | None, list[str]]:
-    """Decide where a fit starts, by files alone, so that all processes decide alike.
+    """Decide by files alone, so that all processes decide alike.
 
     Returns:
-        What all parts of the run have in common, which every full state keeps; the state to resume from, if there is
-        one; and what changed since it, a line each.
+        What all parts of the run have in common; the state to resume from, if there is one; what changed since it.
     """
     kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
-    kept = {key: value for key, value in kept.items() if not recipes.PLACE.fullmatch(key)}
     now = {"recipe": kept, "data": dict(data.digests), "packages": {name: version(name) for name in _PACKAGES}}
     state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
     if state is None:
@@ -220,13 +202,9 @@ def _choose_state(
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The newest full state of which every byte is as it was written.
+    """The newest full state of which every byte is as it was written; None where none was written yet.
 
-    Returns:
-        ``last.ckpt``; where that is damaged, ``previous.ckpt``, with a warning; None where neither was written yet.
-
-    Raises:
-        CheckpointError: There was one, and none is whole.
+    A damaged one is renamed, with a warning. Raises `CheckpointError` where all are damaged.
     """
     found = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
     whole = next((path for path in found if _is_whole(path)), None)
@@ -239,23 +217,14 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def _is_whole(state: Path) -> bool:
-    """Whether the checksums of a file of torch.save, a ZIP archive, are right."""
-    try:
+    try:  # the checksums of a file of torch.save, which is a ZIP archive
         with zipfile.ZipFile(state) as archive:
             return archive.testzip() is None
     except (zipfile.BadZipFile, EOFError, OSError):
         return False
 
 
-def _is_finished(recipe: recipes.Recipe, record: dict[str, Any]) -> bool:
-    """Whether a run is finished, and the recipe asks for no more epochs or steps than it was asked for."""
-    length = record.get("length") or {}
-    longer = [(recipe["trainer"].get(key) or 0) > (length.get(key) or 0) for key in ("max_epochs", "max_steps")]
-    return record.get("status") == "finished" and not any(longer)
-
-
 def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entries: dict[str, Any]) -> None:
-    """Save the recipe, record what is about to be trained, and say it."""
     trainer, batch = cli.trainer, getattr(cli.datamodule, "batch_size", None)
     digest = run.save_recipe(cli.recipe)
     run.update_record(
@@ -270,7 +239,6 @@ def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entri
         data=data.as_dict(),
         batch_size=batch,
         processes=trainer.world_size,
-        code=code_version(),
         environment=environment(str(trainer.precision)),
     )
     parameters = sum(parameter.numel() for parameter in cli.model.parameters())
@@ -283,52 +251,44 @@ def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entri
 
 
 def _train(cli: terratorch_cli.RecipeCLI, run: RunFolder, state: Path | None) -> None:
-    """Call Lightning."""
     trainer = cli.trainer
-    on_gpu = trainer.strategy.root_device.type == "cuda"
-    deterministic = on_gpu and torch.are_deterministic_algorithms_enabled()
-    # The backward passes of torch's attention kernels add in no fixed order.
-    attention = sdpa_kernel(SDPBackend.MATH) if deterministic else contextlib.nullcontext()
+    attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if trainer.strategy.root_device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        attention = sdpa_kernel(SDPBackend.MATH)  # the backward passes of torch's other kernels add in no fixed order
     try:
         with console.stdout_to_stderr(), attention:
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
     except MisconfigurationException as error:
         raise UsageError(f"Lightning refuses the recipe: {error}", where=run.recipe) from error
-    except Interrupted:  # a SystemExit too
-        raise
-    except SystemExit as error:  # Lightning's answer to a signal before ExactResume listens
-        number = signal.SIGTERM if trainer.received_sigterm else signal.SIGINT
-        raise Interrupted(number, run.path, "nothing was trained since the last state") from error
+    except SystemExit as error:  # Lightning's answer to Ctrl-C before ExactResume listens
+        raise error if isinstance(error, Interrupted) else KeyboardInterrupt from error
     finally:
         if trainer.is_global_zero:
             run.update_record(loggers=terratorch_cli.run_ids_of(trainer.loggers))
 
 
 def _record_failure(run: RunFolder, failure: BaseException) -> None:
-    """Record how a training ended that did not end well."""
     what = failure.what if isinstance(failure, FloodreproError) else str(failure)
-    status = "interrupted" if isinstance(failure, Interrupted) else "failed"
+    status = "interrupted" if isinstance(failure, Interrupted | KeyboardInterrupt) else "failed"
     found: dict[str, Any] = {"status": status, "ended": timestamp(), "reason": f"{type(failure).__name__}: {what}"}
     with contextlib.suppress(OSError):  # a full disk must not replace the error that it caused
         if isinstance(failure, Incident):
-            entry = failure.entry | {"when": timestamp()}
-            found["incidents"] = [*run.read_record().get("incidents", []), entry]
+            found["incidents"] = [*run.read_record().get("incidents", []), failure.entry | {"when": timestamp()}]
         run.update_record(**found)
 
 
 def _finish(trainer: Any, run: RunFolder) -> dict[str, Any]:
     """Write what came out; the mark of a finished run is the last thing that happens."""
-    found: dict[str, Any] = {"monitor": None, "mode": None, "best_epoch": None, "best_val_loss": None}
+    found: dict[str, Any] = {"monitor": None, "mode": None, "best_epoch": None}
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.filename == run.best.stem:
+        if getattr(callback, "filename", None) == run.best.stem:
             found |= {"monitor": callback.monitor, "mode": callback.mode}
     if run.best.is_file():
         # The file itself is the only source that cannot disagree with the weights in it.
         best = torch.load(run.best, map_location="cpu", weights_only=True, mmap=True)
         rows = [row for row in run.read_metrics() if row.get("step") == str(best["global_step"] - 1)]
-        values = {k: float(v) for row in rows for k, v in row.items() if k.startswith("val/") and v}
-        found |= {"best_epoch": best["epoch"], "best_val_loss": values.get("val/loss"), "best_metrics": values}
-        found["checkpoint_sha256"] = sha256_of(run.best)
+        scores = {key: float(text) for row in rows for key, text in row.items() if key.startswith("val/") and text}
+        found |= {"best_epoch": best["epoch"], "best_metrics": scores, "checkpoint_sha256": sha256_of(run.best)}
     for name in ("failed_chips", "odd_chips"):  # left out by --skip-damaged; with odd radar values
         if chips := getattr(trainer.datamodule, name, None):
             found[name] = dict(chips)

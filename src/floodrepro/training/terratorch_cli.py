@@ -34,7 +34,7 @@ with warnings.catch_warnings(), console.stdout_to_stderr():
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 
 from floodrepro.data.datamodule import FloodDataModule
 
@@ -58,11 +58,20 @@ for _name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utiliti
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 _COUNT_OR_SHARE = re.compile(r"trainer\.(limit_\w+_batches|overfit_batches)")
+# What constructors raise; the last is Lightning's.
+_REFUSALS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    MisconfigurationException,
+)
 _BROKEN_METRIC = "Boundary_mIoU"  # depends on the batch size where pixels are ignored (terratorch 1.2.7)
 _BEST = "terratorch.cli_tools.StateDictAwareModelCheckpoint"  # may stand beside another one that monitors the same
-_WRITERS = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor")
+_OF_TRAINING = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor", "ProgressBar")
 _RUN_IDS = {"WandbLogger": "id", "MLFlowLogger": "run_id"}  # loggers whose runs live on a server, and the argument
-_SHOWN_LINES = 12
 
 
 class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no types
@@ -81,7 +90,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
 
     Raises:
         UsageError: The parser refuses the recipe.
-        SystemExit: ``overrides`` ask for help, such as ``--print_config`` or ``--trainer.help``, which is then printed.
+        SystemExit: ``overrides`` ask for help, such as ``--print_config``, which is printed.
     """
 
     def __init__(self, configs: Sequence[Path], overrides: Sequence[str] = ()) -> None:
@@ -100,11 +109,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
         )
 
     def add_arguments_to_parser(self, parser: Any) -> None:
-        """Add TerraTorch's arguments, and let the trainer's limits be read as whole numbers before shares.
-
-        typing keeps one of ``int | float`` and ``float | int`` for both, by which some library wrote first: with
-        jsonargparse 4.53, 1, one batch, would become 1.0, all of them.
-        """
+        """Add TerraTorch's, and let limits be read as whole numbers before shares: jsonargparse 4.53 makes 1 1.0."""
         super().add_arguments_to_parser(parser)
         for action in parser._actions:
             if _COUNT_OR_SHARE.fullmatch(action.dest):
@@ -134,8 +139,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
     def _set_seed(self) -> None:
         """Wait for `build`."""
 
-    def instantiate_classes(self) -> None:
-        """Wait for `build`."""
+    instantiate_classes = _set_seed
 
     def build(self) -> None:
         """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
@@ -149,13 +153,12 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             what = "fp16 does not run on a CPU: Lightning would quietly use bf16 in its place"
             where = f"trainer.precision: {precision}, trainer.accelerator: {accelerator}"
             raise UsageError(what, where=where, fix="--precision fp32 (slower) or --precision bf16")
-        refusals = (TypeError, ValueError, KeyError, AttributeError, RuntimeError, AssertionError)
         try:
             with console.stdout_to_stderr():
                 super()._set_seed()
                 super().instantiate_classes()
                 _trim_metrics(self.model, labels_known=isinstance(self.datamodule, FloodDataModule))
-        except (*refusals, MisconfigurationException) as error:  # the last is what Lightning's own constructors raise
+        except _REFUSALS as error:
             raise UsageError(
                 f"the recipe does not build: {type(error).__name__}: {_last_lines(str(error))}",
                 where=", ".join(map(str, self._configs)),
@@ -164,10 +167,9 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
 
 
 def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str]) -> None:
-    """Send the files of a fit into its run folder. What you sent elsewhere stays there.
+    """Send the files of a fit into its run folder; ``best.ckpt`` follows the recipe's own monitor.
 
-    A logger or checkpoint moves into the run folder if it names no folder, or one below the recipe's
-    ``default_root_dir``. ``best.ckpt`` follows the recipe's own monitor.
+    A logger or checkpoint stays where it is if it names a folder that is not below the recipe's ``default_root_dir``.
 
     Args:
         config: A `RecipeCLI`'s, changed in place.
@@ -177,7 +179,7 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
     trainer = config.trainer
     root, trainer.default_root_dir = trainer.default_root_dir, str(run.path)
     for logger in _as_list(trainer.logger):
-        name, arguments = logger.class_path.rsplit(".", 1)[-1], _arguments(logger)
+        name, arguments = logger.class_path.rsplit(".", 1)[-1], logger.get("init_args") or Namespace()
         if name in ("CSVLogger", "TensorBoardLogger") and _is_below(arguments.get("save_dir"), root):
             # Lightning writes to save_dir/name/version: empty names leave RunFolder.metrics.
             folder = "" if name == "CSVLogger" else "tensorboard"
@@ -188,31 +190,31 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
                 arguments.resume = "allow"
     if trainer.enable_model_summary is None:
         trainer.enable_model_summary = False  # a table of five rows; the number of parameters is in the log
-    _keep_bar_on_a_terminal(trainer)
-    monitors = _monitors(trainer.callbacks)
-    for name, monitor, mode in monitors:
-        is_loss = any(word in monitor.lower() for word in ("loss", "error"))
-        if is_loss == (mode == "max"):
-            console.warn(f"{name} monitors {monitor} with mode: {mode}, which prefers the worst epoch")
-    if trainer.enable_checkpointing is not False:
-        _, monitor, mode = [*monitors, ("", "val/loss", "min")][0]
-        _keep_best(trainer.callbacks, run, root, monitor, mode)
-
-
-def _keep_best(callbacks: list[Namespace], run: RunFolder, root: str | None, monitor: str, mode: str) -> None:
-    """Let the recipe's checkpoint write ``best.ckpt``, or add one where it writes elsewhere or keeps several."""
+    trainer.callbacks = _as_list(trainer.callbacks)
+    if not sys.stderr.isatty():  # elsewhere Lightning's progress bars are noise
+        trainer.callbacks = [one for one in trainer.callbacks if not one.class_path.endswith("ProgressBar")]
+        trainer.enable_progress_bar = False
+    monitors = []  # of checkpoints first: the first one chooses the best epoch
+    for kind in ("ModelCheckpoint", "EarlyStopping"):
+        for arguments in _arguments(trainer.callbacks, kind):
+            if monitor := arguments.get("monitor"):
+                monitors.append((monitor, mode := arguments.get("mode") or "min"))
+                if any(word in monitor.lower() for word in ("loss", "error")) == (mode == "max"):
+                    console.warn(f"{kind} monitors {monitor} with mode: {mode}, which prefers the worst epoch")
+    if trainer.enable_checkpointing is False:
+        return
+    # The recipe's own checkpoint writes best.ckpt; one is added where it writes elsewhere or keeps several.
+    monitor, mode = [*monitors, ("val/loss", "min")][0]
     place = Namespace(dirpath=str(run.checkpoints), enable_version_counter=False)  # written again, no -v1 beside it
-    own = [_arguments(callback) for callback in callbacks if callback.class_path.endswith("ModelCheckpoint")]
-    own = [arguments for arguments in own if _is_below(arguments.get("dirpath"), root)]
-    for arguments in own:
+    own = [one for one in _arguments(trainer.callbacks, "ModelCheckpoint") if _is_below(one.get("dirpath"), root)]
+    fitting = [one for one in own if one.get("monitor") == monitor and one.get("save_top_k") == 1]
+    fitting = [one for one in fitting if not one.get("save_last")]
+    if not fitting:
+        fitting = [Namespace(monitor=monitor, mode=mode, save_top_k=1, save_weights_only=True)]
+        trainer.callbacks.append(Namespace(class_path=_BEST, init_args=fitting[0]))
+    for arguments in [*own, fitting[0]]:
         arguments.update(place)
-    for arguments in own:
-        if (arguments.get("monitor"), arguments.get("save_top_k")) == (monitor, 1) and not arguments.get("save_last"):
-            arguments.filename = run.best.stem
-            return
-    best = Namespace(monitor=monitor, mode=mode, save_top_k=1, save_weights_only=True, filename=run.best.stem)
-    best.update(place)
-    callbacks.append(Namespace(class_path=_BEST, init_args=best))
+    fitting[0].filename = run.best.stem
 
 
 def run_ids_of(loggers: list[Any]) -> dict[str, str]:
@@ -224,16 +226,14 @@ def run_ids_of(loggers: list[Any]) -> dict[str, str]:
 def without_files(config: Namespace) -> None:
     """Let a pass over a split (validate, test, predict) read only: no loggers, no checkpoints, no pretrained weights.
 
-    It runs on one device whatever the training ran on: each chip is measured once, and one process writes. A
-    `RecipeCLI`'s config is changed in place.
+    It runs on one device: each chip is measured once, and one process writes. The config is changed in place.
     """
     trainer = config.trainer
     if str(trainer.devices) not in ("1", "auto"):
         console.say(f"a pass runs on one device: devices {trainer.devices} is for training")
     trainer.devices, trainer.num_nodes, trainer.strategy = 1, 1, "auto"
-    trainer.logger = trainer.enable_checkpointing = False
-    _keep_bar_on_a_terminal(trainer)
-    trainer.callbacks = [callback for callback in trainer.callbacks if not callback.class_path.endswith(_WRITERS)]
+    trainer.logger = trainer.enable_checkpointing = trainer.enable_progress_bar = False
+    trainer.callbacks = [one for one in _as_list(trainer.callbacks) if not one.class_path.endswith(_OF_TRAINING)]
     forget_pretrained_weights(config)
 
 
@@ -244,30 +244,8 @@ def forget_pretrained_weights(config: Namespace) -> None:
         model_args["backbone_pretrained"] = False
 
 
-def _keep_bar_on_a_terminal(trainer: Namespace) -> None:
-    """Leave out Lightning's progress bars elsewhere, where they are noise. ``callbacks`` is a list from here on."""
-    trainer.callbacks = _as_list(trainer.callbacks)
-    if not sys.stderr.isatty():
-        trainer.callbacks = [one for one in trainer.callbacks if not one.class_path.endswith("ProgressBar")]
-        trainer.enable_progress_bar = False
-
-
-def _monitors(callbacks: list[Namespace]) -> list[tuple[str, str, str]]:
-    """Class, score and mode of the callbacks that choose by a score, checkpoints first."""
-    found = []
-    for ending in ("ModelCheckpoint", "EarlyStopping"):
-        for arguments in [_arguments(one) for one in callbacks if one.class_path.endswith(ending)]:
-            if arguments.get("monitor"):
-                found.append((ending, arguments.monitor, arguments.get("mode") or "min"))
-    return found
-
-
-def _arguments(node: Namespace) -> Namespace:
-    """The arguments of a class in a recipe; it may have been named without any."""
-    if node.get("init_args") is None:
-        node.init_args = Namespace()
-    arguments: Namespace = node.init_args
-    return arguments
+def _arguments(callbacks: list[Namespace], kind: str) -> list[Namespace]:
+    return [one.get("init_args") or Namespace() for one in callbacks if one.class_path.endswith(kind)]
 
 
 def _is_below(folder: str | None, root: str | None) -> bool:
@@ -281,25 +259,23 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _trim_metrics(task: Any, *, labels_known: bool) -> None:
-    """Drop the metric that means nothing, and spare the others their search for values that cannot occur.
+    """Drop the metric that means nothing, and spare the others their search for labels that are no class.
 
-    torchmetrics 1.9 sorts each batch's pixels on the device and waits for it, only to see that labels and predictions
-    are classes. Predictions are an argmax; labels are classes where the data module checks them.
+    torchmetrics 1.9 sorts each batch's pixels on the device for it, and waits.
     """
     for collection in [module for module in task.modules() if isinstance(module, MetricCollection)]:
         if _BROKEN_METRIC in collection._modules:
             del collection[_BROKEN_METRIC]
             collection._init_compute_groups()
-        for metric in collection.modules():
-            if labels_known and isinstance(metric, Metric) and hasattr(metric, "validate_args"):
-                object.__setattr__(metric, "validate_args", False)
+        for metric in collection.modules() if labels_known else ():
+            if "validate_args" in vars(metric):
+                vars(metric)["validate_args"] = False
 
 
 def _type_values(merged: Namespace, overrides: Sequence[str]) -> None:
     """Give overrides inside untyped dicts the type that YAML gives them.
 
-    jsonargparse 4.53 leaves ``--model.init_args.model_args.backbone_pretrained false`` as the string "false", which is
-    true, and makes ``null`` the string "None": TerraTorch types model_args as a bare dict.
+    TerraTorch types model_args as a bare dict, in which jsonargparse 4.53 leaves "false", which is true, and "None".
     """
     for key, value in recipes.pairs(overrides):
         parent, _, leaf = key.rpartition(".")
@@ -310,20 +286,19 @@ def _type_values(merged: Namespace, overrides: Sequence[str]) -> None:
 
 def _refusal(message: str, parser: Any, recipe: Recipe, given: Sequence[object]) -> UsageError:
     """The parser's own last lines, and the nearest known key for each of the user's keys that they object to."""
+
+    def words(recipe: Recipe) -> set[str]:
+        return {part for key, _ in recipes.leaves(recipe) for part in key.split(".")}
+
     known = {part for action in parser._actions for part in action.dest.split(".")}
-    known |= {part for path in recipes.shipped().values() for part in _words(recipes.read_yaml(path))}
+    known = known.union(*(words(recipes.read_yaml(path)) for path in recipes.shipped().values()))
     shown = _last_lines(message)
-    unknown = sorted(word for word in _words(recipe) - known if re.search(rf"\b{re.escape(word)}\b", shown))
+    unknown = [word for word in sorted(words(recipe) - known) if re.search(rf"\b{re.escape(word)}\b", shown)]
     close = {word: difflib.get_close_matches(word, known, n=1) for word in unknown}
     hints = [f"did you mean '{found[0]}' instead of '{word}'?" for word, found in close.items() if found]
     fix = " ".join(hints) or "'floodrepro configs show demo' prints a recipe that works"
     return UsageError(f"the recipe is refused: {shown}", where=" ".join(map(str, given)), fix=fix)
 
 
-def _words(recipe: Recipe) -> set[str]:
-    return {part for key, _ in recipes.leaves(recipe) for part in key.split(".")}
-
-
 def _last_lines(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip() and "Given value:" not in line]
-    return " ".join(lines[-_SHOWN_LINES:])
+    return " ".join([line for line in message.splitlines() if line.strip() and "Given value:" not in line][-12:])

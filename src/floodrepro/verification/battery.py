@@ -2,28 +2,27 @@
 
 import csv
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from floodrepro import recipe as recipes
 from floodrepro.data.audit import MANIFEST
-from floodrepro.data.protocols import class_names_of, data_arguments, positive_class_of
-from floodrepro.errors import TableError, UsageError
+from floodrepro.data.protocols import data_arguments, protocol_of
+from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.run_folder import DECLARATION, RunFolder, sha256_of
-from floodrepro.verification.checks import CHECKS, CRITERIA, Check, Evidence, SeedRun, Status, Unanswered
+from floodrepro.verification.checks import CRITERIA, Check, Evidence, SeedRun, Status, Unanswered, run, scores
 
 MEASURED = "measured.json"
 """What `measure` found: `measured_on`, the sha256 of the weights, and `checks`, an answer a check."""
+_SCORES = (scores.parity, scores.head_to_head, scores.variance, scores.reference, scores.events, scores.calibration)
+CHECKS = {each.__name__: each for each in (*_SCORES, scores.identities, run.convergence, run.data, run.provenance)}
+"""The checks that read files alone, by their ids in checks.yaml. Those of `measure` have the other ids."""
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
 """What comes of a record that someone has edited."""
 _Absent = dict[str, tuple[Status, str]]
-
-
-def run_checks(evidence: Evidence) -> list[Check]:
-    """Every check's answer, in the order of the report."""
-    return [ask(name, evidence) for name in CRITERIA]
 
 
 def ask(name: str, evidence: Evidence) -> Check:
@@ -60,8 +59,8 @@ def required_checks(asked: str | None) -> list[str]:
         return [name for name, about in CRITERIA.items() if about.get("required")]
     wanted = list(CRITERIA) if asked == "all" else asked.split(",")
     if unknown := [name for name in wanted if name not in CRITERIA]:
-        known = f"one of {', '.join(CRITERIA)}, or all"
-        raise UsageError(f"there is no check {unknown[0]!r}", where="--require", fix=known)
+        fix = f"one of {', '.join(CRITERIA)}, or all"
+        raise UsageError(f"there is no check {unknown[0]!r}", where="--require", fix=fix)
     return wanted
 
 
@@ -87,92 +86,79 @@ def gather(
     if reference and other and not name:
         there = RunFolder(reference.resolve().parent.parent.parent)  # if the table lies in a run folder
         name = f"{there.path.name}/{other.name}" if there.recipe.is_file() else other.name
-    weights = sha256_of(home.best) if home.best.is_file() else None
-    table = _own_table(home, split, weights, absent)
-    parts = {path.parent.name: path for path in sorted(home.evaluation.glob(f"*/{home.best.stem}.parquet"))}
-    subsets = {part: _table(path, absent) for part, path in parts.items() if part != split}
-    baselines = sorted((home.evaluation / "baselines" / split).glob("*.parquet"))
-    kept = _json(measured / MEASURED, MEASURED, absent)
+    table, weights = _own_table(home, split, absent)
+
+    def tables(paths: Iterable[Path]) -> dict[Path, ChipTable]:
+        named = {path: f"table {path.parent.name}/{path.stem}" for path in sorted(paths)}
+        read = {path: _read(path, name, absent, chip_table.read_table) for path, name in named.items()}
+        return {path: one for path, one in read.items() if one}
+
+    parts = tables(path for path in home.evaluation.glob(f"*/{home.best.stem}.parquet") if path.parent.name != split)
+    baselines = tables((home.evaluation / "baselines" / split).glob("*.parquet"))
+    kept = _read(measured / MEASURED, MEASURED, absent) or {}
     if kept and weights and kept.get("measured_on") != weights:
         absent[MEASURED], kept = ("skip", "it was measured on other weights, and not on these"), {}
     root = data_root or data_arguments(recipe).get("data_root")
     manifests = [Path(root) / MANIFEST, Path(root).parent / MANIFEST] if root else []
-    positive, names = positive_class_of(recipe), class_names_of(recipe)
+    declaration = home.path.resolve().parent / DECLARATION
+    runs, seeds = [], (_read(declaration, "seeds", absent) or {}).get("seeds") or []
+    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
+        absent["seeds"], seeds = ("fail", f"{declaration.name} is damaged: its seeds are no whole numbers"), []
+    for seed in seeds:
+        one = RunFolder(declaration.parent / f"seed-{seed}")
+        status = (_read(one.record, "", {}) or {}).get("status", "not started")
+        runs.append(SeedRun(seed, str(status), _own_table(one, split, {})[0], one.path.name))
+    positive, names = protocol_of(recipe).positive_class, protocol_of(recipe).class_names
     return Evidence(
         run=home,
-        record=_json(home.record, "record", absent),
+        record=_read(home.record, "record", absent) or {},
         recipe=recipe,
         class_name=names[positive] if positive < len(names) else f"class {positive}",
         positive=positive,
-        metrics=_metrics(home, absent),
+        metrics=_read(home.metrics, "metrics", absent, _logged_rows) or [],
         table=table,
-        subsets={key: one for key, one in subsets.items() if one and table and one.metadata.get("subset_of") == split},
+        subsets={path.parent.name: one for path, one in parts.items() if one.metadata.get("subset_of") == split},
         reference=other,
         reference_name=name,
-        baselines={path.stem: one for path in baselines if (one := _table(path, absent))},
+        baselines={path.stem: one for path, one in baselines.items()},
         measured=kept.get("checks") or {},
-        seeds=_seeds(home, split, absent),
-        audit=next((_json(path, "audit", absent) for path in manifests if path.is_file()), {}),
+        seeds=runs,
+        audit=next((_read(path, "audit", absent) or {} for path in manifests if path.is_file()), {}),
         published=load_published(),
         absent=absent,
     )
 
 
-def _own_table(home: RunFolder, split: str, weights: str | None, absent: _Absent) -> ChipTable | None:
-    """The table of the run's best checkpoint; one of other weights counts as missing."""
+def _own_table(home: RunFolder, split: str, absent: _Absent) -> tuple[ChipTable | None, str | None]:
+    """The table of the run's best checkpoint, and its sha256; a table of other weights counts as missing."""
     path = home.evaluation / split / f"{home.best.stem}.parquet"
-    table = _table(path, absent, "table") if path.is_file() else None
+    table: ChipTable | None = _read(path, "table", absent, chip_table.read_table)
+    weights = sha256_of(home.best) if home.best.is_file() else None
     if not path.is_file():
         absent["table"] = ("skip", f"there is no chip table: floodrepro test --ckpt {home.best.name} writes it")
     elif table and weights and (table.metadata.get("checkpoint") or {}).get("sha256") != weights:
         absent["table"] = ("skip", f"the chip table was made from other weights than {home.best.name}: test it again")
-        return None
-    return table
+        table = None
+    return table, weights
 
 
-def _table(path: Path, absent: _Absent, name: str = "") -> ChipTable | None:
-    """A chip table; None where it is damaged."""
-    try:
-        return chip_table.read_table(path)
-    except TableError as error:
-        absent[name or f"table {path.parent.name}/{path.stem}"] = ("fail", error.what)
-        return None
+def _json_object(path: Path) -> dict[str, Any]:
+    return dict(**json.loads(path.read_text(encoding="utf-8")))  # TypeError of anything but an object
 
 
-def _metrics(home: RunFolder, absent: _Absent) -> list[dict[str, str]]:
-    """The rows of metrics.csv, every value a number; none where it is missing or damaged."""
-    try:
-        rows = home.read_metrics()
-        if home.metrics.is_file() and not rows:
-            raise ValueError("it holds no rows")
-        [float(text) for row in rows for text in row.values() if text]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        absent["metrics"] = ("fail", f"metrics.csv cannot be read: {error}")
-        return []
+def _logged_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, every value a number."""
+    rows = RunFolder(path.parent).read_metrics()
+    if not rows:
+        raise ValueError("it holds no rows")
+    [float(text) for row in rows for text in row.values() if text]
     return rows
 
 
-def _seeds(home: RunFolder, split: str, absent: _Absent) -> list[SeedRun]:
-    """The runs that were declared together with this one; none if it was declared alone."""
-    declaration = home.path.resolve().parent / DECLARATION
-    runs, seeds = [], _json(declaration, "seeds", absent).get("seeds") or []
-    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
-        absent["seeds"], seeds = ("fail", f"{declaration.name} is damaged: its seeds are no whole numbers"), []
-    for seed in seeds:
-        one = RunFolder(declaration.parent / f"seed-{seed}")
-        weights = sha256_of(one.best) if one.best.is_file() else None
-        status = str(_json(one.record, "", {}).get("status", "not started"))
-        runs.append(SeedRun(seed, status, _own_table(one, split, weights, {}), one.path.name))
-    return runs
-
-
-def _json(path: Path, name: str, absent: _Absent) -> dict[str, Any]:
-    """The content of a JSON file; empty where there is none, or where it is damaged."""
+def _read(path: Path, name: str, absent: _Absent, reader: Callable[[Path], Any] = _json_object) -> Any:
+    """What a file holds; None where there is none or, which `absent` then says under the name, where it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if not isinstance(content, dict):
-            raise ValueError("it holds no JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        absent[name] = ("fail", f"{path.name} cannot be read: {error}")
-        return {}
-    return content
+        return reader(path) if path.is_file() else None
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error, FloodreproError) as error:
+        absent[name] = ("fail", f"{path.name} cannot be read: {getattr(error, 'what', error)}")
+        return None

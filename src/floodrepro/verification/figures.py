@@ -31,6 +31,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _FAINT, _POSITIVE, _LAND, _IGNORED, _NO_DATA = "#888888", "#0072B2", "#eeece6", "#8c8c8c", "#d8b4d0"
 _ERRORS = {"neither": _LAND, "hit": _POSITIVE, "miss": "#D55E00", "false alarm": "#F0E442", "ignored": _IGNORED}
 _DB = (-25.0, 0.0)  # VV backscatter of land and water lies within
+_METRES = 10.0  # width of ImpactMesh's pixels
 _STYLE = {"font.size": 9, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4", "legend.frameon": False}
 
 
@@ -75,8 +76,7 @@ def png(plot: Mapping[str, Any]) -> bytes:
 def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
     """Rows of the chips to show, by kind, as far as there are any: best, median and worst IoU, and empty.
 
-    The first three have a share of MIN_SHARE of the class in the truth, the empty one has none and the most false
-    alarms. Ids break ties.
+    The first three have a share of MIN_SHARE of the class in the truth, the empty one the most false alarms.
 
     Raises:
         TableError: There is no chip to show.
@@ -119,15 +119,11 @@ def take_pictures(optical: npt.NDArray[Any], radar: npt.NDArray[Any]) -> dict[st
     return {"before_rgb": rgb[0], "event_rgb": rgb[1], "before_vv": vv[0], "event_vv": vv[1]}
 
 
-def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positive: int, metres: float) -> bytes:
-    """The panels as one PNG, a row a chip.
+def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positive: int) -> bytes:
+    """The panels as one PNG, a row a chip; of the classes of these names, the positive one's errors are shown.
 
-    Args:
-        panels: For each chip of H x W pixels `title`, `before_rgb` and `event_rgb` (H, W, 3) uint8, `before_vv` and
-            `event_vv` (H, W) in dB, NaN is missing, `truth` and `prediction` (H, W), -1 is ignored.
-        names: Of the classes.
-        positive: The class whose errors are shown.
-        metres: Width of a pixel.
+    A chip has `title`, `before_rgb` and `event_rgb` (H, W, 3) uint8, `before_vv` and `event_vv` (H, W) in dB, NaN is
+    missing, `truth` and `prediction` (H, W), -1 is ignored.
     """
     palette = ["#56B4E9" if k else _LAND for k in range(len(names))]
     palette[positive] = _POSITIVE
@@ -153,7 +149,7 @@ def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positi
                 ax.set(xticks=[], yticks=[], xlabel=head if panel is panels[-1] else "")
             axes[0].set_title(" ")  # room for the row's title, which may be wider than its first picture
             axes[0].text(0, 1.04, panel["title"], transform=axes[0].transAxes, in_layout=False)
-            axes[0].set_ylabel(f"{is_true.shape[1] * metres / 1000:.2g} km", fontsize=8)
+            axes[0].set_ylabel(f"{is_true.shape[1] * _METRES / 1000:.2g} km", fontsize=8)
         patches = [Patch(facecolor=c, edgecolor="#777777", linewidth=0.6, label=name) for name, c in legend.items()]
         figure.legend(handles=patches, loc="outside lower left", ncols=len(patches), fontsize=8, handlelength=1.2)
         return _encode(figure)

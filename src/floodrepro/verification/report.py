@@ -18,9 +18,8 @@ import markdown
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from floodrepro.errors import RunFolderError
-from floodrepro.run_folder import write_atomically
+from floodrepro.run_folder import replacing
 from floodrepro.verification.checks import NOTHING, number
-from floodrepro.verification.checks.run import device_of
 from floodrepro.verification.figures import png
 
 PICTURE = "panels.png"
@@ -39,14 +38,16 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """
     figures = draw(results, folder / "evidence" / PICTURE)
     text = render(results, figures)
-    page = to_html(text, figures, f"Verification of {results['run']['name']}")
-    whole = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    pages = {
+        "results.json": json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": text,
+        "report.html": to_html(text, figures, f"Verification of {results['run']['name']}"),
+    }
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for name, picture in figures.items():
-            (folder / name).write_bytes(picture)
-        for name, content in (("results.json", whole), ("report.md", text), ("report.html", page)):
-            write_atomically(folder / name, content)
+        for name, content in (figures | {name: page.encode() for name, page in pages.items()}).items():
+            with replacing(folder / name) as partial:
+                partial.write_bytes(content)
     except OSError as error:
         what = f"the report cannot be written: {error.strerror}"
         raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
@@ -61,11 +62,11 @@ def draw(results: Mapping[str, Any], picture: Path) -> dict[str, bytes]:
 
 
 def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
-    """report.md as text; a figure that is not given is said to be missing."""
+    """report.md as text, with the figures that are given."""
     checks = sorted(results["checks"], key=lambda check: _WORST_FIRST.index(check["status"]))
     other = results["reference"] or {}
     weights = (other.get("checkpoint") or {}).get("sha256") or "not known"
-    facts = [*run_facts(results["run"]), *([("reference", f"{other['name']}, sha256 {weights}")] if other else [])]
+    facts = run_facts(results["run"]) | ({"reference": f"{other['name']}, sha256 {weights}"} if other else {})
     return fill_in(
         _FOLDER / "report.md.j2",
         results=results,
@@ -73,8 +74,7 @@ def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
         plots={plot["name"]: plot for check in checks for plot in check["plots"]},
         figures=figures,
         figure_path=figure_path,
-        required=required_sentence(results),
-        facts=[*facts, *how_to_reproduce(results["run"])],
+        facts=list(facts.items()),
     )
 
 
@@ -101,7 +101,7 @@ def fill_in(template: Path, **values: Any) -> str:
         loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"md": md, "score": score, "number": number}
-    environment.globals |= {"table": table}
+    environment.globals |= {"table": table, "score_table": score_table}
     return environment.get_template(template.name).render(**values)
 
 
@@ -121,72 +121,64 @@ def md(text: Any) -> str:
     return _MARKUP.sub(r"\\\1", escape(line, quote=False))
 
 
-def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", "")) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(md(number(cell)) for cell in line)} |" for line in lines)
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", ""), rule: str = "---") -> str:
+    """A Markdown table; `rule` aligns all columns but the first."""
+    lines = [[md(number(cell)) for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---", *[rule] * (len(head) - 1)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def required_sentence(results: Mapping[str, Any]) -> str:
-    """What became of the required checks; the report and the model card have the same sentence."""
-    summary, checks = results["summary"], {check["id"]: check for check in results["checks"]}
-    met = [checks[name] for name in summary["required"] if name not in summary["not_met"]]
-    compared = [check for check in met if check["outcome"] or check["status"] != "pass"]
-    parts = {
-        "Required and not met": [checks[name]["title"] for name in summary["not_met"]],
-        "Required comparisons": [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared],
-        "The list of required checks was shortened; not asked for": [
-            checks[name]["title"] for name in summary["left_out"]
-        ],
-    }
-    found = [f"{label}: {', '.join(names)}." for label, names in parts.items() if names]
-    passed = len(met) - len(compared)
-    return " ".join([*found, *([f"{passed} required checks passed."] if passed else [])])
+def score_table(scores: Mapping[str, Any]) -> str:
+    """The scores of results.json as a Markdown table, a column a model, and what each column is of."""
+    if not scores["rows"]:
+        return "There is no chip table, so there are no scores."
+    rows = [[row["label"], *map(score, row["values"])] for row in scores["rows"]]
+    head = ["score", *(column["label"] for column in scores["columns"])]
+    sources = [f"- {md(column['label'])}: {md(column['source'])}" for column in scores["columns"]]
+    made = f"- all scores are made by `{scores['code']}`; a dash: undefined (0/0)"
+    return "\n".join([table(rows, head, "---:"), "", *sources, made])
 
 
-def run_facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a run was, label and text, as far as its record has it; the model card has the same."""
+def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was and how to repeat it, text by label, as far as results.json or run.json has it."""
     environment, progress, data = (run.get(key) or {} for key in ("environment", "progress", "data"))
-    packages, events = environment.get("packages") or {}, data.get("events") or {}
+    code, loss = environment.get("code") or {}, (run.get("best_metrics") or {}).get("val/loss")
+    packages, memory = environment.get("packages") or {}, (run.get("memory_gib") or {}).get("after_warm_up") or {}
     named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
-    apart = "; no event of test is in train" if {"train", "test"} <= events.keys() and not data.get("warnings") else ""
+    chips, events = (
+        ", ".join(f"{count:,} {split}" for split, count in (data.get(key) or {}).items()) for key in ("chips", "events")
+    )
     started, ended = (datetime.fromisoformat(run[key]) if run.get(key) else None for key in ("started", "ended"))
-    memory = (run.get("memory_gib") or {}).get("after_warm_up") or {}
-    rate, skipped = run.get("chips_per_second"), progress.get("skipped_steps")
-
-    def by_split(counts: Mapping[str, int]) -> str:
-        return ", ".join(f"{count:,} {split}" for split, count in counts.items())
-
+    apart = "; no event of test is in train" if {"train", "test"} <= (data.get("events") or {}).keys() else ""
+    rate, waiting = run.get("chips_per_second"), run.get("share_waiting_for_data") or 0
+    skipped, batch = progress.get("skipped_steps"), run.get("batch_size") or 0
+    # That there is a GPU does not say that it trained; its memory in the record does.
+    part = environment.get("accelerator" if "allocated" in memory else "cpu") or {}
+    device, processes = part.get("name") or part.get("model") or "", run.get("processes") or 1
+    commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
+    commit += " with changes" if code.get("dirty") else ""
+    origin = f"generated by {data['generated']}" if data.get("generated") else data.get("commit") or "not recorded"
     facts = {
         "model": "; ".join(run.get("model") or []),
-        "device": device_of(run) if environment else "",
+        "device": f"{processes} x {device}" if processes > 1 else device,
         "precision": (environment.get("numerics") or {}).get("precision"),
-        "chips": by_split(data.get("chips") or {}),
-        "events": by_split(events) + apart,
+        "chips": chips,
+        "events": events + ("" if data.get("warnings") else apart),
         "epochs": progress.get("epochs"),
         "epoch of the weights": run["best_epoch"] + 1 if run.get("best_epoch") is not None else "",
-        "val/loss of that epoch": score(run["best_val_loss"]) if run.get("best_val_loss") is not None else "",
+        "val/loss of that epoch": score(loss),
         "steps": number(progress.get("step")) + (f", {skipped:,} skipped by the loss scaler" if skipped else ""),
+        "chips in a step": f"{processes * batch}, {batch} in each process" if processes > 1 else "",
         "seed": run.get("seed"),
         "from start to end": ended - started if started and ended else "",
-        "speed": f"{rate['median']:g} chips/s (median epoch)" if rate else "",
+        "speed": f"{rate['median']:g} chips/s (median epoch), {waiting:.0%} of the time waiting" if rate else "",
         "peak memory": ", ".join(f"{name} {value:g} GiB" for name, value in memory.items()),
         "versions": ", ".join(f"{name} {packages[name]}" for name in named if name in packages),
+        "code": f"floodrepro {code.get('floodrepro')}, {commit}" if code else "",
+        "data revision": f"{origin}, protocol {run.get('protocol')}",
+        **{f"data digest, {split}": digest for split, digest in (data.get("digests") or {}).items()},
+        "command": shlex.join(run.get("command") or []),
+        "recipe sha256": run.get("recipe_sha256"),
+        "checkpoint sha256": (run.get("checkpoint") or {}).get("sha256"),
     }
-    return [(label, str(text)) for label, text in facts.items() if text not in (None, "")]
-
-
-def how_to_reproduce(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Code, data and command of a run, and the hashes of what it left; the model card has the same."""
-    data, code = run.get("data") or {}, run.get("code") or {}
-    commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
-    changed = " with changes" if code.get("dirty") else ""
-    origin = f"generated by {data['generated']}" if data.get("generated") else data.get("commit") or "not recorded"
-    return [
-        ("code", f"floodrepro {code.get('floodrepro')}, {commit}{changed}" if code else "not recorded"),
-        ("data revision", f"{origin}, protocol {run.get('protocol')}"),
-        *((f"data digest, {split}", digest) for split, digest in (data.get("digests") or {}).items()),
-        ("command", shlex.join(run.get("command") or []) or "not recorded"),
-        ("recipe sha256", run.get("recipe_sha256") or "not recorded"),
-        ("checkpoint sha256", (run.get("checkpoint") or {}).get("sha256") or "not tested"),
-    ]
+    return {label: str(text) for label, text in facts.items() if text not in (None, "", NOTHING)}

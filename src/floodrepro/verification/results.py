@@ -14,49 +14,37 @@ from floodrepro.console import public
 from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
-from floodrepro.recipe import Recipe, beside_shipped
-from floodrepro.verification.battery import required_checks
+from floodrepro.recipe import Recipe
+from floodrepro.verification.battery import ask, required_checks
 from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
-SCHEMA = 2
+SCHEMA = 3
 _NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
 _WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
 _TYPES = {"run": dict, "verdict": dict, "summary": dict, "scores": dict, "forest": dict, "checks": list, "banner": str}
 _KEYS = [("verdict", name) for name in ("word", "sentence", "not_shown")]
-_KEYS += [("summary", name) for name in ("text", "not_met", "left_out")]
+_KEYS += [("summary", name) for name in ("text", "objection", "required")]
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
-def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, made: str) -> dict[str, Any]:
-    """The content of results.json, of what the checks were given and their answers.
+def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, Any]:
+    """The content of results.json: every check's answer in the order of the report, and what they say together.
 
     `require` is what --require names, "all" or ids: a comparison among them has to be equivalent. With None, what
     checks.yaml requires counts, and a comparison is met if it does not fail: data that do not decide are no failure.
     """
-    by_id, other = {check["id"]: check for check in checks}, evidence.reference
-    required = required_checks(require)
-    not_met = [name for name in required if not _met(by_id[name], require is not None)]
-    counted = {word: sum(check["status"] == status for check in checks) for status, word in _WORDS.items()}
+    by_id, other = {name: ask(name, evidence) for name in CRITERIA}, evidence.reference
+    checks, summary, about = list(by_id.values()), _summary(by_id, require), other.metadata if other else {}
     content = {
         "schema": SCHEMA,
         "made": made,
         "floodrepro": floodrepro.__version__,
         "run": _run(evidence),
         "reference": other
-        and {
-            "name": evidence.reference_name,
-            **{key: other.metadata.get(key) for key in ("checkpoint", "recipe_sha256")},
-        },
-        "verdict": _verdict(evidence, by_id, not_met),
-        "summary": {
-            **counted,
-            "text": ", ".join(f"{number} {word}" for word, number in counted.items() if number),
-            "required": required,
-            "left_out": [name for name in required_checks(None) if name not in required],
-            "not_met": not_met,
-            "ok": not not_met,
-        },
+        and {"name": evidence.reference_name, **{key: about.get(key) for key in ("checkpoint", "recipe_sha256")}},
+        "verdict": _verdict(evidence, by_id, summary["not_met"]),
+        "summary": summary,
         "banner": _banner(evidence),
         "warnings": _warnings(evidence),
         "scores": _score_table(evidence),
@@ -64,7 +52,7 @@ def summarise(evidence: Evidence, checks: Sequence[Check], require: str | None, 
         "checks": checks,
     }
     text = json.dumps(content, default=lambda array: array.tolist())
-    plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)  # NaN is no JSON
+    plain: dict[str, Any] = without_folders(json.loads(text, parse_constant=lambda name: None))  # NaN is no JSON
     return plain
 
 
@@ -74,28 +62,48 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         TableError: It cannot be read, is damaged, or of another schema.
     """
-    again = "floodrepro verify --run DIR writes it again"
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = results["schema"]
-        for key, kind in _TYPES.items() if schema == SCHEMA else ():
-            if not isinstance(results[key], kind):
-                raise TypeError(f"'{key}' is not what verify writes")
-        [results[key][name] for key, name in _KEYS if schema == SCHEMA]
-        if schema == SCHEMA and not {check["status"] for check in results["checks"]} <= _WORDS.keys():
+        if results["schema"] != SCHEMA:
+            raise ValueError(f"schema {results['schema']}, this version of floodrepro reads {SCHEMA}")
+        if wrong := [key for key, kind in _TYPES.items() if not isinstance(results[key], kind)]:
+            raise TypeError(f"'{wrong[0]}' is not what verify writes")
+        [results[key][name] for key, name in _KEYS]
+        if not {check["status"] for check in results["checks"]} <= _WORDS.keys():
             raise ValueError("a check has an unknown status")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TableError(f"the results are missing or damaged: {error}", where=path, fix=again) from error
-    if schema != SCHEMA:
-        what = f"the results have schema {schema}, this version of floodrepro ({floodrepro.__version__}) reads {SCHEMA}"
-        raise TableError(what, where=path, fix=again)
+        what = f"the results are missing, damaged or another version's: {error}"
+        raise TableError(what, where=path, fix="floodrepro verify --run DIR writes it again") from error
     return results
 
 
-def _met(check: Check, by_name: bool) -> bool:
-    if CRITERIA[check["id"]].get("comparison") and not by_name:
-        return bool(check["status"] != "fail")
-    return check["status"] == "pass" and check["outcome"] in (None, "equivalent")
+def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
+    """How the checks ended, which of the required ones are not met, and a text of it."""
+
+    def is_met(check: Check) -> bool:
+        fails_alone = require is None and CRITERIA[check["id"]].get("comparison")
+        passed = check["status"] == "pass" and check["outcome"] in (None, "equivalent")
+        return passed or bool(fails_alone and check["status"] != "fail")
+
+    def say(parts: Mapping[str, Sequence[str]]) -> str:
+        return " ".join(f"{label}: {', '.join(named)}." for label, named in parts.items() if named)
+
+    required = required_checks(require)
+    not_met = [name for name in required if not is_met(by_id[name])]
+    left_out = [name for name in required_checks(None) if name not in required]
+    met = [by_id[name] for name in required if name not in not_met]
+    compared = [check for check in met if check["outcome"] or check["status"] != "pass"]
+    counted = {word: sum(check["status"] == status for check in by_id.values()) for status, word in _WORDS.items()}
+    against = {
+        "Required and not met": [by_id[name]["title"] for name in not_met],
+        "The list of required checks was shortened; not asked for": [by_id[name]["title"] for name in left_out],
+    }
+    others = {
+        "Required comparisons": [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared],
+        "All checks": [f"{number} {word}" for word, number in counted.items() if number],
+    }
+    about = {"required": required, "left_out": left_out, "not_met": not_met, "ok": not not_met}
+    return counted | about | {"objection": say(against), "text": say(against | others)}
 
 
 def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
@@ -136,14 +144,15 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> dict[str, Any]:
     values = [value for check in checks for value in check["values"] if value["level"]]
     values.sort(key=lambda value: "mIoU" in value["name"])  # the figures that are tested first
     margin, level = CRITERIA["parity"]["margin_pp"], CRITERIA["parity"]["level"]
-    series: dict[str, Any] = {"label": "difference", "x": [value["value"] for value in values]}
-    series |= {end: [value[end] for value in values] for end in ("low", "high")}
-    series["y"] = [value["name"].removeprefix("difference in ") for value in values]
+    named = [value["name"].removeprefix("difference in ") for value in values]
+    numbers = {
+        axis: [value[key] for value in values] for axis, key in (("x", "value"), ("low", "low"), ("high", "high"))
+    }
     return {
         "name": "forest",
         "kind": "forest",
         "x_label": f"this run less {evidence.reference_name or 'the reference'}, percentage points",
-        "series": [series] if values else [],
+        "series": [{"label": "difference", "y": named} | numbers] if values else [],
         "caption": f"Differences to the reference with {level:.0%} intervals; the margin of ±{margin:g} pp is shaded.",
         "margin": margin,
     }
@@ -154,9 +163,9 @@ def _run(evidence: Evidence) -> dict[str, Any]:
     metadata = table.metadata if table else {}
     data, tested = record.get("data") or {}, metadata.get("data") or {}
     digests = (data.get("digests") or {}) | (tested.get("digests") or {})
-    return {key: without_folders(value) for key, value in record.items() if key not in _NOT_COPIED} | {
-        "data": without_folders(data | {"digests": digests}),
-        "model": [architecture(evidence.recipe), start_of_weights(evidence.recipe, record)],
+    return {key: value for key, value in record.items() if key not in _NOT_COPIED} | {
+        "data": data | {"digests": digests},
+        "model": describe_model(evidence.recipe, record),
         "name": evidence.run.path.resolve().name,
         "protocol": protocol_of(evidence.recipe).name,
         "class_name": evidence.class_name,
@@ -168,10 +177,13 @@ def _run(evidence: Evidence) -> dict[str, Any]:
     }
 
 
-def architecture(recipe: Recipe) -> str:
-    """Backbone and decoder of a recipe, in words."""
+def describe_model(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
+    """Backbone and decoder of a recipe, and what its training started from, in words."""
     arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
-    return f"{arguments.get('backbone', 'a backbone')} with {arguments.get('decoder', 'a decoder')}"
+    source = record.get("started_from")
+    start = f"{source['file']}, sha256 {source['sha256']}" if source else base_model(recipe) or "random weights"
+    parts = f"{arguments.get('backbone', 'a backbone')} with {arguments.get('decoder', 'a decoder')}"
+    return [parts, f"started from {start}"]
 
 
 def base_model(recipe: Recipe) -> str | None:
@@ -181,15 +193,8 @@ def base_model(recipe: Recipe) -> str | None:
     return f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}" if size and arguments.get("backbone_pretrained") else None
 
 
-def start_of_weights(recipe: Recipe, record: Mapping[str, Any]) -> str:
-    """What a training started from, in words."""
-    if source := record.get("started_from"):
-        return f"started from {source['file']}, sha256 {source['sha256']}"
-    return f"started from {base_model(recipe) or 'random weights'}"
-
-
 def without_folders(entry: Any) -> Any:
-    """A record's entry without secrets, files by their names: results are published, and where files lay is private."""
+    """A record's entry with secrets or folders: results are published, and where files lay is private."""
     if isinstance(entry, Mapping):
         return {key: without_folders(value) for key, value in public(entry).items()}
     if isinstance(entry, list):
@@ -211,12 +216,14 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     columns, figures = [], list[Mapping[str, float | None]]()
     for label, what, one in models:
         pooled, (_, chips, floods) = one.counts.sum(axis=0), which_iou(one.counts, one.events, k)
-        columns.append((label, f"{what}; {len(one):,} chips of {len(set(one.events)):,} events"))
+        source = f"{what}; {len(one):,} chips of {len(set(one.events)):,} events"
+        columns.append({"label": label, "source": source})
         means = {"iou_chips": chips["iou"], "iou_events": floods["iou"]}
         figures.append(class_scores(pooled, k) | scores(pooled) | means)  # TerraTorch's names, where it has one
     for stem, entry in evidence.published.items():
         if (entry["protocol"], entry["split"], entry["chips"]) == (protocol, table.metadata.get("split"), len(table)):
-            columns.append((entry["name"], f"published: {entry['source']}; what contradicts it is in {stem}.yaml"))
+            source = f"published: {entry['source']}; what contradicts it is in {stem}.yaml"
+            columns.append({"label": entry["name"], "source": source})
             figures.append(entry["figures"] | {"recall": entry["figures"].get(f"Class_Accuracy_{k}")})
     _, chips, floods = which_iou(table.counts, table.events, k)
     labels = {
@@ -227,14 +234,13 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
         "iou_chips": f"{name} IoU, mean over {chips['n']:,} chips with {name}",
         "iou_events": f"{name} IoU, mean over {floods['n']:,} events",
         "mIoU": "mIoU",
-        **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.class_names) if j != k},
+        **{f"IoU_{j}": f"{other} IoU" for j, other in enumerate(table.metadata["class_names"]) if j != k},
         "F1_Score": "F1, mean of classes",
         "Pixel_Accuracy": "pixel accuracy",
         "truth_share": f"share of {name} in the truth",
     }
     rows = [{"metric": key, "label": one, "values": [each.get(key) for each in figures]} for key, one in labels.items()]
-    named = [{"label": label, "source": source} for label, source in columns]
-    return {"columns": named, "rows": rows, "code": "floodrepro.evaluation.metrics"}
+    return {"columns": columns, "rows": rows, "code": "floodrepro.evaluation.metrics"}
 
 
 def _banner(evidence: Evidence) -> str:
@@ -251,26 +257,16 @@ def _banner(evidence: Evidence) -> str:
 def _warnings(evidence: Evidence) -> list[str]:
     """Which baseline is better, how the run ended, and what went wrong or was changed on the way."""
     record, table, k = evidence.record, evidence.table, evidence.positive
-    data, found = record.get("data") or {}, list[str]()
+    found = [f"Data: {text}." for text in (record.get("data") or {}).get("warnings") or []]
     if table:
         pooled = {name: float(iou(one.counts.sum(axis=0), k)) for name, one in evidence.baselines.items()}
         own, best = float(iou(table.counts.sum(axis=0), k)), max(pooled, key=lambda name: pooled[name], default="")
         if best and pooled[best] > own:
-            rule = str(evidence.baselines[best].metadata.get("detail") or "a baseline").split(";")[0]
+            rule = str(evidence.baselines[best].metadata.get("detail")).split(";")[0]
             gap = f"{evidence.iou_name} {pooled[best]:.3f} against {own:.3f}"
             found.append(f"The baseline {best} ({rule}) scores higher than this model: {gap}.")
         if (split := table.metadata.get("split")) in ("train", "val"):
             found.append(f"The scores are of the split {split}, which training used: this is no test.")
-    if (status := record.get("status", "finished")) != "finished":
-        found.append(f"The run is not finished: its status is {status}.")
-    found += [f"Data: {text}." for text in data.get("warnings") or []]
-    processes, batch = record.get("processes") or 1, record.get("batch_size") or 0
-    if processes > 1:
-        found.append(f"A step saw {processes * batch} chips, {batch} in each of {processes} processes.")
-    nearest, changed = beside_shipped(evidence.recipe)
-    if changed:
-        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
-        found.append(f"The recipe differs from the shipped {nearest} in {', '.join(changed[:4])}{more}.")
     for one in record.get("incidents") or []:
         found.append(f"The guard stopped at step {one.get('step')} ({one.get('kind')}): {one.get('detail')}.")
     if back := record.get("rollback"):
@@ -278,4 +274,4 @@ def _warnings(evidence: Evidence) -> list[str]:
         found.append(f"The run was rolled back at step {back.get('step')} and continued in {after}, not {before}.")
     changes = [one["changes"] for one in record.get("resumes") or [] if one.get("changes")]
     found += [f"The run was resumed after a change: {'; '.join(map(str, one))}." for one in changes]
-    return [str(without_folders(text)).replace("..", ".") for text in found]
+    return [text.replace("..", ".") for text in found]

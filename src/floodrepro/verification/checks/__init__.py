@@ -4,7 +4,7 @@ An answer has one shape from the check to the page: that of results.json, whose 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,6 @@ Status = Literal["pass", "fail", "undecided", "skip"]
 NOTHING = "\N{EN DASH}"  # where there is no figure
 CRITERIA: dict[str, dict[str, Any]] = recipes.read_yaml(Path(__file__).parents[1] / "checks.yaml")
 """Title, claim, files and criteria of each check, in the order of the report."""
-
-
 Check = dict[str, Any]
 """An answer: `status`, `finding` and, where it has them, `values` (made by `figure`), `tables` (`title`, `columns` and
 `rows`), `plots` (as `figures.png` draws them), `notes`, and the `outcome` of a comparison: equivalent, undecided,
@@ -82,46 +80,38 @@ class Evidence:
         return self.table
 
 
-CHECKS: dict[str, Callable[[Evidence], Check]] = {}
-"""The functions of `checks/` that are checks, by their names."""
-
-
-def check(function: Callable[[Evidence], Check]) -> Callable[[Evidence], Check]:
-    """Make a function a check: its name is the id, under which checks.yaml says what it claims."""
-    CHECKS[function.__name__] = function
-    return function
-
-
 def figure(
     name: str,
     value: str | float | None,
     unit: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    level: float | None = None,
+    interval: tuple[float | None, float | None, float | None] = (None, None, None),
     *,
     n_chips: int | None = None,
     n_events: int | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
     expected: str | float | None = None,
 ) -> dict[str, Any]:
     """One figure of a check; its text has as many digits as it takes to be on its side of the limits.
 
-    `low` and `high` end its interval: a confidence interval where there is a level (0 to 1), else percentiles. Its
-    criterion is one limit, two, or the expected value; a figure that is undefined, None, meets none.
+    `interval` is a confidence interval: its two ends and its level (0 to 1). The criterion is one limit, two, or the
+    expected value; a figure that is undefined, None, meets none.
     """
-    limits = {word: limit for word, limit in (("at least", at_least), ("at most", at_most)) if limit is not None}
+    limits = {word: x for word, x in (("at least", at_least), ("at most", at_most)) if math.isfinite(x)}
     criterion, ok = ", ".join(f"{word} {limit:g}" for word, limit in limits.items()), None
     if expected is not None:
         criterion, ok = number(expected), value == expected
     elif limits:
-        least, most = limits.get("at least", -math.inf), limits.get("at most", math.inf)
-        ok = isinstance(value, int | float) and least <= value <= most
-    digits = number(value, *limits.values())
-    text = f"{digits} {unit}" if unit and digits != NOTHING else digits
-    found = {"name": name, "value": value, "text": text, "unit": unit, "low": low, "high": high, "level": level}
-    return found | {"n_chips": n_chips, "n_events": n_events, "criterion": criterion, "ok": ok}
+        ok = isinstance(value, int | float) and at_least <= value <= at_most
+    text = f"{number(value, *limits.values())} {unit}".strip() if value is not None else NOTHING
+    found = {"name": name, "value": value, "text": text, "unit": unit, "n_chips": n_chips, "n_events": n_events}
+    return found | dict(zip(("low", "high", "level"), interval, strict=True)) | {"criterion": criterion, "ok": ok}
+
+
+def tally(what: str, names: Sequence[str], allowed: int = 0) -> dict[str, Any]:
+    """As a figure, how many there are; it names the first of them."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return figure(f"{what} ({', '.join(names[:5])}{more})" if names else what, len(names), at_most=allowed)
 
 
 def judge(values: Sequence[Mapping[str, Any]], found: str, skip: str = "", **parts: Any) -> Check:
@@ -144,11 +134,3 @@ def number(value: Any, *beside: float, digits: int = 4) -> str:
     if value == 0 or not 1e-3 <= abs(value) < 1e9:
         return f"{value:.{digits - 1}g}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
-def points(value: float, margin: float) -> str:
-    """A difference in percentage points with its sign, which does not round onto zero or the margin."""
-    return ("+" if value > 0 else "") + number(value, 0.0, margin, -margin, digits=2)
-
-
-from floodrepro.verification.checks import run, scores  # noqa: E402, F401  # they fill CHECKS

@@ -1,46 +1,39 @@
-"""The run: its training log, its speed, its data, and where code, recipe and weights come from."""
+"""The run: its training log, its data, and where code, recipe and weights come from."""
 
 import math
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import MODALITIES, data_arguments
-from floodrepro.verification.checks import CRITERIA, Check, Evidence, check, figure, judge
+from floodrepro.verification.checks import CRITERIA, Check, Evidence, figure, judge, tally
 
-# Keys in which the recipe of a test may differ from that of its run: where the data lies, and how it is run.
-_HARMLESS = re.compile(
-    r"trainer\..*|data\.init_args\.((\w+_)?data_root|\w+_split(\.\w+)?|num_workers|prefetch_factor|batch_size)"
-)
+# Keys in which the recipe of a test may differ from that of its run, besides those of `recipe.PLACE`.
+_HARMLESS = ("trainer.", "data.init_args.batch_size")
 
 
-@check
 def convergence(evidence: Evidence) -> Check:
     """The training's own log: losses, values that are not finite, and the best epoch that run.json names."""
-    asked, record, rows = CRITERIA["convergence"], evidence.record, evidence.metrics
+    record, rows = evidence.record, evidence.metrics
     if not rows:
         raise evidence.without("metrics", "there is no metrics.csv")
     logged = [(key, row.get("step"), text) for row in rows for key, text in row.items() if key and text]
     bad = [f"{key} at step {step}" for key, step, text in logged if not math.isfinite(float(text))]
-    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-    values = [figure("logged values that are not finite", ", ".join(bad[:3]) + more or "none", expected="none")]
+    values = [tally("logged values that are not finite", bad)]
     validated = {int(float(row["epoch"])) + 1: float(row["val/loss"]) for row in rows if row.get("val/loss")}
     losses = {epoch: loss for epoch, loss in validated.items() if math.isfinite(loss)}  # epochs count from 1
     if len(losses) < 2:
         return judge(values, "", f"{len(losses)} validations: a trajectory needs two")
     best = min(losses, key=lambda epoch: losses[epoch])  # the first of equals, as ModelCheckpoint keeps it
     first, last = next(iter(losses)), next(reversed(losses))
-    named = None if record.get("best_epoch") is None else record["best_epoch"] + 1  # run.json counts from 0
+    recorded = None if record.get("best_epoch") is None else record["best_epoch"] + 1  # run.json counts from 0
     by_loss = record.get("monitor", "val/loss") == "val/loss"  # a recipe may choose its best epoch by another score
+    fall = losses[first] - losses[best]
     values += [
         figure("val/loss, first epoch", losses[first]),
         figure("val/loss, best epoch", losses[best]),
-        figure("fall of val/loss to the best epoch", losses[first] - losses[best], at_least=asked["min_fall"]),
-        figure("best epoch in run.json", named, expected=best if by_loss else None),
+        figure("fall of val/loss to the best epoch", fall, at_least=CRITERIA["convergence"]["min_fall"]),
+        figure("best epoch in run.json", recorded, expected=best if by_loss else None),
     ]
-    if rates := [float(text) for key, _, text in logged if key.startswith("lr-")]:
-        values.append(figure("learning rate, first and last", f"{rates[0]:g}, {rates[-1]:g}"))
     plot = {
         "name": "loss",
         "kind": "lines",
@@ -54,42 +47,20 @@ def convergence(evidence: Evidence) -> Check:
     return judge(values, found, plots=[plot], notes=notes)
 
 
-@check
-def throughput(evidence: Evidence) -> Check:
-    """Chips per second in training and test; the report's facts have device, memory and hours."""
-    asked, record = CRITERIA["throughput"]["min_steps"], evidence.record
-    rate = record.get("chips_per_second")
-    if not rate:
-        raise evidence.without("record", "no epoch of training was timed")
-    steps = sum(epoch["steps"] for epoch in record.get("epoch_times") or [])
-    values = [
-        figure("training, median epoch", rate["median"], "chips/s", rate["p10"], rate["p90"]),
-        figure("timed steps", steps),
-        figure("share of training spent waiting for data", record.get("share_waiting_for_data")),
-    ]
-    speed = (evidence.table.metadata.get("speed") if evidence.table else None) or {}
-    if tested := speed.get("chips_per_second"):
-        values.append(figure("test", tested["median"], "chips/s", tested["p10"], tested["p90"]))
-    few = f"{steps} steps were timed, {asked} are needed" if steps < asked else ""
-    return judge(values, f"{values[0]['text']} in training, {device_of(record)}", few)
-
-
-@check
 def data(evidence: Evidence) -> Check:
     """Digests of training, test, audit and reference, the audit's findings, and the number of chips.
 
     A digest is over the ids and file sizes of a split. Only splits that both sides have are compared.
     """
-    record, table, audit = evidence.record, evidence.table, evidence.audit
+    table, audit = evidence.table, evidence.audit
+    if "audit" in evidence.absent:
+        raise evidence.without("audit", "")
     tested, reference = (one.metadata if one else {} for one in (table, evidence.reference))
-    ours, theirs = record.get("data") or {}, tested.get("data") or {}
-    all_parts = set(data_arguments(evidence.recipe).get("modalities") or MODALITIES) == set(MODALITIES)
-    digests = {
-        "training": ours.get("digests") or {},
-        "test": theirs.get("digests") or {},
-        "audit": (audit.get("digests") or {}) if all_parts else {},  # an audit's are over all modalities
-        "reference": (reference.get("data") or {}).get("digests") or {},
-    }
+    ours, theirs, other = (each.get("data") or {} for each in (evidence.record, tested, reference))
+    # an audit's digests are over all modalities
+    whole = set(data_arguments(evidence.recipe).get("modalities") or MODALITIES) == set(MODALITIES)
+    sources = {"training": ours, "test": theirs, "audit": audit if whole else {}, "reference": other}
+    digests = {name: source.get("digests") or {} for name, source in sources.items()}
     values = []
     for split in sorted(set().union(*digests.values())):
         known = {name: each[split] for name, each in digests.items() if split in each}
@@ -98,74 +69,52 @@ def data(evidence: Evidence) -> Check:
     for key in ("protocol", "commit"):
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
-    recorded = bool(values and digests["training"] and digests["test"])
+    compared = bool(values and digests["training"] and digests["test"])
     found = f"the same: {', '.join(value['name'] for value in values)}"
-    notes = []
-    if "audit" in evidence.absent:
-        values.append(figure("the audit's manifest", evidence.absent["audit"][1], expected="readable"))
-    elif not audit:
-        found += "; not audited"
-        notes.append("There is no audit of the data (floodrepro data audit): ids and sizes were compared, no pixel.")
-    else:
-        errors = [one["message"] for one in audit["findings"] if one["severity"] == "error"]
+    if audit:
         depth = "all chips read" if audit.get("deep") else "no pixel read"
+        errors = [one["message"] for one in audit["findings"] if one["severity"] == "error"]
+        values.append(tally(f"errors of the audit, {depth}", errors))
         found += f"; no error in the audit ({depth})"
-        named = f" ({', '.join(errors[:3])})" if errors else ""
-        values.append(figure(f"errors of the audit, {depth}{named}", len(errors), at_most=0))
+    else:
+        found += "; without an audit (floodrepro data audit), so no pixel was read"
     if table is not None:
         split, chips = str(tested.get("split", "test")), ours.get("chips") or {}
         values.append(figure(f"chips in the table of {split}", len(table), expected=chips.get(split)))
-    skip = "" if recorded else "training and test have not recorded the digest of one split"
-    return judge(values, found, skip, notes=notes)
+    return judge(values, found, "" if compared else "training and test have not recorded the digest of one split")
 
 
-@check
 def provenance(evidence: Evidence) -> Check:
     """Code, recipe, weights and table by their hashes, and every run that was declared."""
     record, table = evidence.record, evidence.table
     if not record:
         raise evidence.without("record", "there is no run.json")
-    code, recorded = record.get("code") or {}, record.get("recipe_sha256")
+    code, recorded = (record.get("environment") or {}).get("code") or {}, record.get("recipe_sha256")
+    commit, hashed = code.get("commit"), "hashed" if code.get("source_sha256") else "unknown"
+    tree = "clean" if code.get("dirty") is False else "with changes"
     values = [
         figure("status of the run", record.get("status"), expected="finished"),
         _same("recipe.yaml and run.json", recipes.fingerprint(evidence.recipe), recorded),
+        figure("working tree", tree, expected="clean")
+        if commit  # else the version and the hash of the source stand for it
+        else figure("source of the code", hashed, expected="hashed"),
     ]
-    notes = [f"Resumed on {one.get('when')} from {one.get('from')}." for one in record.get("resumes") or []]
-    if commit := code.get("commit"):
-        tree = "clean" if code.get("dirty") is False else "with changes"
-        values.append(figure("working tree", tree, expected="clean"))
-    else:
-        hashed = "hashed" if code.get("source_sha256") else "unknown"
-        values.append(figure("source of the code", hashed, expected="hashed"))
-        notes.append("No commit is recorded: the version and the hash of the source stand for it.")
     if table is not None:
-        changes, tested = table.metadata.get("recipe_changes"), table.metadata.get("recipe_sha256")
-        if tested != recorded and changes:
-            other = ", ".join(key for key in changes if not _HARMLESS.fullmatch(key)) or "nothing that counts"
-            values.append(figure("recipe of the table, changed", other, expected="nothing that counts"))
-        else:
-            values.append(_same("recipe of table and run", tested, recorded))
+        changes, tested = table.metadata.get("recipe_changes") or [], table.metadata.get("recipe_sha256")
+        changed = [key for key in changes if not (key.startswith(_HARMLESS) or recipes.PLACE.fullmatch(key))]
+        same = _same("recipe of table and run", tested, recorded)
+        values.append(tally("changes of the table's recipe", changed) if tested != recorded and changes else same)
         ours, theirs = (one.metadata.get("inputs") if one else None for one in (table, evidence.reference))
         if ours and theirs:
-            other = ", ".join(recipes.differences(ours, theirs)) or "the same"
-            values.append(figure("what run and reference see of a chip", other, expected="the same"))
-    if seeds := evidence.seeds:
-        declared = "yes" if record.get("seed") in {run.seed for run in seeds} else "no"
+            other = list(recipes.differences(ours, theirs))
+            values.append(tally("differences in what run and reference see of a chip", other))
+    if evidence.seeds:
+        declared = "yes" if record.get("seed") in {run.seed for run in evidence.seeds} else "no"
         values.append(figure("the seed was declared", declared, expected="yes"))
-    skip = "" if table is not None else evidence.absent.get("table", ("", "the run has no chip table"))[1]
+    notes = [f"Resumed on {one.get('when')} from {one.get('from')}." for one in record.get("resumes") or []]
+    skip = "" if table is not None else evidence.without("table", "the run has no chip table").args[1]
     source = str(commit)[:12] if commit else f"source {str(code.get('source_sha256'))[:12]}"
     return judge(values, f"finished, code {source}, hashes agree", skip, notes=notes)
-
-
-def device_of(record: Mapping[str, Any]) -> str:
-    """What trained: the GPU's or the CPU's name, and how many of them.
-
-    That there is a GPU does not say that it trained; its memory in the record does.
-    """
-    gpu = "allocated" in ((record.get("memory_gib") or {}).get("after_warm_up") or {})
-    part = (record.get("environment") or {}).get("accelerator" if gpu else "cpu") or {}
-    name, count = str(part.get("name") or part.get("model") or "unknown device"), record.get("processes") or 1
-    return f"{count} x {name}" if count > 1 else name
 
 
 def _same(name: str, *found: Any) -> dict[str, Any]:

@@ -9,22 +9,19 @@ from typing import Any
 import numpy as np
 
 from floodrepro import recipe as recipes
-from floodrepro.errors import TableError
 from floodrepro.evaluation import intervals, metrics
-from floodrepro.evaluation.chip_table import ChipTable, on_common_chips, refuse_to_compare
+from floodrepro.evaluation.chip_table import ChipTable, refuse_to_compare
 from floodrepro.evaluation.metrics import Counts, iou, pool_by_event
-from floodrepro.verification import checks
-from floodrepro.verification.checks import CRITERIA, Check, Evidence, Unanswered, check, figure, judge
+from floodrepro.verification.checks import CRITERIA, Check, Evidence, Unanswered, figure, judge, number
 
 _ROWS = 40  # events that one plot or table shows
-_BINS = 10  # of the reliability diagram
+_LIKELY = 0.1  # probability from which on the calibration is looked at by itself
 
 
-@check
 def parity(evidence: Evidence) -> Check:
     """The pooled score against the reference's: two one-sided tests over events (`evaluation.intervals.jackknife`)."""
-    k, name, enough = evidence.positive, evidence.iou_name, CRITERIA["parity"]["enough_events"]
-    names, ours, theirs, chips, notes = _pair(evidence)
+    k, name = evidence.positive, evidence.iou_name
+    ours, theirs, chips, notes = _pair(evidence)
     if not (ours[..., k].any() or theirs[..., k].any()):
         raise Unanswered("fail", f"neither the run nor the reference ever predicts {evidence.class_name}")
     if (having := int((ours[:, k].sum(axis=1) > 0).sum())) < 2:
@@ -34,26 +31,16 @@ def parity(evidence: Evidence) -> Check:
         printed = intervals.jackknife(ours, metrics.mean_iou, other=theirs, positive=k)
     except ValueError as error:
         raise Unanswered("skip", str(error)) from error
-    if len(ours) < enough:
-        notes.append(f"{len(ours)} events are few: with fewer than {enough} the interval is rough.")
-    without = iou(ours.sum(axis=0) - ours, k) - iou(theirs.sum(axis=0) - theirs, k)
-    mover = int(np.argmax(np.abs(without - primary.estimate)))
-    gap = checks.points(100 * float(without[mover]), CRITERIA["parity"]["margin_pp"])
-    notes += [
-        f"Without {names[mover]}, the event that moves it most, the difference is {gap} pp.",
-        "The interval holds for these two sets of weights and for events like these, if the difference is spread over "
-        "events. A kind of event that is missing here can hide any difference.",
-    ]
-    tested = _difference(f"{name}, pooled", primary, chips)
-    values = [tested, _difference("mIoU, pooled (printed, not tested)", printed, chips)]
+    notes.append("The interval holds for these weights and events like these: a missing kind can hide any difference.")
+    labels = {f"{name}, pooled": primary, "mIoU, pooled (printed, not tested)": printed}
+    values = [_difference(label, result, chips) for label, result in labels.items()]
     return _decide(primary, "events", values=values, notes=notes)
 
 
-@check
 def head_to_head(evidence: Evidence) -> Check:
     """The mean of the events' own differences to the reference, each event once, with a paired t interval."""
     k, name, least = evidence.positive, evidence.iou_name, metrics.MIN_FLOOD_PIXELS
-    _, ours, theirs, chips, notes = _pair(evidence)
+    ours, theirs, chips, notes = _pair(evidence)
     try:
         mean = intervals.mean_over_events(ours, other=theirs, positive=k)
     except ValueError as error:
@@ -65,35 +52,32 @@ def head_to_head(evidence: Evidence) -> Check:
     return _decide(mean, "events", f"; {won} of {len(gaps)} events won, {lost} lost", values=values, notes=notes)
 
 
-@check
 def variance(evidence: Evidence) -> Check:
     """All runs that were declared together, their spread, and their mean against the reference."""
-    runs, k, name = evidence.seeds, evidence.positive, evidence.iou_name
-    least = CRITERIA["variance"]["min_seeds"]
+    runs, k, name, least = evidence.seeds, evidence.positive, evidence.iou_name, CRITERIA["variance"]["min_seeds"]
     if len(runs) < 2:
         raise evidence.without("seeds", "one run: its spread over seeds is unknown")
-    figures = [float(iou(run.table.counts.sum(axis=0), k)) if run.table else np.nan for run in runs]
-    _refuse_copies(evidence)
+    tables = _tables_of_seeds(evidence)
+    figures = [float(iou(table.counts.sum(axis=0), k)) for table in tables]
     if np.isnan(figures).any():
         raise Unanswered("skip", f"{name} is undefined in a run")
     rows = [[run.run, run.seed, run.status, one] for run, one in zip(runs, figures, strict=True)]
-    table = {"title": "All declared runs", "columns": ["run", "seed", "status", name], "rows": rows}
+    shown = {"title": "All declared runs", "columns": ["run", "seed", "status", name], "rows": rows}
     deviation = 100 * float(np.std(figures, ddof=1))
     mean = figure(f"{name}, mean over seeds", float(np.mean(figures)))
     values = [mean, figure("standard deviation over seeds", deviation, "pp")]
     found, few = f"{len(runs)} seeds, standard deviation {deviation:.1f} pp", len(runs) < least
     if few or evidence.reference is None:
         skip = f"{found}; at least {least} seeds are needed" if few else ""
-        return judge(values, f"{found}; there is no reference to compare their mean with", skip, tables=[table])
-    pairs = [_on_common_chips(run.table, evidence.reference) for run in runs if run.table]
+        return judge(values, f"{found}; there is no reference to compare their mean with", skip, tables=[shown])
+    pairs = [_on_common_chips(table, evidence.reference) for table in tables]
     ours = [float(iou(one.counts.sum(axis=0), k)) for one, _, _ in pairs]
     result = intervals.over_seeds(ours, float(iou(pairs[0][1].counts.sum(axis=0), k)))
     values.append(_difference(f"{name}, mean over {len(runs)} seeds", result))
     note = "Over seeds, chips and the reference's score are taken as they are: for events see the check of parity."
-    return _decide(result, "seeds", values=values, tables=[table], notes=[note])
+    return _decide(result, "seeds", values=values, tables=[shown], notes=[note])
 
 
-@check
 def reference(evidence: Evidence) -> Check:
     """A reference whose sha256 is known, measured here, against its published figures on the published chips.
 
@@ -110,7 +94,7 @@ def reference(evidence: Evidence) -> Check:
     there = f"{entry['chips']:,} chips of {entry['split']} ({entry['protocol']})"
     if here != there:
         raise Unanswered("skip", f"published on {there}, here: {here}")
-    scores, digits = _terratorch_scores(table), entry["decimals"]
+    scores, digits = metrics.scores(table.counts.sum(axis=0)), entry["decimals"]
     values = []
     for metric, printed in entry["figures"].items():
         low, high = (round(printed + sign * 0.5 * 10.0**-digits, digits + 1) for sign in (-1, 1))
@@ -119,7 +103,6 @@ def reference(evidence: Evidence) -> Check:
     return judge(values, found, notes=[f"Published: {entry['source']}."])
 
 
-@check
 def events(evidence: Evidence) -> Check:
     """The score of each event's pooled counts; false alarms where an event has none of the class in its truth."""
     asked, k, name = CRITERIA["events"], evidence.positive, evidence.iou_name
@@ -132,8 +115,9 @@ def events(evidence: Evidence) -> Check:
     order = large[np.argsort(figures[large], kind="stable")].tolist()
     missed = [names[n] for n in order if figures[n] < zero]
     share, largest = len(missed) / len(large), 100 * float(pixels.max() / pixels.sum())
+    named = f" ({', '.join(missed[:5])})" if missed else ""
     values = [
-        figure(f"share of events with {name} below {zero:g}", share, at_most=asked["max_zero_iou_share"]),
+        figure(f"share of events with {name} below {zero:g}{named}", share, at_most=asked["max_zero_iou_share"]),
         figure(f"{name}, mean over events", float(figures[large].mean()), n_events=len(large)),
         figure(f"{name}, median over events", float(np.median(figures[large])), n_events=len(large)),
         figure(f"{name}, worst event", float(figures[order[0]])),
@@ -154,52 +138,44 @@ def events(evidence: Evidence) -> Check:
     dry = sorted(set(range(len(names))) - set(order))
     rows = [[names[n], *(each[n].item() for each in about)] for n in [*order[:_ROWS], *dry[:_ROWS]]]
     found = f"{figures[order[0]]:.2f} to {figures[order[-1]]:.2f} over {len(large)} events"
-    result = judge(values, found, tables=[{"title": title, "columns": columns, "rows": rows}], plots=[plot])
-    if missed:
-        result["finding"] += f": {', '.join(missed[:5])}"
-    return result
+    return judge(values, found, tables=[{"title": title, "columns": columns, "rows": rows}], plots=[plot])
 
 
-@check
 def calibration(evidence: Evidence) -> Check:
     """Probabilities of the class against its frequencies, its area, and collapse to one class."""
     asked, k, class_name = CRITERIA["calibration"], evidence.positive, evidence.class_name
     table = evidence.usable_table()
     true, pixels = table.counts[:, k].sum(axis=1), table.counts.sum(axis=(1, 2))
-    called = table.counts[:, :, k].sum(axis=1)
-    if table.histogram is None or table.confidence is None:
+    called, mixed = table.counts[:, :, k].sum(axis=1), (true > 0) & (true < pixels)
+    if table.histogram is None or table.confidence is None or table.squared_error is None:
         raise Unanswered("skip", "the chip table holds classes, and no probabilities")
     if not true.any():
         raise Unanswered("skip", f"no chip has {class_name} in its truth")
-    diagram = metrics.reliability(table.histogram, table.confidence, _BINS)
-    likely = metrics.Reliability(diagram.edges[1:], diagram.pixels[1:], diagram.confidence[1:], diagram.frequency[1:])
-    mixed = (true > 0) & (true < pixels)
-    thresholds, swept = metrics.threshold_sweep(table.histogram)
-    best = int(np.lexsort((np.abs(thresholds - 0.5), -iou(swept, 1)))[0])  # of equal ones the nearest to 0.5
     least, most = asked["area_ratio"]
-    error = figure("expected calibration error", metrics.expected_calibration_error(diagram), at_most=asked["ece"])
+    whole, likely = (metrics.calibration_error(table.histogram, table.confidence, start) for start in (0, _LIKELY))
+    error = figure("expected calibration error", whole, at_most=asked["ece"])
     area = figure("predicted over true area", float(called.sum() / true.sum()), at_least=least, at_most=most)
     values = [error, area]
-    if diagram.pixels[0] and likely.pixels.any():  # else it is the same figure, or none
-        name, rest = f"the same where the probability is {diagram.edges[1]:g} or more", asked["ece_likely"]
-        values.insert(1, figure(name, metrics.expected_calibration_error(likely), at_most=rest))
+    if likely is not None:
+        name = f"the same where the probability is {_LIKELY:g} or more"
+        values.insert(1, figure(name, likely, at_most=asked["ece_likely"]))
     if mixed.any():
         name, share = "share of chips with both that are predicted as one class", asked["one_class_share"]
         one_class = ((called == 0) | (called == pixels))[mixed]
         values.append(figure(name, float(one_class.mean()), n_chips=len(one_class), at_most=share))
-    values.append(figure("Brier score", table.brier))
-    values.append(figure(f"best threshold of {class_name} on these chips", float(thresholds[best])))
+    values.append(figure("Brier score", float(table.squared_error.sum() / pixels.sum())))  # Brier 1950
+    best = metrics.best_threshold(table.histogram)
+    values.append(figure(f"best threshold of {class_name} on these chips", best))
     found = f"calibration error {error['text']}, predicted over true area {area['text']}"
     return judge(values, found)
 
 
-@check
 def identities(evidence: Evidence) -> Check:
     """TerraTorch's own metrics against the same figures from the chip table's counts, for run and reference."""
     tables = {"run": evidence.usable_table()} | ({"reference": evidence.reference} if evidence.reference else {})
     gaps = {}
     for name, table in tables.items():
-        found, metrics_there = _terratorch_scores(table), table.metadata.get("metrics") or {}
+        found, metrics_there = metrics.scores(table.counts.sum(axis=0)), table.metadata.get("metrics") or {}
         stored = {key.rsplit("/", 1)[-1]: value for key, value in metrics_there.items()}
         if both := found.keys() & stored.keys():
             gaps[name] = max(abs(float(stored[key]) - (found[key] or 0.0)) for key in both)
@@ -211,15 +187,8 @@ def identities(evidence: Evidence) -> Check:
     return judge(values, f"the same to {max(gaps.values(), default=0.0):.1g}", skip)
 
 
-def _terratorch_scores(table: ChipTable) -> dict[str, float | None]:
-    """TerraTorch's scores of the pooled counts by its names, and `Class_Accuracy_k`, the recall of class k."""
-    counts = table.counts.sum(axis=0)
-    recall = {f"Class_Accuracy_{k}": metrics.class_scores(counts, k)["recall"] for k in range(table.num_classes)}
-    return metrics.scores(counts) | recall
-
-
-def _pair(evidence: Evidence) -> tuple[list[str], Counts, Counts, int, list[str]]:
-    """Events, both models' counts by event on common chips, the number of these, and notes.
+def _pair(evidence: Evidence) -> tuple[Counts, Counts, int, list[str]]:
+    """Both models' counts by event on common chips, the number of these, and notes.
 
     Raises:
         Unanswered: Something is missing, a skip; or the reference is of other chips or another protocol, a failure.
@@ -231,19 +200,30 @@ def _pair(evidence: Evidence) -> tuple[list[str], Counts, Counts, int, list[str]
     if _same_model(table, other):
         raise Unanswered("skip", "the reference is this very model: a comparison with itself shows nothing")
     notes = [f"{left_out} chips that one of the two did not see in full are left out."] if left_out else []
-    names, counts = pool_by_event(ours.counts, ours.events)
-    return names, counts, pool_by_event(theirs.counts, theirs.events)[1], len(ours), notes
+    counts, others = (pool_by_event(one.counts, one.events)[1] for one in (ours, theirs))
+    return counts, others, len(ours), notes
 
 
 def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
-    """Both tables on the chips that both have seen in full, and how many chips were left out."""
-    try:
-        ours, theirs, left_out = on_common_chips(table, other)
-    except TableError as error:
-        raise Unanswered("skip", error.what) from error
+    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out.
+
+    A mask without data in part of a chip would otherwise be judged on easier pixels than a model that predicts all.
+    """
+    ours, theirs = table, other
+    if np.array_equal(table.chips, other.chips):
+        whole = table.chips[(table.unseen == 0) & (other.unseen == 0)]
+        if not len(whole):
+            raise Unanswered("skip", "there is no chip of which both have seen every pixel")
+        ours, theirs = table.subset(whole), other.subset(whole)
     if reason := refuse_to_compare(ours, theirs):
         raise Unanswered("fail", f"wrong reference: {reason}")
-    return ours, theirs, left_out
+    return ours, theirs, len(table) - len(ours)
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points with its sign, which does not round onto zero or the margin."""
+    margin = CRITERIA["parity"]["margin_pp"]
+    return ("+" if value > 0 else "") + number(100 * float(value), 0.0, margin, -margin, digits=2)
 
 
 def _decide(result: intervals.Result, counted: str, more: str = "", **parts: Any) -> Check:
@@ -251,34 +231,32 @@ def _decide(result: intervals.Result, counted: str, more: str = "", **parts: Any
     margin, level, enough = (CRITERIA["parity"][key] for key in ("margin_pp", "level", "enough_events"))
     tests = (margin / 100, (1 - level) / 2)
     word = result.verdict(*tests)
-    low, high = (checks.points(100 * end, margin) for end in result.interval(level))
-    basis = f"{'rough: ' if counted == 'events' and result.n < enough else ''}{result.n} {counted}"
-    gap = f"{checks.points(100 * result.estimate, margin)} pp ({100 * level:g} % CI {low} to {high}, {basis})"
-    if word == "equivalent":
-        found = {"status": "pass", "outcome": word, "finding": f"{gap}, within ±{margin:g} pp{more}"}
-    elif word == "different":
+    low, high = map(points, result.interval(level))
+    rough = "rough: " if counted == "events" and result.n < enough else ""
+    gap = f"{points(result.estimate)} pp ({100 * level:g} % CI {low} to {high}, {rough}{result.n} {counted})"
+    found = {"status": "pass", "outcome": str(word), "finding": f"{gap}, within ±{margin:g} pp{more}"}
+    if word == "different":
         status, how = ("pass", "better") if result.estimate > 0 else ("fail", "worse")
         found = {"status": status, "outcome": f"different ({how})", "finding": gap + more}
-    else:
+    elif word == "undecided":
         needed = result.needed(*tests)
-        how_many = f"about {checks.number(needed)} {counted} like these" if needed else f"no number of {counted}"
-        finding = f"{gap}, margin ±{margin:g} pp; {how_many} would decide{more}"
-        found = {"status": word, "outcome": word, "finding": finding}
+        how_many = f"about {number(needed)} {counted} like these" if needed else f"no number of {counted}"
+        found |= {"status": word, "finding": f"{gap}, margin ±{margin:g} pp; {how_many} would decide{more}"}
     return found | parts
 
 
 def _difference(name: str, result: intervals.Result, chips: int | None = None) -> dict[str, Any]:
     level = CRITERIA["parity"]["level"]
     low, high = (100 * end for end in result.interval(level))
-    counted = {"n_chips": chips, "n_events": result.n} if chips else {}  # else over seeds
-    return figure(f"difference in {name}", 100 * result.estimate, "pp", low, high, level, **counted)
+    interval, events = (low, high, level), result.n if chips else None  # else over seeds
+    return figure(f"difference in {name}", 100 * result.estimate, "pp", interval, n_chips=chips, n_events=events)
 
 
-def _refuse_copies(evidence: Evidence) -> None:
-    """Fail declared runs that have no result, are copies, are of other chips, or have another recipe than declared."""
-    if dropped := [f"{run.run} ({run.status})" for run in evidence.seeds if run.table is None]:
-        raise Unanswered("fail", f"declared, but without a chip table: {', '.join(dropped)}")
+def _tables_of_seeds(evidence: Evidence) -> list[ChipTable]:
+    """Of all declared runs; fails those without a result, copies, and those of other chips or another recipe."""
     tables = {run.run: run.table for run in evidence.seeds if run.table is not None}
+    if dropped := [f"{run.run} ({run.status})" for run in evidence.seeds if run.run not in tables]:
+        raise Unanswered("fail", f"declared, but without a chip table: {', '.join(dropped)}")
     named = tables | ({"the reference": evidence.reference} if evidence.reference else {})
     for one, other in itertools.combinations(named, 2):
         if _same_model(named[one], named[other]):
@@ -290,15 +268,15 @@ def _refuse_copies(evidence: Evidence) -> None:
         about = tables[run.run].metadata  # a table made with overrides does not name its run's recipe
         if not about.get("recipe_changes") and about.get("recipe_sha256", recipe) != recipe:
             raise Unanswered("fail", f"{run.run} is not of this recipe with the declared seed")
+    return list(tables.values())
 
 
 def _same_model(table: ChipTable, other: ChipTable) -> bool:
     """Whether two tables are of the same weights, by their hash or because they predict every chip alike."""
     if _sha256(table) and _sha256(table) == _sha256(other):
         return True
-    one, another = table.histogram, other.histogram
-    alike = one is another if one is None or another is None else np.array_equal(one, another)
-    return alike and np.array_equal(table.counts, other.counts)
+    pairs = ((table.counts, other.counts), (table.histogram, other.histogram))  # without probabilities None
+    return all(np.array_equal(np.asarray(one), np.asarray(another)) for one, another in pairs)
 
 
 def _sha256(table: ChipTable) -> Any:
