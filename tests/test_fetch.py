@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-import hub_server
 from floodrepro.data import fetch as fetching
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import FETCH_NOTE, read_commit
@@ -159,11 +158,14 @@ def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_pat
 
 
 @pytest.mark.parametrize("fault", ["nobody listens", "a login page", "no chips"])
-def test_no_network_a_login_page_and_archives_without_chips_are_told(hub, run, tmp_path, monkeypatch, fault):
+def test_no_network_a_login_page_and_archives_without_chips_are_told_in_three_lines(
+    hub, run, tmp_path, monkeypatch, fault
+):
     if fault == "nobody listens":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # the client's, before each of five more tries
     elif fault == "a login page":
-        monkeypatch.setattr(hub_server._Handler, "send_api", lambda self, _: self.send(200, b"<html>", {}))
+        hub.refusals.append((200, {"Content-Type": "text/html"}))
     else:
         commit = hub.commits[hub.refs["main"]]
         hub.commit({path: bytes(10240) if path.endswith(".tar") else content for path, content in commit.items()})

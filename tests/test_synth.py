@@ -140,12 +140,12 @@ def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, lay
 
 
 def test_disk_that_is_full_at_the_scenes_leaves_nothing_and_the_same_command_goes_on(tmp_path, monkeypatch):
-    written = Path.write_bytes
+    write = Path.write_bytes
 
-    def full(self, content):
-        if "scenes" in self.parts:
+    def full(path: Path, content: bytes) -> int:
+        if "scenes" in path.parts:
             raise OSError(28, "No space left on device")
-        return written(self, content)
+        return write(path, content)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)

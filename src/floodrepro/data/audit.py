@@ -90,9 +90,8 @@ def audit(
     ordered = [chip for chip in source.having(PARTS[0]) if lacking.get(chip) == []]  # as they lie in a tar
     totals: dict[tuple[str, str], Sums] = {keys[chip]: defaultdict(float) for chip in ordered}  # by split and event
     darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
-    pool = ThreadPoolExecutor(
-        max(jobs or min(len(os.sched_getaffinity(0)), 16), 1)
-    )  # decoding and numpy let other threads run
+    workers = max(jobs or min(len(os.sched_getaffinity(0)), 16), 1)
+    pool = ThreadPoolExecutor(workers)  # decoding and numpy let other threads run
     try:
         with console.progress("chips read") as progress:
             checked = pool.map(partial(check_chip, source), ordered)

@@ -92,7 +92,7 @@ def generate(
         seed: 0 or more.
         layout: `extracted` (`data/<PART>/`) or `hub` (`<split>/<PART>.tar`, as on the Hugging Face hub).
         variants: How chips are stored, names of `VARIANTS`; chips take them in turn.
-        scenes: Whether each event is written whole too, as `scenes/<event>/`.
+        scenes: Whether each event is written whole too, as `scenes/<event>/`, every second one *mixed*.
 
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
@@ -139,26 +139,20 @@ def generate(
                 _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
             note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
             _write(made / SYNTH_NOTE, note.encode())
-            if scenes:
-                _write_scenes(made)
+            of_event = defaultdict(list)
+            for chip in sorted(Chips(made).having("DEM")) if scenes else ():
+                of_event[protocols.event_of(chip)].append(chip)
+            for number, (name, ids) in enumerate(of_event.items()):
+                write_scene(made, ids, made / "scenes" / name, mixed=bool(number % 2))
             for path in sorted(made.iterdir()):
                 path.rename(root / path.name)
-    except MemoryError as error:
-        what = "the memory is too small for so many chips an event"
-        raise UsageError(what, where="--chips", fix="fewer --chips, or more --events") from error
     except OSError as error:  # a lock that is held is one as well
         problem = f"the data set cannot be written: {error.strerror or error}"
         raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
+    except MemoryError as error:
+        what = "the memory is too small for so many chips an event"
+        raise UsageError(what, where="--chips", fix="fewer --chips, or more --events") from error
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
-
-
-def _write_scenes(root: Path) -> None:
-    """Write a scene of each event of a generated data set below ROOT/scenes, every second one *mixed*."""
-    events = defaultdict(list)
-    for chip in sorted(Chips(root).having("DEM")):
-        events[protocols.event_of(chip)].append(chip)
-    for number, (event, chips) in enumerate(events.items()):
-        write_scene(root, chips, root / "scenes" / event, mixed=bool(number % 2))
 
 
 def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool = False) -> Path:
