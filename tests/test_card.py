@@ -30,16 +30,13 @@ def verified(run: RunFolder) -> dict:
 
 def card_of(run: RunFolder, **options) -> str:
     shutil.rmtree(run.export, ignore_errors=True)
-    pair = write_pair(run, run.export)
+    pair = write_pair(run)
     return write_card(pair, run.best, recipes.read_yaml(run.recipe), run, **options).read_text()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return make_run(tmp_path / "runs" / "mine")
-
-
-# What is on the card
 
 
 def test_card_says_what_the_report_says(run: RunFolder):
@@ -89,7 +86,8 @@ def test_data_set_and_base_model_are_claimed_only_where_training_used_all_of_the
     arguments = recipe["model"]["init_args"]["model_args"]
     arguments["backbone"] = "terramind_v1_base"
     part = card_of(make_run(tmp_path / "part", recipe=recipe))
-    assert ModelCard(part).data.get("base_model") is None
+    assert [ModelCard(part).data.get(key) for key in ("base_model", "license", "co2_eq_emissions")] == [None] * 3
+    assert ("0.0085" in part, "CO2e" in part, "has not chosen a licence" in part) == (True, False, True)
     for says in ("Training started from random weights.", "Trained on 80 chips", "hold where chips came from it"):
         assert says in part
     arguments["backbone_pretrained"] = True
@@ -118,7 +116,7 @@ def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_rep
 
 
 def test_checkpoint_without_a_run_gets_a_card_that_says_so_and_the_authors_own_is_set_aside(run: RunFolder):
-    pair = write_pair(run, run.export)
+    pair = write_pair(run)
     (run.export / "README.md").write_text("my own")
     card = write_card(pair, run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert card.startswith("---")
@@ -131,9 +129,6 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so_and_the_authors_own_i
     assert (run.export / "README-2.md").read_text() == "my own"
 
 
-# Records of one run, or none
-
-
 @pytest.mark.parametrize(("entry", "says"), [("status", "not finished"), ("recipe_sha256", "of another recipe")])
 def test_record_of_an_unfinished_run_or_of_another_recipe_is_refused(tmp_path: Path, entry: str, says: str):
     with pytest.raises(RunFolderError, match=says):
@@ -141,20 +136,17 @@ def test_record_of_an_unfinished_run_or_of_another_recipe_is_refused(tmp_path: P
 
 
 def test_pair_or_results_of_another_checkpoint_and_a_damaged_pair_are_refused(run: RunFolder):
-    results, weights = verified(run), write_pair(run, run.export)
+    results, weights = verified(run), write_pair(run)
     results["run"]["checkpoint"]["sha256"] = "a" * 64
     keep(results, run)
     with pytest.raises(RunFolderError, match=r"results\.json is of another checkpoint"):
         card_of(run)
-    write_pair(run, run.export)
+    write_pair(run)
     run.best.write_bytes(b"other weights")
     for says in ("not exported from", "damaged"):
         with pytest.raises(CheckpointError, match=says):
             write_card(weights, run.best, recipes.read_yaml(run.recipe), run)
         weights.write_bytes(weights.read_bytes()[:50])
-
-
-# Energy and carbon
 
 
 def part(kwh: float | None, method: str = "power", devices: int = 1) -> dict:
@@ -180,21 +172,13 @@ def test_energy_is_of_all_devices_or_said_to_be_of_some(record: dict, says: str)
     assert ("CO2e" in text) is (emitted is not None)
 
 
-def test_no_carbon_figure_without_its_sources_and_no_licence_that_nobody_chose(run: RunFolder):
-    card = card_of(run)
-    assert ("0.0085" in card, "CO2e" in card, "has not chosen a licence" in card) == (True, False, True)
-    assert [ModelCard(card).data.get(key) for key in ("license", "co2_eq_emissions")] == [None, None]
-
-
 @pytest.mark.parametrize(
     ("pue", "grid"),
     [
         (PUE, None),
-        (None, GRID),
         (PUE, ["0.4", "  "]),
         (["0.7", "a page"], GRID),
         (["nan", "a page"], GRID),
-        (["much", "a page"], GRID),
         (PUE, ["400", "a grid"]),
     ],
 )

@@ -21,9 +21,6 @@ def with_metadata(evidence: Evidence, **changes) -> Evidence:
     return replace(evidence, table=replace(evidence.table, metadata=evidence.table.metadata | changes))
 
 
-# Training log
-
-
 def test_log_is_read_as_it_was_written_and_what_is_wrong_in_it_named(evidence: Evidence):
     answer = ask("convergence", evidence)
     assert figure_of(answer, "val/loss, first")["value"] == LOSSES[0]
@@ -42,9 +39,6 @@ def test_log_is_read_as_it_was_written_and_what_is_wrong_in_it_named(evidence: E
         assert ask("convergence", replace(evidence, metrics=few))["status"] == "skip"
 
 
-# Data
-
-
 def test_only_splits_that_both_sides_have_are_compared(evidence: Evidence):
     answer = ask("data", evidence)
     assert [v["name"] for v in answer["values"] if v["criterion"] == "the same"] == [SAME]
@@ -55,6 +49,9 @@ def test_only_splits_that_both_sides_have_are_compared(evidence: Evidence):
     assert ask("data", with_record(evidence, data={}))["status"] == "skip"
     other = with_metadata(evidence, data={"digests": DIGESTS, "commit": "0" * 40})
     assert "commit of training and test" in ask("data", other)["finding"]
+    for chips, status in ((len(evidence.table), "pass"), (14_556, "fail")):  # the table is of a part of the split
+        data = evidence.record["data"] | {"chips": CHIPS | {"test": chips}}
+        assert ask("data", with_record(evidence, data=data))["status"] == status
 
 
 @pytest.mark.parametrize(
@@ -78,16 +75,6 @@ def test_damaged_manifest_fails_and_one_of_the_current_folder_is_not_asked_for(t
     assert "audit" not in gather(make_run(tmp_path / "rootless", recipe=recipe)).absent
     damaged = battery.gather(run, "test", None, tmp_path, data_root=tmp_path)
     assert (ask("data", damaged)["status"], "manifest" in ask("data", damaged)["finding"]) == ("fail", True)
-
-
-def test_table_of_a_part_of_the_split_fails(evidence: Evidence):
-    data = evidence.record["data"]
-    for chips, status in ((len(evidence.table), "pass"), (14_556, "fail")):
-        found = with_record(evidence, data=data | {"chips": CHIPS | {"test": chips}})
-        assert ask("data", found)["status"] == status
-
-
-# Provenance
 
 
 @pytest.mark.parametrize(
@@ -118,13 +105,10 @@ def test_table_of_another_recipe_fails_and_another_data_root_does_not(evidence: 
     assert (answer["status"], says in answer["finding"]) == ("fail" if says else "pass", True)
 
 
-def test_reference_that_sees_other_inputs_fails(evidence: Evidence):
+def test_reference_that_sees_other_inputs_fails_no_record_is_a_skip_and_source_stands_for_a_commit(evidence: Evidence):
     theirs = make_table(seed=9, inputs={"means": {"DEM": [154.914]}, "timesteps": [0, 1, 2, 3]})
     answer = ask("provenance", replace(evidence, reference=theirs))
     assert "run and reference see of a chip (means.DEM)" in answer["finding"]
-
-
-def test_source_stands_in_for_the_commit_and_no_record_is_a_skip(evidence: Evidence):
     code = {"commit": None, "dirty": None, "source_sha256": "5c" * 32}
     answer = ask("provenance", with_record(evidence, environment={"code": code}))
     assert (answer["status"], "source 5c5c" in answer["finding"]) == ("pass", True)

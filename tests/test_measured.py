@@ -1,4 +1,4 @@
-"""What torch measures of a real run, and what the checks of artefacts say of it, sound and spoilt."""
+"""What torch measures of a real run that is spoilt; a sound one passes in tests/test_verify.py."""
 
 import re
 from dataclasses import replace
@@ -33,11 +33,6 @@ def pair(trained: RunFolder, tmp_path_factory: pytest.TempPathFactory):
     return export(trained.best, recipes.read_yaml(trained.recipe), tmp_path_factory.mktemp("export"), "pair")
 
 
-@pytest.fixture(scope="module")
-def table(trained: RunFolder) -> Path:
-    return measure.table_of(trained, trained.best, "test", None)
-
-
 def test_what_was_not_measured_is_a_skip_and_a_damaged_answer_a_failure(tmp_path: Path):
     run = make_run(tmp_path / "mine")
     assert ask("weights", gather(run))["status"] == "skip"
@@ -53,30 +48,20 @@ def test_what_was_not_measured_is_a_skip_and_a_damaged_answer_a_failure(tmp_path
     assert ask("weights", evidence)["code"] == "floodrepro.verification.measure.weights"
 
 
-# Weights
-
-
-def test_trained_weights_are_sound_and_all_of_them_have_moved(trained: RunFolder):
-    answer = measure.weights(trained.recipe, trained.best, trained.checkpoints / "last.ckpt")
-    assert answer["finding"] == "216 tensors, all finite; 161 trained tensors, all moved"
-    assert (answer["status"], answer["values"][2]["value"]) == ("pass", 13_992_066)
-
-
 def test_spoilt_tensors_fail_and_are_named(trained: RunFolder, tmp_path: Path):
     content = torch.load(trained.best, weights_only=True)
     state = content["state_dict"]
     plain = [name.removeprefix("model.") for name in state if name.endswith("conv1.0.weight") and FILTERS not in name]
-    half, missing, shape = plain[:3]
+    missing, shape = plain[:2]
     state[f"model.{FILTERS}"][3, 2, 1, 0] = float("nan")
     state[f"model.{VARIANCE}"][5] = float("inf")
-    state[f"model.{half}"] = state[f"model.{half}"].half()
     state[f"model.{shape}"] = torch.ones(3)
     del state[f"model.{missing}"]
     state["model.stray.weight"] = torch.zeros(2)
     torch.save(content, tmp_path / "spoilt.ckpt")
     answer = measure.weights(trained.recipe, tmp_path / "spoilt.ckpt", tmp_path / "no")
     assert answer["status"] == "fail"
-    for name in (FILTERS, VARIANCE, half, missing, shape, "stray.weight"):
+    for name in (FILTERS, VARIANCE, missing, shape, "stray.weight"):
         assert name in answer["finding"], name
 
 
@@ -92,9 +77,6 @@ def test_tensor_that_never_moved_fails_and_a_damaged_state_is_an_error(trained: 
     (tmp_path / "last.ckpt").write_text("{")
     with pytest.raises(CheckpointError, match="full state"):
         measure.weights(trained.recipe, trained.best, tmp_path / "last.ckpt")
-
-
-# The exported pair
 
 
 def test_export_holds_the_checkpoint_is_of_no_machine_and_is_not_overwritten(trained: RunFolder, pair, tmp_path: Path):
@@ -186,15 +168,6 @@ def test_cards_example_and_impactmeshs_own_inference_give_the_pixels_of_predict(
         assert (ours != other)[ours >= 0].sum() == 0
 
 
-# Pictures
-
-
-def test_pictures_are_predicted_as_in_the_table(trained: RunFolder, table: Path, tmp_path: Path):
-    answer = measure.panels(RecipeCLI([trained.recipe]), trained.best, table, tmp_path)
-    assert (answer["status"], answer["values"][0]["value"]) == ("pass", 0)
-    assert (tmp_path / "panels.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_pictures_show_what_is_on_the_disk(chips: Path):
     source = Chips(chips / "data")
     for chip in sorted(source.having("S1RTC"))[:3]:
@@ -208,10 +181,11 @@ def test_pictures_show_what_is_on_the_disk(chips: Path):
                 assert (np.diff(shown[f"{name}_rgb"][..., colour].ravel()[order].astype(int)) >= 0).all()
 
 
-def test_pictures_of_another_input_or_checkpoint_than_the_tables_are_found(trained, table: Path, tmp_path: Path):
+def test_pictures_of_another_input_or_checkpoint_than_the_tables_are_found(trained: RunFolder, tmp_path: Path):
     recipe = recipes.read_yaml(trained.recipe)
     recipe["data"]["init_args"]["stds"]["S1RTC"] = [1.0, 1.0]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    table = measure.table_of(trained, trained.best, "test", None)
     answer = measure.panels(RecipeCLI([tmp_path / "recipe.yaml"]), trained.best, table, tmp_path)
     assert (answer["status"], "predicted otherwise than in the table" in answer["finding"]) == ("fail", True)
     made = chip_table.read_table(table)

@@ -105,9 +105,6 @@ def test_exit_code_is_1_where_a_required_check_is_not_met(judge):
     assert (unknown.code, "no check 'magic'" in unknown.err) == (2, True)
 
 
-# Damage fails its check and never aborts
-
-
 DAMAGED = {
     "evaluation/test/best.parquet": "events",
     "evaluation/val/best.parquet": "identities",
@@ -125,7 +122,7 @@ def test_damaged_files_fail_their_checks(judge, own_run: RunFolder, content: byt
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(content)
     found = statuses(judge())
-    assert {check: found[check][0] for check in DAMAGED.values()} == dict.fromkeys(DAMAGED.values(), "fail"), found
+    assert {found[check][0] for check in DAMAGED.values()} == {"fail"}, found
 
 
 @pytest.mark.parametrize(
@@ -156,15 +153,12 @@ def test_edited_records_fail_a_check_and_never_abort(cli, tmp_path: Path, file, 
 
 def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, tmp_path: Path):
     run = make_run(tmp_path / "mine")
-    pair = write_pair(run, run.export)
+    pair = write_pair(run)
     pair.write_bytes(pair.read_bytes()[:50])
     (run.export / "README.md").write_text("no metadata, my own words")
     found = statuses(cli("verify", "--run", run.path, "--format", "json"))
     assert (found["exported_pair"][0], "damaged" in found["exported_pair"][1]) == ("fail", True)
     assert found.keys() == CRITERIA.keys()
-
-
-# What belongs to other weights, and what is given by mistake
 
 
 def test_table_and_evidence_of_other_weights_are_not_judged(judge, own_run: RunFolder):
@@ -182,9 +176,6 @@ def test_damaged_reference_no_run_and_output_that_cannot_be_written_are_errors(c
         outcome = judge(*flags)
         assert (outcome.code, says in outcome.err) == (1, True)
     assert cli("verify", "--run", tmp_path).code == 2
-
-
-# The order of export and verify
 
 
 def test_run_is_exported_first_and_gets_its_card_once_it_is_verified(cli, own_run: RunFolder):

@@ -15,7 +15,7 @@ from floodrepro.data.protocols import PROTOCOLS
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.chip_table import BINS, ChipTable
 from floodrepro.evaluation.metrics import Counts, scores
-from floodrepro.run_folder import RunFolder
+from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.verification import battery, results
 from floodrepro.verification.battery import CHECKS
 from floodrepro.verification.checks import CRITERIA, Evidence, SeedRun
@@ -158,17 +158,16 @@ def make_run(
     rows = [f"{epoch},9,{loss},,\n{epoch},9,,{loss},\n,9,,,0.0001" for epoch, loss in enumerate(LOSSES)]
     run.metrics.write_text("\n".join(["epoch,step,val/loss,train/loss,lr-AdamW", *rows]))
     run.update_record(**make_record(recipe, **changes))
-    digest = hashlib.sha256(run.best.read_bytes()).hexdigest()
     table = table or make_table(6, 3)
-    own = {"checkpoint": {"name": "best.ckpt", "sha256": digest}, "recipe_sha256": recipes.fingerprint(recipe)}
+    own = {"checkpoint": {"name": "best.ckpt", "sha256": sha256_of(run.best)}}
+    own |= {"recipe_sha256": recipes.fingerprint(recipe)}
     chip_table.write_table(replace(table, metadata=table.metadata | own), run.evaluation / "test" / "best.parquet")
     return run
 
 
-def gather(run: RunFolder, reference: Path | None = None, **changes: Any) -> Evidence:
-    """All evidence of a run, as verify reads it, changed as given."""
-    found = battery.gather(run, "test", reference, run.verification / "evidence", name="IBM's model")
-    return replace(found, **changes)
+def gather(run: RunFolder) -> Evidence:
+    """All evidence of a run without a reference, as verify reads it."""
+    return battery.gather(run, "test", None, run.verification / "evidence")
 
 
 def sound_evidence(runs: Path) -> Evidence:
@@ -202,11 +201,11 @@ def keep(found: dict[str, Any], run: RunFolder) -> dict[str, Any]:
     return found
 
 
-def write_pair(run: RunFolder, folder: Path, name: str = "mine") -> Path:
+def write_pair(run: RunFolder) -> Path:
     """An exported pair of a run's checkpoint, of a few numbers, and its YAML; returns the weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    digest, recipe = hashlib.sha256(run.best.read_bytes()).hexdigest(), recipes.read_yaml(run.recipe)
-    metadata = {"source_sha256": digest, "recipe_sha256": recipes.fingerprint(recipe)}
-    save_file({"model.a": np.arange(6.0)}, folder / f"{name}.safetensors", metadata)
-    (folder / f"{name}.yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
-    return folder / f"{name}.safetensors"
+    run.export.mkdir(exist_ok=True)
+    pair, recipe = run.export / "mine.safetensors", recipes.read_yaml(run.recipe)
+    metadata = {"source_sha256": sha256_of(run.best), "recipe_sha256": recipes.fingerprint(recipe)}
+    save_file({"model.a": np.arange(6.0)}, pair, metadata)
+    pair.with_suffix(".yaml").write_text(recipes.to_yaml(recipe), encoding="utf-8")
+    return pair

@@ -144,10 +144,9 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> dict[str, Any]:
     values = [value for check in checks for value in check["values"] if value["level"]]
     values.sort(key=lambda value: "mIoU" in value["name"])  # the figures that are tested first
     margin, level = CRITERIA["parity"]["margin_pp"], CRITERIA["parity"]["level"]
+    axes = {"x": "value", "low": "low", "high": "high"}
+    numbers: dict[str, Any] = {axis: [value[key] for value in values] for axis, key in axes.items()}
     named = [value["name"].removeprefix("difference in ") for value in values]
-    numbers = {
-        axis: [value[key] for value in values] for axis, key in (("x", "value"), ("low", "low"), ("high", "high"))
-    }
     return {
         "name": "forest",
         "kind": "forest",
@@ -194,7 +193,7 @@ def base_model(recipe: Recipe) -> str | None:
 
 
 def without_folders(entry: Any) -> Any:
-    """A record's entry with secrets or folders: results are published, and where files lay is private."""
+    """A record's entry without secrets and folders: results are published, and where files lay is private."""
     if isinstance(entry, Mapping):
         return {key: without_folders(value) for key, value in public(entry).items()}
     if isinstance(entry, list):
