@@ -13,7 +13,7 @@ from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.publishing.card import energy_of, factors_of, write_card
 from floodrepro.run_folder import RunFolder
-from floodrepro.verification.report import render
+from floodrepro.verification.report import md, render
 from verification_fixtures import demo_recipe, gather, keep, make_run, make_table, missed, summarise, write_pair
 
 V0 = {"train": 57_067, "val": 9_028}
@@ -42,11 +42,11 @@ def run(tmp_path: Path) -> RunFolder:
 def test_card_says_what_the_report_says(run: RunFolder):
     results = verified(run)
     card = card_of(run)
-    assert results["verdict"]["sentence"] in card
+    assert md(results["verdict"]["sentence"]) in card
     for row in results["scores"]["rows"]:
         assert f"| {row['label']} | {row['values'][0]:.4f} |" in card
     assert results["summary"]["text"].startswith("Required and not met: Weights and buffers")
-    assert results["summary"]["text"] in card
+    assert md(results["summary"]["text"]) in card
     assert "](panels.png)" not in card  # nothing was measured, so there is no picture
     assert json.loads((run.export / "results.json").read_text()) == results
 
@@ -120,7 +120,11 @@ def test_checkpoint_without_a_run_gets_a_card_that_says_so_and_the_authors_own_i
     (run.export / "README.md").write_text("my own")
     card = write_card(pair, run.best, recipes.read_yaml(run.recipe), None).read_text()
     assert card.startswith("---")
-    for says in ("What the training started from is not known", "Not verified", "an unknown number of chips"):
+    for says in (
+        "What the training started from is not known",
+        "no check was run, and the weights were not compared with",
+        "an unknown number of chips",
+    ):
         assert says in card
     assert (run.export / "README-2.md").read_text() == "my own"
 

@@ -13,7 +13,7 @@ from torch import nn
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
 from floodrepro.publishing.export import export
-from floodrepro.training.checkpoint import load_weights, read_checkpoint
+from floodrepro.training.checkpoint import check_finite, load_weights, read_checkpoint
 
 
 class Payload:
@@ -76,6 +76,33 @@ def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path,
         load_weights(model(), read_checkpoint(tmp_path / "int8.pt"))
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"model.w": torch.ones(2), "w": torch.zeros(2)}, "two tensors have one name"),
+        ({"w": torch.tensor([complex(0, float("nan"))])}, "not finite: w"),
+        ({"w": torch.eye(3).to_sparse()}, "no plain tensor: w"),
+        ({"w": torch.ones(2, device="meta")}, "no plain tensor: w"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(content, says, tmp_path: Path):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=says):
+        check_finite(read_checkpoint(tmp_path / "w.pt"))
+
+
+def test_old_format_cut_anywhere_and_odd_hyper_parameters_end_in_no_traceback(tmp_path: Path):
+    path = tmp_path / "w.pt"
+    odd = {"state_dict": model().state_dict(), "hyper_parameters": {"model_args": "text"}}
+    torch.save(odd, path, _use_new_zipfile_serialization=False)
+    assert read_checkpoint(path).hyper_parameters == {}
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError):
+            read_checkpoint(path)
+
+
 @pytest.mark.parametrize("name", ["1.weight", "1.running_var"])
 def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Path, name: str):
     weights = model().state_dict()
@@ -126,15 +153,30 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("argv", [("test",), ("export", "--output", "new")])
-def test_code_beside_a_downloaded_export_runs_only_where_its_config_is_given(cli, tmp_path: Path, argv, monkeypatch):
+@pytest.mark.parametrize(
+    ("argv", "config", "fix"),
+    [
+        (("test", "--ckpt", "model.pt"), "model.yaml", "--config model.yaml"),
+        (("export", "--output", "new", "--ckpt", "model.pt"), "model.yaml", "--config model.yaml"),
+        (("test", "--ckpt", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "run/recipe.yaml"),
+        (("verify", "--run", "run"), "run/recipe.yaml", "--trust-code"),
+        (("verify", "--run", "own", "--reference", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "--trust-code"),
+    ],
+)
+def test_code_of_a_downloaded_export_or_run_runs_only_where_it_is_asked_for(
+    cli, tmp_path: Path, argv, config, fix, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mods").mkdir()
     (tmp_path / "mods" / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
-    (tmp_path / "model.yaml").write_text("custom_modules_path: mods\nmodel: {}\ndata: {}\n")
+    for name in ("run", "own"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "recipe.yaml").write_text("model: {}\ndata: {}\n")
+        torch.save(model().state_dict(), tmp_path / name / "checkpoints" / "best.ckpt")
+    (tmp_path / config).write_text("custom_modules_path: mods\nmodel: {}\ndata: {}\n")
     torch.save(model().state_dict(), tmp_path / "model.pt")
-    outcome = cli(*argv, "--ckpt", "model.pt")
-    assert (outcome.code, "custom_modules_path" in outcome.err, "--config model.yaml" in outcome.err) == (1, True, True)
+    outcome = cli(*argv)
+    assert (outcome.code, "custom_modules_path" in outcome.err, fix in outcome.report[-1]) == (1, True, True)
     assert not (tmp_path / "ran").exists()
 
 

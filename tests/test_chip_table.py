@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -127,11 +128,44 @@ def test_empty_table_and_another_schema_are_refused(tmp_path: Path):
             read_table(tmp_path / "t.parquet")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"counts": -make().counts},
+        {"ignored": np.full(12, -1)},
+        {"unseen": np.full(12, np.nan)},
+        {"histogram": make().histogram - 1},
+        {"chips": np.full(12, "EMSR0_1_35TMF_x0_y0")},
+        {"metadata": {"positive_class": 2}},
+        {"metadata": {"positive_class": -1}},
+        {"metadata": {"checkpoint": "best.ckpt"}},
+        {"metadata": {"class_names": ["one"]}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_impossible_counts_ids_and_classes_are_refused(tmp_path: Path, changes):
+    """Each would decide a verdict: negative counts make an IoU of more than 1."""
+    write_table(replace(make(), **changes), tmp_path / "t.parquet")
+    with pytest.raises(TableError, match="damaged"):
+        read_table(tmp_path / "t.parquet")
+
+
+def test_ids_that_are_missing_are_refused(tmp_path: Path):
+    write_table(make(), path := tmp_path / "t.parquet")
+    for column in (0, 1):
+        content = pq.read_table(path)
+        name = content.column_names[column]
+        pq.write_table(content.set_column(column, name, pa.nulls(12, pa.string())), tmp_path / "null.parquet")
+        with pytest.raises(TableError, match="no text"):
+            read_table(tmp_path / "null.parquet")
+
+
 def test_tables_of_other_chips_protocols_or_truths_are_not_compared():
     table = make()
     assert refuse_to_compare(table, table) is None
     assert "3 classes" in refuse_to_compare(make(classes=3), table)
     assert "other chips: 2" in refuse_to_compare(table, table.subset(table.chips[2:]))
+    assert "of other events" in refuse_to_compare(table, replace(table, events=table.events[::-1]))
     assert "another order" in refuse_to_compare(table, table.subset(table.chips[::-1]))
     assert "another truth in" in refuse_to_compare(table, make(seed=1))
     assert "of v0 against 2 classes of v1" in refuse_to_compare(table, table.subset(table.chips, protocol="v1-binary"))

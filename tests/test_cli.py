@@ -1,9 +1,11 @@
 """What is answered before torch is imported, and how."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,8 @@ from conftest import ROOT
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
 from floodrepro.cli.main import COMMANDS
-from floodrepro.errors import DataError, FloodreproError
+from floodrepro.errors import DataError, FloodreproError, UsageError
+from floodrepro.verification import results
 
 LISTINGS = ([], ["--help"], ["fit", "--help"], ["configs", "ls"], ["runs", "ls"])
 MISTAKES = (
@@ -61,11 +64,37 @@ def test_cheap_mistakes_are_answered_before_torch_is_imported(answers, number):
     assert 1 <= len(err.splitlines()) <= 3
 
 
+@pytest.mark.parametrize("text", ["a: &a [*a]", "[" * 3000 + "]" * 3000, "&0 [x, y]"], ids=["itself", "deep", "bomb"])
+def test_yaml_that_unfolds_without_end_is_refused_at_once(text, tmp_path: Path):
+    bomb = text + "".join(f"\na{n}: &{n} [{f'*{n - 1}, ' * 9}]" for n in range(1, 12))
+    (tmp_path / "bomb.yaml").write_text(f"a0: {bomb}" if text.startswith("&") else text)
+    with pytest.raises(UsageError, match="cannot be read"):
+        recipes.read_yaml(tmp_path / "bomb.yaml")
+
+
 def test_yaml_that_does_not_parse_is_named_with_its_line(cli, tmp_path: Path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("trainer:\n  max_epochs: [1, 2\nmodel: x\n")
     told = cli("fit", "--config", broken)
     assert (told.code, f"{broken}:3" in told.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "left"),
+    [
+        (["--logger.api_key", "sk-1", "--token=hf_1", "x"], ["--logger.api_key", "***", "--token=***", "x"]),
+        ({"wandb": {"password": "p"}, "seed": 1}, {"wandb": {"password": "***"}, "seed": 1}),
+        ("https://me:pw@host/a.tif?se=1&sig=2", "https://host/a.tif"),
+        ("retries exceeded with url: a/stac?sig=2 (refused)", "retries exceeded with url: a/stac (refused)"),
+        ("HF_TOKEN, with a token that may write", "HF_TOKEN, with a token that may write"),
+        ("file:///home/jane/x", "x"),
+        ("--data-root=/home/jane/My Data/chips", "--data-root=chips"),
+        ("no file '/home/jane/My Data/chips'", "no file 'chips'"),
+    ],
+)
+def test_secrets_and_folders_are_in_nothing_that_is_published(entry, left):
+    assert results.without_folders(entry) == left
+    assert console.public(entry) == (entry if "/home" in entry else left)
 
 
 def test_entry_point_says_its_version():
@@ -103,14 +132,32 @@ def test_runs_are_listed_with_recipe_status_score_and_age(cli, trained):
     assert "trained" in cli("runs", "ls", "--runs-root", trained.path.parent).out
 
 
-@pytest.mark.parametrize("record", [{"started": 5}, {"recipe_sha256": None}, {"best_metrics": [1]}])
-def test_one_odd_record_does_not_hide_the_other_runs(cli, tmp_path: Path, record: dict):
+@pytest.mark.parametrize(
+    "record",
+    [
+        *({"started": 5}, {"recipe_sha256": None}, {"best_metrics": [1]}),
+        *({"monitor": "x", "best_metrics": {"x": 10**400}}, {"status": "\x1b[31mred"}, "fifo"),
+    ],
+    ids=str,
+)
+def test_one_odd_record_does_not_hide_the_other_runs(cli, tmp_path: Path, record: Any):
     whole = {"started": "2026-01-01T00:00:00+00:00", "recipe_sha256": "5c" * 32, "status": "running"}
-    for name, content in (("odd", whole | record), ("good", whole)):
+    for name, content in (("odd", whole | (record if isinstance(record, dict) else {})), ("good", whole)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(content))
+    if record == "fifo":
+        (tmp_path / "odd" / "run.json").unlink()
+        os.mkfifo(tmp_path / "odd" / "run.json")
     outcome = cli("runs", "ls", "--runs-root", tmp_path)
-    assert (outcome.code, "running" in outcome.out, "odd" in outcome.out) == (0, True, True), outcome.err
+    assert (outcome.code, "running" in outcome.out, "\x1b" in outcome.out) == (0, True, False), outcome.err
+    assert ("odd" in outcome.out) == (record != "fifo")
+
+
+def test_closed_stdout_and_a_place_that_cannot_be_written_are_no_traceback():
+    for flags in ("runs ls >&-", f"data synth --root {'a' * 300}", "runs ls --runs-root /dev/null/a"):
+        command = f"{sys.executable} -m floodrepro {flags}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+        assert "Traceback" not in done.stderr, done.stderr
 
 
 def test_an_error_of_a_loader_worker_keeps_what_where_and_what_to_do():

@@ -9,6 +9,7 @@ import yaml
 
 from floodrepro.errors import DataError, UsageError
 from floodrepro.mapping.checks import list_problems
+from floodrepro.mapping.reader import water_of
 from floodrepro.mapping.scene import read_scene
 from map_scenes import make_scene, save
 
@@ -95,6 +96,11 @@ def test_a_sound_scene_has_no_problems_and_with_a_baseline_or_dark_pixels_it_nee
         (lambda c: c.update(S1=c.pop("S1RTC")), "unknown name 'S1'"),
         (lambda c: c["S1RTC"].update(event=["s1_event.tif"]), "S1RTC.event"),
         (lambda c: c["S2L2A"]["event"]["files"][0].update(baseline="N0511"), "could not convert string to float"),
+        *(
+            (lambda c, change={key: value}: c["S2L2A"]["event"]["files"][0].update(change), "from -2000 to 0")
+            for key, value in [("offset", 1000), ("offset", -1e9), ("offset", np.nan), ("baseline", -np.inf)]
+        ),
+        (lambda c: c.update(area={"box": [350_000, 5_199_500, 350_500, 5_200_000]}), "the area lies nowhere on Earth"),
         (lambda c: c.update(area={"fiel": "A.geojson"}), "unknown name 'fiel'"),
         (lambda c: c.update(area={"box": [13, 46, 14, float("nan")]}), "the area lies nowhere on Earth"),
         (lambda c: c["S1RTC"].update(unit="amplitude"), "the unit 'amplitude' is not known"),
@@ -120,6 +126,13 @@ def test_a_raster_that_is_cut_short_or_lies_nowhere_is_named_by_its_path(scene):
     with pytest.raises(DataError, match="CRS") as nowhere:
         read_scene(scene)
     assert nowhere.value.where.endswith("s1_event.tif")
+
+
+def test_what_lies_far_from_a_raster_is_missing_and_polygons_have_no_values(scene):
+    edit(scene, lambda c: c.update(area={"box": [-170, 60, -169.9, 60.1]}))
+    list_problems(far := read_scene(scene), 5)
+    with pytest.raises(UsageError, match="polygons have no values"):
+        water_of(scene.with_name("truth.geojson"), far, 1)
 
 
 def test_synth_writes_each_event_whole_and_in_two_crs(cli, tmp_path):

@@ -16,6 +16,7 @@ import yaml
 
 import stac_server
 from floodrepro.data.protocols import S2_BANDS
+from floodrepro.errors import DataError
 from floodrepro.mapping import plan
 from floodrepro.mapping.scene import STEPS, opened, read_scene
 from map_scenes import run
@@ -204,7 +205,10 @@ def test_no_password_or_signature_gets_into_a_scene(ask):
             asset["href"] += "?sig=SECRET"
     with StacServer(items) as api:
         scene, said, _ = ask([], "--stac", api.url.replace("//", "//user:SECRET@") + "?token=SECRET")
-    assert "SECRET" not in f"{scene}{said}"
+    refused = ask([], "--stac", "http://user:SECRET@127.0.0.1:9/stac?token=SECRET", code=1)
+    with pytest.raises(DataError) as unread, opened("/vsicurl/http://user:SECRET@127.0.0.1:9/a.tif?sig=SECRET"):
+        pass
+    assert "SECRET" not in f"{scene}{said}{refused[1]}{unread.value}"
 
 
 def test_a_server_that_keeps_refusing_is_down_or_no_stac_api_is_an_error_with_the_address(ask, tmp_path, monkeypatch):
@@ -214,6 +218,36 @@ def test_a_server_that_keeps_refusing_is_down_or_no_stac_api_is_an_error_with_th
         said = {url: ask([], "--stac", url, code=1)[1] for url in (api.url, f"{api.root}/data/page", "nonsense")}
     said[api.root] = ask([], "--stac", api.root, code=1)[1]
     assert all("the STAC API cannot be asked" in text and f"where: {url}" in text for url, text in said.items())
+
+
+@pytest.mark.parametrize("href", ["/etc/passwd", "file:///etc/passwd", "../../a.tif", "/vsicurl/http://a/b.tif"])
+def test_only_web_addresses_get_into_a_scene(ask, href):
+    for item in (items := copy.deepcopy(NORMAL)):
+        for asset in item["assets"].values():
+            asset["href"] = href
+    assert "is no web address" in ask(items, code=1)[1]
+
+
+@pytest.mark.parametrize("odd", [{"features": [5]}, {"features": [{}]}, {"features": 5}, "same"], ids=str)
+def test_answers_that_are_no_stac_and_pages_without_end_are_no_traceback(ask, monkeypatch, odd):
+    plain = stac_server.Handler.reply
+
+    def reply(self, content, *more):
+        if isinstance(content, dict) and "features" in content:
+            link = {"rel": "next", "method": "POST", "href": f"{self.server.url}/search", "body": {"token": "0"}}
+            content = content | ({"links": [link | {"merge": True}]} if odd == "same" else odd)
+        plain(self, content, *more)
+
+    monkeypatch.setattr(stac_server.Handler, "reply", reply)
+    _, said, api = ask(NORMAL, code=0 if odd == "same" else 1)
+    assert "Traceback" not in said
+    assert len(api.asked) < 9
+
+
+def test_cloud_that_is_no_number_counts_as_unknown(ask):
+    for item in (items := copy.deepcopy(NORMAL)):
+        item["properties"]["eo:cloud_cover"] = float("nan")
+    assert ask(items)[0]["S2L2A"]["event"]["cloud"] == 0
 
 
 def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypatch):

@@ -83,6 +83,13 @@ def test_table_gives_terratorchs_metrics_again_and_says_what_the_model_saw(teste
     assert files == {"test/best.parquet"} | baselines
 
 
+def test_part_of_a_split_does_not_replace_the_table_of_the_whole(cli, tested, trained):
+    whole, folder = table_of(tested), trained.evaluation / "test"
+    part = table_of(cli("test", "--ckpt", trained.best, "--limit", 1, "--format", "json"))
+    assert len(part) < len(whole) == len(read_table(folder / "best.parquet"))
+    (folder / "best-part.parquet").unlink()
+
+
 def test_validate_gives_the_loss_that_the_best_checkpoint_was_chosen_by_and_the_scores_of_a_test_of_its_split(
     cli, trained, tmp_path: Path, monkeypatch
 ):

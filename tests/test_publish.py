@@ -9,7 +9,9 @@ import pytest
 from huggingface_hub import constants
 
 from floodrepro import recipe as recipes
+from floodrepro.errors import CheckpointError
 from floodrepro.publishing.card import write_card
+from floodrepro.publishing.upload import make_plan, upload
 from hub_server import HubServer
 from verification_fixtures import gather, keep, make_run, summarise, write_pair
 
@@ -113,8 +115,9 @@ def test_token_that_is_refused_missing_or_of_no_right_and_no_hub_are_told(server
     told(publish(exported, "--yes"), "HF_HUB_OFFLINE")
     assert server.models == {}
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
-    told(publish(exported, "--yes"), "cannot be reached", "HF_ENDPOINT")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://me:pa55@127.0.0.1:9")  # discard: nobody listens
+    told(down := publish(exported, "--yes"), "cannot be reached", "HF_ENDPOINT")
+    assert "pa55" not in down.err
 
 
 def test_run_that_was_not_verified_and_required_checks_that_are_not_met_have_to_be_forced(server, exported, publish):
@@ -143,6 +146,19 @@ def test_card_in_the_authors_own_words_is_published_as_it_is_unless_it_cannot_be
         (exported / "README.md").write_bytes(damaged)
         outcome = cli("publish", "--export", exported, "--repo", REPO, "--dry-run")
         assert (outcome.code, "README.md" in outcome.report[1]) == (1, True)
+
+
+def test_what_changed_after_it_was_listed_and_links_are_not_uploaded(server, exported: Path, publish):
+    plan = make_plan(exported, REPO, branch="main", private=False)
+    publish(exported, "--dry-run")  # sets the token
+    (exported / "README.md").write_text("another card")
+    with pytest.raises(CheckpointError, match=r"README\.md has changed since it was listed"):
+        upload(plan)
+    (exported / "README.md").unlink()
+    (exported / "README.md").symlink_to("/etc/hostname")
+    refused = publish(exported, "--yes")
+    assert (refused.code, "this is a link" in refused.err) == (2, True)
+    assert server.requests == []
 
 
 def test_name_that_can_be_no_repository_and_a_folder_without_a_whole_pair_and_a_card_are_refused(cli, exported: Path):

@@ -1,6 +1,7 @@
 """The report: in a reviewer's order, nothing softened or hidden, nothing loaded, the same bytes every time."""
 
 import io
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,12 @@ def test_facts_name_the_devices_the_batch_and_the_time(evidence: Evidence):
 def test_markup_in_a_name_is_text(evidence: Evidence):
     page = to_html(render(summary_of(evidence, reference_name="<script>alert(1)</script> | **bold**"), {}), {}, "x & y")
     assert ("<script>" in page, "alert(1)" in page) == (False, True)
+    markup = "</code><script>alert(1)</script>"
+    results = summary_of(evidence) | {"banner": markup, "warnings": [markup]}
+    results["verdict"] = dict.fromkeys(results["verdict"], markup)
+    for check in results["checks"]:
+        check |= {"outcome": markup, "code": markup, "title": markup}
+    assert "<script" not in to_html(render(results, {}), {}, markup)
     assert md("a|b\n*c* <i>") == "a\\|b \\*c\\* &lt;i&gt;"
 
 
@@ -154,9 +161,11 @@ def test_no_figure_is_written_to_another_place(whole: dict[str, Any]):
     assert set(draw(found, Path("nowhere"))) == {"figures/forest.png", "figures/______evil.png"}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}'])
-def test_damaged_results_are_an_error_that_says_what_to_do(tmp_path: Path, content: str):
-    (tmp_path / "results.json").write_text(content)
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"schema": 1}', {"checks": 5}, {"verdict": "x"}, {"checks": [{"status": "good"}]}]
+)
+def test_damaged_results_are_an_error_that_says_what_to_do(tmp_path: Path, content: Any, whole: dict[str, Any]):
+    (tmp_path / "results.json").write_text(content if isinstance(content, str) else json.dumps(whole | content))
     with pytest.raises(TableError, match=r"(?s)missing, damaged.*floodrepro verify"):
         results_file.load(tmp_path / "results.json")
 

@@ -125,6 +125,32 @@ def test_damaged_files_fail_their_checks(judge, own_run: RunFolder, content: byt
     assert {found[check][0] for check in DAMAGED.values()} == {"fail"}, found
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("run.json", {"environment": 5, "chips_per_second": "fast"}),
+        ("run.json", {"data": {"chips": 5, "events": [1]}, "rollback": [1], "incidents": [1]}),
+        ("run.json", {"started": "yesterday", "command": 5}),
+        (
+            "verification/evidence/measured.json",
+            {"checks": {"weights": {"status": "pass", "finding": "x", "plots": [1]}}},
+        ),
+        ("../declared.json", {"seeds": [1, "../../etc"]}),
+        ("metrics.csv", "epoch,step,val/loss,train/loss\nnan,nan,nan,nan\n"),
+    ],
+)
+def test_edited_records_fail_a_check_and_never_abort(cli, tmp_path: Path, file, change):
+    run = make_run(tmp_path / "runs" / "mine")
+    path = run.path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = json.loads(path.read_text()) if path.is_file() and path.suffix == ".json" else {}
+    held |= {"measured_on": sha256_of(run.best)}
+    path.write_text(change if isinstance(change, str) else json.dumps(held | change))
+    found = statuses(cli("verify", "--run", run.path, "--no-measure", "--format", "json"))
+    assert found.keys() == CRITERIA.keys()
+    assert any(status == "fail" and "damaged" in finding for status, finding in found.values()), found
+
+
 def test_damaged_export_fails_what_is_asked_of_it_and_own_readme_does_not_matter(cli, tmp_path: Path):
     run = make_run(tmp_path / "mine")
     pair = write_pair(run)

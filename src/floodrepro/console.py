@@ -1,8 +1,10 @@
 """The one place that prints: data on stdout, everything else on stderr."""
 
 import contextlib
+import errno
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +14,14 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+_SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
+_MASKS = (
+    (rf"({_SECRET}['\"]?[=:] ?|--\S*{_SECRET} )[^\s'\"]+", r"\1***"),
+    (r"(?<=://)[^\s/?#'\"]*@", ""),  # user and password
+    (r"(\w+://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", r"\1"),  # queries: signatures stand there
+    (r"(?<=[\w/])[?][^\s'\"<>]*=[^\s'\"<>]*", ""),
+)
 LOG_EVERY = 30.0  # seconds between two lines of progress in a log
 
 
@@ -35,6 +45,7 @@ def emit(data: Mapping[str, Any], text: str, output_format: str) -> None:
 def columns(rows: Sequence[Sequence[object]], *, right_from: int = 1) -> str:
     """Lay rows out in columns; those from *right_from* on are figures and stand to the right, None as "-"."""
     texts = [[f"{c:.6f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
+    texts = [[re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text) for text in row] for row in texts]  # a terminal obeys them
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = []
     for row in texts:
@@ -65,6 +76,20 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
 def stdout_to_stderr() -> contextlib.AbstractContextManager[object]:
     """Send what libraries print (progress bars, metric tables) to stderr, so that stdout holds data only."""
     return contextlib.redirect_stdout(sys.stderr)
+
+
+def public(entry: Any, key: str = "") -> Any:
+    """A text, or all texts of a record, without secrets: values of such keys, users and queries of links."""
+    if isinstance(entry, Mapping):
+        return {name: public(value, str(name)) for name, value in entry.items()}
+    if isinstance(entry, list):  # the value of a flag is the next word
+        flags = [str(word) if str(word).startswith("--") else "" for word in ["", *entry]]
+        return [public(value, flag) for flag, value in zip(flags, entry, strict=False)]
+    if not isinstance(entry, str):
+        return entry
+    for pattern, left in _MASKS:
+        entry = re.sub(pattern, left, entry)
+    return "***" if re.search(f"{_SECRET}$", key) else entry
 
 
 class _Log:
@@ -101,7 +126,8 @@ def run(main: Callable[[], int]) -> int:
     """
     try:
         code = main()
-        sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
+        if sys.stdout:  # None where it was closed (`>&-`)
+            sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
         return code
     except FloodreproError as error:
         failure = error
@@ -114,6 +140,10 @@ def run(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
+        if isinstance(error, OSError) and error.errno in _DISK and error.filename:
+            failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
+            print(failure.report(), file=sys.stderr)
+            return failure.exit_code
         traceback.print_exc()
         fix = "if it is not your own code, report it together with the traceback"
         failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)

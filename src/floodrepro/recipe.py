@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,9 @@ def read_yaml(path: Path) -> Recipe:
     """Read a YAML; raises `UsageError` where it cannot be read, or it or one of its sections is no mapping."""
     try:
         content: Recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
+        if next(itertools.islice(leaves(content), 10**5, None), None):  # anchors of anchors
+            raise ValueError("it holds more than 100,000 values")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or no such date
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
         raise UsageError(f"the YAML cannot be read: {getattr(error, 'problem', error)}", where=place) from error

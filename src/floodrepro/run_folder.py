@@ -72,7 +72,7 @@ class RunFolder:
             return dict(json.loads(self.record.read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise RunFolderError(f"the run's record cannot be read: {error}", where=self.record) from error
 
     def read_metrics(self) -> list[dict[str, str]]:
@@ -85,16 +85,19 @@ def config_beside(checkpoint: Path) -> Path:
 
     Raises `UsageError` where it is not one, and `CheckpointError` where it would run code: a download must not unasked.
     """
-    if run := RunFolder.of_checkpoint(checkpoint):
-        return run.recipe
-    twin = checkpoint.with_suffix(".yaml")
-    found = [twin] if twin.is_file() else sorted(checkpoint.parent.glob("*.y*ml"))
+    run, twin = RunFolder.of_checkpoint(checkpoint), checkpoint.with_suffix(".yaml")
+    found = [run.recipe] if run else [twin] if twin.is_file() else sorted(checkpoint.parent.glob("*.y*ml"))
     if len(found) != 1:
         raise UsageError(f"{len(found)} configs lie beside the checkpoint", where=checkpoint, fix="--config YAML")
-    if recipes.read_yaml(found[0]).get("custom_modules_path"):
-        what = "the config beside the checkpoint runs code of its own (custom_modules_path)"
-        raise CheckpointError(what, where=found[0], fix=f"if you trust its author: --config {found[0]}")
+    refuse_code(found[0], f"--config {found[0]}")
     return found[0]
+
+
+def refuse_code(config: Path, fix: str) -> None:
+    """Raise `CheckpointError` for a config that nobody named and that would run code; `fix` is how to name it."""
+    if recipes.read_yaml(config).get("custom_modules_path"):
+        what = "the config beside the checkpoint runs code of its own (custom_modules_path)"
+        raise CheckpointError(what, where=config, fix=f"if you trust its author: {fix}")
 
 
 def timestamp() -> str:

@@ -46,16 +46,21 @@ def _runs_flags(parser: argparse.ArgumentParser) -> None:
 def _run_runs(args: argparse.Namespace) -> None:
     shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
     shown, found = ("name", "recipe", "status", "monitor", "best", "age"), []
-    for file in args.runs_root.rglob("run.json"):
+    for file in filter(Path.is_file, args.runs_root.rglob("run.json")):  # a FIFO would wait
         entry = dict.fromkeys(shown) | {"name": file.parent.name, "path": str(file.parent), "started": ""}
         # One odd record hides no other run.
-        with contextlib.suppress(FloodreproError, AttributeError, LookupError, TypeError, ValueError):
+        with contextlib.suppress(FloodreproError, AttributeError, LookupError, TypeError, ValueError, OverflowError):
             record = RunFolder(file.parent).read_record()
             digest, monitor, started = record["recipe_sha256"], record.get("monitor"), record["started"]
             age = datetime.now(UTC).replace(microsecond=0) - datetime.fromisoformat(started)
             best = (record.get("best_metrics") or {}).get(monitor)  # a running run has none yet
             entry |= {"recipe": shipped.get(digest) or f"sha256 {digest[:12]}", "status": record["status"]}
-            entry |= {"monitor": monitor, "best": best, "age": str(age), "started": started}
+            entry |= {
+                "monitor": monitor,
+                "best": best if best is None else float(best),
+                "age": str(age),
+                "started": started,
+            }
         found.append(entry)
     found.sort(key=lambda run: run["started"] or "", reverse=True)
     text = console.columns([shown, *([run[name] for name in shown] for run in found)], right_from=9)

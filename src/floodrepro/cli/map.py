@@ -160,8 +160,8 @@ def _plan(args: argparse.Namespace) -> None:
         made = plan.make_scene(items, area, event, datetime.now(UTC), limits)
     except (KeyError, TypeError, ValueError, AttributeError, ShapelyError) as error:
         what, fix = f"an item cannot be used: {error!r}", "use a STAC API with items as Planetary Computer has them"
-        raise FloodreproError(what, where=plan.public(args.stac), fix=fix) from error
+        raise FloodreproError(what, where=console.public(args.stac), fix=fix) from error
     where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
-    scene = {"area": where, "stac": plan.public(args.stac), **made}
+    scene = {"area": where, "stac": console.public(args.stac), **made}
     write_atomically(args.output, f"# By floodrepro map plan; change what you like.\n{recipes.to_yaml(scene)}")
     console.emit(scene, str(args.output), args.format)

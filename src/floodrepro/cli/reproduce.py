@@ -108,6 +108,10 @@ def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
     stages += [(f"fit-{s}", [*fit, "--name", run.path.name, "--seed", s], [run.best]) for s, run in runs.items()]
     tested = Path("test", "best.parquet")
     stages += [(f"test-{s}", ["test", "--ckpt", run.best], [run.evaluation / tested]) for s, run in runs.items()]
+    if recipes.fold([recipe], args.overrides).get("custom_modules_path"):  # the user's own: it was named here
+        for stage, tested_run in zip(stages[-len(runs) :], runs.values(), strict=True):
+            stage[1].extend(["--config", tested_run.recipe])
+        compare = [*compare, "--trust-code"]
     run = runs[seeds[0]]
     export = ["export", "--run", run.path, "--name", home.name]
     stages += [

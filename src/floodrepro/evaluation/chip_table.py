@@ -112,6 +112,18 @@ def read_table(path: Path) -> ChipTable:
         for name, shape in {"counts": (classes, classes), "histogram": (2, BINS)}.items():
             if name in columns:
                 columns[name] = columns[name].reshape(-1, *shape)
+        for name in {"counts", "ignored", "unseen", "histogram"} & columns.keys():
+            if columns[name].dtype.kind not in "iu" or (columns[name] < 0).any():
+                raise ValueError(f"{name} holds what is no count")
+        ids = [one for name in ("chip", "event") for one in content[name].to_pylist()]
+        if len(set(chips)) < len(chips) or not all(isinstance(one, str) for one in ids):
+            raise ValueError("chips and events are no text, or a chip is there twice")
+        if metadata.get("positive_class", 0) not in range(classes):
+            raise ValueError(f"the positive class is none of {classes}")
+        parts = [metadata.get(key) or {} for key in ("checkpoint", "predictor", "data", "metrics", "inputs", "speed")]
+        named = len(metadata.get("class_names") or range(classes))
+        if named != classes or not all(isinstance(part, dict) for part in parts):
+            raise TypeError("its metadata is of other types")
         return ChipTable(chips, events, **columns, metadata=metadata)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         what = f"this is no chip table, or it is damaged: {error}"
@@ -126,6 +138,8 @@ def refuse_to_compare(one: ChipTable, other: ChipTable) -> str | None:
     if not np.array_equal(one.chips, other.chips):
         only = len(set(one.chips.tolist()) ^ set(other.chips.tolist()))
         return f"other chips: {only} are in one table alone" if only else "the same chips in another order"
+    if not np.array_equal(one.events, other.events):
+        return "the same chips, of other events"
     differing = (one.counts.sum(axis=2) != other.counts.sum(axis=2)).any(axis=1)
     if differing.any():
         return f"another truth in {int(differing.sum())} chips, the first is {one.chips[differing][0]}"

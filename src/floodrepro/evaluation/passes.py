@@ -210,6 +210,10 @@ def tabulate_checkpoint(
     recipe, kind = cli.recipe, split if split in ("train", "val") else "test"
     splits = choose_split(recipe, split)
     name, events = next(iter(splits.items()))
+    run, named = RunFolder.of_checkpoint(checkpoint), checkpoint
+    changes = list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None
+    if folder is None and {"data.init_args.limit", "data.init_args.fraction"} & set(changes or ()):
+        named = checkpoint.with_stem(f"{checkpoint.stem}-part")  # the table of the whole split stays
     place = table_path(checkpoint, name, folder).parent
     try:
         place.mkdir(parents=True, exist_ok=True)  # before the pass: on a GPU it takes a while
@@ -221,7 +225,7 @@ def tabulate_checkpoint(
     file = given[name] if isinstance(given, Mapping) else given
     data, metrics = run_pass(cli, "test", counter, kind, file=file)
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
-    precision, run = str(cli.trainer.precision), RunFolder.of_checkpoint(checkpoint)
+    precision = str(cli.trainer.precision)
     metadata = {
         "split": name,
         "class_names": list(protocol.class_names),
@@ -230,7 +234,7 @@ def tabulate_checkpoint(
         "predictor": {"kind": "model", "name": checkpoint.name},
         "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
         "recipe_sha256": recipes.fingerprint(recipe),
-        "recipe_changes": list(recipes.differences(recipes.read_yaml(run.recipe), recipe)) if run else None,
+        "recipe_changes": changes,
         "inputs": {key: arguments[key] for key in _INPUTS if key in arguments},
         "data": data.as_dict(),
         "failed_chips": failed,
@@ -257,7 +261,7 @@ def tabulate_checkpoint(
         raise FloodreproError(what, where=checkpoint, fix=fix)
     shown: dict[str, float | None] = metrics | {key: None for key, value in ours.items() if value is None}
     for part, listed in splits.items():
-        one, path = table, table_path(checkpoint, part, folder)
+        one, path = table, table_path(named, part, folder)
         if part != name:
             kept = [chip for chip in listed if chip not in failed]
             one = table.subset(kept, split=part, subset_of=name, metrics={})
@@ -265,7 +269,7 @@ def tabulate_checkpoint(
             shown |= {f"test/{part}/{key}": value for key, value in pooled.items()}
         write_table(one, path)
         result["chips"][part], result["tables"][part] = len(one), str(path)
-    if baselines:
+    if baselines and named == checkpoint:
         write_baselines(recipe, table, place.parent)
     return result | {"metrics": shown, "disagreement": disagreement}
 

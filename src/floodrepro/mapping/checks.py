@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from rasterio.windows import Window
 
+from floodrepro.console import public
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.mapping.reader import read_source
 from floodrepro.mapping.scene import BANDS, EVENT_STEP, Acquisition, Array, Bands, Grid, Scene, opened
@@ -28,7 +29,7 @@ def list_problems(scene: Scene, max_gap: float) -> list[str]:
     for a in scene.acquisitions.values():
         for bands, offset in a.sources:
             if problem := _bands(a, bands) or _values(a, bands, offset, scene):
-                problems.append(f"{a.name}: {problem}")
+                problems.append(f"{a.name}: {public(problem)}")
     return problems
 
 

@@ -137,7 +137,7 @@ def _read_json(path: Path, identity: str | None = None) -> dict[str, Any]:
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
         found = content["identity"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         fix = "move the folder away and map again"
         raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
     if identity not in (None, found):
@@ -216,7 +216,7 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
     grid = {"crs": scene.crs.to_string(), "transform": scene.transform.to_gdal()}
     content = record | {"scene": scene.content, **plan, "grid": grid, "resampling": RESAMPLING}
     content |= {"km2": km2, "shares_of_area": shares, "polygons": polygons}
-    write_atomically(output / _RECORD, json.dumps(content, indent=2, default=str))
+    write_atomically(output / _RECORD, json.dumps(console.public(content), indent=2, default=str))
 
 
 def _chunks(raster: DatasetReader) -> list[Window]:
@@ -287,6 +287,11 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     Raises `RunFolderError` where there is no map, and `DataError` where a file cannot be read or no flood was seen.
     """
     record = _read_json(folder / _RECORD)
+    try:
+        name = record["names"][record["positive"]]
+        weights = {"name": record["weights"]["file"]} | record["weights"]
+    except (TypeError, LookupError) as error:
+        raise RunFolderError(f"the map's record is damaged: {error!r}", where=folder / _RECORD) from error
     rows, counted = list[tuple[str, str]](), list[dict[str, Any]]()
     with opened(str(folder / "class.tif")) as classes, opened(str(folder / "probability.tif")) as probability:
         water = water_of(truth, classes, value)
@@ -301,7 +306,7 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     if not sum(counts["counts"][0, 1].sum() for counts in counted):
         fix = "look at the place of the truth, and at --truth-value"
         raise DataError("no flood of the truth lies where the map has seen something", where=truth, fix=fix)
-    metadata = {"split": "map", "protocol": "custom", "recipe_sha256": record["recipe_sha256"]}
-    metadata |= {"class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
-    metadata["checkpoint"] = {"name": record["weights"]["file"]} | record["weights"]
+    metadata = {"split": "map", "protocol": "custom", "recipe_sha256": record.get("recipe_sha256")}
+    metadata |= {"class_names": ["rest", name], "positive_class": 1}
+    metadata["checkpoint"] = weights
     return ChipTable.of_batches(rows, counted, metadata)

@@ -9,12 +9,12 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import shapely
 from shapely.geometry import shape
 
+from floodrepro.console import public
 from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.mapping.scene import LAYERS, STEPS
 
@@ -29,6 +29,8 @@ _COLLECTIONS = {"S1RTC": "sentinel-1-rtc", "S2L2A": "sentinel-2-l2a", "DEM": "co
 _PIXELS: dict[str, dict[str, Any]] = {"S1RTC": {"unit": "power", "nodata": [-32768, 0]}, "S2L2A": {"nodata": [0]}}
 _LOOK_BACK, _LOOK_AHEAD = 90, 45  # days that are searched: a month before `before`, and an `after`
 _WINDOW = {"S1RTC": _LOOK_AHEAD, "S2L2A": 15}  # days: how far the other dates may lie from what they are to be near
+_MOST = 10_000  # items of a sensor
+_ODD = (KeyError, TypeError, AttributeError, RecursionError)  # what comes of an answer that is no STAC
 _BACKOFF = 1  # second, doubled from one attempt to the next
 
 
@@ -57,18 +59,20 @@ def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
         client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor, collection in _COLLECTIONS.items():
             dates = None if sensor == "DEM" else window
-            pages = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
-            found[sensor] = list(pages.items_as_dicts())
-    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError) as error:
-        told = f"the STAC API cannot be asked: {str(error).replace(url, public(url))[:300]}"
+            asked = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
+            items: dict[str, Item] = {}
+            for page in asked.pages_as_dicts():
+                new = {item["id"]: item for item in page["features"] if item["id"] not in items}
+                if not new or len(items) > _MOST:  # a server may give the same page without end
+                    break
+                items |= new
+            if len(items) > _MOST:
+                raise ValueError(f"it has more than {_MOST:,} items of {collection}; a smaller area has fewer")
+            found[sensor] = list(items.values())
+    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError, *_ODD) as error:
+        told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
     return found
-
-
-def public(link: str) -> str:
-    """A link without user, password, query and fragment: signatures and tokens stand there."""
-    parts = urlsplit(link)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def make_scene(
@@ -122,7 +126,7 @@ def _pass_of(items: Sequence[Item], area: Any, sensor: str, event: datetime) -> 
         return shapely.make_valid(moved)
 
     def cloud(item: Item) -> float:
-        return float(item["properties"].get("eo:cloud_cover") or 0)
+        return float(np.nan_to_num(float(item["properties"].get("eo:cloud_cover") or 0)))
 
     whole, kept, seen, clear = shapely.union_all(flat(area)), [], shapely.Polygon(), 0.0
     newest = sorted(items, key=lambda item: (item["properties"].get("s2:processing_baseline", ""), item["id"]))[::-1]
@@ -148,7 +152,10 @@ def _links(sensor: str, item: Item) -> dict[str, Any]:
     """One entry under `files`: the item, what its pixels need, and an unsigned link for each band."""
     known = {"tile": "s2:mgrs_tile", "baseline": "s2:processing_baseline", "cloud": "eo:cloud_cover"}
     facts = {key: item["properties"][name] for key, name in known.items() if item["properties"].get(name) is not None}
-    return {"item": item["id"], **facts} | {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
+    hrefs = {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
+    if local := [href for href in hrefs.values() if not href.startswith(("http://", "https://"))]:
+        raise FloodreproError(f"{item['id']} lies at {local[0][:100]!r}, which is no web address", fix="another --stac")
+    return {"item": item["id"], **facts} | hrefs
 
 
 def _choose(found: Sequence[Pass], sensor: str, late: float, aim: float, near: float) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from rasterio.warp import Resampling, reproject, transform_bounds
 from rasterio.windows import Window
 
 from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
+from floodrepro.errors import UsageError
 from floodrepro.mapping import scene as scenes
 from floodrepro.mapping.scene import BANDS, EVENT_STEP, SCL, Acquisition, Array, Bands, Grid
 
@@ -49,6 +50,8 @@ def read_window(
     out = np.full((len(numbers), height, width), np.nan, np.float32)
     bounds = transform_bounds(grid.crs, raster.crs, *windows.bounds(window, grid.transform), densify_pts=21)
     corners = np.array([~raster.transform * (x, y) for x in bounds[::2] for y in bounds[1::2]])
+    if not np.isfinite(corners).all():  # so far from the raster that its CRS has no such place
+        return out
     low, high = corners.min(axis=0), corners.max(axis=0)  # (column, row), whichever way the raster is turned
     # Pixels around the window: a kernel looks two away, in the coarser of the two grids.
     margin = 3 + math.ceil(2 * max(*(high - low) / (width, height), 1))
@@ -191,6 +194,8 @@ def water_of(path: Path, grid: Grid, value: int | None = None) -> Callable[[Wind
     It gives 1 for water (*value*, or all but 0), 0 for none, `IGNORE_INDEX` where a raster has no data or is negative.
     """
     is_vector = path.suffix.lower() in (".geojson", ".json", ".gpkg", ".shp", ".fgb")
+    if is_vector and value is not None:
+        raise UsageError("polygons have no values", where="--truth-value", fix="leave it out")
     polygons = scenes.read_polygons(path, grid.crs) if is_vector else None
 
     def find(window: Window) -> Array:

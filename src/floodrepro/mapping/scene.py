@@ -19,6 +19,7 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError, RasterioError
 
 from floodrepro import recipe as recipes
+from floodrepro.console import public
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.errors import DataError, UsageError
 
@@ -92,8 +93,8 @@ def opened(place: str) -> Iterator[DatasetReader]:
         with rasterio.Env(**_GDAL), rasterio.open(link) as raster:
             yield raster
     except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
-        problem = str(error).replace(link, place)[:200]
-        raise DataError(f"the raster cannot be read: {problem}", where=place, fix="look at scene.yaml") from error
+        what = f"the raster cannot be read: {public(str(error).replace(link, place))[:200]}"
+        raise DataError(what, where=public(place), fix="look at scene.yaml") from error
 
 
 def read_scene(path: Path) -> Scene:
@@ -141,7 +142,10 @@ def _source(file: Any, said: dict[str, Any], sensor: str, folder: Path) -> tuple
         raise ValueError(f"no file for band {', '.join(missing)}")
     # From baseline 04.00 on, 1000 is added to every pixel but no-data (microsoft/PlanetaryComputer#134).
     by_baseline = None if "baseline" not in entry else -1000 if float(entry["baseline"]) >= 4 else 0
-    return bands, float(entry["offset"]) if "offset" in entry else by_baseline
+    offset = float(entry["offset"]) if "offset" in entry else by_baseline
+    if not (-2000 <= (offset or 0) <= 0 and 0 <= float(entry.get("baseline", 0)) < 100):  # NaN is not either
+        raise ValueError(f"offset {offset}, baseline {entry.get('baseline')}: from -2000 to 0, and such as 05.11")
+    return bands, offset
 
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:

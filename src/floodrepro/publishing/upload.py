@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from floodrepro import __version__
+from floodrepro.console import public
 from floodrepro.errors import CheckpointError, FloodreproError, UsageError
 from floodrepro.publishing.card import CARD, RESULTS
 from floodrepro.publishing.export import read_exported
@@ -26,7 +27,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
         and, empty where there is none, `verdict`, `licence` and `objection`: why this should not be published.
 
     Raises:
-        UsageError: The repository's name is not valid, or the folder has no card or not one pair.
+        UsageError: The repository's name is not valid, or the folder has no card not one pair, or a link.
         CheckpointError: The pair or the card is damaged, or the results are of other weights.
     """
     try:
@@ -42,6 +43,8 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
     weights = read_exported(found[0])
     names = [weights.path.name, weights.config.name, CARD]
     names += [name for name in (RESULTS, PICTURE) if (folder / name).is_file()]
+    if links := [name for name in names if (folder / name).is_symlink()]:
+        raise UsageError("this is a link, and is not followed", where=folder / links[0], fix="put the file there")
     objection, verdict = "not verified: no required check was run", ""
     if RESULTS in names:
         said = results.load(folder / RESULTS)
@@ -57,7 +60,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
     return {
         "folder": str(folder),
         "repo": repo,
-        "endpoint": constants.ENDPOINT,
+        "endpoint": public(constants.ENDPOINT),
         "branch": branch,
         "private": private,
         "files": {name: sha256_of(folder / name) for name in names},
@@ -79,7 +82,11 @@ def upload(plan: Mapping[str, Any]) -> str:
     """
     repo, branch, private, where = plan["repo"], plan["branch"], plan["private"], f"{plan['endpoint']}/{plan['repo']}"
     files = [CommitOperationAdd(name, Path(plan["folder"], name)) for name in plan["files"]]
-    api = HfApi(endpoint=plan["endpoint"], library_name="floodrepro", library_version=__version__)
+    found = {file.path_in_repo: file.upload_info.sha256.hex() for file in files}
+    if changed := [name for name, digest in plan["files"].items() if found[name] != digest]:
+        what = f"{changed[0]} has changed since it was listed: nothing was uploaded"
+        raise CheckpointError(what, where=plan["folder"], fix="the same command again")
+    api = HfApi(library_name="floodrepro", library_version=__version__)
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo).private:  # exist_ok leaves a public one as it is
@@ -89,7 +96,7 @@ def upload(plan: Mapping[str, Any]) -> str:
             api.create_branch(repo, branch=branch, exist_ok=True)
         done = api.create_commit(repo, files, commit_message=f"Add {files[0].path_in_repo}", revision=branch)
     except (HTTPError, OSError) as error:  # of the HTTP library, which is httpx or httpx2; HF_HUB_OFFLINE; no file
-        what = f"the hub refuses or cannot be reached: {type(error).__name__}: {error}"
+        what = f"the hub refuses or cannot be reached: {type(error).__name__}: {public(str(error))}"
         fix = "check --repo, the network and HF_ENDPOINT; hf auth login, or HF_TOKEN with a token that may write to it"
         raise FloodreproError(what, where=where, fix=fix) from error
     return str(done.commit_url)

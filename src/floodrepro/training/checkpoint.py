@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ _SHAPELESS = ("backbone_pretrained", "pretrained", "head_dropout")
 # What downloads leave in place of weights.
 _POINTER = (b"version https://git-lfs", "this is a Git LFS pointer, not the weights")
 _PAGE = (b"<", "this is a web page: a link or a login page was saved")
+_UNREADABLE: tuple[type[Exception], ...] = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError)
+# The others come of a file in torch's old format that was cut short.
+_UNREADABLE += (ValueError, LookupError, struct.error, TypeError, AssertionError, AttributeError)
 _STRIP = """if you trust its author, keep its tensors only, where its code is installed: python -c "import torch;
 c = torch.load('{name}', weights_only=False); torch.save({{'state_dict': c['state_dict']}}, 'weights.pt')\""""
 
@@ -55,12 +59,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         if first[8:9] == b"{":  # the header of safetensors, after its length
             with safe_open(str(path), framework="pt", device="cpu") as opened:  # torch.load can from 2.13 on
-                remembered = json.loads((opened.metadata() or {}).get("hyper_parameters", "{}"))
+                remembered: Any = json.loads((opened.metadata() or {}).get("hyper_parameters", "{}"))
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
                 content: Any = {"state_dict": weights, "hyper_parameters": remembered}
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch names the class that it refuses
             what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused[1]}"
             raise CheckpointError(what, where=path, fix=_STRIP.format(name=path.name)) from error
@@ -76,7 +80,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         for name, tensor in state.items()
         if not name.startswith("criterion.")
     }
-    return Checkpoint(path, kept, named.get("hyper_parameters") or {})
+    if len(kept) < sum(not name.startswith("criterion.") for name in state):
+        raise CheckpointError("two tensors have one name once prefixes (model., module.) are taken off", where=path)
+    if odd := [key for key, t in kept.items() if t.layout != torch.strided or t.is_meta]:
+        raise CheckpointError(f"the checkpoint holds what is no plain tensor: {odd[0]}", where=path)
+    remembered = named.get("hyper_parameters")
+    sound = isinstance(remembered, Mapping) and isinstance(remembered.get("model_args") or {}, Mapping)
+    return Checkpoint(path, kept, remembered if sound else {})
 
 
 def check_finite(checkpoint: Checkpoint) -> None:

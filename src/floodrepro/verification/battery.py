@@ -20,6 +20,8 @@ MEASURED = "measured.json"
 _SCORES = (scores.parity, scores.head_to_head, scores.variance, scores.reference, scores.events, scores.calibration)
 CHECKS = {each.__name__: each for each in (*_SCORES, scores.identities, run.convergence, run.data, run.provenance)}
 """The checks that read files alone, by their ids in checks.yaml. Those of `measure` have the other ids."""
+DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
+"""What comes of a record that someone has edited."""
 _Absent = dict[str, tuple[Status, str]]
 
 
@@ -33,8 +35,11 @@ def ask(name: str, evidence: Evidence) -> Check:
             found = evidence.measured[name]
         else:
             raise evidence.without(MEASURED, "it was not measured: floodrepro verify without --no-measure does so")
+        found = {**found, "status": found["status"], "finding": str(found["finding"])}
     except Unanswered as unanswered:
         found = dict(zip(("status", "finding"), unanswered.args, strict=True))
+    except DAMAGED as error:
+        found = {"status": "fail", "finding": f"the record is damaged: {error!r:.200}"}
     about, margin = CRITERIA[name], CRITERIA["parity"]["margin_pp"]
     split = evidence.table.metadata.get("split", "test") if evidence.table else "test"
     answer: Check = {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None, **found, "id": name}
@@ -96,8 +101,10 @@ def gather(
     root = data_root or data_arguments(recipe).get("data_root")
     manifests = [Path(root) / MANIFEST, Path(root).parent / MANIFEST] if root else []
     declaration = home.path.resolve().parent / DECLARATION
-    runs = []
-    for seed in (_read(declaration, "seeds", absent) or {}).get("seeds") or []:
+    runs, seeds = [], (_read(declaration, "seeds", absent) or {}).get("seeds") or []
+    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
+        absent["seeds"], seeds = ("fail", f"{declaration.name} is damaged: its seeds are no whole numbers"), []
+    for seed in seeds:
         one = RunFolder(declaration.parent / f"seed-{seed}")
         status = (_read(one.record, "", {}) or {}).get("status", "not started")
         runs.append(SeedRun(seed, str(status), _own_table(one, split, {})[0], one.path.name))
@@ -152,6 +159,6 @@ def _read(path: Path, name: str, absent: _Absent, reader: Callable[[Path], Any] 
     """What a file holds; None where there is none or, which `absent` then says under the name, where it is damaged."""
     try:
         return reader(path) if path.is_file() else None
-    except (OSError, ValueError, TypeError, csv.Error, FloodreproError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, csv.Error, FloodreproError) as error:
         absent[name] = ("fail", f"{path.name} cannot be read: {getattr(error, 'what', error)}")
         return None

@@ -70,10 +70,9 @@ def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | Non
         made_from = (chip_table.read_table(path).metadata.get("checkpoint") or {}).get("sha256")
     if made_from != sha256_of(checkpoint):
         console.say(f"{checkpoint} has no chip table over {split} yet: testing it")
-        try:
-            config = config_beside(checkpoint)
-        except UsageError:
-            config = run.recipe
+        home, config = RunFolder.of_checkpoint(checkpoint), run.recipe
+        with contextlib.suppress(UsageError):
+            config = home.recipe if home else config_beside(checkpoint)
         tabulate_checkpoint(_parse(config, data_root), checkpoint, split=split, folder=folder, baselines=folder is None)
     return path
 

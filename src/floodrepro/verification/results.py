@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import floodrepro
+from floodrepro.console import public
 from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
@@ -19,7 +20,11 @@ from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 3
 _NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
-_PATH = re.compile(r"""(?<![\w./])/(?:[^\s'"/]+/)*([^\s'"/]+)""")
+_WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
+_PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
+_TYPES = {"run": dict, "verdict": dict, "summary": dict, "scores": dict, "forest": dict, "checks": list, "banner": str}
+_KEYS = [("verdict", name) for name in ("word", "sentence", "not_shown")]
+_KEYS += [("summary", name) for name in ("text", "objection", "required")]
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
@@ -61,6 +66,11 @@ def load(path: Path) -> dict[str, Any]:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if results["schema"] != SCHEMA:
             raise ValueError(f"schema {results['schema']}, this version of floodrepro reads {SCHEMA}")
+        if wrong := [key for key, kind in _TYPES.items() if not isinstance(results[key], kind)]:
+            raise TypeError(f"'{wrong[0]}' is not what verify writes")
+        [results[key][name] for key, name in _KEYS]
+        if not {check["status"] for check in results["checks"]} <= _WORDS.keys():
+            raise ValueError("a check has an unknown status")
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"the results are missing, damaged or another version's: {error}"
         raise TableError(what, where=path, fix="floodrepro verify --run DIR writes it again") from error
@@ -183,12 +193,12 @@ def base_model(recipe: Recipe) -> str | None:
 
 
 def without_folders(entry: Any) -> Any:
-    """A record's entry with files by their names alone: results are published, and where files lay is private."""
+    """A record's entry without secrets and folders: results are published, and where files lay is private."""
     if isinstance(entry, Mapping):
-        return {key: without_folders(value) for key, value in entry.items()}
+        return {key: without_folders(value) for key, value in public(entry).items()}
     if isinstance(entry, list):
-        return [without_folders(value) for value in entry]
-    return _PATH.sub(r"\1", entry) if isinstance(entry, str) else entry
+        return [without_folders(value) for value in public(entry)]
+    return _PATH.sub(r"\1", _WHOLE.sub(r"\1", public(entry))) if isinstance(entry, str) else entry
 
 
 def _score_table(evidence: Evidence) -> dict[str, Any]:
