@@ -106,7 +106,9 @@ def map_scene(
             raise RunFolderError("the folder is not empty and nothing in it is overwritten", where=output)
         try:
             work.mkdir(parents=True, exist_ok=True)
-            with FileLock(work / _LOCK, timeout=0), rasterio.Env(GDAL_CACHEMAX=128):  # MB; by default 5 % of the memory
+            # MB, by default 5 % of the memory; and TerraTorch lets GDAL look for no file beside a raster: our header.
+            options = {"GDAL_CACHEMAX": 128, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
+            with FileLock(work / _LOCK, timeout=0), rasterio.Env(**options):
                 if not (work / _BEGUN).is_file():  # the batch is kept: with another, a network's last bits may differ
                     batch = network.fitting_batch(plan["crop"])
                     write_atomically(work / _BEGUN, json.dumps({"identity": identity, "batch": batch}))
