@@ -52,7 +52,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **kwargs: object) -> None:
         super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type]
-        self.add_argument("--format", choices=console.FORMATS, default="text", help="what stdout holds (default: text)")
+        given = argparse.SUPPRESS if prog.count(" ") > 1 else "text"  # an action keeps what stands before its name
+        self.add_argument("--format", choices=console.FORMATS, default=given, help="what stdout holds (default: text)")
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage block."""

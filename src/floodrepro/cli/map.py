@@ -55,7 +55,7 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--stac", default="https://planetarycomputer.microsoft.com/api/stac/v1", metavar="URL", help="a STAC API")
     add("--output", type=shared.new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
     add("--max-days", type=amount, default=12, metavar="N", help="that an event pass may come late (default: 12)")
-    add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
+    add("--max-gap", type=amount, default=argparse.SUPPRESS, metavar="DAYS", help="radar to optical event (default: 5)")
     add("--min-coverage", type=share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
 
 

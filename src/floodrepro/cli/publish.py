@@ -1,6 +1,7 @@
 """``floodrepro verify``, ``export`` and ``publish``: judge a run, write its pair and card, upload them."""
 
 import argparse
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def _run_verify(args: argparse.Namespace) -> int:
             found = results.summarise(gathered, args.require, timestamp())
             report.render(found, {})
         except battery.DAMAGED as error:  # judge without what someone has edited: what needs it fails
+            traceback.print_exc()
             said: Any = ("fail", f"the record is damaged: {error!r:.200}")
             absent = {**gathered.absent, "record": said, battery.MEASURED: said}
             gathered = replace(gathered, record={}, measured={}, absent=absent)

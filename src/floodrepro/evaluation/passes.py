@@ -69,21 +69,22 @@ class ChipPass(Callback):
             numbers = range(seen.stop)
             names = (getattr(loader.dataset, "image_files", None) or [f"chip-{n:06d}" for n in numbers])[seen]
         files = [str(name) for name in (next(iter(names.values())) if isinstance(names, dict) else names)]
+        chips = list(getattr(batch, "chips", ())) or [chip_of(file) for file in files]
         finite = logits.flatten(1).isfinite().all(dim=1).tolist()
-        if bad := [chip_of(file) for file, fine in zip(files, finite, strict=True) if not fine]:
+        if bad := [chip for chip, fine in zip(chips, finite, strict=True) if not fine]:
             what = f"the model predicts values that are not finite for {len(bad)} chips, the first is {bad[0]}"
             fix = "--precision bf16 or fp32; floodrepro verify names weights and buffers that are not finite"
             raise CheckpointError(what, where=self.checkpoint, fix=fix)
-        self.use(logits, files, batch, pl_module)
-        self.chips += map(chip_of, files)
+        self.use(logits, list(zip(chips, files, strict=True)), batch, pl_module)
+        self.chips += chips
         if self.show:
             totals = trainer.num_val_batches + trainer.num_test_batches + trainer.num_predict_batches
             self.show(batch_idx + 1, int(sum(totals)))  # two of the three stages have none
 
     on_validation_batch_end = on_predict_batch_end = on_test_batch_end
 
-    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
-        """Take the logits (B, K, H, W) of a batch and a file of each of its chips; a validation does not."""
+    def use(self, logits: Tensor, files: list[tuple[str, str]], batch: Any, task: Any) -> None:
+        """Take the logits (B, K, H, W) of a batch, and the file of each of its chips; a validation does not."""
 
 
 class ChipCounts(ChipPass):
@@ -94,7 +95,7 @@ class ChipCounts(ChipPass):
         self._positive = positive
         self._batches: list[dict[str, Any]] = []
 
-    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
+    def use(self, logits: Tensor, files: list[tuple[str, str]], batch: Any, task: Any) -> None:
         """Count the batch."""
         truth, ignored = task.squeeze_ground_truth(batch["mask"]), task.hparams["ignore_index"]
         layers = truth, logits.argmax(dim=1), logits.float().softmax(dim=1)[:, self._positive]
@@ -122,13 +123,13 @@ class ChipWriter(ChipPass):
             root = arguments.get("predict_data_root") or arguments["data_root"]
             self._source = Chips(Path(root), protocols.protocol_of(recipe))
 
-    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
+    def use(self, logits: Tensor, files: list[tuple[str, str]], batch: Any, task: Any) -> None:
         """Write a batch; on a full disk, a RunFolderError is raised and nothing half-written stays."""
-        for file, values in zip(files, logits.float().cpu(), strict=True):
+        for (chip, file), values in zip(files, logits.float().cpu(), strict=True):
             with rasterio.open(file, driver="GTiff" if self._source else None) as grid:
                 profile = {"driver": "GTiff", "count": 1, "compress": "deflate", "crs": grid.crs}
                 profile |= {"transform": grid.transform, "height": grid.height, "width": grid.width}
-                unseen = self._unseen(chip_of(file), grid)
+                unseen = self._unseen(chip, grid)
             layers: list[tuple[str, Any, str, float]] = [("pred", values.argmax(dim=0).numpy(), "int16", _UNSEEN)]
             if self._type:
                 one, no_data = _PROBABILITY_TYPES[self._type]
@@ -137,7 +138,7 @@ class ChipWriter(ChipPass):
             for name, layer, kind, no_data in layers:
                 profile |= {"dtype": kind, "nodata": no_data}
                 filled = np.where(unseen, no_data, layer).astype(kind)
-                _write_whole(self._folder / f"{chip_of(file)}_{name}.tif", filled, profile)
+                _write_whole(self._folder / f"{chip}_{name}.tif", filled, profile)
 
     def _unseen(self, chip: str, grid: Any) -> npt.NDArray[np.bool_]:
         if self._source is None:

@@ -211,8 +211,9 @@ def newest_state(folder: Path) -> Path | None:
     if found and whole is None:
         raise CheckpointError("the full state is damaged", where=found[0], fix="start again under another --name")
     if whole is not None and whole != found[0]:  # else it would become the previous one
-        aside = found[0].replace(found[0].with_name(f"{LAST}.damaged"))
-        console.warn(f"{found[0]} is damaged and was renamed to {aside.name}; {PREVIOUS} is used instead")
+        with contextlib.suppress(FileNotFoundError):  # another process of this run was faster
+            aside = found[0].replace(found[0].with_name(f"{LAST}.damaged"))
+            console.warn(f"{found[0]} is damaged and was renamed to {aside.name}; {PREVIOUS} is used instead")
     return whole
 
 

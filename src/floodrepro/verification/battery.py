@@ -2,6 +2,7 @@
 
 import csv
 import json
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from floodrepro.verification.checks import CRITERIA, Check, Evidence, SeedRun, S
 
 MEASURED = "measured.json"
 """What `measure` found: `measured_on`, the sha256 of the weights, and `checks`, an answer a check."""
-_SCORES = (scores.parity, scores.head_to_head, scores.variance, scores.reference, scores.events, scores.calibration)
-CHECKS = {each.__name__: each for each in (*_SCORES, scores.identities, run.convergence, run.data, run.provenance)}
-"""The checks that read files alone, by their ids in checks.yaml. Those of `measure` have the other ids."""
+CHECKS = {name: getattr(module, name) for name in CRITERIA for module in (scores, run) if hasattr(module, name)}
+"""The checks that read files alone, the functions of their ids. Those of `measure` have the other ids."""
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
 """What comes of a record that someone has edited."""
 _Absent = dict[str, tuple[Status, str]]
@@ -39,6 +39,7 @@ def ask(name: str, evidence: Evidence) -> Check:
     except Unanswered as unanswered:
         found = dict(zip(("status", "finding"), unanswered.args, strict=True))
     except DAMAGED as error:
+        traceback.print_exc()  # it may be an error of ours
         found = {"status": "fail", "finding": f"the record is damaged: {error!r:.200}"}
     about, margin = CRITERIA[name], CRITERIA["parity"]["margin_pp"]
     split = evidence.table.metadata.get("split", "test") if evidence.table else "test"

@@ -26,7 +26,7 @@ from floodrepro.data.chips import Chips
 from floodrepro.errors import CheckpointError, DataError, FloodreproError, TableError, UsageError
 from floodrepro.evaluation import chip_table
 from floodrepro.evaluation.metrics import iou
-from floodrepro.evaluation.passes import ChipCounts, chip_of, run_pass, table_path, tabulate_checkpoint
+from floodrepro.evaluation.passes import ChipCounts, run_pass, table_path, tabulate_checkpoint
 from floodrepro.publishing.export import read_exported
 from floodrepro.run_folder import RunFolder, config_beside, replacing, sha256_of, write_atomically
 from floodrepro.training.checkpoint import load_strictly, read_checkpoint
@@ -227,13 +227,13 @@ class _Maps(ChipCounts):
         super().__init__(checkpoint)
         self.seen: dict[str, dict[str, npt.NDArray[np.int8]]] = {}
 
-    def use(self, logits: Tensor, files: list[str], batch: Any, task: Any) -> None:
+    def use(self, logits: Tensor, files: list[tuple[str, str]], batch: Any, task: Any) -> None:
         """Keep the batch's maps."""
         super().use(logits, files, batch, task)
         pairs = (task.squeeze_ground_truth(batch["mask"]), logits.argmax(dim=1))
         truth, prediction = (each.to(torch.int8).cpu().numpy() for each in pairs)
-        for n, file in enumerate(files):
-            self.seen[chip_of(file)] = {"truth": truth[n], "prediction": prediction[n]}
+        for n, (chip, _) in enumerate(files):
+            self.seen[chip] = {"truth": truth[n], "prediction": prediction[n]}
 
 
 def _unmoved(names: Sequence[str], state: Path) -> list[str] | None:
