@@ -63,6 +63,7 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
         ),
         (("dem.tif", lambda metres: metres * 100), None, "DEM: heights from 10000 to 10900 are no metres"),
         (("s2_event.tif", lambda bands: bands / 200), None, "no reflectance x 10,000"),
+        (None, lambda c: c.update(area={"box": [40, 40, 40.01, 40.01]}), "S1RTC.event: its files do not reach into"),
     ],
 )
 def test_a_wrong_scene_is_named(scene, pixels, change, said):

@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
+from rasterio.coords import disjoint_bounds
+from rasterio.transform import array_bounds
+from rasterio.warp import transform_bounds
 from rasterio.windows import Window
 
 from floodrepro.console import public
@@ -27,6 +30,8 @@ def list_problems(scene: Scene, max_gap: float) -> list[str]:
     """
     problems = list(_dates(scene, max_gap))
     for a in scene.acquisitions.values():
+        if all(_lies_outside(bands, scene) for bands, _ in a.sources):
+            problems.append(f"{a.name}: its files do not reach into the area")
         for bands, offset in a.sources:
             if problem := _bands(a, bands) or _values(a, bands, offset, scene):
                 problems.append(f"{a.name}: {public(problem)}")
@@ -45,6 +50,12 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
         yield f"S1RTC: orbit {was} before and {now} at the event: what changed may be the view alone"
     if radar and optical and (gap := abs((radar.time - optical.time).total_seconds()) / 86_400) > max_gap:
         yield f"the event passes of radar and optical are {gap:.1f} days apart (limit {max_gap:g}, --max-gap)"
+
+
+def _lies_outside(bands: Bands, scene: Scene) -> bool:
+    with opened(next(iter(bands.values()))[0]) as raster:
+        there = transform_bounds(raster.crs, scene.crs, *raster.bounds)
+    return bool(disjoint_bounds(there, array_bounds(scene.height, scene.width, scene.transform)))
 
 
 def _bands(a: Acquisition, bands: Bands) -> str | None:

@@ -7,6 +7,7 @@ averaged with raised-cosine weights before a class is chosen. Only the rows that
 C = classes, H, W = rows and columns of the raster, h = rows of a strip.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from rasterio.windows import Window
 from shapely.geometry import shape
 
 from floodrepro import console
-from floodrepro.data.protocols import NO_DATA
+from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
 from floodrepro.errors import DataError, RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.counting import count
@@ -235,7 +236,7 @@ def _areas(layers: DatasetReader, names: list[str]) -> tuple[dict[str, float], d
     inside = bits & OUTSIDE == 0
     pixels = {"area": qualities[inside].sum(), "seen": qualities[is_seen(bits)].sum()}
     pixels |= dict(zip(names, classes, strict=False))
-    shares = {name: qualities[inside & (bits & bit > 0)].sum() for name, bit in QUALITY.items()}
+    shares = {name: qualities[inside & (bits & bit > 0)].sum() for name, bit in QUALITY.items() if bit != OUTSIDE}
     shares = {name: float(n / max(pixels["area"], 1)) for name, n in ({"seen": pixels["seen"]} | shares).items()}
     return {name: float(n * PIXEL**2 / 1e6) for name, n in pixels.items()}, shares
 
@@ -288,6 +289,8 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
 
     Raises `RunFolderError` where there is no map, and `DataError` where a file cannot be read or no flood was seen.
     """
+    if not (folder / _RECORD).is_file():
+        raise RunFolderError("there is no map here", where=folder, fix="give the --output of a floodrepro map")
     record = _read_json(folder / _RECORD)
     try:
         name = record["names"][record["positive"]]
@@ -295,10 +298,13 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     except (TypeError, LookupError) as error:
         raise RunFolderError(f"the map's record is damaged: {error!r}", where=folder / _RECORD) from error
     rows, counted = list[tuple[str, str]](), list[dict[str, Any]]()
-    with opened(str(folder / "class.tif")) as classes, opened(str(folder / "probability.tif")) as probability:
+    with contextlib.ExitStack() as stack:
+        files = [str(folder / f"{layer}.tif") for layer in _RESAMPLING]
+        classes, probability, quality = [stack.enter_context(opened(file)) for file in files]
         water = water_of(truth, classes, value)
         for window in _chunks(classes):
-            wet, found = water(window), classes.read(1, window=window)
+            found, outside = classes.read(1, window=window), quality.read(1, window=window) & OUTSIDE > 0
+            wet = np.where(outside, IGNORE_INDEX, water(window))
             share = probability.read(1, window=window) / PROBABILITY_STEPS
             called = np.where(found == NOT_SEEN, -1, found == record["positive"])
             for column in range(0, classes.width, _CHUNK):

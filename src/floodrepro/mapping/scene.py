@@ -1,5 +1,6 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
+import difflib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def opened(place: str) -> Iterator[DatasetReader]:
             yield raster
     except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
         what = f"the raster cannot be read: {public(str(error).replace(link, place))[:200]}"
-        raise DataError(what, where=public(place), fix="look at scene.yaml") from error
+        raise DataError(what, where=public(place), fix="check the file, and what names it") from error
 
 
 def read_scene(path: Path) -> Scene:
@@ -105,7 +106,9 @@ def read_scene(path: Path) -> Scene:
     content, found = recipes.read_yaml(path), dict[tuple[str, int], Acquisition]()
     names = {name for key, _ in recipes.leaves(content) for name in key.split(".") if not name.isdigit()}
     if strange := sorted(names - _NAMES):
-        raise UsageError(f"unknown name '{strange[0]}'", where=path, fix=f"known are {', '.join(sorted(_NAMES))}")
+        close = difflib.get_close_matches(strange[0], _NAMES, n=1)
+        fix = f"did you mean '{close[0]}'?" if close else f"known are {', '.join(sorted(_NAMES))}"
+        raise UsageError(f"unknown name '{strange[0]}'", where=path, fix=fix)
     try:
         for sensor, number in [(name, n) for name in BANDS for n in range(1 if name == "DEM" else len(STEPS))]:
             where = f"{path}: {name_of(sensor, number)}"
@@ -115,7 +118,8 @@ def read_scene(path: Path) -> Scene:
                 continue
             if said["unit"] not in _UNITS[sensor]:
                 raise ValueError(f"the unit '{said['unit']}' is not known: say {' or '.join(_UNITS[sensor])}")
-            said["nodata"] = [float(value) for value in said["nodata"]]
+            # 0 is no power: it would be mixed into its neighbours.
+            said["nodata"] = [float(value) for value in (*said["nodata"], *([0] if said["unit"] == "power" else []))]
             files = [said["files"]] if isinstance(said["files"], str) else said["files"]
             sources = [_source(file, said, sensor, path.absolute().parent) for file in files]
             time = None if sensor == "DEM" else parse_time(said.get("time"), where)
@@ -185,6 +189,7 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
 def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Acquisition]) -> tuple[Any, ...]:
     """Polygons, CRS, transform, height, width; without `area`, the polygon is the footprint of the event's raster."""
     area, epsg = content.get("area", {}), 0
+    area = {"file": area} if isinstance(area, str) else area
     if "file" in area:
         parts = read_polygons(folder / area["file"])
     elif area:
