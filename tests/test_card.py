@@ -97,6 +97,25 @@ def test_data_set_and_base_model_are_claimed_only_where_training_used_all_of_the
     assert whole.base_model == "ibm-esa-geospatial/TerraMind-1.0-base"
 
 
+@pytest.mark.parametrize(
+    ("changes", "start", "base"),
+    [
+        ({"backbone": "terramind_v1_base_tim"}, "ibm-esa-geospatial/TerraMind-1.0-base", True),
+        ({"backbone": "prithvi_eo_v2_300"}, "the backbone's own pretrained weights", False),
+        ({"backbone_ckpt_path": "/home/me/own.pt"}, "weights of own.pt", False),
+    ],
+)
+def test_card_names_the_weights_that_the_backbone_starts_from(tmp_path: Path, changes: dict, start: str, base: bool):
+    recipe = demo_recipe()
+    arguments = recipe["model"]["init_args"]["model_args"]
+    arguments |= {"backbone_pretrained": True} | changes
+    card = card_of(make_run(tmp_path / "mine", recipe=recipe), factors=FACTORS)
+    data = ModelCard(card).data
+    assert f"Training started from {start}." in card
+    assert (data.get("base_model") == start, data.co2_eq_emissions["training_type"]) == (base, "fine-tuning")
+    assert ("terramind" in data.tags, "@misc{terramind2025" in card) == (arguments["backbone"][:9] == "terramind",) * 2
+
+
 def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_report_and_card(tmp_path: Path):
     data = {"chips": {"train": 80}, "digests": {}, "generated": "floodrepro data synth --events 6"}
     rule, own = make_table(6, 3, detail="VV falls by more than 5 dB; chosen on training chips"), make_table(6, 3)

@@ -23,6 +23,7 @@ MISTAKES = (
     (["fit", "--confg", "demo"], "unknown argument '--confg'; did you mean '--config'?"),
     (["fit", "--config", "demo", "--trainr.max_epochs", "3"], "did you mean '--trainer'?"),
     (["fit"], "to do: --config YAML"),
+    (["doctor", "--precision", "bf16"], "to do: --config YAML"),
     (["fit", "--config", "no/such.yaml"], "config file not found"),
     (["fit", "--config", "demmo"], "did you mean 'demo'"),
     (["fit", "--config", "demo", "--name", ".."], "'..' is no plain name"),

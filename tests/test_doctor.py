@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from floodrepro import recipe as recipes
+from floodrepro.data.protocols import PROTOCOLS
 from floodrepro.recipe import fold
 from floodrepro.system import doctor, environment
 from floodrepro.system.doctor import Finding, check_backbone, check_chips, check_gpus, check_machine, check_torch
@@ -236,9 +238,12 @@ def test_backbone_weights_are_looked_for_in_the_cache(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert check_backbone(BASE)[0].status == "fail"
     assert check_backbone(DEMO) == []
+    assert check_backbone(fold([BASE], ["--model.init_args.model_args.backbone_ckpt_path", "own.pt"])) == []
 
 
-def test_missing_data_gets_the_command_that_fits_the_recipe_and_a_missing_chip_is_named(tmp_path, own_chips):
+def test_missing_data_gets_the_command_that_fits_the_recipe_and_a_missing_chip_is_named(
+    tmp_path, own_chips, monkeypatch
+):
     def check(recipe: recipes.Recipe, root: Path = tmp_path / "my data") -> Finding:
         return check_chips(fold([recipe], recipes.data_overrides(root, recipe)))
 
@@ -248,6 +253,8 @@ def test_missing_data_gets_the_command_that_fits_the_recipe_and_a_missing_chip_i
     assert binary.fix.endswith("--protocol v1-binary")
     assert "about 72 GB" in binary.detail
     assert_can_be_pasted(binary.fix)
+    monkeypatch.setitem(PROTOCOLS, "v0", replace(PROTOCOLS["v0"], size_gb=None))
+    assert ("None" in check(BASE).detail, "GB free" in check(BASE).detail) == (False, True)
     found = check(DEMO, own_chips)
     assert (found.status, "chips of train" in found.detail) == ("ok", True)
     gone = next((own_chips / "data/DEM").iterdir())

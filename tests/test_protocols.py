@@ -10,6 +10,7 @@ from floodrepro.data.protocols import PROTOCOLS, Protocol
 from floodrepro.data.splits import read_events
 from floodrepro.data.synth import generate
 from floodrepro.evaluation.chip_table import read_table
+from floodrepro.publishing.export import with_stock_data
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
 TINY = (
@@ -45,6 +46,8 @@ FIRE = Protocol(
     label_map=(0, 1),
     mask_suffix="_annotation_wildfire.tif",
     hazard="fire",
+    repo="ibm-esa-geospatial/ImpactMesh-Fire",
+    recipe="burn.yaml",
 )
 
 
@@ -65,7 +68,12 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
     splits = {"train": "train", "val": "val", "test": "test", "predict": "test"}
     data |= {f"{key}_split": str(root / "split" / FIRE.split_file(split)) for key, split in splits.items()}
     recipe["data"]["init_args"] = data
-    (tmp_path / "burn.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / FIRE.recipe).write_text(yaml.safe_dump(recipe))
+    planned = cli("reproduce", "--config", FIRE.recipe, "--dry-run", "--format", "json")
+    assert planned.code == 0, planned.err
+    commands = json.loads(planned.out)["commands"]
+    assert ("reference" in commands, commands["fetch"][3]) == (False, "ImpactMesh-Fire")
     for command in (
         ("fit", "--config", tmp_path / "burn.yaml", "--runs-root", run.parent, "--name", "burn", *SHORT),
         ("test", "--ckpt", run / "checkpoints" / "best.ckpt"),
@@ -76,6 +84,11 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
         assert outcome.code == 0, outcome.err
     exported = yaml.safe_load(next((run / "export").glob("*.yaml")).read_text())
     assert exported["data"]["dict_kwargs"] == {"disaster_type": "fire"}
+    own = data | {"protocol": "custom", "class_names": ["rest", "burned"], "mask_suffix": FIRE.mask_suffix}
+    stock = with_stock_data(recipe | {"data": recipe["data"] | {"init_args": own}})
+    assert stock["data"]["dict_kwargs"] == {"disaster_type": "fire"}
+    assert exported["data"]["init_args"]["data_root"] == "ImpactMesh-Fire/data"
+    assert "`ImpactMesh-Fire/data`" in next((run / "export").glob("*.md")).read_text()
     for path in (run / "verification" / "report.md", next((run / "export").glob("*.md"))):
         text = path.read_text()
         assert "burned" in text

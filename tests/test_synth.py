@@ -13,7 +13,7 @@ import pytest
 
 from floodrepro.data import synth
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import AFTER, BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, SPLITS, event_of
+from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, SPLITS, event_of
 from floodrepro.data.splits import SYNTH_NOTE
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError, UsageError
@@ -85,12 +85,12 @@ def test_radar_falls_where_the_mask_says_flood_and_recovers_and_where_it_sees_no
     source, means = Chips(scenes), {}
     masks = {chip: source.raster(chip, "MASK") for chip in sorted(source.having("MASK"))}
     radar = {chip: source.bands(chip, "S1RTC").astype(np.float32) for chip in masks}
-    for step in (BEFORE, EVENT, AFTER):
+    for step in (BEFORE, EVENT, EVENT + 1):
         pixels = np.concatenate([radar[chip][step][:, mask == 2] for chip, mask in masks.items()], axis=1)
         means[step] = np.nanmean(pixels, axis=1)
     assert means[BEFORE] == pytest.approx((-10, -15.5), abs=1)
     assert means[EVENT] == pytest.approx((-15.5, -21.5), abs=1.2)
-    assert means[AFTER] == pytest.approx((-10, -15.5), abs=1)
+    assert means[EVENT + 1] == pytest.approx((-10, -15.5), abs=1)
     assert {int(value) for mask in masks.values() for value in np.unique(mask)} == {-1, 0, 1, 2}
     assert 0 < sum((mask == 2).any() for mask in masks.values()) < len(masks)
     unseen = {chip: np.isnan(bands[EVENT, 0]) for chip, bands in radar.items()}

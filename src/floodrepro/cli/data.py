@@ -91,8 +91,7 @@ def _weights(args: argparse.Namespace) -> None:
 
     recipe = recipes.read_yaml(recipes.find(args.config))
     model, found = (recipe.get("model") or {}).get("init_args", {}).get("model_args") or {}, {}
-    backbone = backbone_weights(str(model.get("backbone"))) if model.get("backbone_pretrained") else None
-    if backbone is not None:
+    if backbone := backbone_weights(model):
         found["backbone"] = str(fetch_file(backbone))
     if args.reference is not None:
         if not args.reference.exists():

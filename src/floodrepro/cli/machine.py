@@ -67,11 +67,13 @@ def _run_runs(args: argparse.Namespace) -> None:
     console.emit({"runs": found}, text if found else f"no runs below {args.runs_root}", args.format)
 
 
-_doctor_flags = model.add_recipe_flags
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    model.add_recipe_flags(parser, default=" (default: none; the machine alone is looked at)")
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    recipe = model.read_recipe(args)[2] if args.config or args.data_root or args.overrides else None
+    of_recipe = ("config", "data_root", "limit", "fraction", "strict", "skip_damaged", "precision", "overrides")
+    recipe = model.read_recipe(args)[2] if any(getattr(args, name) for name in of_recipe) else None
     findings = [*doctor.examine(recipe), *([doctor.check_chips(recipe)] if recipe else [])]
     count = Counter(finding.status for finding in findings)
     rows = []
@@ -88,7 +90,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
 def _bench_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=("train", "test", "data"), help="what is measured")
-    add("--config", metavar="YAML", help="default: the base recipe on a GPU, the tiny one on a CPU")
+    add("--config", metavar="YAML", help="default: the base recipe for train and test on a GPU, else the tiny one")
     add("--precision", action="append", choices=recipes.PRECISIONS, help="may be given several times")
     add("--batch", type=int, metavar="N", help="chips in a batch")
     add("--size", type=int, metavar="PX", help="edge of a chip in pixels")

@@ -37,11 +37,16 @@ CHIP_prob.tif has the probability of the positive class as float32, NaN where no
 1 and 255 for unseen. Which chips: --data.init_args.predict_split FILE, an id a line (default: the test split)."""
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --config, --data-root, --precision, which chips to use, and a note on overrides."""
+def add_recipe_flags(
+    parser: argparse.ArgumentParser, default: str = " (default: the one beside the checkpoint)"
+) -> None:
+    """Add --config, --data-root, --precision, which chips to use, and a note on overrides.
+
+    `default` is what the help of --config says of a command without it.
+    """
     add, parser.epilog = parser.add_argument, _OVERRIDES
-    config = "a path, or a name from 'floodrepro configs ls'; layers in order (default: the one beside the checkpoint)"
-    add("--config", action="append", metavar="YAML", help=config)
+    config = "a path, or a name from 'floodrepro configs ls'; layers in order"
+    add("--config", action="append", metavar="YAML", help=f"{config}{default}")
     add("--data-root", type=Path, metavar="DIR", help="folder that holds data/ and split/")
     add("--limit", type=int, metavar="N", help="use N chips of each split, at most; whole events first")
     add("--fraction", type=float, metavar="F", help="share of the chips of each split to use")
@@ -81,7 +86,7 @@ def parse(files: Sequence[Path], overrides: Sequence[str]) -> "RecipeCLI":
 
 
 def _fit_flags(parser: argparse.ArgumentParser) -> None:
-    add_recipe_flags(parser)
+    add_recipe_flags(parser, default="")
     add = parser.add_argument
     add("--name", type=shared.plain_name, help="name of the run (default: the first recipe's)")
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
@@ -136,7 +141,8 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     add_recipe_flags(parser)
     add, parser.epilog = parser.add_argument, f"{parser.epilog}\n{_MASKS}"
     add("--split", default="test", metavar="NAME", help="test (default), val, train, or one of several test splits")
-    add("--output", type=Path, metavar="DIR", help="of the chip tables (default: evaluation/ of the run, else here)")
+    place = "of the chip tables (default: evaluation/ of the run or beside the checkpoint; of masks: here)"
+    add("--output", type=Path, metavar="DIR", help=place)
     add("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
 
 

@@ -35,7 +35,7 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="YAML", help="another recipe, and the protocol that it names")
     add("--seeds", type=whole_numbers, metavar="S,S,…", help="declared runs (default: the recipe's seed)")
     add("--precision", choices=recipes.PRECISIONS, help="the trainer's precision; fp16 needs a GPU")
-    add("--data-root", type=Path, metavar="DIR", help="default: ImpactMesh-Flood; the demo's lies in its --run-dir")
+    add("--data-root", type=Path, metavar="DIR", help="default: the data set's name; the demo's lies in its --run-dir")
     add("--run-dir", type=Path, metavar="DIR", help="default: runs/RECIPE-reproduction, or demo")
     add("--revision", metavar="SHA", default="main", help="of the data: branch, tag or commit")
     add("--reference", metavar="FILE|none", help="as for verify (default: IBM's checkpoint if it has these classes)")
@@ -77,7 +77,7 @@ def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
     protocol, seeds = protocol_of(recipe), args.seeds or [recipe.get("seed_everything") or 0]
     home = (args.run_dir or Path("demo" if args.demo else f"runs/{source.stem}-reproduction")).resolve()
     run_dir = home / "runs" if args.demo else home
-    root = args.data_root or (home if args.demo else Path()) / "ImpactMesh-Flood"
+    root = args.data_root or (home if args.demo else Path()) / protocol.folder
     changes = [*(["--precision", args.precision] if args.precision else []), *args.overrides]
     fit = ["fit", "--config", config, "--data-root", root, "--runs-root", run_dir, *changes]
     compare = [] if args.reference in (None, "none") else ["--reference", args.reference]
@@ -91,7 +91,8 @@ def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
         compare = ["--reference", shorter, "--reference-name", "the shorter-trained model"]
     else:
         weights, held = ["data", "weights", "--config", config], []
-        if args.reference is None and protocol.recipe and len(protocol.class_names) == 2:
+        is_ibm = (protocol.hazard, protocol.class_names) == (PROTOCOLS["v0"].hazard, PROTOCOLS["v0"].class_names)
+        if args.reference is None and protocol.recipe and is_ibm:
             ibm, folder = run_dir / "weights" / "reference.pt", run_dir / "reference"
             weights, held = [*weights, "--reference", ibm], [ibm]
             test, table = ["test", "--ckpt", ibm, "--config", protocol.recipe], folder / "test" / "reference.parquet"

@@ -109,7 +109,6 @@ def audit(
     manifest = {
         "schema": SCHEMA,
         "protocol": protocol.name,
-        "deep": True,
         "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
         "digests": {name: digest_of(source, [c for c in one if not lacking[c]], PARTS) for name, one in listed.items()},
         "findings": [

@@ -18,7 +18,7 @@ PARTS = ("S2L2A", "S1RTC", "DEM", "MASK")  # what a chip consists of: its modali
 S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 S1_BANDS = ("vv", "vh")
 TIMESTEPS = ("month before", "before", "event", "after")
-BEFORE, EVENT, AFTER = 1, 2, 3
+BEFORE, EVENT = 1, 2
 NO_DATA = -9999
 IGNORE_INDEX = -1
 SPLITS = ("train", "val", "test")
@@ -47,6 +47,11 @@ class Protocol:
     def split_file(self, split: str) -> str:
         """Name of the text file that lists the chip ids of a split, one a line."""
         return f"impactmesh_{self.hazard}_{split}.txt"
+
+    @property
+    def folder(self) -> str:
+        """Folder of its data set, where no other is given."""
+        return (self.repo or "chips").rpartition("/")[2]
 
 
 _V0 = Protocol(

@@ -1,8 +1,9 @@
 """The weights that a reproduction needs besides chips: the pretrained backbone and IBM's checkpoint, on the hub."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from floodrepro.errors import CheckpointError, DataError
 from floodrepro.run_folder import sha256_of
@@ -31,10 +32,21 @@ REFERENCE = HubFile(
 )
 
 
-def backbone_weights(backbone: str) -> HubFile | None:
-    """What TerraTorch 1.2.7 (terramind_register.py) fetches for a backbone such as `terramind_v1_base`, if known."""
-    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)(?:_tim)?", backbone)
+def backbone_weights(model_args: Mapping[str, Any]) -> HubFile | None:
+    """What TerraTorch 1.2.7 (terramind_register.py) fetches for a recipe's `model_args`, if it fetches and is known."""
+    if not model_args.get("backbone_pretrained") or model_args.get("backbone_ckpt_path"):
+        return None
+    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)(?:_tim)?", str(model_args.get("backbone")))
     return HubFile(f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}", f"TerraMind_v1_{size[1]}.pt") if size else None
+
+
+def describe_weights(model_args: Mapping[str, Any]) -> str | None:
+    """What a recipe's backbone starts from, by its id on the hub or in words; None for random weights."""
+    if own := model_args.get("backbone_ckpt_path"):
+        return f"weights of {Path(own).name}"
+    if file := backbone_weights(model_args):
+        return file.repo
+    return "the backbone's own pretrained weights" if model_args.get("backbone_pretrained") else None
 
 
 def in_cache(file: HubFile) -> bool:

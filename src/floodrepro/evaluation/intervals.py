@@ -100,7 +100,7 @@ def mean_over_events(counts: Counts, *, other: Counts | None = None, positive: i
     """
     kept = counts[:, positive].sum(axis=-1) >= MIN_FLOOD_PIXELS
     values = iou(counts[kept], positive)
-    return _student(values if other is None else values - iou(other[kept], positive), "events with flood")
+    return _student(values if other is None else values - iou(other[kept], positive), "events with the class")
 
 
 def over_seeds(figures: Sequence[float], reference: float) -> Result:

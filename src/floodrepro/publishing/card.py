@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from floodrepro import console
 from floodrepro.data import protocols
+from floodrepro.data.weights import backbone_weights, describe_weights
 from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.publishing.export import read_exported
 from floodrepro.recipe import Recipe, fingerprint
@@ -52,7 +53,9 @@ def write_card(
     record, found = read_records(run, recipe, digest)
     copied = [run.results, run.verification / "figures" / report.PICTURE] if run and found else []
     source = {"checkpoint": {"sha256": digest}, "recipe_sha256": weights.metadata.get("recipe_sha256")}
-    protocol, base = protocols.protocol_of(recipe), results.base_model(recipe)
+    protocol, arguments = protocols.protocol_of(recipe), results.model_args(recipe)
+    hub, pretrained, backbone = backbone_weights(arguments), describe_weights(arguments), str(arguments.get("backbone"))
+    base, other = hub.repo if hub else None, () if backbone.startswith("terramind") else ("terramind",)
     about = (found["run"] if found else results.without_folders(record)) | source | {"protocol": protocol.name}
     facts, (energy, emissions) = report.run_facts(about), energy_of(record, factors)
     used, chips = record.get("data") or {}, (record.get("data") or {}).get("chips") or {}
@@ -62,13 +65,13 @@ def write_card(
         "license": licence or None,
         "library_name": "terratorch",
         "pipeline_tag": "image-segmentation",
-        "tags": [*_TAGS, protocol.hazard, "floodrepro"],
+        "tags": [tag for tag in (*_TAGS, protocol.hazard, "floodrepro") if tag not in other],
         "base_model": base,
         "base_model_relation": "finetune" if base else None,
         "datasets": [protocol.repo] if published else None,
     }
     if emissions:
-        kind = "fine-tuning" if base else "pre-training"
+        kind = "fine-tuning" if pretrained or record.get("started_from") else "pre-training"
         metadata["co2_eq_emissions"] = emissions | {"training_type": kind, "hardware_used": facts.get("device")}
     if found and found["scores"]["rows"]:
         metadata |= {"model_name": pair.stem, "eval_results": _eval_results(protocol, found)}
@@ -89,7 +92,8 @@ def write_card(
         generated=used.get("generated"),
         published=published,
         licence=licence,
-        pretrained=base,
+        pretrained=pretrained,
+        backbone=backbone,
         picture=any(file.name == report.PICTURE and file.is_file() for file in copied),
     )
     if (folder / CARD).exists():

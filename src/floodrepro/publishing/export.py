@@ -18,7 +18,6 @@ from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import replacing, sha256_of, write_atomically
 
-_DATA_ROOT = Path("ImpactMesh-Flood")
 _STOCK = ("data_root", "batch_size", "num_workers", "modalities", "timesteps", "means", "stds", "no_data_value")
 _STOCK_ARGUMENTS = (*_STOCK, "no_data_replace", "train_split", "val_split", "test_split", "predict_split")
 _HEADER = """\
@@ -109,14 +108,14 @@ def with_stock_data(recipe: Recipe) -> Recipe:
     stock = copy.deepcopy(recipe)
     if not protocols.uses_flood_data_module(stock):
         return stock
-    arguments = stock["data"]["init_args"]
+    arguments, suffix = stock["data"]["init_args"], protocols.protocol_of(recipe).mask_suffix
     kept = {key: arguments[key] for key in _STOCK_ARGUMENTS if key in arguments}
     kept["predict_data_root"] = arguments.get("predict_data_root") or arguments["data_root"]
     stock["data"] = {
         "class_path": "impactmesh.impactmesh_datamodule.ImpactMeshDataModule",
         "init_args": kept,
-        # Else impactmesh guesses it from the path, "fire" first. It knows these two.
-        "dict_kwargs": {"disaster_type": "fire" if protocols.protocol_of(recipe).hazard == "fire" else "flood"},
+        # Else impactmesh guesses it from the path, "fire" first. It knows these two, and their masks by their suffix.
+        "dict_kwargs": {"disaster_type": "fire" if "wildfire" in suffix else "flood"},
     }
     return stock
 
@@ -142,12 +141,12 @@ def _portable(recipe: Recipe) -> Recipe:
     if "backbone_pretrained" in model_args:
         model_args["backbone_pretrained"] = False
 
-    data = stock["data"].get("init_args") or {}
+    data, folder = stock["data"].get("init_args") or {}, Path(protocols.protocol_of(recipe).folder)
     for key, value in data.items():
         if key.endswith("data_root") and value:
-            data[key] = str(_DATA_ROOT / "data")
+            data[key] = str(folder / "data")
         elif key.endswith("_split") and value:
             files = value if isinstance(value, dict) else {"": value}
-            moved = {name: str(_DATA_ROOT / "split" / Path(file).name) for name, file in files.items()}
+            moved = {name: str(folder / "split" / Path(file).name) for name, file in files.items()}
             data[key] = moved if isinstance(value, dict) else moved[""]
     return stock

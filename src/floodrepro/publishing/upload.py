@@ -27,7 +27,7 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
         and, empty where there is none, `verdict`, `licence` and `objection`: why this should not be published.
 
     Raises:
-        UsageError: The repository's name is not valid, or the folder has no card not one pair, or a link.
+        UsageError: The repository's name is not valid, or the folder has no card, not one pair, or a link.
         CheckpointError: The pair or the card is damaged, or the results are of other weights.
     """
     try:

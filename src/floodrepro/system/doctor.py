@@ -274,9 +274,7 @@ def check_backbone(recipe: Recipe) -> list[Finding]:
 
     from floodrepro.data.weights import backbone_weights, in_cache
 
-    own = _of(recipe, f"{_ARGUMENTS}.backbone_ckpt_path", "") or _of(recipe, "model.init_args.ckpt_path", "")
-    wanted = not own and _of(recipe, f"{_ARGUMENTS}.backbone_pretrained", False)
-    file = backbone_weights(_of(recipe, f"{_ARGUMENTS}.backbone", "")) if wanted else None
+    file = backbone_weights(_of(recipe, _ARGUMENTS, {}))
     if file is None:
         return []
     offline = constants.HF_HUB_OFFLINE
@@ -308,5 +306,6 @@ def check_chips(recipe: Recipe) -> Finding:
         return Finding("data", "fail", missing, "--data-root DIR")
     revision = " --revision COMMIT" if protocol.name == "v0" else ""  # main holds version 1
     fix = f"floodrepro data fetch {where} --protocol {protocol.name}{revision}"
-    room = f"about {protocol.size_gb} GB to download, {machine.free_disk(folder) / 1e9:.0f} GB free"
+    room = f"about {protocol.size_gb} GB to download, " if protocol.size_gb else ""
+    room += f"{machine.free_disk(folder) / 1e9:.0f} GB free"
     return Finding("data", "warn", f"{missing}; {room}", fix)

@@ -12,6 +12,7 @@ from typing import Any
 import floodrepro
 from floodrepro.console import public
 from floodrepro.data.protocols import protocol_of
+from floodrepro.data.weights import describe_weights
 from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
 from floodrepro.recipe import Recipe
@@ -19,7 +20,7 @@ from floodrepro.verification.battery import ask, required_checks
 from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 3
-_NOT_COPIED = ("schema", "process", "checkpoint")  # of run.json
+_NOT_COPIED = ("schema", "checkpoint")  # of run.json
 _WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
 _TYPES = {"run": dict, "verdict": dict, "summary": dict, "scores": dict, "forest": dict, "checks": list, "banner": str}
@@ -178,18 +179,15 @@ def _run(evidence: Evidence) -> dict[str, Any]:
 
 def describe_model(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     """Backbone and decoder of a recipe, and what its training started from, in words."""
-    arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
-    source = record.get("started_from")
-    start = f"{source['file']}, sha256 {source['sha256']}" if source else base_model(recipe) or "random weights"
+    arguments, source = model_args(recipe), record.get("started_from")
+    start = f"{source['file']}, sha256 {source['sha256']}" if source else describe_weights(arguments)
     parts = f"{arguments.get('backbone', 'a backbone')} with {arguments.get('decoder', 'a decoder')}"
-    return [parts, f"started from {start}"]
+    return [parts, f"started from {start or 'random weights'}"]
 
 
-def base_model(recipe: Recipe) -> str | None:
-    """The hub's id of the backbone that the training started from; None for random weights and other backbones."""
-    arguments = (recipe["model"].get("init_args") or {}).get("model_args") or {}
-    size = re.fullmatch(r"terramind_v1_(tiny|small|base|large)", str(arguments.get("backbone")))
-    return f"ibm-esa-geospatial/TerraMind-1.0-{size[1]}" if size and arguments.get("backbone_pretrained") else None
+def model_args(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of backbone and decoder; empty where it says nothing."""
+    return (recipe["model"].get("init_args") or {}).get("model_args") or {}
 
 
 def without_folders(entry: Any) -> Any:
