@@ -195,6 +195,7 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     quality = read(tmp_path / "m", "quality")
     assert quality.shape == (110, 120) and record["km2"]["area"] == pytest.approx(0.18, abs=0.001)
     assert (read(tmp_path / "m", "class") == 255).sum() == (quality & OUTSIDE > 0).sum() == 110 * 120 - 1800
+    (tmp_path / "m" / "map.json").write_text(json.dumps(record | {"weights": {"file": "w.pt"}}))
     table = mapper.compare_map(tmp_path / "m", tmp_path / "area.gpkg", None)  # all of the area was seen
     assert (table.counts.sum(), table.unseen.sum(), table.ignored.sum()) == (1800, 0, 110 * 120 - 1800)
 
