@@ -100,8 +100,11 @@ def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
         "The list of required checks was shortened; not asked for": [by_id[name]["title"] for name in left_out],
     }
     others = {
-        "Required comparisons": [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared],
+        "Comparisons, where they could be made": [
+            f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared
+        ],
         "All checks": [f"{number} {word}" for word, number in counted.items() if number],
+        "Failed": [check["title"] for check in by_id.values() if check["status"] == "fail"],
     }
     about = {"required": required, "left_out": left_out, "not_met": not_met, "ok": not not_met}
     return counted | about | {"objection": say(against), "text": say(against | others)}

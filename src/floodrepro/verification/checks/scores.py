@@ -156,7 +156,7 @@ def calibration(evidence: Evidence) -> Check:
     error = figure("expected calibration error", whole, at_most=asked["ece"])
     area = figure("predicted over true area", float(called.sum() / true.sum()), at_least=least, at_most=most)
     values = [error, area]
-    if likely is not None:
+    if likely not in (None, whole):  # else no probability is below it
         name = f"the same where the probability is {_LIKELY:g} or more"
         values.insert(1, figure(name, likely, at_most=asked["ece_likely"]))
     if mixed.any():
