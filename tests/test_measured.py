@@ -90,6 +90,9 @@ def test_export_holds_the_checkpoint_is_of_no_machine_and_is_not_overwritten(tra
     assert export(*again).sha256 == pair.sha256
     with pytest.raises(UsageError, match="not overwritten"):
         export(*again)
+    again[1]["model"]["init_args"]["model_args"]["backbone_ckpt_path"] = "/home/me/private.pt"
+    private = export(*again[:3], "private")
+    assert "/home/me" not in private.config.read_text() + str(private.metadata)
 
 
 # Runs in the process that exported_pair starts, after its own work: no floodrepro, and torch's precision as here.

@@ -102,7 +102,7 @@ def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
         stages += [
             ("doctor", ["doctor", "--config", config, "--data-root", root, *changes], []),
             ("weights", weights, held),
-            ("fetch", fetch, [root / "split"]),
+            *([("fetch", fetch, [root / "split"])] if protocol.repo else []),
             ("audit", ["data", "audit", "--root", root, "--config", config], [root / "data-manifest.json"]),
         ]
     runs = {seed: RunFolder(run_dir / f"seed-{seed}") for seed in seeds}

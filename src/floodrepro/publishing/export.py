@@ -64,7 +64,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         "class_names": json.dumps(protocol.class_names),
         "floodrepro": __version__,
         "format": "pt",
-        "hyper_parameters": json.dumps(given, sort_keys=True),
+        "hyper_parameters": json.dumps(_portable(recipe)["model"].get("init_args") or {}, sort_keys=True),
         "positive_class": str(protocol.positive_class),
         "recipe_sha256": fingerprint,
         "source_sha256": sha256_of(checkpoint_path),
@@ -140,6 +140,7 @@ def _portable(recipe: Recipe) -> Recipe:
     model_args = stock["model"].get("init_args", {}).get("model_args") or {}
     if "backbone_pretrained" in model_args:
         model_args["backbone_pretrained"] = False
+    model_args.pop("backbone_ckpt_path", None)
 
     data, folder = stock["data"].get("init_args") or {}, Path(protocols.protocol_of(recipe).folder)
     for key, value in data.items():

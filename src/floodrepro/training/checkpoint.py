@@ -20,7 +20,7 @@ from floodrepro.recipe import Recipe
 _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 # What changes the shape of the model or what is measured. Not: pretrained, class_weights, optimiser, learning rate.
 _MEASURED = ("model_factory", "loss", "ignore_index", "class_names", "tiled_inference_on_testing")
-_SHAPELESS = ("backbone_pretrained", "pretrained", "head_dropout")
+_SHAPELESS = ("backbone_pretrained", "backbone_ckpt_path", "pretrained", "head_dropout")
 # What downloads leave in place of weights.
 _POINTER = (b"version https://git-lfs", "this is a Git LFS pointer, not the weights")
 _PAGE = (b"<", "this is a web page: a link or a login page was saved")

@@ -240,8 +240,9 @@ def without_files(config: Namespace) -> None:
 def forget_pretrained_weights(config: Namespace) -> None:
     """Build the backbone from random weights: a checkpoint will replace them all, and none is worth a download."""
     model_args: dict[str, Any] | None = config.model.init_args.get("model_args")
-    if model_args and model_args.get("backbone_pretrained"):
-        model_args["backbone_pretrained"] = False
+    for key in ("backbone_pretrained", "backbone_ckpt_path"):
+        if model_args and model_args.get(key):
+            model_args[key] = False if key == "backbone_pretrained" else None
 
 
 def _arguments(callbacks: list[Namespace], kind: str) -> list[Namespace]:
