@@ -14,7 +14,8 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
-_DISK = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+_DISK += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder is wanted
 _SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
 _MASKS = (
     (rf"({_SECRET}['\"]?[=:] ?|--\S*{_SECRET} )[^\s'\"]+", r"\1***"),
@@ -141,7 +142,8 @@ def run(main: Callable[[], int]) -> int:
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
         if isinstance(error, OSError) and error.errno in _DISK and error.filename:
-            failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
+            what, fix = f"a file cannot be used: {error.strerror}", "make room, or give another folder"
+            failure = FloodreproError(what, where=error.filename, fix=fix)
             print(failure.report(), file=sys.stderr)
             return failure.exit_code
         traceback.print_exc()

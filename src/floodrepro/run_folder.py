@@ -132,6 +132,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a write that fails names none
+        raise
     finally:
         with contextlib.suppress(OSError):  # as on a read-only disk, whose first error is the one to tell
             partial.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 from floodrepro import console
-from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, Protocol, suffix_of
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, PARTS, PROTOCOLS, SPLITS, Protocol, suffix_of
 from floodrepro.errors import DataError
 from floodrepro.run_folder import write_atomically
 
@@ -44,6 +44,7 @@ blosc.use_threads = False
 # Their georeference is not read (see `read_raster`), also in threads, where warnings.catch_warnings does harm.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
+_UNKNOWN = -128  # in a table of classes: a mask value that the label map does not know
 _LARGE = 2**30  # bytes of a tar whose headers may take a while
 _WAITS = (0.2, 2.0)  # seconds before the second and the third try of a read that failed
 
@@ -101,6 +102,24 @@ class Chips:
     def raster(self, chip: str, part: str) -> Array:
         """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk; raises as `bands`."""
         return self._read(chip, part, read_raster)
+
+    def classes(self, chip: str) -> Array:
+        """The classes (H, W), int8, of a chip's mask by the protocol's label map, the ignore index kept.
+
+        Raises:
+            DataError: As `bands`; or the mask holds a value that the protocol does not know.
+        """
+        values, labels = self.raster(chip, LABEL_DIR), self.protocol.label_map
+        known = [IGNORE_INDEX, *range(len(labels))]
+        by_value = np.full(256, _UNKNOWN, np.int8)  # of int8 read as uint8: -1 is the last place
+        by_value[known] = [IGNORE_INDEX, *labels]
+        narrow = values.astype(np.int8)
+        classes = by_value.take(narrow.view(np.uint8))
+        if (classes == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+            what = f"the mask of {chip} holds {sorted({*np.unique(values).tolist()} - {*known})}, expected {known}"
+            fix = "name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom"
+            raise DataError(what, where=self.path(chip, LABEL_DIR), fix=fix)
+        return classes
 
     def grid(self, chip: str, part: str) -> tuple[Any, Any]:
         """CRS and transform of a chip's DEM or MASK; raises as `bands`."""

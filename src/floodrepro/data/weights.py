@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from floodrepro.errors import CheckpointError, DataError
+from floodrepro.recipe import Recipe
 from floodrepro.run_folder import sha256_of
 
 
@@ -47,6 +48,19 @@ def describe_weights(model_args: Mapping[str, Any]) -> str | None:
     if file := backbone_weights(model_args):
         return file.repo
     return "the backbone's own pretrained weights" if model_args.get("backbone_pretrained") else None
+
+
+def model_args(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of backbone and decoder; empty where it says nothing."""
+    return (recipe["model"].get("init_args") or {}).get("model_args") or {}
+
+
+def describe_model(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
+    """Backbone and decoder of a recipe, and what the training of a run's record started from, in words."""
+    arguments, source = model_args(recipe), record.get("started_from")
+    start = f"{source['file']}, sha256 {source['sha256']}" if source else describe_weights(arguments)
+    parts = f"{arguments.get('backbone', 'a backbone')} with {arguments.get('decoder', 'a decoder')}"
+    return [parts, f"started from {start or 'random weights'}"]
 
 
 def in_cache(file: HubFile) -> bool:

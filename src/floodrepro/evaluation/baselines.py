@@ -19,12 +19,10 @@ from floodrepro.data.chips import Chips
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare, write_table
-from floodrepro.evaluation.masks import read_truth
 from floodrepro.evaluation.metrics import Counts, iou
 from floodrepro.recipe import Recipe
 
 _FAR = 1e9  # beyond any value in dB
-_NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is -10000 in float16
 # Falls of backscatter, and values in dB below which VH is dark at the event: open water is at about -21 dB, land at
 # about -15 dB. The training split chooses among them; they are fixed, so that the choice repeats.
 _FALLS = tuple(0.5 * step for step in range(2, 21))
@@ -42,9 +40,6 @@ def write_baselines(recipe: Recipe, table: ChipTable, folder: Path) -> dict[str,
 
     Everything and nothing, and, where there are radar images, the two rules with the thresholds that give the best IoU
     of the positive class on the training split. Tables of the same data that are there already are kept.
-
-    Raises:
-        RunFolderError: A table cannot be written.
     """
     place, k = folder / "baselines" / str(table.metadata.get("split", "test")), table.positive
     paths = {name: place / f"{name}.parquet" for name in ("everything", "nothing", *_RULES)}
@@ -94,10 +89,10 @@ def _apply_rules(recipe: Recipe, table: ChipTable) -> dict[str, tuple[str, Count
 
 def _count_by_threshold(source: Chips, classes: int, positive: int, chip: str) -> dict[str, Counts]:
     """By rule, confusion counts (falls, darkness, K, K) of a chip at each pair of thresholds."""
-    truth = read_truth(source, chip)
+    truth = source.classes(chip)
     known, found = truth != protocols.IGNORE_INDEX, {}
     radar = source.bands(chip, "S1RTC")[[protocols.BEFORE, protocols.EVENT]].astype(np.float32)[:, :, known]
-    radar[radar < _NO_BACKSCATTER] = np.nan
+    radar[radar < protocols.NO_BACKSCATTER] = np.nan
     for name, (channels, darkness, _) in _RULES.items():
         # How many thresholds a pixel is beyond; a missing value is beyond none: not flood.
         fall = np.nan_to_num((radar[0] - radar[1])[:channels].mean(axis=0), nan=-_FAR)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from floodrepro.errors import RunFolderError, TableError
+from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import Counts
 from floodrepro.run_folder import replacing
 
@@ -76,23 +76,16 @@ class ChipTable:
 
 
 def write_table(table: ChipTable, path: Path) -> None:
-    """Write a table as Parquet; a pass that is killed leaves nothing under this name.
-
-    Raises:
-        RunFolderError: The folder cannot be written.
-    """
+    """Write a table as Parquet; a pass that is killed leaves nothing under this name."""
     columns: dict[str, Any] = {"chip": table.chips, "event": table.events}
     for name, values in vars(table).items():
         if isinstance(values, np.ndarray) and values.dtype.kind != "U":
             columns[name] = values if values.ndim == 1 else [row.ravel() for row in values]
     metadata = {"schema": SCHEMA, "classes": table.counts.shape[-1]} | table.metadata
     content = pa.table(columns).replace_schema_metadata({_KEY: json.dumps(metadata)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
-    except OSError as error:
-        raise RunFolderError(f"the chip table cannot be written: {error.strerror}", where=path) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        pq.write_table(content, partial, compression="zstd", compression_level=9, write_page_checksum=True)
 
 
 def read_table(path: Path) -> ChipTable:

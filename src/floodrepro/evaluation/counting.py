@@ -17,9 +17,9 @@ def count(
     """The columns of `floodrepro.evaluation.chip_table.ChipTable` for a batch, by their names.
 
     Args:
-        truth: (B, H, W), integers, a tensor or an array; pixels of `ignore_index` do not count.
-        prediction: (B, H, W), integers from 0 to K - 1; -1 where there is none.
-        probability: (B, H, W), of the class `positive`, 0 to 1; without it three of the columns are missing.
+        truth: Integers (B, H, W), a tensor or an array; pixels of `ignore_index` do not count.
+        prediction: Integers (B, H, W) from 0 to K - 1; -1 where there is none.
+        probability: (B, H, W), of the class `positive`; without it three of the columns are missing.
         classes: K.
         positive: -1 is the last class.
         ignore_index: See truth.

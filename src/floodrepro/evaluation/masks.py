@@ -16,7 +16,6 @@ from rasterio.warp import transform_bounds
 from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR
 from floodrepro.data.splits import check_data
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable
@@ -68,17 +67,18 @@ def tabulate_masks(
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
         for done, chip in enumerate(chips, 1):
-            with contextlib.ExitStack() as own, rasterio.open(source.path(chip, LABEL_DIR), driver="GTiff") as grid:
+            with (
+                contextlib.ExitStack() as own,
+                rasterio.open(source.path(chip, protocols.LABEL_DIR), driver="GTiff") as grid,
+            ):
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
                 found = _on_chip(rasters, grid, known if values else ())
-            prediction, probability = _interpret(found, known, scale, positive, chip)
-            layers = (None if one is None else one[None] for one in (read_truth(source, chip), prediction, probability))
-            batches.append(count(*layers, classes=len(names), positive=positive))
+            layers = [source.classes(chip), *_interpret(found, known, scale, positive, chip)]
+            batches.append(count(*(layer[None] for layer in layers), classes=len(names), positive=positive))
             show(done, len(chips))
-    metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive}
+    metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive, "checkpoint": None}
     metadata |= {"protocol": protocol.name, "data": data.as_dict(), "predictor": {"kind": "masks", "name": name}}
-    detail = f"{len(files)} rasters, nearest pixel"
-    metadata |= {"detail": detail, "checkpoint": None, "metrics": {}, "made": timestamp()}
+    metadata |= {"detail": f"{len(files)} rasters, nearest pixel", "metrics": {}, "made": timestamp()}
     table = ChipTable.of_batches(chips.items(), batches, metadata)
     unseen, counted = int(table.unseen.sum()), int(table.counts.sum())
     if not counted:
@@ -104,20 +104,6 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
         known = ", ".join([*class_names, _NONE])
         what = f"--values has {text!r}, expected VALUE=CLASS with commas; the classes are {known}"
         raise UsageError(what, fix="--values 1=flood,0=rest") from error
-
-
-def read_truth(source: Chips, chip: str) -> npt.NDArray[np.int64]:
-    """A chip's mask (H, W) as classes, IGNORE_INDEX kept.
-
-    Raises:
-        DataError: The mask is missing, damaged, or holds a value that the protocol does not know.
-    """
-    mask, labels = source.raster(chip, LABEL_DIR), source.protocol.label_map
-    unknown = sorted(set(np.unique(mask).tolist()) - {IGNORE_INDEX, *range(len(labels))})
-    if unknown:
-        what = f"the mask of {chip} holds {unknown}, expected {IGNORE_INDEX} to {len(labels) - 1}"
-        raise DataError(what, where=source.root, fix="take the recipe of this data's protocol")
-    return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, np.array(labels)[np.maximum(mask, 0)])
 
 
 def _open(file: Path) -> DatasetReader:
@@ -174,20 +160,20 @@ def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Conta
 
 def _interpret(
     found: npt.NDArray[np.float64], known: Mapping[int, int], scale: float | None, positive: int, chip: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
-    """Classes (H, W) of values, -1 where there is none, and probabilities (H, W) if there is a scale."""
+) -> list[npt.NDArray[Any]]:
+    """Classes (H, W) of values, -1 where there is none; and probabilities (H, W) if there is a scale."""
     seen = ~np.isnan(found)
     if scale is None:
-        probability, odd, expected = None, np.setdiff1d(found[seen], list(known)), f"one of {sorted(known)}"
+        layers, expected = [np.full(found.shape, -1)], f"one of {sorted(known)}"
+        odd = np.setdiff1d(found[seen], list(known))
         fix = f"--values VALUE=CLASS,... names them, VALUE={_NONE} leaves one out; or --probability"
-        prediction = np.full(found.shape, -1)
         for value, label in known.items():
-            prediction[found == value] = label
+            layers[0][found == value] = label
     else:
-        probability = found / scale
-        odd, expected = probability[(probability < 0) | (probability > 1)], "0 to 1"
+        share = found / scale
+        layers = [np.select([share > 0.5, seen], [positive, 1 - positive], -1), share]
+        odd, expected = share[(share < 0) | (share > 1)], "0 to 1"
         fix = "--probability 100 or --probability 255 says which value means 1"
-        prediction = np.select([probability > 0.5, seen], [positive, 1 - positive], -1)
     if odd.size:
         raise DataError(f"the mask over {chip} holds {odd[0]:g}, expected {expected}", fix=fix)
-    return prediction, probability
+    return layers

@@ -90,17 +90,6 @@ def calibration_error(histogram: npt.NDArray[np.int64], confidence: Floats, leas
     return _or_none(_ratio(np.abs(summed - pixels[1]).sum(), pixels.sum()))
 
 
-def best_threshold(histogram: npt.NDArray[np.int64]) -> float:
-    """The probability from which on the positive class had to be called for the best IoU; of equal ones next to 0.5.
-
-    `histogram` (N, 2, B) is a chip table's. The lower edges of its bins are tried.
-    """
-    rest, positive = histogram.sum(axis=0)
-    alarms, hits = (pixels[::-1].cumsum()[::-1] for pixels in (rest, positive))
-    edges = np.arange(len(rest)) / len(rest)
-    return float(edges[np.lexsort((np.abs(edges - 0.5), -_ratio(hits, positive.sum() + alarms)))[0]])
-
-
 def _of_classes(counts: Counts) -> dict[str, Floats]:
     """Scores (..., K) of all classes, by the names of `class_scores`."""
     hits, truth, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)

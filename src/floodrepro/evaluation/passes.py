@@ -1,5 +1,6 @@
 """One pass over a split with a checkpoint: validate, test and predict. The config counts, not what it recalls."""
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -19,7 +20,8 @@ from floodrepro import recipe as recipes
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import DataState, check_data, read_splits
-from floodrepro.errors import CheckpointError, FloodreproError, RunFolderError, UsageError
+from floodrepro.data.weights import describe_model
+from floodrepro.errors import CheckpointError, RunFolderError, UsageError
 from floodrepro.evaluation.baselines import write_baselines
 from floodrepro.evaluation.chip_table import ChipTable, write_table
 from floodrepro.evaluation.counting import count
@@ -33,7 +35,6 @@ from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 _UNSEEN = -1  # class of a pixel where neither Sentinel-1 nor Sentinel-2 has data at the event; no-data in the file
 _PROBABILITY_TYPES = {"float32": (1, np.nan), "uint8": (250, 255)}  # the values that mean 1 and nothing seen
 _SUFFIXES = [protocols.suffix_of(p, part) for p in protocols.PROTOCOLS.values() for part in protocols.PARTS]
-_AGREEMENT = 1e-6  # TerraTorch sums counts on the device and divides in float32
 _INPUTS = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_replace")
 
 
@@ -124,7 +125,7 @@ class ChipWriter(ChipPass):
             self._source = Chips(Path(root), protocols.protocol_of(recipe))
 
     def use(self, logits: Tensor, files: list[tuple[str, str]], batch: Any, task: Any) -> None:
-        """Write a batch; on a full disk, a RunFolderError is raised and nothing half-written stays."""
+        """Write a batch; on a full disk nothing half-written stays."""
         for (chip, file), values in zip(files, logits.float().cpu(), strict=True):
             with rasterio.open(file, driver="GTiff" if self._source else None) as grid:
                 profile = {"driver": "GTiff", "count": 1, "compress": "deflate", "crs": grid.crs}
@@ -138,7 +139,11 @@ class ChipWriter(ChipPass):
             for name, layer, kind, no_data in layers:
                 profile |= {"dtype": kind, "nodata": no_data}
                 filled = np.where(unseen, no_data, layer).astype(kind)
-                _write_whole(self._folder / f"{chip}_{name}.tif", filled, profile)
+                # In memory first: on a full disk GDAL leaves an empty file and tells nobody.
+                with MemoryFile() as memory, replacing(self._folder / f"{chip}_{name}.tif") as partial:
+                    with memory.open(**profile) as target:
+                        target.write(filled, 1)
+                    partial.write_bytes(memory.read())
 
     def _unseen(self, chip: str, grid: Any) -> npt.NDArray[np.bool_]:
         if self._source is None:
@@ -200,13 +205,11 @@ def tabulate_checkpoint(
 
     Returns:
         JSON types: `stage`, `checkpoint`, `metrics` of TerraTorch by its names (None where a class is absent; those of
-        further splits, ``test/<split>/…``, are computed from the table), `chips` and `tables` by split (none where the
-        trainer left batches out), and `disagreement`, the largest difference between TerraTorch's metrics and ours.
+        further splits, ``test/<split>/…``, are computed from the table), and `chips` and `tables` by split (none where
+        the trainer left batches out).
 
     Raises:
         UsageError, DataError, CheckpointError: The recipe has no such split; as `run_pass`.
-        RunFolderError: The table cannot be written.
-        FloodreproError: TerraTorch's metrics and the table's differ.
     """
     recipe, kind = cli.recipe, split if split in ("train", "val") else "test"
     splits = choose_split(recipe, split)
@@ -216,11 +219,7 @@ def tabulate_checkpoint(
     if folder is None and {"data.init_args.limit", "data.init_args.fraction"} & set(changes or ()):
         named = checkpoint.with_stem(f"{checkpoint.stem}-part")  # the table of the whole split stays
     place = table_path(checkpoint, name, folder).parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)  # before the pass: on a GPU it takes a while
-    except OSError as error:
-        what = f"the chip table cannot be written here: {error.strerror}"
-        raise RunFolderError(what, where=place, fix="--output DIR") from error
+    place.mkdir(parents=True, exist_ok=True)  # before the pass: on a GPU it takes a while
     protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
     counter, given = ChipCounts(checkpoint, protocol.positive_class), arguments.get(f"{kind}_split")
     file = given[name] if isinstance(given, Mapping) else given
@@ -233,6 +232,7 @@ def tabulate_checkpoint(
         "positive_class": protocol.positive_class,
         "protocol": protocol.name,
         "predictor": {"kind": "model", "name": checkpoint.name},
+        "detail": _describe(recipe, run),
         "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
         "recipe_sha256": recipes.fingerprint(recipe),
         "recipe_changes": changes,
@@ -253,14 +253,8 @@ def tabulate_checkpoint(
         return result
     if not events:
         console.warn("this data module names no flood events: each file counts as an event of its own")
-    ours = {f"test/{key}": value for key, value in scores(table.counts.sum(axis=0)).items()}
-    ours = {key: value for key, value in ours.items() if key in metrics}
-    disagreement = max(abs((value or 0.0) - metrics[key]) for key, value in ours.items())  # an absent class has 0 there
-    if disagreement > _AGREEMENT:
-        what = f"TerraTorch's metrics and those from the chips' counts differ by {disagreement:g}; no table was written"
-        fix = "this is an error in floodrepro, or in a library of another version: please report it"
-        raise FloodreproError(what, where=checkpoint, fix=fix)
-    shown: dict[str, float | None] = metrics | {key: None for key, value in ours.items() if value is None}
+    absent = {f"test/{key}": None for key, value in scores(table.counts.sum(axis=0)).items() if value is None}
+    shown: dict[str, float | None] = {key: absent.get(key, value) for key, value in metrics.items()}
     for part, listed in splits.items():
         one, path = table, table_path(named, part, folder)
         if part != name:
@@ -272,14 +266,14 @@ def tabulate_checkpoint(
         result["chips"][part], result["tables"][part] = len(one), str(path)
     if baselines and named == checkpoint:
         write_baselines(recipe, table, place.parent)
-    return result | {"metrics": shown, "disagreement": disagreement}
+    return result | {"metrics": shown}
 
 
 def predict(cli: RecipeCLI, checkpoint: Path, output: Path, *, probabilities: str | None = None) -> list[Path]:
     """Write what `ChipWriter` writes for each chip of the predict split into a new or empty folder; return the files.
 
     Raises:
-        UsageError, DataError, CheckpointError, RunFolderError: The folder holds something; as `run_pass`; a full disk.
+        UsageError, DataError, CheckpointError: The folder holds something; as `run_pass`.
     """
     output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()):
@@ -316,18 +310,18 @@ def table_path(checkpoint: Path, split: str, folder: Path | None = None) -> Path
     return (folder or run.evaluation) / split / f"{checkpoint.stem}.parquet"
 
 
+def _describe(recipe: Recipe, run: RunFolder | None) -> str:
+    """Which model this is, how it was trained and on what, as far as its run has recorded it."""
+    with contextlib.suppress(RunFolderError, LookupError, TypeError, AttributeError):  # no record, or an edited one
+        record = run.read_record() if run else {}
+        data, epochs = record["data"], record["progress"]["epochs"]
+        chips = f"{data['chips']['train']:,} {'generated ' if data['generated'] else ''}chips ({data['protocol']})"
+        how = f"trained on {chips} for {epochs} epochs with seed {record['seed']}"
+        return "; ".join([*describe_model(recipe, record), how])
+    return f"{describe_model(recipe, {})[0]}; how it was trained is not recorded here"
+
+
 def chip_of(file: str) -> str:
     """The chip id that a file is named after: its name without a part's suffix, or any other."""
     name = Path(file).name
     return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), Path(file).stem)
-
-
-def _write_whole(path: Path, values: npt.NDArray[Any], profile: dict[str, Any]) -> None:
-    with MemoryFile() as memory:  # on a full disk GDAL leaves an empty file and tells nobody
-        with memory.open(**profile) as target:
-            target.write(values, 1)
-        try:
-            with replacing(path) as partial:
-                partial.write_bytes(memory.read())
-        except OSError as error:
-            raise RunFolderError(f"the mask cannot be written: {error.strerror}", where=path) from error

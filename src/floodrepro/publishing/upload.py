@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
-from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from floodrepro import __version__
@@ -32,10 +32,9 @@ def make_plan(folder: Path, repo: str, *, branch: str, private: bool) -> dict[st
     """
     try:
         validate_repo_id(repo)
-    except HFValidationError as error:
+        _, _ = repo.split("/")
+    except ValueError as error:  # huggingface_hub's own is one
         raise UsageError(f"--repo is no OWNER/NAME: {error}", where=repo) from error
-    if "/" not in repo:
-        raise UsageError("--repo is no OWNER/NAME", where=repo)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) != 1 or not (folder / CARD).is_file():
         what = f"the folder needs one .safetensors and a {CARD}: it has {len(found)} .safetensors"

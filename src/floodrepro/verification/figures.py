@@ -23,7 +23,6 @@ from floodrepro.evaluation.metrics import iou
 MIN_SHARE = 0.01
 """Share of counted pixels of the class from which a chip's IoU says something: on fewer, one field decides it."""
 
-_NO_BACKSCATTER = -100.0  # dB; no surface is so dark, and -9999 is not -9999 in float16
 _DPI, _WIDTH = 110, 7.6  # of plots, in inches
 # Okabe and Ito, Color Universal Design (2008): told apart with every common colour blindness, as are the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -105,17 +104,10 @@ def take_pictures(optical: npt.NDArray[Any], radar: npt.NDArray[Any]) -> dict[st
     """
     colours = [protocols.S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
     times = [protocols.BEFORE, protocols.EVENT]
-    bands = optical[times][:, colours].astype(np.float32)
-    seen, bands = (bands != protocols.NO_DATA).all(axis=1), np.moveaxis(bands, 1, -1)
-    # One stretch for both dates and all bands, so that a change of colour is one on the ground; from the darker date
-    # of each pixel, for a cloud on one date would leave the land black on both.
-    darker = np.where(seen[..., None], bands, np.inf).min(axis=0)
-    land = darker[np.isfinite(darker)]
-    low, high = np.percentile(land, (2, 98)) if land.size else (0.0, 1.0)
-    rgb = 255 * np.where(seen[..., None], np.clip((bands - low) / max(high - low, 1.0), 0, 1), 0)
-    rgb = np.rint(rgb).astype(np.uint8)
+    # One stretch, in which a reflectance of 0.3 is white: a change of colour between the dates is one on the ground.
+    rgb = np.clip(np.moveaxis(optical[times][:, colours], 1, -1) / 3000 * 255, 0, 255).astype(np.uint8)
     vv = radar[times][:, protocols.S1_BANDS.index("vv")].astype(np.float32)
-    vv = np.where(vv > _NO_BACKSCATTER, vv, np.float32(np.nan))
+    vv = np.where(vv > protocols.NO_BACKSCATTER, vv, np.float32(np.nan))
     return {"before_rgb": rgb[0], "event_rgb": rgb[1], "before_vv": vv[0], "event_vv": vv[1]}
 
 

@@ -169,9 +169,6 @@ def exported_pair(recipe: Path, checkpoint: Path, folder: Path) -> Check:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise CheckpointError(f"plain TerraTorch does not load the pair: {lines[-1]}", where=pair.path)
         theirs: Tensor = torch.load(logits, weights_only=True)
-    if theirs.shape != ours.shape:
-        what = f"plain TerraTorch predicts {tuple(theirs.shape)} where the run's model predicts {tuple(ours.shape)}"
-        raise CheckpointError(what, where=pair.config)
     asked, gap = CRITERIA["exported_pair"], float((ours - theirs).abs().max())
     equal = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double().mean(dim=(1, 2))
     values += [

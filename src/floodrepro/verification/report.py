@@ -17,7 +17,6 @@ from typing import Any
 import markdown
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from floodrepro.errors import RunFolderError
 from floodrepro.run_folder import replacing
 from floodrepro.verification.checks import NOTHING, number
 from floodrepro.verification.figures import png
@@ -32,9 +31,6 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """Write results.json, report.md, report.html and figures/*.png into a folder and return the HTML page.
 
     `evidence/panels.png` in the folder is the picture of chips, if there is one.
-
-    Raises:
-        RunFolderError: The folder cannot be written.
     """
     figures = draw(results, folder / "evidence" / PICTURE)
     text = render(results, figures)
@@ -43,14 +39,10 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
         "report.md": text,
         "report.html": to_html(text, figures, f"Verification of {results['run']['name']}"),
     }
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for name, content in (figures | {name: page.encode() for name, page in pages.items()}).items():
-            with replacing(folder / name) as partial:
-                partial.write_bytes(content)
-    except OSError as error:
-        what = f"the report cannot be written: {error.strerror}"
-        raise RunFolderError(what, where=folder, fix="--output DIR puts it elsewhere") from error
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, content in (figures | {name: page.encode() for name, page in pages.items()}).items():
+        with replacing(folder / name) as partial:
+            partial.write_bytes(content)
     return folder / "report.html"
 
 
@@ -64,9 +56,10 @@ def draw(results: Mapping[str, Any], picture: Path) -> dict[str, bytes]:
 def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """report.md as text, with the figures that are given."""
     checks = sorted(results["checks"], key=lambda check: _WORST_FIRST.index(check["status"]))
-    other = results["reference"] or {}
-    weights = (other.get("checkpoint") or {}).get("sha256") or "not known"
-    facts = run_facts(results["run"]) | ({"reference": f"{other['name']}, sha256 {weights}"} if other else {})
+    facts = run_facts(results["run"])
+    if other := results["reference"]:
+        facts["reference"] = f"{other['name']}: {other.get('detail') or 'its table does not say what it is'}"
+        facts["reference sha256"] = (other.get("checkpoint") or {}).get("sha256") or "not known"
     return fill_in(
         _FOLDER / "report.md.j2",
         results=results,

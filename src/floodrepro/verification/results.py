@@ -12,18 +12,19 @@ from typing import Any
 import floodrepro
 from floodrepro.console import public
 from floodrepro.data.protocols import protocol_of
-from floodrepro.data.weights import describe_weights
+from floodrepro.data.weights import describe_model
 from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
-from floodrepro.recipe import Recipe
 from floodrepro.verification.battery import ask, required_checks
 from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 3
 _NOT_COPIED = ("schema", "checkpoint")  # of run.json
+_OF_REFERENCE = ("detail", "checkpoint", "recipe_sha256")  # of its table
 _WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
-_TYPES = {"run": dict, "verdict": dict, "summary": dict, "scores": dict, "forest": dict, "checks": list, "banner": str}
+_TYPES: dict[str, Any] = dict.fromkeys(("run", "verdict", "summary", "scores", "forest"), dict)
+_TYPES |= {"reference": dict | None, "checks": list, "banner": str}
 _KEYS = [("verdict", name) for name in ("word", "sentence", "not_shown")]
 _KEYS += [("summary", name) for name in ("text", "objection", "required")]
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
@@ -42,8 +43,7 @@ def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, A
         "made": made,
         "floodrepro": floodrepro.__version__,
         "run": _run(evidence),
-        "reference": other
-        and {"name": evidence.reference_name, **{key: about.get(key) for key in ("checkpoint", "recipe_sha256")}},
+        "reference": other and {"name": evidence.reference_name} | {key: about.get(key) for key in _OF_REFERENCE},
         "verdict": _verdict(evidence, by_id, summary["not_met"]),
         "summary": summary,
         "banner": _banner(evidence),
@@ -70,9 +70,10 @@ def load(path: Path) -> dict[str, Any]:
         if wrong := [key for key, kind in _TYPES.items() if not isinstance(results[key], kind)]:
             raise TypeError(f"'{wrong[0]}' is not what verify writes")
         [results[key][name] for key, name in _KEYS]
+        [(results["run"].get(key) or {}).get("") for key in ("checkpoint", "data")]
         if not {check["status"] for check in results["checks"]} <= _WORDS.keys():
             raise ValueError("a check has an unknown status")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         what = f"the results are missing, damaged or another version's: {error}"
         raise TableError(what, where=path, fix="floodrepro verify --run DIR writes it again") from error
     return results
@@ -104,7 +105,7 @@ def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
             f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared
         ],
         "All checks": [f"{number} {word}" for word, number in counted.items() if number],
-        "Failed": [check["title"] for check in by_id.values() if check["status"] == "fail"],
+        "Failed": [f"{one['title']} ({one['finding']})" for one in by_id.values() if one["status"] == "fail"],
     }
     about = {"required": required, "left_out": left_out, "not_met": not_met, "ok": not not_met}
     return counted | about | {"objection": say(against), "text": say(against | others)}
@@ -148,15 +149,15 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> dict[str, Any]:
     values = [value for check in checks for value in check["values"] if value["level"]]
     values.sort(key=lambda value: "mIoU" in value["name"])  # the figures that are tested first
     margin, level = CRITERIA["parity"]["margin_pp"], CRITERIA["parity"]["level"]
-    axes = {"x": "value", "low": "low", "high": "high"}
-    numbers: dict[str, Any] = {axis: [value[key] for value in values] for axis, key in axes.items()}
+    x, low, high = ([value[key] for value in values] for key in ("value", "low", "high"))
     named = [value["name"].removeprefix("difference in ") for value in values]
+    n = max((value["n_events"] or 0 for value in values), default=0)
     return {
         "name": "forest",
         "kind": "forest",
         "x_label": f"this run less {evidence.reference_name or 'the reference'}, percentage points",
-        "series": [{"label": "difference", "y": named} | numbers] if values else [],
-        "caption": f"Differences to the reference with {level:.0%} intervals; the margin of ±{margin:g} pp is shaded.",
+        "series": [{"label": "difference", "x": x, "y": named, "low": low, "high": high}] if values else [],
+        "caption": f"Differences over {n} events with {level:.0%} intervals; the margin of ±{margin:g} pp is shaded.",
         "margin": margin,
     }
 
@@ -178,19 +179,6 @@ def _run(evidence: Evidence) -> dict[str, Any]:
         "n_events": len(set(table.events)) if table else None,
         "seeds": [{"seed": run.seed, "status": run.status, "run": run.run} for run in evidence.seeds],
     }
-
-
-def describe_model(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
-    """Backbone and decoder of a recipe, and what its training started from, in words."""
-    arguments, source = model_args(recipe), record.get("started_from")
-    start = f"{source['file']}, sha256 {source['sha256']}" if source else describe_weights(arguments)
-    parts = f"{arguments.get('backbone', 'a backbone')} with {arguments.get('decoder', 'a decoder')}"
-    return [parts, f"started from {start or 'random weights'}"]
-
-
-def model_args(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says of backbone and decoder; empty where it says nothing."""
-    return (recipe["model"].get("init_args") or {}).get("model_args") or {}
 
 
 def without_folders(entry: Any) -> Any:

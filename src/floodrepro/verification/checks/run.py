@@ -29,8 +29,6 @@ def convergence(evidence: Evidence) -> Check:
     by_loss = record.get("monitor", "val/loss") == "val/loss"  # a recipe may choose its best epoch by another score
     fall = losses[first] - losses[best]
     values += [
-        figure("val/loss, first epoch", losses[first]),
-        figure("val/loss, best epoch", losses[best]),
         figure("fall of val/loss to the best epoch", fall, at_least=CRITERIA["convergence"]["min_fall"]),
         figure("best epoch in run.json", recorded, expected=best if by_loss else None),
     ]

@@ -109,9 +109,9 @@ def events(evidence: Evidence) -> Check:
     class_name, zero, table = evidence.class_name, asked["zero_iou"], evidence.usable_table()
     names, counts = pool_by_event(table.counts, table.events)
     pixels, figures = counts[:, k].sum(axis=1), iou(counts, k)
-    large = np.flatnonzero(pixels >= asked["min_pixels"])
+    large = np.flatnonzero(pixels >= metrics.MIN_FLOOD_PIXELS)
     if not len(large):
-        raise Unanswered("skip", f"no event has {asked['min_pixels']} pixels of {class_name} or more")
+        raise Unanswered("skip", f"no event has {metrics.MIN_FLOOD_PIXELS} pixels of {class_name} or more")
     order = large[np.argsort(figures[large], kind="stable")].tolist()
     missed = [names[n] for n in order if figures[n] < zero]
     share, largest = len(missed) / len(large), 100 * float(pixels.max() / pixels.sum())
@@ -164,8 +164,6 @@ def calibration(evidence: Evidence) -> Check:
         one_class = ((called == 0) | (called == pixels))[mixed]
         values.append(figure(name, float(one_class.mean()), n_chips=len(one_class), at_most=share))
     values.append(figure("Brier score", float(table.squared_error.sum() / pixels.sum())))  # Brier 1950
-    best = metrics.best_threshold(table.histogram)
-    values.append(figure(f"best threshold of {class_name} on these chips", best))
     found = f"calibration error {error['text']}, predicted over true area {area['text']}"
     return judge(values, found)
 
