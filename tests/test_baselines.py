@@ -95,7 +95,3 @@ def test_without_sound_radar_images_the_two_that_need_none_are_left_and_the_reas
     assert "the radar baselines are left out" in warning({"data": {"class_path": "terratorch.X", "init_args": {}}})
     write_chip(tmp_path, TEST, [(0, 0)], [2])
     assert f"the mask of {TEST} holds [2]" in warning(recipe)
-    radar = next((tmp_path / "data" / "S1RTC").glob(f"{TEST}*"))
-    write_chip(tmp_path, TEST, [(0, 0)], [0])
-    radar.write_bytes(radar.read_bytes()[:100])
-    assert "is damaged" in warning(recipe)

@@ -76,19 +76,16 @@ def test_strict_refuses_what_does_not_fit_and_lenient_reports_it(tmp_path: Path,
         load_weights(model(), read_checkpoint(tmp_path / "int8.pt"))
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
+def test_tensors_that_are_no_weights_are_refused(tmp_path: Path):
+    for content, says in (
         ({"model.w": torch.ones(2), "w": torch.zeros(2)}, "two tensors have one name"),
         ({"w": torch.tensor([complex(0, float("nan"))])}, "not finite: w"),
         ({"w": torch.eye(3).to_sparse()}, "no plain tensor: w"),
         ({"w": torch.ones(2, device="meta")}, "no plain tensor: w"),
-    ],
-)
-def test_tensors_that_are_no_weights_are_refused(content, says, tmp_path: Path):
-    torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match=says):
-        check_finite(read_checkpoint(tmp_path / "w.pt"))
+    ):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=says):
+            check_finite(read_checkpoint(tmp_path / "w.pt"))
 
 
 def test_old_format_cut_anywhere_and_odd_hyper_parameters_end_in_no_traceback(tmp_path: Path):
@@ -125,8 +122,6 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
         ("w.pt", b"", "0 bytes", "download it again"),
         ("notes.txt", b"no weights here", "no checkpoint", "download it again"),
         ("w.pt", {"epoch": 3}, "without a state dict", ""),
-        ("w.pt", [1, 2], "without a state dict", ""),
-        ("w.pt", {"state_dict": {}}, "without a state dict", ""),
         ("w.pt", {1: torch.ones(1)}, "without a state dict", ""),
     ],
 )
@@ -157,7 +152,6 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
     ("argv", "config", "fix"),
     [
         (("test", "--ckpt", "model.pt"), "model.yaml", "--config model.yaml"),
-        (("export", "--output", "new", "--ckpt", "model.pt"), "model.yaml", "--config model.yaml"),
         (("test", "--ckpt", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "run/recipe.yaml"),
         (("verify", "--run", "run"), "run/recipe.yaml", "--trust-code"),
         (("verify", "--run", "own", "--reference", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "--trust-code"),

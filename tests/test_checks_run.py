@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from floodrepro.verification import battery
 from floodrepro.verification.battery import ask
 from floodrepro.verification.checks import Evidence
@@ -23,8 +21,7 @@ def with_metadata(evidence: Evidence, **changes) -> Evidence:
 
 def test_log_is_read_as_it_was_written_and_what_is_wrong_in_it_named(evidence: Evidence):
     answer = ask("convergence", evidence)
-    assert figure_of(answer, "val/loss, first")["value"] == LOSSES[0]
-    assert figure_of(answer, "val/loss, best")["value"] == min(LOSSES)
+    assert figure_of(answer, "fall of val/loss")["value"] == LOSSES[0] - min(LOSSES)
     assert answer["plots"][0]["series"][0]["y"] == LOSSES
     rows = [*evidence.metrics[:4], evidence.metrics[4] | {"train/loss": "nan"}, *evidence.metrics[5:]]
     flat = [row | {"val/loss": "0.5" if row["val/loss"] else ""} for row in evidence.metrics]
@@ -54,17 +51,13 @@ def test_only_splits_that_both_sides_have_are_compared(evidence: Evidence):
         assert ask("data", with_record(evidence, data=data))["status"] == status
 
 
-@pytest.mark.parametrize(
-    ("audit", "says"),
-    [
-        ({}, ""),
-        ({"findings": [{"severity": "error", "message": "2 pixels of class 7"}]}, "2 pixels of class 7"),
-        ({"digests": {"train": "0" * 64}}, "train chips of training, audit"),
-    ],
-)
-def test_error_of_the_audit_and_other_chips_in_it_fail(evidence: Evidence, audit: dict, says: str):
-    answer = ask("data", replace(evidence, audit={"digests": DIGESTS, "findings": []} | audit))
-    assert (answer["status"], says in answer["finding"]) == ("fail" if audit else "pass", True)
+def test_error_of_the_audit_and_other_chips_in_it_fail(evidence: Evidence):
+    error, sound = {"severity": "error", "message": "2 pixels of class 7"}, {"digests": DIGESTS, "findings": []}
+    assert ask("data", replace(evidence, audit=sound))["status"] == "pass"
+    others = {"digests": {"train": "0" * 64}}
+    for audit, says in (({"findings": [error]}, "2 pixels of class 7"), (others, "train chips of training, audit")):
+        answer = ask("data", replace(evidence, audit=sound | audit))
+        assert (answer["status"], says in answer["finding"]) == ("fail", True)
 
 
 def test_damaged_manifest_fails_and_one_of_the_current_folder_is_not_asked_for(tmp_path: Path, monkeypatch):
@@ -77,32 +70,27 @@ def test_damaged_manifest_fails_and_one_of_the_current_folder_is_not_asked_for(t
     assert (ask("data", damaged)["status"], "manifest" in ask("data", damaged)["finding"]) == ("fail", True)
 
 
-@pytest.mark.parametrize(
-    ("planted", "says"),
-    [
+def test_record_that_does_not_say_where_the_weights_come_from_fails(evidence: Evidence):
+    for planted, says in (
         ({"status": "interrupted"}, "status of the run: interrupted"),
         ({"recipe_sha256": "0" * 64}, "recipe.yaml and run.json"),
         ({"environment": {"code": {"commit": "4f" * 20, "dirty": True}}}, "working tree: with changes"),
         ({"environment": {}}, "source of the code: unknown"),
         ({"seed": 7}, "the seed was declared: no"),
-    ],
-)
-def test_record_that_does_not_say_where_the_weights_come_from_fails(evidence: Evidence, planted, says):
-    answer = ask("provenance", with_record(evidence, **planted))
-    assert (answer["status"], says in answer["finding"]) == ("fail", True)
+    ):
+        answer = ask("provenance", with_record(evidence, **planted))
+        assert (answer["status"], says in answer["finding"]) == ("fail", True)
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
+def test_table_of_another_recipe_fails_and_another_data_root_does_not(evidence: Evidence):
+    harmless, harmful = ["data_root", "batch_size"], "data.init_args.means.DEM"
+    for changes, says in (
         ([], "recipe of table and run"),
-        (["data.init_args.data_root", "trainer.devices", "data.init_args.batch_size"], ""),
-        (["data.init_args.means.DEM"], "recipe (data.init_args.means.DEM)"),
-    ],
-)
-def test_table_of_another_recipe_fails_and_another_data_root_does_not(evidence: Evidence, changes: list, says: str):
-    answer = ask("provenance", with_metadata(evidence, recipe_sha256="0" * 64, recipe_changes=changes))
-    assert (answer["status"], says in answer["finding"]) == ("fail" if says else "pass", True)
+        (["trainer.devices", *(f"data.init_args.{key}" for key in harmless)], ""),
+        ([harmful], f"recipe ({harmful})"),
+    ):
+        answer = ask("provenance", with_metadata(evidence, recipe_sha256="0" * 64, recipe_changes=changes))
+        assert (answer["status"], says in answer["finding"]) == ("fail" if says else "pass", True)
 
 
 def test_reference_that_sees_other_inputs_fails_no_record_is_a_skip_and_source_stands_for_a_commit(evidence: Evidence):

@@ -10,7 +10,8 @@ from rasterio.warp import reproject, transform_bounds
 from sklearn.metrics import confusion_matrix
 
 from conftest import CHIPS
-from floodrepro.data.protocols import LABEL_DIR, PROTOCOLS, suffix_of
+from floodrepro import recipe as recipes
+from floodrepro.data.chips import Chips
 from floodrepro.data.splits import read_events
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import BINS
@@ -21,18 +22,13 @@ SIZE = CHIPS["size"]
 
 @pytest.fixture
 def recipe(chips: Path) -> dict:
-    splits = {f"{s}_split": str(chips / "split" / f"impactmesh_flood_{s}.txt") for s in ("train", "val", "test")}
-    arguments = {"protocol": "v0", "data_root": str(chips / "data"), **splits}
-    return {"data": {"class_path": "floodrepro.data.datamodule.FloodDataModule", "init_args": arguments}}
+    demo = recipes.read_yaml(recipes.find("demo"))
+    return recipes.fold([demo], [*recipes.data_overrides(chips, demo), "--data.init_args.protocol=v0"])
 
 
 @pytest.fixture
 def events(chips: Path) -> dict[str, str]:
     return read_events(chips / "split" / "impactmesh_flood_test.txt")
-
-
-def truth_file(chips: Path, chip: str) -> Path:
-    return chips / "data" / LABEL_DIR / f"{chip}{suffix_of(PROTOCOLS['v0'], LABEL_DIR)}"
 
 
 def write(path: Path, values: np.ndarray, like: dict, **changes: object) -> Path:
@@ -46,13 +42,14 @@ def write(path: Path, values: np.ndarray, like: dict, **changes: object) -> Path
 
 def rolled(chips: Path, chip: str) -> tuple[np.ndarray, dict]:
     """A mapper's mask: the truth moved by two pixels, unlabelled as rest."""
-    with rasterio.open(truth_file(chips, chip)) as source:
+    with rasterio.open(chips / "data" / "MASK" / f"{chip}_annotation_flood.tif") as source:
         return np.roll(np.maximum(source.read(1), 0), 2, axis=1).astype(np.uint8), source.profile
 
 
-def expected(chips: Path, events: dict[str, str], wrong: dict[str, np.ndarray]) -> np.ndarray:
-    truths = [rasterio.open(truth_file(chips, chip)).read(1).ravel() for chip in events]
-    pairs = zip(truths, (wrong[chip].ravel() for chip in events), strict=True)
+def expected(chips: Path, events: dict[str, str]) -> np.ndarray:
+    """The confusion counts of those masks."""
+    source = Chips(chips / "data")
+    pairs = [(source.raster(chip, "MASK").ravel(), rolled(chips, chip)[0].ravel()) for chip in events]
     return np.stack([confusion_matrix(*pair, labels=[0, 1]) for pair in pairs])  # other labels are left out
 
 
@@ -66,8 +63,7 @@ def folder(chips: Path, events: dict[str, str], tmp_path: Path) -> Path:
 
 def test_masks_named_after_chips_are_counted_pixel_by_pixel(recipe, chips, events, folder):
     table = tabulate_masks(recipe, [folder], events, name="GFM")
-    wrong = {chip: rolled(chips, chip)[0] for chip in events}
-    assert np.array_equal(table.counts, expected(chips, events, wrong))
+    assert np.array_equal(table.counts, expected(chips, events))
     assert table.chips.tolist() == list(events)
     assert (table.name, table.histogram, table.unseen.sum()) == ("GFM", None, 0)
     assert (table.counts.sum(axis=(1, 2)) + table.ignored == SIZE**2).all()
@@ -113,9 +109,8 @@ def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, e
         write(folder / f"{chip}_pred.tif", np.where(values == 1, 5, 7).astype(np.uint8), like)
     with pytest.raises(DataError, match=r"holds 5|holds 7"):
         tabulate_masks(recipe, [folder], events, name="GFM")
-    wrong = {chip: rolled(chips, chip)[0] for chip in events}
     table = tabulate_masks(recipe, [folder], events, name="GFM", values="5=flood, 7=rest")
-    assert np.array_equal(table.counts, expected(chips, events, wrong))
+    assert np.array_equal(table.counts, expected(chips, events))
     assert parse_values("1=1,0=none", ["rest", "flood"]) == {1: 1, 0: -1}
     for text in ("1=water", "flood", "a=flood"):
         with pytest.raises(UsageError, match="--values"):

@@ -87,9 +87,6 @@ def test_dry_run_lists_files_hashes_and_place_and_nothing_is_sent_without_a_yes(
     assert server.requests == []
 
 
-# The upload
-
-
 def test_one_commit_of_a_private_repository_has_the_same_bytes(server, exported: Path, publish):
     done = publish(exported, "--yes", "--private", "--format", "json")
     model = server.models[REPO]
@@ -134,7 +131,9 @@ def test_undecided_comparison_is_published_with_its_word_and_results_of_other_we
     plan = dry(cli, exported)
     assert (plan["objection"], plan["verdict"].split(". ")[0]) == ("", "undecided")
     edit_results(exported, "checkpoint", sha256="a" * 64)
-    told(cli("publish", "--export", exported, "--repo", REPO, "--yes"), "of another checkpoint")
+    told(cli("publish", "--export", exported, "--repo", REPO, "--yes"), "of another version or checkpoint")
+    edit_results(exported, "run", checkpoint="text")
+    told(cli("publish", "--export", exported, "--repo", REPO, "--dry-run"), "results are missing, damaged")
 
 
 def test_card_in_the_authors_own_words_is_published_as_it_is_unless_it_cannot_be_read(cli, exported: Path):

@@ -11,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from floodrepro.evaluation import chip_table
 from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.verification.checks import CRITERIA
-from verification_fixtures import OTHER, make_run, make_table, write_pair
+from verification_fixtures import make_run, write_pair
 
+MEASURED = "verification/evidence/measured.json"
 ASKED = "weights,exported_pair,panels,identities"
 SCRIPT = """
 import sys
-from importlib.abc import MetaPathFinder
 from pathlib import Path
-class Absent(MetaPathFinder):
+class Absent:
     def find_spec(self, name, path=None, target=None):
         if name in ("torch", "terratorch", "lightning", "impactmesh"):
             raise ImportError(name)
@@ -109,18 +108,17 @@ DAMAGED = {
     "evaluation/test/best.parquet": "events",
     "evaluation/val/best.parquet": "identities",
     "metrics.csv": "convergence",
-    "verification/evidence/measured.json": "weights",
+    MEASURED: "weights",
     "run.json": "provenance",
     "../declared.json": "variance",
 }
 
 
-@pytest.mark.parametrize("content", [b"PAR1 not really", b"\xff\xfe\x00"])
-def test_damaged_files_fail_their_checks(judge, own_run: RunFolder, content: bytes):
+def test_damaged_files_fail_their_checks(judge, own_run: RunFolder):
     for name in DAMAGED:
         path = own_run.path / name
         path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_bytes(content)
+        path.write_bytes(b"PAR1 \xff\xfe\x00")
     found = statuses(judge())
     assert {found[check][0] for check in DAMAGED.values()} == {"fail"}, found
 
@@ -130,11 +128,7 @@ def test_damaged_files_fail_their_checks(judge, own_run: RunFolder, content: byt
     [
         ("run.json", {"environment": 5, "chips_per_second": "fast"}),
         ("run.json", {"data": {"chips": 5, "events": [1]}, "rollback": [1], "incidents": [1]}),
-        ("run.json", {"started": "yesterday", "command": 5}),
-        (
-            "verification/evidence/measured.json",
-            {"checks": {"weights": {"status": "pass", "finding": "x", "plots": [1]}}},
-        ),
+        (MEASURED, {"checks": {"weights": {"status": "pass", "finding": "x", "plots": [1]}}}),
         ("../declared.json", {"seeds": [1, "../../etc"]}),
         ("metrics.csv", "epoch,step,val/loss,train/loss\nnan,nan,nan,nan\n"),
     ],
@@ -172,7 +166,7 @@ def test_damaged_reference_no_run_and_output_that_cannot_be_written_are_errors(c
     reference, file = tmp_path / "r.parquet", tmp_path / "file"
     reference.write_bytes(b"PAR1 not really")
     file.write_text("in the way")
-    for flags, says in ((("--reference", reference), "r.parquet"), (("--output", file), "cannot be written")):
+    for flags, says in ((("--reference", reference), "r.parquet"), (("--output", file), "a file cannot be used")):
         outcome = judge(*flags)
         assert (outcome.code, says in outcome.err) == (1, True)
     assert cli("verify", "--run", tmp_path).code == 2
@@ -206,17 +200,3 @@ def test_checkpoint_is_not_exported_with_another_models_recipe(cli, verified: Ru
     for flags in ((), ("--no-card",)):
         assert cli("export", "--ckpt", verified.best, *other, *flags).code == 2
     assert not (tmp_path / "export").exists()
-
-
-def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_path: Path):
-    """`map check` writes such tables; the run's own lies where its table over the split `map` would."""
-    run = make_run(tmp_path / "mine")
-    own = {"split": "map", "checkpoint": {"name": "best.ckpt", "sha256": sha256_of(run.best)}}
-    ours, theirs = make_table(seed=1, **own), make_table(seed=2, split="map", checkpoint=OTHER)
-    chip_table.write_table(ours, run.evaluation / "map" / "best.parquet")
-    chip_table.write_table(theirs, tmp_path / "theirs.parquet")
-    flags = ("--no-measure", "--split", "map", "--reference", tmp_path / "theirs.parquet", "--require", "parity")
-    outcome = cli("verify", "--run", run.path, *flags)
-    assert outcome.code == 0, outcome.err + outcome.out
-    assert results_of(run)["verdict"]["outcome"] == "equivalent"
-    assert results_of(run)["run"]["n_chips"] == len(ours)

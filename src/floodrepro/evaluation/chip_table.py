@@ -57,19 +57,18 @@ class ChipTable:
         return int(self.metadata.get("positive_class", self.counts.shape[-1] - 1))
 
     @property
+    def weights(self) -> str | None:
+        """The sha256 of the checkpoint that was measured; None of masks and baselines."""
+        return (self.metadata.get("checkpoint") or {}).get("sha256")
+
+    @property
     def name(self) -> str:
         """Whose predictions these are: a checkpoint's file name, a baseline, or the name given to masks."""
         return str((self.metadata.get("predictor") or self.metadata.get("checkpoint") or {}).get("name", "unnamed"))
 
     def subset(self, chips: Sequence[str] | npt.NDArray[np.str_], **metadata: Any) -> "ChipTable":
-        """The rows of these chips, in their order, with metadata changed as given.
-
-        Raises:
-            TableError: A chip is not in the table.
-        """
+        """The rows of these chips, all of which are in the table, in their order, with metadata changed as given."""
         places = {chip: row for row, chip in enumerate(self.chips.tolist())}
-        if missing := [chip for chip in chips if chip not in places]:
-            raise TableError(f"a chip is not in the chip table: {missing[0]}")
         rows = np.array([places[chip] for chip in chips], np.int64)
         changed = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **changed, metadata=self.metadata | metadata)
@@ -108,15 +107,12 @@ def read_table(path: Path) -> ChipTable:
         for name in {"counts", "ignored", "unseen", "histogram"} & columns.keys():
             if columns[name].dtype.kind not in "iu" or (columns[name] < 0).any():
                 raise ValueError(f"{name} holds what is no count")
-        ids = [one for name in ("chip", "event") for one in content[name].to_pylist()]
-        if len(set(chips)) < len(chips) or not all(isinstance(one, str) for one in ids):
-            raise ValueError("chips and events are no text, or a chip is there twice")
-        if metadata.get("positive_class", 0) not in range(classes):
-            raise ValueError(f"the positive class is none of {classes}")
-        parts = [metadata.get(key) or {} for key in ("checkpoint", "predictor", "data", "metrics", "inputs", "speed")]
-        named = len(metadata.get("class_names") or range(classes))
-        if named != classes or not all(isinstance(part, dict) for part in parts):
-            raise TypeError("its metadata is of other types")
+        if len(set(chips)) < len(chips):
+            raise ValueError("a chip is there twice")
+        parts = [metadata.get(key) or {} for key in ("checkpoint", "predictor", "data", "metrics", "inputs")]
+        named, positive = metadata.get("class_names") or range(classes), metadata.get("positive_class", 0)
+        if len(named) != classes or positive not in range(classes) or not all(isinstance(p, dict) for p in parts):
+            raise TypeError("its metadata is of other types, or of another number of classes")
         return ChipTable(chips, events, **columns, metadata=metadata)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         what = f"this is no chip table, or it is damaged: {error}"

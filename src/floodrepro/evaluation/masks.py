@@ -39,14 +39,9 @@ def tabulate_masks(
 ) -> ChipTable:
     """Count masks against the truth of a recipe's split, as `docs/chip-table.md` describes.
 
-    Args:
-        recipe: Says where the chips are and what their classes are.
-        masks: Files, or folders of files: one per chip, named after it, or rasters that cover several chips.
-        chips: Ids, and the event of each.
-        name: What reports call the table.
-        split: What the chips are.
-        scale: For masks of probabilities of the positive class: the value that means 1.
-        values: The class of each value, as `parse_values` reads it. By default a value is a class.
+    `masks` are files, or folders of files: one per chip, named after it, or rasters that cover several of the `chips`
+    (the event of each id). With a `scale`, the value that means 1, they are probabilities of the positive class; else
+    `values` has the class of each value, as `parse_values` reads it, or a value is a class.
 
     Raises:
         UsageError: The recipe has another data module, or more than two classes for probabilities.
@@ -141,16 +136,13 @@ def _named_after_chips(files: Sequence[Path], chips: Mapping[str, str]) -> dict[
 
 
 def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Container[float]) -> npt.NDArray[np.float64]:
-    """Values (H, W) on a chip's grid, NaN without data; of several rasters the first that has some counts.
-
-    A value that is `named` is data, whatever a raster says.
-    """
+    """Values (H, W) on a chip's grid, NaN without data; of several rasters the first that has some counts."""
     found = np.full(grid.shape, np.nan)
     for raster in rasters:
         if disjoint_bounds(raster.bounds, transform_bounds(grid.crs, raster.crs, *grid.bounds)):
             continue
         place = {"crs": grid.crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
-        if raster.nodata in named:
+        if raster.nodata in named:  # then it is data, whatever the raster says
             place["src_nodata"] = np.nan
         # Nearest, to the pixel: GDAL's usual tolerance moves one pixel in a hundred to its neighbour.
         with WarpedVRT(raster, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:

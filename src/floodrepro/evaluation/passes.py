@@ -1,7 +1,6 @@
 """One pass over a split with a checkpoint: validate, test and predict. The config counts, not what it recalls."""
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -171,7 +170,7 @@ def run_pass(
 
     Raises:
         UsageError, DataError: The recipe does not build or run here; chips are missing.
-        CheckpointError: The weights cannot be read or do not fit; or predictions or metrics are not finite.
+        CheckpointError: The weights cannot be read or do not fit; or predictions are not finite.
     """
     weights, log = read_checkpoint(watch.checkpoint), not sys.stderr.isatty()
     data = check_data(cli.recipe, (split,))
@@ -188,11 +187,7 @@ def run_pass(
         watch.show = show if log else None  # a terminal has Lightning's bar
         options = {"return_predictions": False} if stage == "predict" else {"verbose": False}
         results = getattr(cli.trainer, stage)(cli.model, datamodule=cli.datamodule, **options)
-    metrics = {key: float(value) for result in results or () for key, value in result.items()}
-    if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
-        fix = "a batch without a labelled pixel may have no loss: another --data.init_args.batch_size"
-        raise CheckpointError(f"not finite: {', '.join(bad)}", where=watch.checkpoint, fix=fix)
-    return data, metrics
+    return data, {key: float(value) for result in results or () for key, value in result.items()}
 
 
 def tabulate_checkpoint(
@@ -258,10 +253,8 @@ def tabulate_checkpoint(
     for part, listed in splits.items():
         one, path = table, table_path(named, part, folder)
         if part != name:
-            kept = [chip for chip in listed if chip not in failed]
-            one = table.subset(kept, split=part, subset_of=name, metrics={})
-            pooled = scores(one.counts.sum(axis=0))
-            shown |= {f"test/{part}/{key}": value for key, value in pooled.items()}
+            one = table.subset([c for c in listed if c not in failed], split=part, subset_of=name, metrics={})
+            shown |= {f"test/{part}/{key}": value for key, value in scores(one.counts.sum(axis=0)).items()}
         write_table(one, path)
         result["chips"][part], result["tables"][part] = len(one), str(path)
     if baselines and named == checkpoint:

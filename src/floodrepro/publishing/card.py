@@ -102,8 +102,8 @@ def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[di
     """run.json (empty without a run) and results.json of a run, for this recipe and the checkpoint of this sha256.
 
     Raises:
-        RunFolderError: The run is not finished, or a record is of another recipe or checkpoint.
-        TableError: results.json is damaged or of another schema.
+        RunFolderError: The run is not finished, or its record is of another recipe.
+        TableError: As `floodrepro.verification.results.load`.
     """
     if run is None:
         return {}, None
@@ -113,10 +113,7 @@ def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[di
         raise RunFolderError(what, where=run.path, fix=fix)
     if record.get("recipe_sha256") != fingerprint(recipe):
         raise RunFolderError("run.json is of another recipe than recipe.yaml", where=run.record, fix=fix)
-    found = results.load(run.results) if run.results.exists() else None
-    if found and (found["run"].get("checkpoint") or {}).get("sha256") not in (None, digest):
-        raise RunFolderError("results.json is of another checkpoint than best.ckpt", where=run.results, fix=fix)
-    return record, found
+    return record, results.load(run.results, digest) if run.results.exists() else None
 
 
 def factors_of(pue: Sequence[str] | None, grid: Sequence[str] | None) -> Factors:

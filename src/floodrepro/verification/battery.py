@@ -137,7 +137,7 @@ def _own_table(home: RunFolder, split: str, absent: _Absent) -> tuple[ChipTable 
     weights = sha256_of(home.best) if home.best.is_file() else None
     if not path.is_file():
         absent["table"] = ("skip", f"there is no chip table: floodrepro test --ckpt {home.best.name} writes it")
-    elif table and weights and (table.metadata.get("checkpoint") or {}).get("sha256") != weights:
+    elif table and weights and table.weights != weights:
         absent["table"] = ("skip", f"the chip table was made from other weights than {home.best.name}: test it again")
         table = None
     return table, weights

@@ -72,7 +72,7 @@ def png(plot: Mapping[str, Any]) -> bytes:
         return _encode(figure)
 
 
-def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
+def choose_chips_to_show(table: ChipTable) -> dict[str, int]:
     """Rows of the chips to show, by kind, as far as there are any: best, median and worst IoU, and empty.
 
     The first three have a share of MIN_SHARE of the class in the truth, the empty one the most false alarms.
@@ -80,8 +80,9 @@ def choose_chips_to_show(table: ChipTable, positive: int) -> dict[str, int]:
     Raises:
         TableError: There is no chip to show.
     """
-    pixels, truth = table.counts.sum(axis=(1, 2)), table.counts[:, positive].sum(axis=1)
-    called, figures = table.counts[:, :, positive].sum(axis=1), iou(table.counts, positive)
+    counts, k = table.counts, table.positive
+    pixels, truth, called = counts.sum(axis=(1, 2)), counts[:, k].sum(axis=1), counts[:, :, k].sum(axis=1)
+    figures = iou(counts, k)
     having = np.flatnonzero((truth > 0) & (truth >= MIN_SHARE * pixels)).tolist()
     having.sort(key=lambda row: (-figures[row], str(table.chips[row])))
     empty = np.flatnonzero((truth == 0) & (pixels > 0)).tolist()

@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 import floodrepro
 from floodrepro.console import public
 from floodrepro.data.protocols import protocol_of
 from floodrepro.data.weights import describe_model
 from floodrepro.errors import TableError
 from floodrepro.evaluation.metrics import class_scores, iou, scores, which_iou
-from floodrepro.verification.battery import ask, required_checks
+from floodrepro.verification import report
+from floodrepro.verification.battery import DAMAGED, ask, required_checks
 from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 3
@@ -23,10 +26,6 @@ _NOT_COPIED = ("schema", "checkpoint")  # of run.json
 _OF_REFERENCE = ("detail", "checkpoint", "recipe_sha256")  # of its table
 _WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
-_TYPES: dict[str, Any] = dict.fromkeys(("run", "verdict", "summary", "scores", "forest"), dict)
-_TYPES |= {"reference": dict | None, "checks": list, "banner": str}
-_KEYS = [("verdict", name) for name in ("word", "sentence", "not_shown")]
-_KEYS += [("summary", name) for name in ("text", "objection", "required")]
 _WORDS = {"pass": "passed", "fail": "failed", "undecided": "undecided", "skip": "skipped"}
 
 
@@ -57,24 +56,21 @@ def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, A
     return plain
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read results.json.
+def load(path: Path, weights: str | None = None) -> dict[str, Any]:
+    """Read results.json, which must not be of other weights than those of this sha256, if one is given.
 
     Raises:
-        TableError: It cannot be read, is damaged, or of another schema.
+        TableError: It cannot be read, is damaged, or of another schema or checkpoint.
     """
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if results["schema"] != SCHEMA:
             raise ValueError(f"schema {results['schema']}, this version of floodrepro reads {SCHEMA}")
-        if wrong := [key for key, kind in _TYPES.items() if not isinstance(results[key], kind)]:
-            raise TypeError(f"'{wrong[0]}' is not what verify writes")
-        [results[key][name] for key, name in _KEYS]
-        [(results["run"].get(key) or {}).get("") for key in ("checkpoint", "data")]
-        if not {check["status"] for check in results["checks"]} <= _WORDS.keys():
-            raise ValueError("a check has an unknown status")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        what = f"the results are missing, damaged or another version's: {error}"
+        report.render(results, {})  # raises where something is missing, or is not what verify writes
+        if weights and (results["run"].get("checkpoint") or {}).get("sha256") not in (None, weights):
+            raise ValueError("it is of another checkpoint")
+    except (OSError, TemplateError, *DAMAGED) as error:
+        what = f"the results are missing, damaged, or of another version or checkpoint: {error}"
         raise TableError(what, where=path, fix="floodrepro verify --run DIR writes it again") from error
     return results
 
@@ -112,12 +108,7 @@ def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
 
 
 def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
-    """One word and one sentence, and what was not shown.
-
-    The word is equivalent, different or undecided; `not compared` without a comparison; `failed` or `incomplete` where
-    a required check that is no comparison failed or was skipped. Equivalence is refused its name where the
-    declared seeds, or the mean over events, stand against it.
-    """
+    """One word (docs/verification.md lists them) and one sentence, and what was not shown."""
     seeds, mean, name = by_id["variance"], by_id["head_to_head"], evidence.reference_name or "the reference"
     outcome, found = by_id["parity"]["outcome"], by_id["parity"]["finding"]
     word = "not compared"
@@ -128,6 +119,7 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
         sentence = f"Against {name}: {evidence.iou_name} {found}."
         doubts = [seeds] if seeds["status"] in ("fail", "undecided") else []
         doubts += [mean] if mean["status"] == "fail" else []
+        # Equivalence is refused its name where the declared seeds, or the mean over events, stand against it.
         if doubts and (outcome == "equivalent" or doubts[0]["outcome"] == "different (worse)"):
             outcome = "different (worse)" if seeds["outcome"] == "different (worse)" else "undecided"
             sentence = f"{sentence[:-1]}. But {doubts[0]['title'].lower()}: {doubts[0]['finding']}."

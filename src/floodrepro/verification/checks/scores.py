@@ -87,7 +87,7 @@ def reference(evidence: Evidence) -> Check:
     if table is None:
         raise evidence.without("reference", "no reference was given")
     known = {entry["sha256"]: entry for entry in evidence.published.values() if "sha256" in entry}
-    entry = known.get(_sha256(table))
+    entry = known.get(table.weights)
     if entry is None:
         raise Unanswered("skip", "no figures of this reference are published that floodrepro knows")
     here = f"{len(table):,} chips of {table.metadata.get('split')} ({table.metadata.get('protocol')})"
@@ -186,11 +186,7 @@ def identities(evidence: Evidence) -> Check:
 
 
 def _pair(evidence: Evidence) -> tuple[Counts, Counts, int, list[str]]:
-    """Both models' counts by event on common chips, the number of these, and notes.
-
-    Raises:
-        Unanswered: Something is missing, a skip; or the reference is of other chips or another protocol, a failure.
-    """
+    """Both models' counts by event on common chips, the number of these, and notes."""
     table, other = evidence.usable_table(), evidence.reference
     if other is None:
         raise evidence.without("reference", "no reference was given")
@@ -203,12 +199,9 @@ def _pair(evidence: Evidence) -> tuple[Counts, Counts, int, list[str]]:
 
 
 def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
-    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out.
-
-    A mask without data in part of a chip would otherwise be judged on easier pixels than a model that predicts all.
-    """
+    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out."""
     ours, theirs = table, other
-    if np.array_equal(table.chips, other.chips):
+    if np.array_equal(table.chips, other.chips):  # where a mask has no data, a model would be judged on harder pixels
         whole = table.chips[(table.unseen == 0) & (other.unseen == 0)]
         if not len(whole):
             raise Unanswered("skip", "there is no chip of which both have seen every pixel")
@@ -271,11 +264,7 @@ def _tables_of_seeds(evidence: Evidence) -> list[ChipTable]:
 
 def _same_model(table: ChipTable, other: ChipTable) -> bool:
     """Whether two tables are of the same weights, by their hash or because they predict every chip alike."""
-    if _sha256(table) and _sha256(table) == _sha256(other):
+    if table.weights and table.weights == other.weights:
         return True
     pairs = ((table.counts, other.counts), (table.histogram, other.histogram))  # without probabilities None
     return all(np.array_equal(np.asarray(one), np.asarray(another)) for one, another in pairs)
-
-
-def _sha256(table: ChipTable) -> Any:
-    return (table.metadata.get("checkpoint") or {}).get("sha256")
