@@ -14,8 +14,8 @@ from typing import Any, TextIO
 from floodrepro.errors import FloodreproError
 
 FORMATS = ("text", "json")
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
-_DISK += (errno.EEXIST, errno.ENOTDIR)  # a file where a folder is wanted
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
+_DISK |= {errno.EEXIST, errno.ENOTDIR}  # a file where a folder is wanted
 _SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
 _MASKS = (
     (rf"({_SECRET}['\"]?[=:] ?|--\S*{_SECRET} )[^\s'\"]+", r"\1***"),
