@@ -142,8 +142,7 @@ def run(main: Callable[[], int]) -> int:
         return 1
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
         if isinstance(error, OSError) and error.errno in _DISK and error.filename:
-            what, fix = f"a file cannot be used: {error.strerror}", "make room, or give another folder"
-            failure = FloodreproError(what, where=error.filename, fix=fix)
+            failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
             print(failure.report(), file=sys.stderr)
             return failure.exit_code
         traceback.print_exc()

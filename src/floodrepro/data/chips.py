@@ -44,7 +44,7 @@ blosc.use_threads = False
 # Their georeference is not read (see `read_raster`), also in threads, where warnings.catch_warnings does harm.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
-_UNKNOWN = -128  # in a table of classes: a mask value that the label map does not know
+_UNKNOWN = -128  # the class of a mask value that the label map does not know
 _LARGE = 2**30  # bytes of a tar whose headers may take a while
 _WAITS = (0.2, 2.0)  # seconds before the second and the third try of a read that failed
 
@@ -64,7 +64,10 @@ class Chips:
     """
 
     def __init__(self, root: Path, protocol: Protocol = PROTOCOLS["custom"]) -> None:
-        self.root, self.protocol = root, protocol
+        self.root, self.protocol, labels = root, protocol, protocol.label_map
+        self._known = [IGNORE_INDEX, *range(len(labels))]
+        self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8: -1 is the last place
+        self._classes[self._known] = [IGNORE_INDEX, *labels]
         self._places = {part: self._find(part) for part in PARTS}
         if not any(self._places.values()):
             what = "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
@@ -103,20 +106,14 @@ class Chips:
         """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk; raises as `bands`."""
         return self._read(chip, part, read_raster)
 
-    def classes(self, chip: str) -> Array:
-        """The classes (H, W), int8, of a chip's mask by the protocol's label map, the ignore index kept.
-
-        Raises:
-            DataError: As `bands`; or the mask holds a value that the protocol does not know.
-        """
-        values, labels = self.raster(chip, LABEL_DIR), self.protocol.label_map
-        known = [IGNORE_INDEX, *range(len(labels))]
-        by_value = np.full(256, _UNKNOWN, np.int8)  # of int8 read as uint8: -1 is the last place
-        by_value[known] = [IGNORE_INDEX, *labels]
+    def truth(self, chip: str) -> Array:
+        """The classes of a chip's mask, int8 (H, W), IGNORE_INDEX kept; raises as `bands`, and for an unknown value."""
+        values = self.raster(chip, LABEL_DIR)
         narrow = values.astype(np.int8)
-        classes = by_value.take(narrow.view(np.uint8))
+        classes: Array = self._classes.take(narrow.view(np.uint8))
         if (classes == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-            what = f"the mask of {chip} holds {sorted({*np.unique(values).tolist()} - {*known})}, expected {known}"
+            strange = sorted(set(np.unique(values).tolist()) - set(self._known))
+            what = f"the mask of {chip} holds {strange}, expected {self._known}"
             fix = "name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom"
             raise DataError(what, where=self.path(chip, LABEL_DIR), fix=fix)
         return classes

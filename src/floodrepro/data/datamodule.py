@@ -24,11 +24,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from floodrepro import console
 from floodrepro.data.chips import Array, Chips, radar_faults
-from floodrepro.data.protocols import LABEL_DIR, MODALITIES, fill_protocol
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, MODALITIES, fill_protocol
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch, hashed_number
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError
 
+_UNKNOWN = -128  # in a lookup table: a mask value that the label map does not know
 _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips`
 
 
@@ -66,11 +67,17 @@ class ChipDataset(Dataset[dict[str, Any]]):
         source: Where they lie.
         chips: Their ids.
         modalities: Any of S2L2A, S1RTC, DEM.
-        masked: Whether their masks are read too.
+        label_map: The class of each mask value, from 0 up; the ignore index is kept. None for a split without masks.
     """
 
-    def __init__(self, source: Chips, chips: Sequence[str], modalities: Sequence[str], *, masked: bool) -> None:
-        self.source, self.chips, self.modalities, self.masked = source, list(chips), list(modalities), masked
+    def __init__(
+        self, source: Chips, chips: Sequence[str], modalities: Sequence[str], label_map: Sequence[int] | None
+    ) -> None:
+        self.source, self.chips, self.modalities = source, list(chips), list(modalities)
+        self._known = None if label_map is None else [IGNORE_INDEX, *range(len(label_map))]
+        self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8
+        if label_map is not None:
+            self._classes[self._known] = [IGNORE_INDEX, *label_map]  # -1 is the table's last place
 
     def __len__(self) -> int:
         """Number of chips."""
@@ -106,8 +113,8 @@ class ChipDataset(Dataset[dict[str, Any]]):
                         place(modality, elevation.shape, elevation.dtype)[...] = elevation
                     else:
                         self.source.bands(chip, modality, partial(place, modality))
-                if self.masked:
-                    mask = self.source.classes(chip)
+                if self._known:
+                    mask = self._read_mask(chip)
                     place("mask", mask.shape, mask.dtype)[...] = mask
             except DataError as error:
                 failed.append((chip, error))
@@ -117,6 +124,20 @@ class ChipDataset(Dataset[dict[str, Any]]):
             chips.append(chip)
         tensors = {name: tensor[: len(chips)] for name, tensor in batch.items()}
         return {**tensors, "chip": chips, "failed": failed, "odd": odd}
+
+    def _read_mask(self, chip: str) -> Array:
+        """The classes (H, W) of a chip's mask, int8."""
+        values = self.source.raster(chip, LABEL_DIR)
+        narrow = values.astype(np.int8)
+        mask = self._classes.take(narrow.view(np.uint8))
+        if (mask == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+            strange = sorted(set(np.unique(values).tolist()) - set(self._known or ()))
+            raise DataError(
+                f"the mask of {chip} holds {strange}, expected {self._known}",
+                where=self.source.path(chip, LABEL_DIR),
+                fix="name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom",
+            )
+        return mask
 
 
 def _empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -227,10 +248,11 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         splits = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["predict"]}
         for split in splits[stage]:
             keys = {name: getattr(self, name) for name in (f"{split}_split", "limit", "fraction")}
-            self._datasets[split], masked = [], split != "predict"
+            labels = self.protocol.label_map if split != "predict" else None
+            self._datasets[split] = []
             for events in read_splits(keys, split).values():
                 self._events |= events
-                self._datasets[split].append(ChipDataset(self.source, list(events), self.modalities, masked=masked))
+                self._datasets[split].append(ChipDataset(self.source, list(events), self.modalities, labels))
             setattr(self, f"{split}_dataset", self._datasets[split][0])
 
     def test_dataloader(self) -> Any:

@@ -89,7 +89,7 @@ def _apply_rules(recipe: Recipe, table: ChipTable) -> dict[str, tuple[str, Count
 
 def _count_by_threshold(source: Chips, classes: int, positive: int, chip: str) -> dict[str, Counts]:
     """By rule, confusion counts (falls, darkness, K, K) of a chip at each pair of thresholds."""
-    truth = source.classes(chip)
+    truth = source.truth(chip)
     known, found = truth != protocols.IGNORE_INDEX, {}
     radar = source.bands(chip, "S1RTC")[[protocols.BEFORE, protocols.EVENT]].astype(np.float32)[:, :, known]
     radar[radar < protocols.NO_BACKSCATTER] = np.nan

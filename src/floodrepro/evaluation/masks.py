@@ -68,7 +68,7 @@ def tabulate_masks(
             ):
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
                 found = _on_chip(rasters, grid, known if values else ())
-            layers = [source.classes(chip), *_interpret(found, known, scale, positive, chip)]
+            layers = [source.truth(chip), *_interpret(found, known, scale, positive, chip)]
             batches.append(count(*(layer[None] for layer in layers), classes=len(names), positive=positive))
             show(done, len(chips))
     metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive, "checkpoint": None}
