@@ -63,6 +63,7 @@ def test_worst_checks_come_first_and_every_one_names_the_function_that_made_it(e
         assert f"`{check['code']}`" in markdown
     assert results["verdict"]["word"] == "failed"
     assert "Required and not met: Weights and buffers" in markdown
+    assert "Failed: Weights and buffers (not finite (a.b): 1)" in results["summary"]["text"]  # the card's text as well
 
 
 def test_shortened_list_of_required_checks_is_shown_as_shortened_and_skipped_ones_are_no_passes(evidence: Evidence):
