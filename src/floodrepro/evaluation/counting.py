@@ -16,13 +16,9 @@ def count(
 ) -> dict[str, npt.NDArray[Any]]:
     """The columns of `floodrepro.evaluation.chip_table.ChipTable` for a batch, by their names.
 
-    Args:
-        truth: Integers (B, H, W), a tensor or an array; pixels of `ignore_index` do not count.
-        prediction: Integers (B, H, W) from 0 to K - 1; -1 where there is none.
-        probability: (B, H, W), of the class `positive`; without it three of the columns are missing.
-        classes: K.
-        positive: -1 is the last class.
-        ignore_index: See truth.
+    `truth` and `prediction` are integers (B, H, W) from 0 to K - 1, tensors or arrays: a truth of `ignore_index` does
+    not count, a prediction of -1 is none. `probability` (B, H, W) is that of the class `positive`, -1 the last; without
+    it three of the columns are missing.
 
     Raises:
         DataError: The truth or the prediction holds a class that is none of the K.
