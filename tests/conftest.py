@@ -57,7 +57,7 @@ SMALL = (
 TOGETHER = (
     ("resume", "callbacks_exact_resume", "ddp", "bench", "environment", "callbacks_nan_guard"),
     ("demo",),
-    ("verify", "measured", "fit", "passes", "readme", "doctor", "cli"),
+    ("verify", "measured", "fit", "passes", "docs", "doctor", "cli"),
 )
 FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 

@@ -37,9 +37,8 @@ def plant(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def one(findings: list[Finding], name: str) -> Finding:
-    [found] = [finding for finding in findings if finding.name == name]
-    return found
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
 
 
 def assert_can_be_pasted(fix: str) -> None:
@@ -62,11 +61,10 @@ def test_broken_torch_is_reported_and_the_rest_is_looked_at_all_the_same(tmp_pat
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "floodrepro", "doctor", "--config", "demo", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
-    found = [Finding(**f) for f in json.loads(done.stdout)["findings"]]
-    assert done.returncode == 1, done.stderr
-    torch = one(found, "torch")
-    assert (torch.status, "exit code -11" in torch.detail, one(found, "memory").status) == ("fail", True, "ok")
-    assert_can_be_pasted(torch.fix)
+    found = by_name([Finding(**f) for f in json.loads(done.stdout)["findings"]])
+    assert (done.returncode, found["torch"].status, found["memory"].status) == (1, "fail", "ok"), done.stderr
+    assert "exit code -11" in found["torch"].detail
+    assert_can_be_pasted(found["torch"].fix)
 
 
 def test_before_a_fit_torch_is_asked_only_where_a_gpu_may_be(tmp_path, monkeypatch):
@@ -78,14 +76,16 @@ def test_package_out_of_bounds_missing_or_stolen_is_named_with_its_repair(monkey
     versions = {"zarr": "3.1.0", "lightning": "2.6.3", "rasterio": None}
     real = environment.version_of
     monkeypatch.setattr(environment, "version_of", lambda name: versions.get(name, real(name)))
-    found = {finding.name: finding for finding in doctor.check_packages()}
+    found = by_name(doctor.check_packages())
     assert set(found) == set(versions)
     assert "3.1.0, needed is <3,>=2.18" in found["zarr"].detail
     assert "not installed" in found["rasterio"].detail
     assert "steals credentials" in found["lightning"].detail
     for finding in found.values():
         assert_can_be_pasted(finding.fix)
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)  # an environment that uv made has no pip
+    monkeypatch.setattr(
+        environment.importlib.util, "find_spec", lambda name: None
+    )  # an environment that uv made has no pip
     fix = check_torch({"devices": [], "error": "ImportError"}, "NVIDIA").fix
     assert fix.startswith(f"uv pip install --python {sys.executable} --reinstall -c ")
 
@@ -126,33 +126,27 @@ def test_partitions_of_one_kind_are_one_line_that_warns_of_shared_power(tmp_path
     ],
 )
 def test_memory_precision_and_a_gpu_that_is_held_are_judged(tmp_path, answer, recipe, name, status, words):
-    found = one(check_gpus(answer, recipe, tmp_path), name)
+    found = by_name(check_gpus(answer, recipe, tmp_path))[name]
     assert (found.status, words in f"{found.detail}\n{found.fix}") == (status, True), found
 
 
 INSTINCT = {"dev/kfd": "", "dev/dri/renderD128": ""}
-OLD_NVIDIA = {"dev/nvidiactl": "", "sys/module/nvidia/version": "535.5\n"}
-HIDDEN = {
+NVIDIA = {"dev/nvidiactl": "", "sys/module/nvidia/version": "535.5\n"}
+HIDDEN = {  # files, what torch answers, why it sees none, the repair
     "AMD GPU and a torch for CUDA": (INSTINCT, CUDA, "built for NVIDIA", "--torch-backend=auto"),
     "AMD driver too old": (INSTINCT, ROCM, "may not fit ROCm 7.2", "dmesg"),
-    "NVIDIA GPU and a torch for CPUs": ({"dev/nvidiactl": ""}, CPU, "built for the CPU", "--force-reinstall"),
-    "NVIDIA driver too old": (
-        OLD_NVIDIA,
-        CUDA,
-        "nvidia 535.5): it may be too old for CUDA 13",
-        "--torch-backend=auto",
-    ),
+    "NVIDIA GPU and a torch for CPUs": (NVIDIA, CPU, "built for the CPU", "--force-reinstall"),
+    "NVIDIA driver too old": (NVIDIA, CUDA, "535.5): it may be too old for CUDA 13", "--torch-backend=auto"),
     "WSL": ({"dev/dxg": ""}, CUDA, "it may be too old", "--torch-backend=auto"),
     "ROCm image without devices": ({".dockerenv": ""}, ROCM, "was given none", "--device=/dev/kfd"),
     "none": ({}, CUDA, "none is here", ""),
 }
 
 
-@pytest.mark.parametrize("case", HIDDEN)
-def test_gpu_that_torch_cannot_see_gets_the_repair_of_its_vendor(tmp_path, monkeypatch, case):
+@pytest.mark.parametrize(("files", "answer", "words", "fix"), HIDDEN.values(), ids=HIDDEN)
+def test_gpu_that_torch_cannot_see_gets_the_repair_of_its_vendor(tmp_path, monkeypatch, files, answer, words, fix):
     for name in ("CUDA", "HIP", "ROCR"):
         monkeypatch.delenv(f"{name}_VISIBLE_DEVICES", raising=False)
-    files, answer, words, fix = HIDDEN[case]
     found = check_gpus(answer, DEMO, plant(tmp_path, files))[0]
     status = "fail" if "dev/nvidiactl" in files else "warn" if fix else "ok"
     assert (found.status, words in found.detail, fix in found.fix) == (status, True, True), found
@@ -196,39 +190,35 @@ CGROUPS = {
 }
 
 
-@pytest.mark.parametrize("case", CGROUPS)
-def test_memory_is_the_least_that_a_cgroup_leaves(tmp_path, case):
-    own, files, free = CGROUPS[case]
+@pytest.mark.parametrize(("own", "files", "free"), CGROUPS.values(), ids=CGROUPS)
+def test_memory_is_the_least_that_a_cgroup_leaves(tmp_path, own, files, free):
     plant(tmp_path, {"proc/self/cgroup": own, "proc/meminfo": "MemAvailable:  1500000 kB\n"})
     plant(tmp_path / "sys/fs/cgroup", files)
     assert free_memory(tmp_path) == free
 
 
 def test_cores_are_those_of_the_quota(tmp_path):
-    v1 = {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "100000\n", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}
     v2 = {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "100000 100000\n"}
-    cases = (("v2", v2, 1), ("v1", {"proc/self/cgroup": "2:cpu,cpuacct:/\n"} | v1, 1))
-    for name, files, cores in (*cases, ("none", {}, len(os.sched_getaffinity(0)))):
-        assert usable_cores(plant(tmp_path / name, files)) == cores
+    v1 = {f"sys/fs/cgroup/cpu/cpu.cfs_{name}_us": "100000\n" for name in ("quota", "period")}
+    v1 |= {"proc/self/cgroup": "2:cpu,cpuacct:/\n"}
+    assert [usable_cores(plant(tmp_path / str(len(files)), files)) for files in (v2, v1)] == [1, 1]
+    assert usable_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
 
 
 def test_machine_that_is_short_of_something_gets_a_flag_to_paste(tmp_path, monkeypatch):
-    plenty = {"usable_cores": 64, "free_memory": 400 * GIB, "free_disk": 10**12}
-    for name, value in plenty.items():
-        monkeypatch.setattr(environment, name, lambda _, value=value: value)
-    assert {f.status for f in check_machine(BASE, 1)} == {"ok"}
-    monkeypatch.setattr(environment, "usable_cores", lambda _: 8)
-    assert one(check_machine(BASE, 1), "cores").fix == "--data.init_args.num_workers 7"
-    two = fold([BASE], ["--trainer.devices=2"])
-    assert one(check_machine(two, 2), "cores").fix == "--data.init_args.num_workers 3"
-    monkeypatch.setattr(environment, "free_memory", lambda _: 4 * GIB)
-    memory = one(check_machine(BASE, 1), "memory")
-    assert (memory.status, memory.fix) == ("warn", "--data.init_args.num_workers 5")
-    assert one(check_machine(BASE, 0), "memory").fix.startswith("floodrepro reproduce --demo")
-    assert one(check_machine(DEMO, 0), "memory").status == "ok"
-    monkeypatch.setattr(environment, "free_disk", lambda _: 10**9)
-    found = check_machine(BASE, 1)
-    assert [one(found, name).status for name in ("/dev/shm", "disk")] == ["fail", "fail"]
+    def check(recipe: recipes.Recipe, devices: int, cores: int, memory: int, disk: int) -> dict[str, Finding]:
+        for name, value in (("usable_cores", cores), ("free_memory", memory * GIB), ("free_disk", disk * 10**9)):
+            monkeypatch.setattr(environment, name, lambda _, value=value: value)
+        return by_name(check_machine(recipe, devices))
+
+    assert {f.status for f in check(BASE, 1, 64, 400, 1000).values()} == {"ok"}
+    short, two = check(BASE, 1, 8, 4, 1), check(fold([BASE], ["--trainer.devices=2"]), 2, 8, 400, 1000)
+    assert [f.status for f in short.values()] == ["warn", "warn", "fail", "fail"]
+    assert short["cores"].fix == "--data.init_args.num_workers 7"
+    assert two["cores"].fix == "--data.init_args.num_workers 3"
+    assert short["memory"].fix == "--data.init_args.num_workers 5"
+    assert check(BASE, 0, 8, 4, 1)["memory"].fix.startswith("floodrepro reproduce --demo")
+    assert check(DEMO, 0, 8, 4, 1)["memory"].status == "ok"
 
 
 def test_backbone_weights_are_looked_for_in_the_cache(monkeypatch):
@@ -241,9 +231,7 @@ def test_backbone_weights_are_looked_for_in_the_cache(monkeypatch):
     assert check_backbone(fold([BASE], ["--model.init_args.model_args.backbone_ckpt_path", "own.pt"])) == []
 
 
-def test_missing_data_gets_the_command_that_fits_the_recipe_and_a_missing_chip_is_named(
-    tmp_path, own_chips, monkeypatch
-):
+def test_missing_data_gets_a_command_that_fits_the_recipe_and_a_missing_chip_is_named(tmp_path, own_chips, monkeypatch):
     def check(recipe: recipes.Recipe, root: Path = tmp_path / "my data") -> Finding:
         return check_chips(fold([recipe], recipes.data_overrides(root, recipe)))
 
@@ -255,8 +243,7 @@ def test_missing_data_gets_the_command_that_fits_the_recipe_and_a_missing_chip_i
     assert_can_be_pasted(binary.fix)
     monkeypatch.setitem(PROTOCOLS, "v0", replace(PROTOCOLS["v0"], size_gb=None))
     assert ("None" in check(BASE).detail, "GB free" in check(BASE).detail) == (False, True)
-    found = check(DEMO, own_chips)
-    assert (found.status, "chips of train" in found.detail) == ("ok", True)
+    assert "chips of train" in check(DEMO, own_chips).detail
     gone = next((own_chips / "data/DEM").iterdir())
     gone.unlink()
     found = check(DEMO, own_chips)

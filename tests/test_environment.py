@@ -24,15 +24,12 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A repository with one committed package in it."""
-    package = tmp_path / "repository/src/package"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("a = 1\n")
-    git(tmp_path, "init", "-q", "repository")
-    git(package, "add", ".")
-    git(package, "commit", "-qm", "one")
-    return tmp_path / "repository"
+def package(tmp_path: Path) -> Path:
+    """A package that is committed to a repository."""
+    plant(tmp_path, {"repository/src/package/__init__.py": "a = 1\n"})
+    for words in ("init -q", "add .", "commit -qm one"):
+        git(tmp_path / "repository", *words.split())
+    return tmp_path / "repository/src/package"
 
 
 def test_this_machine_is_recorded_in_json_types_and_names_neither_host_nor_user():
@@ -78,8 +75,7 @@ def commit_of(package: Path) -> tuple[str | None, bool | None]:
     return found["commit"], found["dirty"]
 
 
-def test_checkout_gives_its_commit_and_whether_it_was_changed(repository):
-    package = repository / "src/package"
+def test_checkout_gives_its_commit_and_whether_it_was_changed(package):
     commit, digests = git(package, "rev-parse", "HEAD"), [code_version(package)["source_sha256"]]
     (package / "untracked.txt").write_text("a note\n")
     assert commit_of(package) == (commit, False)
@@ -90,16 +86,14 @@ def test_checkout_gives_its_commit_and_whether_it_was_changed(repository):
     assert len(set(digests)) == 3
 
 
-def test_package_inside_another_repository_or_without_git_has_no_commit_but_its_images(repository, monkeypatch):
-    wheel = repository / ".venv/lib/site-packages/floodrepro"
-    wheel.mkdir(parents=True)
-    (wheel / "__init__.py").write_text("")
+def test_package_inside_another_repository_or_without_git_has_no_commit_but_its_images(package, monkeypatch):
+    wheel = plant(package.parents[1] / ".venv/lib/site-packages/floodrepro", {"__init__.py": ""})
     assert commit_of(wheel) == (None, None)
     monkeypatch.setenv("FLOODREPRO_COMMIT", "c0ffee")
     assert commit_of(wheel) == ("c0ffee", None)
-    assert commit_of(repository / "src/package") == (git(repository, "rev-parse", "HEAD"), False)
-    monkeypatch.setenv("PATH", str(repository))
-    assert commit_of(repository / "src/package") == ("c0ffee", None)
+    assert commit_of(package) == (git(package, "rev-parse", "HEAD"), False)
+    monkeypatch.setenv("PATH", str(package))
+    assert commit_of(package) == ("c0ffee", None)
 
 
 def _tell(path: Path) -> None:

@@ -1,5 +1,7 @@
-"""The scripts that a newcomer runs first, and the constraints that they install."""
+"""The scripts that a newcomer runs first, the steps of the ROCm image, and the constraints that both install."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -7,10 +9,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conftest import ROOT
+
+DOCKERFILE = (ROOT / "Dockerfile.rocm").read_text()
+AMD = "numpy==2.1.0\ntorch==2.9.1+rocm7.2.4.lw.git9f3b\ntorchvision==0.24.0+rocm7.2.4\ntriton==3.5.1+rocm7.2.4\n"
+OTHER = AMD.replace("2.9.1+rocm7.2.4.lw.git9f3b", "2.15.0")
 
 
 @pytest.fixture
@@ -82,3 +89,52 @@ def test_linters_of_shell_and_dockerfile_find_nothing(name):
     files = ["-x", *ROOT.glob("scripts/*.sh"), ".ci/run"] if name == "shellcheck" else ["Dockerfile.rocm"]
     done = subprocess.run([linter, *files], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def build(folder: Path, before: str, after: str) -> list[bool]:
+    """Whether the step that pins and the one that installs succeed, with the packages that `pip list` prints."""
+    for name in ("pip", "python"):  # all else of pip and python does nothing
+        program(folder / "tools" / name, f'[ "$1" != list ] || cat {folder}/packages')
+    (folder / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    arguments = dict(re.findall(r"^ARG (\w+)='?(.*?)'?$", DOCKERFILE, re.MULTILINE))
+    variables = os.environ | arguments | {"PATH": f"{folder}/tools:/usr/bin:/bin"}
+    passed = []
+    for script, packages in zip(
+        re.findall(r"^RUN ((?:.*\\\n)*.*)", DOCKERFILE, re.MULTILINE), (before, after), strict=False
+    ):
+        (folder / "packages").write_text(packages)
+        command = ["bash", "-o", "pipefail", "-c", script.replace("\\\n", "")]
+        passed.append(subprocess.run(command, cwd=folder, env=variables, capture_output=True).returncode == 0)
+    return passed
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "passed"),
+    [
+        (AMD, f"{AMD}floodrepro==0.2.0\n", [True, True]),
+        (AMD, OTHER, [True, False]),
+        (AMD, f"{AMD}pytorch-triton-rocm==3.5.1\n", [True, False]),
+        ("torchvision==0.24.0\n", "", [False, False]),
+    ],
+)
+def test_build_stops_where_torch_is_missing_or_moved(tmp_path, before, after, passed):
+    assert build(tmp_path, before, after) == passed
+
+
+def test_torch_of_the_base_image_is_pinned_and_all_else_is_as_tested(tmp_path):
+    build(tmp_path, AMD, AMD)
+    pins = (tmp_path / "pins.txt").read_text().splitlines()
+    assert pins[:3] == AMD.splitlines()[1:]
+    names = [line.split("==")[0] for line in pins if "==" in line]
+    assert len(names) == len(set(names))
+    assert {"torchgeo", "torchmetrics", "terratorch", "lightning", "numpy"} <= set(names)
+    assert [name for name in names if name.startswith(("nvidia", "cuda"))] == []
+
+
+def test_compose_and_the_documented_run_give_the_same_devices_and_folders():
+    service = yaml.safe_load((ROOT / "compose.rocm.yaml").read_text())["services"]["floodrepro"]
+    page = (ROOT / "docs/mi300x.md").read_text()
+    flags = [f"--ipc={service['ipc']}", *(f"--device={device}" for device in service["devices"])]
+    folders = [volume.rsplit(":", 1)[1] for volume in service["volumes"]]
+    assert [flag for flag in flags if flag not in page] == []
+    assert [folder for folder in folders if f":{folder}" not in page or folder not in DOCKERFILE] == []

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from floodrepro import __version__, console
 from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.system.environment import missing_requirements
+from floodrepro.system.environment import installing, missing_requirements
 
 # name: (module, one line of help). The module must not import torch or TerraTorch at its top: --help stays instant.
 COMMANDS = {
@@ -89,7 +89,7 @@ def _dispatch(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
             what = f"floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
-            raise FloodreproError(what, fix=f"{sys.executable} -m pip install floodrepro") from error
+            raise FloodreproError(what, fix=installing("floodrepro")) from error
         raise
 
 

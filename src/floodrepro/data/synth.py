@@ -277,7 +277,7 @@ def _event_chips(
     shape = (-(-chips // columns) * size, columns * size)
     # In turn, so that the smallest data set has both kinds of missing pixels and an event without any.
     scene = _draw_scene(rng, shape, len(protocol.label_map), edge=("", "S1RTC", "S2L2A")[event % 3])
-    time = np.datetime64("2016-01-01T00:00:00") + (7 + 30 * event) * 86_400
+    time = np.datetime64("2016-01-01", "s") + np.timedelta64(7 + 30 * event, "D")
     times = {s: ";".join(np.datetime_as_string(time + np.array(days, "m8[D]"), "s")) for s, days in DAYS.items()}
     orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
     for number in range(chips):

@@ -1,6 +1,5 @@
 """Looks at a machine before a run does: packages, torch, GPU, memory, disk, data. Each fault comes with its repair."""
 
-import importlib.util
 import json
 import os
 import re
@@ -108,20 +107,12 @@ def _judge(name: str, passes: bool, detail: str, fix: str, otherwise: str = "war
     return Finding(name, "ok", detail) if passes else Finding(name, otherwise, detail, fix)
 
 
-def _pip(*words: str) -> str:
-    """An installing command for this environment; one that uv made has no pip."""
-    python = shlex.quote(sys.executable)
-    if importlib.util.find_spec("pip"):
-        return f"{python} -m pip install {shlex.join(words)}"
-    return f"uv pip install --python {python} {shlex.join(words)}".replace(" --force-reinstall ", " --reinstall ")
-
-
 def _torch_for(vendor: str) -> str:
     """The command that installs a torch and a torchvision that belong together and fit a vendor's GPU."""
     if vendor != "AMD":
         packaged = Path(floodrepro.__file__).with_name("constraints.txt")
         tested = packaged if packaged.is_file() else packaged.parents[2] / packaged.name  # in a checkout
-        return _pip("--force-reinstall", "-c", str(tested), "torch", "torchvision")
+        return machine.installing("--force-reinstall", "-c", str(tested), "torch", "torchvision")
     python = shlex.quote(sys.executable)  # PyPI has no ROCm build; uv looks at the GPU and knows where each build is
     return f"pip install uv && uv pip install --python {python} --reinstall --torch-backend=auto torch torchvision"
 
@@ -132,17 +123,17 @@ def check_packages() -> list[Finding]:
         wanted = [Requirement(line) for line in requires("floodrepro") or ()]
     except PackageNotFoundError:
         what = "floodrepro is not installed: its bounds are not known"
-        return [Finding("packages", "warn", what, _pip("floodrepro"))]
+        return [Finding("packages", "warn", what, machine.installing("floodrepro"))]
     wanted = [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": ""})]
     found = []
     for requirement in wanted:
         name, have = requirement.name, machine.version_of(requirement.name)
         if name == "lightning" and have in STOLE_CREDENTIALS:
             what = f"{have} steals credentials when imported (GHSA-w37p-236h-pfx3): change every token of this machine"
-            found.append(Finding(name, "fail", what, _pip("--force-reinstall", "lightning==2.6.1")))
+            found.append(Finding(name, "fail", what, machine.installing("--force-reinstall", "lightning==2.6.1")))
         elif have is None or not requirement.specifier.contains(have, prereleases=True):
             what = f"{have or 'not installed'}, needed is {requirement.specifier or 'any version'}"
-            found.append(Finding(name, "fail", what, _pip(str(requirement))))
+            found.append(Finding(name, "fail", what, machine.installing(str(requirement))))
     return found or [Finding("packages", "ok", f"{len(wanted)} dependencies, all within their bounds")]
 
 

@@ -6,11 +6,13 @@ Nothing that is recorded names a person or a machine: no host name, no user name
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -127,6 +129,14 @@ def missing_requirements() -> list[str]:
         return []
     names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines]  # PEP 508's form
     return [name for name in names if version_of(name) is None]
+
+
+def installing(*words: str) -> str:
+    """The command that installs *words*, pip's arguments, in this environment; one that uv made has no pip."""
+    python = shlex.quote(sys.executable)
+    if importlib.util.find_spec("pip"):
+        return f"{python} -m pip install {shlex.join(words)}"
+    return f"uv pip install --python {python} {shlex.join(words)}".replace(" --force-reinstall ", " --reinstall ")
 
 
 @functools.cache  # a run asks 200 times, and each reads a file

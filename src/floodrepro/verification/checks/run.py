@@ -88,12 +88,12 @@ def provenance(evidence: Evidence) -> Check:
         raise evidence.without("record", "there is no run.json")
     code, recorded = (record.get("environment") or {}).get("code") or {}, record.get("recipe_sha256")
     commit, hashed = code.get("commit"), "hashed" if code.get("source_sha256") else "unknown"
-    tree = "clean" if code.get("dirty") is False else "with changes"
+    dirty = code.get("dirty")
     values = [
         figure("status of the run", record.get("status"), expected="finished"),
         _same("recipe.yaml and run.json", recipes.fingerprint(evidence.recipe), recorded),
-        figure("working tree", tree, expected="clean")
-        if commit  # else the version and the hash of the source stand for it
+        figure("working tree", "with changes" if dirty else "clean", expected="clean")
+        if dirty is not None  # else the hash of the source stands for it: a wheel or an image has no repository
         else figure("source of the code", hashed, expected="hashed"),
     ]
     if table is not None:
