@@ -9,7 +9,6 @@ import pytest
 from conftest import FAULTS
 from doc_commands import DOCUMENTS, ROOT, Command, code_spans, commands_of, prose
 from floodrepro import recipe as recipes
-from floodrepro.cli import shared
 from floodrepro.cli.main import COMMANDS, Parser, main
 
 ALL = [command for document, text in DOCUMENTS.items() for command in commands_of(document, text)]
@@ -30,7 +29,7 @@ def flags_of(name: str) -> set[str]:
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)
 def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeypatch, capsys):
     name, taken = command.words[0], []
-    monkeypatch.setattr(shared, "existing_file", Path)
+    monkeypatch.setattr("floodrepro.cli.main.existing_file", Path)
     if name in COMMANDS:
         module = importlib.import_module(COMMANDS[name][0])
         monkeypatch.setattr(module, f"_run_{name}", lambda args: taken.append(args) or 0)
