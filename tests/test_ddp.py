@@ -140,8 +140,13 @@ def test_refusal_of_one_process_ends_those_that_a_cluster_started_within_seconds
         assert "the run folder cannot be written" in process.log
 
 
-def test_rollback_with_several_processes_is_refused_before_the_second_one_starts(chips: Path, tmp_path: Path, cli):
-    where = ("--data-root", chips, "--runs-root", tmp_path)
-    outcome = cli("fit", "--config", "demo", *where, *TWO, "--on-overflow", "rollback")
-    assert outcome.code == 2
-    assert "a rollback needs a run of one process" in outcome.report[0]
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--data.init_args.batch_size", 6, "--on-overflow", "rollback"), "a rollback needs a run of one process"),
+        (("--data.init_args.batch_size", 8), "12 training chips do not fill one batch of 16"),
+    ],
+)
+def test_what_two_processes_cannot_do_is_refused_before_the_second_one_starts(chips, tmp_path: Path, cli, flags, says):
+    outcome = cli("fit", "--config", "demo", "--data-root", chips, "--runs-root", tmp_path, *TWO, *flags)
+    assert (outcome.code, says in outcome.report[0]) == (2, True), outcome.err

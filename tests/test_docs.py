@@ -10,7 +10,6 @@ import pytest
 
 from conftest import FAULTS, ROOT
 from floodrepro import recipe as recipes
-from floodrepro.cli import shared
 from floodrepro.cli.main import COMMANDS, Parser, main
 
 DOCUMENTS = {  # text by path relative to the repository
@@ -70,7 +69,7 @@ def flags_of(name: str) -> set[str]:
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)
 def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeypatch, capsys):
     name, taken = command.words[0], []
-    monkeypatch.setattr(shared, "existing_file", Path)
+    monkeypatch.setattr("floodrepro.cli.main.existing_file", Path)
     if name in COMMANDS:
         module = importlib.import_module(COMMANDS[name][0])
         monkeypatch.setattr(module, f"_run_{name}", lambda args: taken.append(args) or 0)

@@ -50,16 +50,13 @@ def test_any_data_module_is_trained_validated_tested_and_predicted(cli, made, st
     names = sorted(path.stem for kind in ("S2Hand", "image") for path in tmp_path.rglob(f"*_{kind}.tif"))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    fitted = cli("fit", "--config", path, "--runs-root", tmp_path, "--name", "run", "--format", "json")
-    assert fitted.code == 0, fitted.err
+    fitted = cli("fit", "--config", path, "--runs-root", tmp_path, "--name", "run", "--format", "json").ok()
     record = json.loads(fitted.out)
     assert (record["status"], record["progress"]["epochs"], record["epoch_times"][0]["steps"]) == ("finished", 1, steps)
     assert "at the end of each epoch only" in fitted.err
     arguments = ("--ckpt", tmp_path / "run" / "checkpoints" / "best.ckpt", "--format", "json")
-    validated = cli("validate", *arguments)
-    assert validated.code == 0, validated.err
-    tested = cli("test", *arguments)
-    assert tested.code == 0, tested.err
+    cli("validate", *arguments).ok()
+    tested = cli("test", *arguments).ok()
     assert tested.err.count("each file counts as an event of its own") == 1
     result = json.loads(tested.out)
     table = chip_table.read_table(Path(result["tables"]["test"]))
@@ -67,8 +64,7 @@ def test_any_data_module_is_trained_validated_tested_and_predicted(cli, made, st
     ours = scores(table.counts.sum(axis=0))
     assert ours == pytest.approx({name: result["metrics"][f"test/{name}"] for name in ours}, abs=1e-6)
     assert (table.counts.sum(axis=(1, 2)) + table.ignored == SIZE**2).all()
-    predicted = cli("predict", *arguments, "--output", tmp_path / "p", "--probabilities")
-    assert predicted.code == 0, predicted.err
+    cli("predict", *arguments, "--output", tmp_path / "p", "--probabilities").ok()
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == sorted(
         f"{name}_{kind}.tif" for name in names for kind in ("pred", "prob")
     )

@@ -90,11 +90,8 @@ def test_statistics_written_out_are_impactmesh_0_1_2s_own():
     from impactmesh.impactmesh_datamodule import datasets_stats
 
     for name in set(NAMES) - set(V1.values()):
-        recipe = recipes.read_yaml(recipes.find(name))
-        data = recipe["data"]["init_args"]
-        if protocol_of(recipe).hazard == "flood":
-            assert data["means"] == datasets_stats["flood"]["means"]
-            assert data["stds"] == datasets_stats["flood"]["stds"]
+        data = recipes.read_yaml(recipes.find(name))["data"]["init_args"]
+        assert all(data[key] == datasets_stats["flood"][key] for key in ("means", "stds"))
 
 
 def test_v1_recipes_differ_from_their_siblings_in_the_protocol_only():
@@ -138,7 +135,7 @@ def test_overrides_inside_untyped_arguments_are_what_yaml_makes_of_them():
     assert cli.recipe["trainer"]["max_epochs"] == 3
 
 
-def test_fingerprint_depends_on_values_only(tmp_path: Path):
+def test_fingerprint_depends_on_values_only():
     source = recipes.read_yaml(recipes.find("demo"))
     shuffled = {key: source[key] for key in reversed(source)}
     assert recipes.fingerprint(shuffled) == recipes.fingerprint(source)
@@ -185,15 +182,8 @@ def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, say
     assert len(report.splitlines()) <= 3
 
 
-def test_section_that_is_no_mapping_is_named_by_every_command(cli, tmp_path: Path):
-    path, weights = tmp_path / "wrong.yaml", tmp_path / "w.pt"
-    weights.touch()
-    for text, argv in (
-        ("data: [1]", ("fit",)),
-        ("model: 5", ("doctor",)),
-        ("trainer: x", ("data", "audit", "--root", tmp_path)),
-        ("data: {init_args: 3}", ("export", "--ckpt", weights, "--output", tmp_path / "e")),
-    ):
-        path.write_text(f"{text}\n")
-        outcome = cli(*argv, "--config", path)
-        assert (outcome.code, "no mapping" in outcome.report[0]) == (2, True), outcome.err
+@pytest.mark.parametrize("text", ["[1]", "data: [1]", "model: 5", "trainer: x", "data: {init_args: 3}"])
+def test_section_that_is_no_mapping_is_named(text, tmp_path: Path):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(UsageError, match="is no mapping"):
+        recipes.read_yaml(tmp_path / "wrong.yaml")

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 from conftest import Outcome
-from floodrepro.cli import shared
 
 
 def commands(cli, *argv: object) -> dict[str, list[str]]:
-    outcome = cli("reproduce", *argv, "--dry-run", "--format", "json")
-    assert outcome.code == 0, outcome.err
+    outcome = cli("reproduce", *argv, "--dry-run", "--format", "json").ok()
     return json.loads(outcome.out)["commands"]
 
 
@@ -39,7 +37,7 @@ def test_each_seed_is_fitted_and_tested_and_a_recipe_brings_its_protocol(cli):
 
 
 def test_every_command_of_the_list_is_one_that_its_parser_takes(cli, monkeypatch):
-    monkeypatch.setattr(shared, "existing_file", Path)
+    monkeypatch.setattr("floodrepro.cli.main.existing_file", Path)
     for argv in ((), ("--demo",), ("--seeds", "1,2", "--protocol", "v0", "--reference", "a.ckpt")):
         for command in commands(cli, *argv).values():
             unknown = cli(*command, "--no-such-flag")

@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 from floodrepro.errors import FloodreproError
 
-FORMATS = ("text", "json")
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
 _DISK |= {errno.EEXIST, errno.ENOTDIR}  # a file where a folder is wanted
 _SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
@@ -143,11 +142,10 @@ def run(main: Callable[[], int]) -> int:
     except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
         if isinstance(error, OSError) and error.errno in _DISK and error.filename:
             failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
-            print(failure.report(), file=sys.stderr)
-            return failure.exit_code
-        traceback.print_exc()
-        fix = "if it is not your own code, report it together with the traceback"
-        failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
+        else:
+            traceback.print_exc()
+            fix = "if it is not your own code, report it together with the traceback"
+            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
     print(failure.report(), file=sys.stderr)
     return failure.exit_code
 

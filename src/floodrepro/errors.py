@@ -1,17 +1,11 @@
 """Every exception that floodrepro raises on purpose, and the exit code that each one means."""
 
-import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 SIGNALLED = 128  # exit codes from here on: ended by a signal, the shell's convention
-
-# torch raises the class of a loader worker's error again, with the worker's traceback as its only argument.
-_FROM_WORKER = re.compile(
-    r"\ACaught \w+ in .*\n\w[\w.]*: (?P<what>[^\n]*)(\n  where: (?P<where>[^\n]*))?(\n  to do: (?P<fix>[^\n]*))?\s*\Z",
-    re.DOTALL,
-)
 
 
 class FloodreproError(Exception):
@@ -26,14 +20,12 @@ class FloodreproError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None) -> None:
-        if worker := _FROM_WORKER.match(what):
-            what, where, fix = worker["what"], worker["where"] or where, worker["fix"] or fix
         # Line breaks are folded: the report keeps to three lines.
         self.what, self.where, self.fix = (" ".join(str(text or "").split()) for text in (what, where, fix))
         super().__init__(self.what)
 
     def __str__(self) -> str:
-        """One to three lines; a loader worker's traceback ends with them."""
+        """One to three lines."""
         more = [f"\n  {name}: {text}" for name, text in (("where", self.where), ("to do", self.fix)) if text]
         return "".join([self.what, *more])
 
@@ -67,29 +59,27 @@ class RunFolderError(FloodreproError):
 class Incident(FloodreproError):
     """The guard stopped a run before a bad state could overwrite a good one: exit code 3.
 
-    `kind` is ``input`` (a batch held a value that is not finite), ``loss``, or ``state`` (a weight or a buffer);
-    `tensors` are the parameters and buffers that are not finite, `chips` those of the batches around `step`, of
-    ``input`` the bad ones only. The attribute ``entry`` holds all of it as JSON types, for ``run.json``.
+    Args:
+        entry: JSON types, for ``run.json``: `kind` is ``input`` (a batch held a value that is not finite), ``loss``, or
+            ``state`` (a weight or a buffer); a `detail`, `epoch` (from 0) and `step`; `tensors` are the parameters and
+            buffers that are not finite, `chips` those of the batches around the step, of ``input`` the bad ones only.
     """
 
     exit_code = 3
 
-    def __init__(
-        self, kind: str, detail: str, *, epoch: int, step: int, chips: Sequence[str], tensors: Sequence[str] = ()
-    ) -> None:
-        self.entry = {"kind": kind, "detail": detail, "epoch": epoch, "step": step}
-        self.entry |= {"tensors": [*tensors], "chips": [*chips]}
-        bad = f"; not finite: {_first_three(tensors)}" if tensors else ""
-        named = f"; chips {_first_three(chips)}" if chips else ""
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry = dict(entry)
+        what = f"NaNGuard stopped the run at step {entry['step']}, epoch {entry['epoch'] + 1}: {entry['detail']}"
+        what += name_three("; not finite:", entry["tensors"]) + name_three("; chips", entry["chips"])
         fix = "look at these chips, replace or remove them; then run the same command again"
         if self.rolls_back:
             fix = "see incidents in run.json; fit --on-overflow rollback resumes from the last good state in bf16"
-        super().__init__(f"NaNGuard stopped the run at step {step}, epoch {epoch + 1}: {detail}{bad}{named}", fix=fix)
+        super().__init__(what, fix=fix)
 
     @property
     def rolls_back(self) -> bool:
         """Whether a wider number format can help; it cannot where the input itself is bad."""
-        return self.entry["kind"] != "input"
+        return bool(self.entry["kind"] != "input")
 
 
 class Interrupted(FloodreproError, SystemExit):
@@ -105,5 +95,7 @@ class Interrupted(FloodreproError, SystemExit):
         self.exit_code = self.code = SIGNALLED + number
 
 
-def _first_three(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def name_three(label: str, names: Sequence[str]) -> str:
+    """The label, the first three names, and how many more there are; empty without names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{label} {', '.join(names[:3])}{more}" if names else ""

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -75,14 +76,12 @@ def to_yaml(recipe: Recipe) -> str:
 
 def fold(layers: Sequence[Recipe], overrides: Sequence[str] = ()) -> Recipe:
     """Merge layers, later ones winning, and overrides, as `pairs` reads them. Types are left to TerraTorch's parser."""
-    folded: Recipe = {}
-    for layer in layers:
-        folded = _merge(folded, layer)
+    changes = [*layers]
     for key, value in pairs(overrides):
         for part in reversed(key.split(".")):
             value = {part: value}
-        folded = _merge(folded, value)
-    return folded
+        changes.append(value)
+    return functools.reduce(_merge, changes, {})
 
 
 def _merge(old: Any, new: Any) -> Any:

@@ -37,10 +37,6 @@ class RunFolder:
         self.export = path / "export"  # the exported pair and its card
         self.lock = path / ".lock"  # held by the process that trains in this folder
 
-    def holds_something_else(self) -> bool:
-        """Whether the folder holds files, and no run, not even one that was stopped while it began."""
-        return not self.record.is_file() and bool({*self.path.glob("[!.]*")} - {self.log, self.recipe})
-
     @classmethod
     def open(cls, path: Path) -> Self:
         """An existing run folder; raises `UsageError` where there is none, or it holds no recipe."""

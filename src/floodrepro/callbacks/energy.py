@@ -50,9 +50,7 @@ def find_sources(indices: Sequence[int], root: Path = Path("/")) -> list[PowerSo
 def _nvidia(name: str, pci: str, index: int, tdp: float) -> PowerSource:
     note = ", the whole device of which the run had a MIG slice" if "MIG" in name else ""
     counter: Callable[[], float] | None = None
-    with contextlib.suppress(
-        Exception
-    ):  # not installed, no driver, hidden from this container: all the same to the run
+    with contextlib.suppress(Exception):  # not installed, no driver, hidden from this container: all the same here
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByPciBusId(f"{pci}.0")

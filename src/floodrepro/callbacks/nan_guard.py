@@ -114,7 +114,7 @@ class NaNGuard(Callback):
             torch.distributed.all_gather_object(everyone, found)
             found = min((one for one in everyone if one), key=lambda one: one["kind"], default=None)  # "input" first
         if found is not None:
-            raise Incident(**found)
+            raise Incident(found)
         if at_weights:
             self._bad_input = None  # it did no harm
 

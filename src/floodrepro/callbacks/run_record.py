@@ -27,14 +27,10 @@ class RunRecord(Callback):
           callbacks:
             - class_path: floodrepro.callbacks.RunRecord
 
-    ``checkpoints/run_record.json`` below ``default_root_dir`` holds, for all parts of a resumed run:
-
-    - ``progress``: ``epochs``, ``step``, ``skipped_steps`` (by GradScaler; null where the optimizer counts none).
-    - ``epoch_times``: of each ``epoch`` (from 0) its ``steps`` (batches), ``chips`` (of all processes), ``seconds``
-      (without validation) and ``waiting`` (seconds until a batch was there).
-    - ``chips_per_second`` over epochs, see `percentiles`; ``share_waiting_for_data`` of the seconds.
-    - ``memory_gib``: peaks of this part ``after_warm_up`` (10 batches), see `peak_memory`.
-    - ``energy``: an entry for each part, see `floodrepro.callbacks.energy`.
+    ``checkpoints/run_record.json`` below ``default_root_dir`` holds, for all parts of a resumed run: ``progress``
+    (epochs, steps, and steps that GradScaler skipped), ``epoch_times`` (of each epoch, from 0: batches, chips of all
+    processes, seconds without validation, seconds waiting for batches), ``chips_per_second`` over epochs, the
+    ``share_waiting_for_data``, ``memory_gib`` (`peak_memory` of the newest part) and the ``energy`` of each part.
 
     Args:
         write: Called with the record's entries, by name, in place of writing a file.

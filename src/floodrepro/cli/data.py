@@ -10,7 +10,7 @@ import yaml
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli.shared import listed, new_file
+from floodrepro.cli.main import listed, new_file
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import replacing

@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import json
 import tempfile
-from collections import Counter
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -55,12 +53,7 @@ def _run_runs(args: argparse.Namespace) -> None:
             age = datetime.now(UTC).replace(microsecond=0) - datetime.fromisoformat(started)
             best = (record.get("best_metrics") or {}).get(monitor)  # a running run has none yet
             entry |= {"recipe": shipped.get(digest) or f"sha256 {digest[:12]}", "status": record["status"]}
-            entry |= {
-                "monitor": monitor,
-                "best": best if best is None else float(best),
-                "age": str(age),
-                "started": started,
-            }
+            entry |= {"monitor": monitor, "best": best and float(best), "age": str(age), "started": started}
         found.append(entry)
     found.sort(key=lambda run: run["started"] or "", reverse=True)
     text = console.columns([shown, *([run[name] for name in shown] for run in found)], right_from=9)
@@ -68,23 +61,22 @@ def _run_runs(args: argparse.Namespace) -> None:
 
 
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
-    model.add_recipe_flags(parser, default=" (default: none; the machine alone is looked at)")
+    model.add_recipe_flags(parser, default="none; the machine alone is looked at")
 
 
 def _run_doctor(args: argparse.Namespace) -> int:
-    of_recipe = ("config", "data_root", "limit", "fraction", "strict", "skip_damaged", "precision", "overrides")
-    recipe = model.read_recipe(args)[2] if any(getattr(args, name) for name in of_recipe) else None
+    of_recipe = [value for name, value in vars(args).items() if name != "format" and value]
+    recipe = model.read_recipe(args)[2] if of_recipe else None
     findings = [*doctor.examine(recipe), *([doctor.check_chips(recipe)] if recipe else [])]
-    count = Counter(finding.status for finding in findings)
-    rows = []
+    rows, statuses = [], [finding.status for finding in findings]
     for finding in findings:
         rows.append([finding.status, finding.name, finding.detail])
         if finding.fix:
             rows.append(["", "", f"to do: {finding.fix}"])
-    sums = ", ".join(f"{count[status]} {status}" for status in ("ok", "warn", "fail"))
-    data = {"ok": not count["fail"], "findings": [asdict(finding) for finding in findings]}
+    sums = ", ".join(f"{statuses.count(status)} {status}" for status in ("ok", "warn", "fail"))
+    data = {"ok": "fail" not in statuses, "findings": [vars(finding) for finding in findings]}
     console.emit(data, f"{console.columns(rows, right_from=3)}\n\n{sums}", args.format)
-    return 1 if count["fail"] else 0
+    return 0 if data["ok"] else 1
 
 
 def _bench_flags(parser: argparse.ArgumentParser) -> None:

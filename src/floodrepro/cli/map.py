@@ -9,7 +9,7 @@ from typing import Any
 
 from floodrepro import __version__, console
 from floodrepro import recipe as recipes
-from floodrepro.cli import model, shared
+from floodrepro.cli import main, model
 from floodrepro.errors import DataError, FloodreproError, UsageError
 from floodrepro.run_folder import sha256_of, write_atomically
 
@@ -24,9 +24,9 @@ docs/mapping.md describes scenes and maps. If it is interrupted, run the same co
 
 def _map_flags(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
-    amount, share = shared.between(0, 1e5), shared.between(0, 1)
+    amount, share = main.between(0, 1e5), main.between(0, 1)
     weights, add = parser.add_mutually_exclusive_group(), parser.add_argument
-    shared.add_checkpoint(weights)
+    main.add_checkpoint(weights)
     weights.add_argument("--export", type=Path, metavar="DIR", help="folder of an exported pair")
     add("--config", action="append", metavar="YAML", help="recipe (default: the one beside the weights)")
     add("--scene", type=Path, metavar="YAML", help="what to map; 'map plan' writes one")
@@ -37,7 +37,7 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
     add("--min-seen", type=share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
     add("--threshold", type=share, metavar="P", help="probability of the positive class (default: argmax)")
-    add("--permanent", type=shared.existing_file, metavar="FILE", help="raster or polygons of permanent water")
+    add("--permanent", type=main.existing_file, metavar="FILE", help="raster or polygons of permanent water")
     add("--min-hectares", type=amount, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
     add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
@@ -46,14 +46,14 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--map", type=Path, required=True, metavar="DIR", help="folder of a map")
     add("--truth", type=Path, required=True, metavar="FILE", help="polygons or raster of the flood")
     add("--truth-value", type=int, metavar="N", help="what flood is in a raster (default: all but 0)")
-    add("--output", type=shared.new_file, metavar="FILE", help="write the chip table there (.parquet)")
+    add("--output", type=main.new_file, metavar="FILE", help="write the chip table there (.parquet)")
     plan = actions.add_parser("plan", help="write scene.yaml from a STAC catalogue")
     place, add = plan.add_mutually_exclusive_group(required=True), plan.add_argument
     place.add_argument("--aoi", type=Path, metavar="FILE", help="polygons: GeoJSON, GeoPackage")
     place.add_argument("--box", type=float, nargs=4, metavar=("WEST", "SOUTH", "EAST", "NORTH"), help="in degrees")
     add("--event", required=True, help="2026-08-26, or with a time (UTC) 2026-08-26T14:00")
     add("--stac", default="https://planetarycomputer.microsoft.com/api/stac/v1", metavar="URL", help="a STAC API")
-    add("--output", type=shared.new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
+    add("--output", type=main.new_file, default="scene.yaml", metavar="YAML", help="default: scene.yaml")
     add("--max-days", type=amount, default=12, metavar="N", help="that an event pass may come late (default: 12)")
     add("--max-gap", type=amount, default=argparse.SUPPRESS, metavar="DAYS", help="radar to optical event (default: 5)")
     add("--min-coverage", type=share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")

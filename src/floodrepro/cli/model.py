@@ -1,13 +1,13 @@
 """The commands that take a recipe: fit makes a checkpoint; validate, test and predict use one."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from floodrepro import console
 from floodrepro import recipe as recipes
-from floodrepro.cli import shared
+from floodrepro.cli import main
 from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import config_beside
@@ -16,12 +16,9 @@ from floodrepro.system.doctor import check_before_fit
 if TYPE_CHECKING:
     from floodrepro.training.terratorch_cli import RecipeCLI
 
-_SHORT = {  # flags that override the key of their name, by what stands before it
-    "data.init_args.": ("limit", "fraction", "strict", "skip_damaged"),
-    "trainer.": ("precision", "deterministic"),
-    "": ("seed_everything",),
-}
-_MAIN_METRICS = ("mIoU", "IoU_0", "IoU_1", "IoU_2", "F1_Score", "Pixel_Accuracy")
+# Flags that override a key, by their name.
+_KEYS = {name: f"data.init_args.{name}" for name in ("limit", "fraction", "strict", "skip_damaged")}
+_KEYS |= {"precision": "trainer.precision", "deterministic": "trainer.deterministic", "seed": "seed_everything"}
 _OVERRIDES = """\
 Any key of the recipe can be overridden by its path:
   --trainer.max_epochs 3  --data.init_args.batch_size 8  --optimizer.init_args.lr 2e-4
@@ -37,20 +34,15 @@ CHIP_prob.tif has the probability of the positive class as float32, NaN where no
 1 and 255 for unseen. Which chips: --data.init_args.predict_split FILE, an id a line (default: the test split)."""
 
 
-def add_recipe_flags(
-    parser: argparse.ArgumentParser, default: str = " (default: the one beside the checkpoint)"
-) -> None:
-    """Add --config, --data-root, --precision, which chips to use, and a note on overrides.
-
-    `default` is what the help of --config says of a command without it.
-    """
+def add_recipe_flags(parser: argparse.ArgumentParser, default: str = "the one beside the checkpoint") -> None:
+    """Add --config (its help names the default), --data-root, --precision, which chips to use, and the epilog."""
     add, parser.epilog = parser.add_argument, _OVERRIDES
     config = "a path, or a name from 'floodrepro configs ls'; layers in order"
-    add("--config", action="append", metavar="YAML", help=f"{config}{default}")
+    add("--config", action="append", metavar="YAML", help=f"{config} (default: {default})" if default else config)
     add("--data-root", type=Path, metavar="DIR", help="folder that holds data/ and split/")
     add("--limit", type=int, metavar="N", help="use N chips of each split, at most; whole events first")
     add("--fraction", type=float, metavar="F", help="share of the chips of each split to use")
-    add("--strict", action="store_true", help="an event in two splits is an error, not a warning")
+    add("--strict", action="store_const", const="true", help="an event in two splits is an error, not a warning")
     add("--skip-damaged", type=int, metavar="N", help="leave out up to N chips that cannot be read")
     add("--precision", choices=recipes.PRECISIONS, help="the trainer's precision; fp16 needs a GPU")
 
@@ -69,10 +61,8 @@ def read_recipe(args: argparse.Namespace) -> tuple[list[Path], list[str], Recipe
         raise UsageError("no config", fix="--config YAML")
     layers = [recipes.read_yaml(path) for path in files]
     overrides = recipes.data_overrides(root, *layers) if root else []
-    for key, flag in ((key, flag) for key, flags in _SHORT.items() for flag in flags):
-        value = getattr(args, flag, None)
-        if value is not None and value is not False:
-            overrides.append(f"--{key}{flag}={recipes.PRECISIONS.get(value, str(value).lower())}")
+    given = {key: vars(args).get(flag) for flag, key in _KEYS.items()}
+    overrides += [f"--{key}={recipes.PRECISIONS.get(v, v)}" for key, v in given.items() if v is not None]
     overrides += args.overrides
     return files, overrides, recipes.fold(layers, overrides)
 
@@ -88,15 +78,15 @@ def parse(files: Sequence[Path], overrides: Sequence[str]) -> "RecipeCLI":
 def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add_recipe_flags(parser, default="")
     add = parser.add_argument
-    add("--name", type=shared.plain_name, help="name of the run (default: the first recipe's)")
+    add("--name", type=main.plain_name, help="name of the run (default: the first recipe's)")
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
-    add("--seed", dest="seed_everything", type=int, metavar="S", help="seed of everything (default: the recipe's)")
+    add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
     add("--deterministic", action="store_const", const="warn", help="torch's deterministic mode: slower, not complete")
     add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
-    add("--weights", type=shared.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
+    add("--weights", type=main.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
     add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
     add("--on-overflow", choices=("stop", "rollback"), default="stop", help="rollback: resume in bf16, once")
-    add("--save-every", type=shared.between(1, 10**9, int), default=500, help="steps between two states (default: 500)")
+    add("--save-every", type=main.between(1, 10**9, int), default=500, help="steps between two states (default: 500)")
 
 
 def _run_fit(args: argparse.Namespace) -> None:
@@ -116,7 +106,7 @@ def _run_fit(args: argparse.Namespace) -> None:
 
 
 def _validate_flags(parser: argparse.ArgumentParser) -> None:
-    shared.add_checkpoint(parser, required=True)
+    main.add_checkpoint(parser, required=True)
     add_recipe_flags(parser)
 
 
@@ -126,16 +116,16 @@ def _run_validate(args: argparse.Namespace) -> None:
 
     data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
     result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
-    console.emit(result, _two_columns(metrics), args.format)
+    console.emit(result, console.columns([*metrics.items()]), args.format)
 
 
 def _test_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("a checkpoint, or masks made by anyone else; --config says on which chips")
     either = group.add_mutually_exclusive_group(required=True)
-    shared.add_checkpoint(either)
+    main.add_checkpoint(either)
     either.add_argument("--masks", type=Path, nargs="+", metavar="PATH", help="a folder of GeoTIFFs, or files")
     add = group.add_argument
-    add("--name", type=shared.plain_name, help="what reports call the masks (default: the name of the first path)")
+    add("--name", type=main.plain_name, help="what reports call the masks (default: the name of the first path)")
     add("--values", metavar="1=flood,0=rest", help="class of each value of masks; 255=none leaves one out")
     add("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help="of masks: what means 1 (default: 1)")
     add_recipe_flags(parser)
@@ -167,7 +157,7 @@ def _run_test(args: argparse.Namespace) -> None:
     else:
         options = {"split": args.split, "folder": args.output, "baselines": not args.no_baselines}
         result = tabulate_checkpoint(cli, args.ckpt, **options)
-    text = _two_columns(result["metrics"])
+    text = console.columns([*result["metrics"].items()])
     for split, path in result["tables"].items():
         console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")
     if result["tables"]:
@@ -193,9 +183,3 @@ def _run_predict(args: argparse.Namespace) -> None:
 
     files = predict(cli, args.ckpt, args.output, probabilities=args.probabilities)
     console.emit({"files": [str(file) for file in files]}, f"{len(files)} files  {args.output}", args.format)
-
-
-def _two_columns(metrics: Mapping[str, float | None]) -> str:
-    """TerraTorch's main metrics."""
-    shown = [name for main in _MAIN_METRICS for name in metrics if name.rsplit("/", 1)[-1] == main]
-    return console.columns([[name, metrics[name]] for name in shown])

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.cli import shared
+from floodrepro.cli import main
 from floodrepro.errors import CheckpointError, UsageError
-from floodrepro.recipe import find, fingerprint, read_yaml, to_yaml
+from floodrepro.recipe import find, read_yaml, to_yaml
 from floodrepro.run_folder import RunFolder, config_beside, refuse_code, sha256_of, timestamp
 
 _VERIFY = """\
@@ -31,7 +31,7 @@ The hub's address is HF_ENDPOINT's; the token is that of 'hf auth login' or HF_T
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
     add, parser.epilog = parser.add_argument, _VERIFY
     add("--run", type=Path, required=True, metavar="DIR", help="the run folder")
-    add("--reference", type=shared.existing_file, metavar="FILE", help="a checkpoint, or a chip table (.parquet)")
+    add("--reference", type=main.existing_file, metavar="FILE", help="a checkpoint, or a chip table (.parquet)")
     add("--reference-name", default="", metavar="NAME", help="what the report calls it")
     add("--split", default="test", metavar="NAME", help="whose chip table is judged (default: test)")
     add("--require", metavar="all|ID,ID,…", help="checks that are required (default: those of checks.yaml)")
@@ -94,10 +94,10 @@ def _export_flags(parser: argparse.ArgumentParser) -> None:
     add, parser.epilog = parser.add_argument, _EXPORT
     source, card = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
     source.add_argument("--run", type=Path, metavar="DIR", help="a run folder: its best checkpoint and its recipe")
-    shared.add_checkpoint(source)
+    main.add_checkpoint(source)
     add("--config", metavar="YAML", help="recipe of --ckpt (default: the one beside it)")
     add("--output", type=Path, metavar="DIR", help="default: export/ in the run folder")
-    add("--name", type=shared.plain_name, help="stem of both files (default: the run's name)")
+    add("--name", type=main.plain_name, help="stem of both files (default: the run's name)")
     card.add_argument("--card-only", action="store_true", help="write the card anew, for a pair that is there")
     card.add_argument("--no-card", action="store_true", help="write the pair alone")
     add("--licence", "--license", metavar="ID", help="of the weights, such as apache-2.0; without it none is stated")
@@ -118,8 +118,6 @@ def _run_export(args: argparse.Namespace) -> None:
     if output is None:
         raise UsageError("the checkpoint lies in no run folder", where=checkpoint, fix="--output DIR")
     recipe = read_yaml(find(args.config) if args.config else config_beside(checkpoint))
-    if run and not args.no_card and fingerprint(recipe) != fingerprint(read_yaml(run.recipe)):
-        raise UsageError("--config is another recipe than the run's", where=args.config, fix="leave it out")
     name = args.name or (run.path.resolve().name if run else checkpoint.stem)
     home = run if run and checkpoint.resolve() == run.best.resolve() else None
     found: dict[str, Any] = {}
@@ -135,10 +133,6 @@ def _run_export(args: argparse.Namespace) -> None:
         pair_file = output / f"{name}.safetensors"
         card = write_card(pair_file, checkpoint, recipe, home, args.licence or "", factors)
         found |= {"card": str(card), "licence": args.licence}
-        if home is None:
-            console.say("the weights were not compared with the recipe's model: floodrepro test --ckpt FILE does so")
-        if home and not home.results.is_file():
-            console.say("nothing was verified yet: floodrepro verify --run DIR, then export --card-only")
     lines = [f"{key:<8} {value or 'none: choose one with --licence ID'}" for key, value in found.items()]
     console.emit(found, "\n".join(lines), args.format)
 

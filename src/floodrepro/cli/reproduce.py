@@ -107,12 +107,11 @@ def _stages_of(args: argparse.Namespace) -> tuple[list[Stage], Path, list[int]]:
         ]
     runs = {seed: RunFolder(run_dir / f"seed-{seed}") for seed in seeds}
     stages += [(f"fit-{s}", [*fit, "--name", run.path.name, "--seed", s], [run.best]) for s, run in runs.items()]
-    tested = Path("test", "best.parquet")
-    stages += [(f"test-{s}", ["test", "--ckpt", run.best], [run.evaluation / tested]) for s, run in runs.items()]
-    if recipes.fold([recipe], args.overrides).get("custom_modules_path"):  # the user's own: it was named here
-        for stage, tested_run in zip(stages[-len(runs) :], runs.values(), strict=True):
-            stage[1].extend(["--config", tested_run.recipe])
-        compare = [*compare, "--trust-code"]
+    trusted = recipes.fold([recipe], args.overrides).get("custom_modules_path")  # the user's own: it was named here
+    compare = [*compare, "--trust-code"] if trusted else compare
+    for seed, run in runs.items():
+        test = ["test", "--ckpt", run.best, *(["--config", run.recipe] if trusted else [])]
+        stages.append((f"test-{seed}", test, [run.evaluation / "test" / "best.parquet"]))
     run = runs[seeds[0]]
     export = ["export", "--run", run.path, "--name", home.name]
     stages += [

@@ -21,9 +21,6 @@ _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 # What changes the shape of the model or what is measured. Not: pretrained, class_weights, optimiser, learning rate.
 _MEASURED = ("model_factory", "loss", "ignore_index", "class_names", "tiled_inference_on_testing")
 _SHAPELESS = ("backbone_pretrained", "backbone_ckpt_path", "pretrained", "head_dropout")
-# What downloads leave in place of weights.
-_POINTER = (b"version https://git-lfs", "this is a Git LFS pointer, not the weights")
-_PAGE = (b"<", "this is a web page: a link or a login page was saved")
 _UNREADABLE: tuple[type[Exception], ...] = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError)
 # The others come of a file in torch's old format that was cut short.
 _UNREADABLE += (ValueError, LookupError, struct.error, TypeError, AssertionError, AttributeError)
@@ -53,9 +50,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError("checkpoint not found", where=path, fix="runs/NAME/checkpoints/best.ckpt, or an export")
     with path.open("rb") as file:
         first = file.read(64)
-    for start, what in (_POINTER, _PAGE):
-        if first.lstrip().startswith(start):
-            raise CheckpointError(what, where=path, fix="hf download REPO FILE, or git lfs pull")
     try:
         if first[8:9] == b"{":  # the header of safetensors, after its length
             with safe_open(str(path), framework="pt", device="cpu") as opened:  # torch.load can from 2.13 on
@@ -69,8 +63,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused[1]}"
             raise CheckpointError(what, where=path, fix=_STRIP.format(name=path.name)) from error
         detail = (str(error).strip().splitlines() or [repr(error)])[0][:160]
-        what = f"the file is no checkpoint, or it is damaged or cut short ({path.stat().st_size:,} bytes): {detail}"
-        raise CheckpointError(what, where=path, fix="copy or download it again and compare its sha256") from error
+        what = f"no checkpoint, or a damaged one, {path.stat().st_size:,} bytes that begin {first[:24]!r}: {detail}"
+        fix = "copy it again, or download it (hf download, git lfs pull), and compare its sha256"
+        raise CheckpointError(what, where=path, fix=fix) from error
     named = content if isinstance(content, Mapping) else {}
     state = next((named[key] for key in _STATE_DICTS if isinstance(named.get(key), Mapping)), named)
     if not state or not all(isinstance(name, str) and isinstance(v, torch.Tensor) for name, v in state.items()):

@@ -8,33 +8,29 @@ import zipfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from floodrepro import console
+from floodrepro import console, errors
 from floodrepro import recipe as recipes
 from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
 from floodrepro.callbacks.exact_resume import LAST, PREVIOUS
-from floodrepro.data.protocols import data_arguments
 from floodrepro.data.splits import DataState, check_data
-from floodrepro.errors import CheckpointError, FloodreproError, Incident, Interrupted, RunFolderError, UsageError
 from floodrepro.run_folder import RunFolder, sha256_of, timestamp
 from floodrepro.system.environment import environment
 from floodrepro.training import terratorch_cli
 from floodrepro.training.checkpoint import load_weights, read_checkpoint
 
-_ROLLBACK_PRECISION: Final = "bf16-mixed"  # fp32's range, so that what overflowed in fp16 does not
+_ROLLBACK_PRECISION = "bf16-mixed"  # fp32's range, so that what overflowed in fp16 does not
 _LOCK_SECONDS = 10  # loader workers outlive a killed parent by seconds
 _KEY = "floodrepro"  # under which a full state keeps the run's identity
 _PACKAGES = ("torch", "lightning", "terratorch", "torchmetrics", "timm", "segmentation-models-pytorch", "numpy")
-_SHOWN = 3  # changes in a message
 # What a resumed run may have changed: its place, how long it lasts and what it prints.
 _MAY_CHANGE = re.compile(
     r"trainer\.(callbacks.*|plugins.*|profiler.*|log_every_n_steps|(max|min)_\w+|num_sanity_val_steps)"
@@ -72,29 +68,24 @@ def fit(
         Interrupted: A signal stopped the run.
     """
     data = check_data(cli.recipe, ("train", "val"))
-    batch = data_arguments(cli.recipe).get("batch_size") or 1
-    if data.chips.get("train", batch) < batch:  # the last batch is left out where it is not full
-        what = f"{data.chips['train']} training chips do not fill one batch of {batch}"
-        raise UsageError(what, fix="--data.init_args.batch_size N")
     if cli.recipe["trainer"].get("fast_dev_run"):
-        cli.build()
-        with console.stdout_to_stderr():
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        _build(cli, data)
+        _train(cli, None)
         console.say("fast_dev_run: the recipe works; nothing was kept")
         return {"status": "fast_dev_run"}
     run = RunFolder(path)
-    if run.holds_something_else():
-        raise UsageError("the folder exists and holds no run of floodrepro", where=path, fix="give another --name")
     record = run.read_record()
-    terratorch_cli.into_run_folder(cli.config, run, record.get("loggers") or {})
+    if not run.record.is_file() and {*path.glob("[!.]*")} - {run.log, run.recipe}:  # of one that was killed as it began
+        raise errors.UsageError("the folder exists and holds no run", where=path, fix="give another --name")
+    chosen_by = terratorch_cli.into_run_folder(cli.config, run, record.get("loggers") or {})
     if record.get("rollback"):
         cli.config.trainer.precision = _ROLLBACK_PRECISION
     if weights is not None or ckpt_path is not None or (run.checkpoints / LAST).exists():
         terratorch_cli.forget_pretrained_weights(cli.config)
-    cli.build()
+    _build(cli, data)
     trainer: Any = cli.trainer  # which knows whether this process is the first
     if on_overflow == "rollback" and trainer.world_size > 1:
-        raise UsageError("a rollback needs a run of one process", fix="--on-overflow stop")
+        raise errors.UsageError("a rollback needs a run of one process", fix="--on-overflow stop")
     with contextlib.ExitStack() as held:
         with _agreeing(trainer, run):
             if trainer.is_global_zero:
@@ -102,20 +93,20 @@ def fit(
                 held.enter_context(FileLock(run.lock, timeout=_LOCK_SECONDS))
                 held.enter_context(console.log_to(run.log))
             record = run.read_record()  # again: another fit may have trained until now
-            length, wanted = record.get("length") or {}, cli.recipe["trainer"]
-            longer = [(wanted.get(key) or 0) > (length.get(key) or 0) for key in ("max_epochs", "max_steps")]
-            finished = record.get("status") == "finished" and not any(longer)
+            finished, wanted = record.get("status") == "finished", cli.recipe["trainer"]
+            length = recipes.read_yaml(run.recipe)["trainer"] if finished else wanted
+            finished &= all((wanted.get(key) or 0) <= (length.get(key) or 0) for key in ("max_epochs", "max_steps"))
             now, state, changes = _choose_state(cli.recipe, data, run, ckpt_path, allow_changes=allow_changes)
             trainer.callbacks += [_WeightedMeans(), _RunState(run, now), NaNGuard(), RunRecord(write=run.update_record)]
             trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
-            entries: dict[str, Any] = {"started": record.get("started") or timestamp()}
+            entries: dict[str, Any] = {"started": record.get("started") or timestamp(), **chosen_by}
             if state is not None:
                 resumed = {"when": timestamp(), "from": state.name, "changes": changes}
                 entries["resumes"] = [*record.get("resumes", []), resumed]
+            if weights is not None and state is not None:
+                what = "--weights starts a new run, and this one has trained"
+                raise errors.UsageError(what, where=state, fix="give another --name")
             if weights is not None:
-                if state is not None:
-                    what = "--weights starts a new run, and this one has trained"
-                    raise UsageError(what, where=state, fix="give another --name")
                 left_out = load_weights(cli.model.model, read_checkpoint(weights), strict=False) or None
                 entries["started_from"] = {"file": weights.name, "sha256": sha256_of(weights), "left_out": left_out}
             if trainer.is_global_zero and not finished:
@@ -124,13 +115,13 @@ def fit(
             console.say(f"the run is finished already: {path}")
             return record
         try:
-            _train(cli, run, state)
+            _train(cli, state)
             return _finish(trainer, run) if trainer.is_global_zero else {}
         except BaseException as failure:
             if trainer.is_global_zero:
                 _record_failure(run, failure)
             may_roll_back = on_overflow == "rollback" and not record.get("rollback")
-            if not may_roll_back or not isinstance(failure, Incident) or not failure.rolls_back:
+            if not may_roll_back or not isinstance(failure, errors.Incident) or not failure.rolls_back:
                 raise
             console.warn(failure.what)
             rollback = {"step": failure.entry["step"], "precision": [str(trainer.precision), _ROLLBACK_PRECISION]}
@@ -144,25 +135,31 @@ def fit(
     return fit(cli, path, ckpt_path=ckpt_path, weights=weights, allow_changes=allow_changes, save_every=save_every)
 
 
+def _build(cli: terratorch_cli.RecipeCLI, data: DataState) -> None:
+    cli.build()
+    batch = (getattr(cli.datamodule, "batch_size", None) or 1) * cli.trainer.world_size
+    if data.chips.get("train", batch) < batch:  # the last batch is left out where it is not full
+        what = f"{data.chips['train']} training chips do not fill one batch of {batch}"
+        raise errors.UsageError(what, fix="--data.init_args.batch_size N")
+
+
 @contextlib.contextmanager
 def _agreeing(trainer: Any, run: RunFolder) -> Iterator[None]:
     """Let a refusal of one process end all: those that torchrun or srun started wait for each other."""
-    error: FloodreproError | None = None
+    error: errors.FloodreproError | None = None
     try:
         yield
-    except Timeout:
-        fix = "wait until it is done, or give another --name"
-        error = RunFolderError("another fit is running in this folder", where=run.path, fix=fix)
     except OSError as failure:
-        fix = "--runs-root DIR puts it elsewhere"
-        error = RunFolderError(f"the run folder cannot be written: {failure}", where=run.path, fix=fix)
-    except FloodreproError as refusal:
+        what = f"the run folder cannot be written: {failure}"
+        what = "another fit is running in this folder" if isinstance(failure, Timeout) else what
+        error = errors.RunFolderError(what, where=run.path, fix="wait until it is done, or --name, or --runs-root DIR")
+    except errors.FloodreproError as refusal:
         error = refusal
     if trainer.world_size > 1 and not isinstance(trainer.strategy.cluster_environment, LightningEnvironment):
         trainer.strategy.setup_environment()
         everyone: list[Any] = [None] * trainer.world_size
         torch.distributed.all_gather_object(everyone, str(error) if error else None)
-        error = error or next((UsageError(text) for text in everyone if text), None)
+        error = error or next((errors.UsageError(text) for text in everyone if text), None)
     if error is not None:
         raise error
 
@@ -170,11 +167,7 @@ def _agreeing(trainer: Any, run: RunFolder) -> Iterator[None]:
 def _choose_state(
     recipe: recipes.Recipe, data: DataState, run: RunFolder, ckpt_path: str | None, *, allow_changes: bool
 ) -> tuple[dict[str, Any], Path | None, list[str]]:
-    """Decide by files alone, so that all processes decide alike.
-
-    Returns:
-        What all parts of the run have in common; the state to resume from, if there is one; what changed since it.
-    """
+    """What all parts of a run have in common, the state to resume from, and what changed since: by files alone."""
     kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
     now = {"recipe": kept, "data": dict(data.digests), "packages": {name: version(name) for name in _PACKAGES}}
     state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
@@ -185,19 +178,14 @@ def _choose_state(
     except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
         what = "there is no full state here that a run can resume from"
         fix = "give checkpoints/last.ckpt of a run, or start from the weights alone: --weights FILE"
-        raise CheckpointError(what, where=state, fix=fix) from error
-    changes = [
-        f"{section}.{key}: {old!r} became {new!r}".removeprefix("recipe.")
-        for section in ("recipe", "data", "packages")
-        for key, (old, new) in recipes.differences(before[section], now[section]).items()
-    ]
+        raise errors.CheckpointError(what, where=state, fix=fix) from error
+    found = recipes.differences(before, now)
+    changes = [f"{key.removeprefix('recipe.')}: {old!r} became {new!r}" for key, (old, new) in found.items()]
     fixed = [line for line in changes if line.startswith(("model.", "optimizer.", "lr_scheduler."))]
     if changes and (fixed or not allow_changes):
-        shown = fixed or changes
-        more = f" (and {len(shown) - _SHOWN} more)" if len(shown) > _SHOWN else ""
         hint = f"--weights {state} starts from its weights alone" if fixed else "or --resume-anyway, which is recorded"
-        what = f"this would not be the same run: {'; '.join(shown[:_SHOWN])}{more}"
-        raise UsageError(what, where=state, fix=f"undo the change, or give another --name; {hint}")
+        what = f"this would not be the same run{errors.name_three(':', fixed or changes)}"
+        raise errors.UsageError(what, where=state, fix=f"undo the change, or give another --name; {hint}")
     return now, state, changes
 
 
@@ -209,7 +197,7 @@ def newest_state(folder: Path) -> Path | None:
     found = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
     whole = next((path for path in found if _is_whole(path)), None)
     if found and whole is None:
-        raise CheckpointError("the full state is damaged", where=found[0], fix="start again under another --name")
+        raise errors.CheckpointError("the full state is damaged", where=found[0], fix="start under another --name")
     if whole is not None and whole != found[0]:  # else it would become the previous one
         with contextlib.suppress(FileNotFoundError):  # another process of this run was faster
             aside = found[0].replace(found[0].with_name(f"{LAST}.damaged"))
@@ -218,30 +206,17 @@ def newest_state(folder: Path) -> Path | None:
 
 
 def _is_whole(state: Path) -> bool:
-    try:  # the checksums of a file of torch.save, which is a ZIP archive
-        with zipfile.ZipFile(state) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError):
-        return False
+    with contextlib.suppress(zipfile.BadZipFile, EOFError, OSError), zipfile.ZipFile(state) as archive:
+        return archive.testzip() is None  # checksums: a file of torch.save is a ZIP archive
+    return False
 
 
 def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entries: dict[str, Any]) -> None:
     trainer, batch = cli.trainer, getattr(cli.datamodule, "batch_size", None)
-    digest = run.save_recipe(cli.recipe)
-    run.update_record(
-        **entries,
-        status="running",
-        ended=None,
-        reason=None,
-        command=["floodrepro", *sys.argv[1:]],
-        recipe_sha256=digest,
-        length={key: cli.recipe["trainer"].get(key) for key in ("max_epochs", "max_steps")},
-        seed=cli.config.seed_everything,
-        data=data.as_dict(),
-        batch_size=batch,
-        processes=trainer.world_size,
-        environment=environment(str(trainer.precision)),
-    )
+    entries |= {"status": "running", "ended": None, "reason": None, "command": ["floodrepro", *sys.argv[1:]]}
+    entries |= {"recipe_sha256": run.save_recipe(cli.recipe), "seed": cli.config.seed_everything}
+    entries |= {"data": data.as_dict(), "batch_size": batch, "processes": trainer.world_size}
+    run.update_record(**entries, environment=environment(str(trainer.precision)))
     parameters = sum(parameter.numel() for parameter in cli.model.parameters())
     console.say(f"{parameters:,} parameters, chips {data.chips}")
     if trainer.world_size > 1 and batch:
@@ -251,7 +226,7 @@ def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entri
         console.say(f"{devices} GPUs are here, one is used; --trainer.devices {devices} multiplies the global batch")
 
 
-def _train(cli: terratorch_cli.RecipeCLI, run: RunFolder, state: Path | None) -> None:
+def _train(cli: terratorch_cli.RecipeCLI, state: Path | None) -> None:
     trainer = cli.trainer
     attention: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if trainer.strategy.root_device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
@@ -259,31 +234,23 @@ def _train(cli: terratorch_cli.RecipeCLI, run: RunFolder, state: Path | None) ->
     try:
         with console.stdout_to_stderr(), attention:
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
-    except MisconfigurationException as error:
-        raise UsageError(f"Lightning refuses the recipe: {error}", where=run.recipe) from error
     except SystemExit as error:  # Lightning's answer to Ctrl-C before ExactResume listens
-        raise error if isinstance(error, Interrupted) else KeyboardInterrupt from error
-    finally:
-        if trainer.is_global_zero:
-            run.update_record(loggers=terratorch_cli.run_ids_of(trainer.loggers))
+        raise error if isinstance(error, errors.Interrupted) else KeyboardInterrupt from error
 
 
 def _record_failure(run: RunFolder, failure: BaseException) -> None:
-    what = failure.what if isinstance(failure, FloodreproError) else str(failure)
-    status = "interrupted" if isinstance(failure, Interrupted | KeyboardInterrupt) else "failed"
+    what = failure.what if isinstance(failure, errors.FloodreproError) else str(failure)
+    status = "interrupted" if isinstance(failure, errors.Interrupted | KeyboardInterrupt) else "failed"
     found: dict[str, Any] = {"status": status, "ended": timestamp(), "reason": f"{type(failure).__name__}: {what}"}
     with contextlib.suppress(OSError):  # a full disk must not replace the error that it caused
-        if isinstance(failure, Incident):
+        if isinstance(failure, errors.Incident):
             found["incidents"] = [*run.read_record().get("incidents", []), failure.entry | {"when": timestamp()}]
         run.update_record(**found)
 
 
 def _finish(trainer: Any, run: RunFolder) -> dict[str, Any]:
     """Write what came out; the mark of a finished run is the last thing that happens."""
-    found: dict[str, Any] = {"monitor": None, "mode": None, "best_epoch": None}
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "filename", None) == run.best.stem:
-            found |= {"monitor": callback.monitor, "mode": callback.mode}
+    found: dict[str, Any] = {"best_epoch": None}
     if run.best.is_file():
         # The file itself is the only source that cannot disagree with the weights in it.
         best = torch.load(run.best, map_location="cpu", weights_only=True, mmap=True)
@@ -316,13 +283,13 @@ class _RunState(Callback):
             if isinstance(logger, CSVLogger) and Path(logger.log_dir) == self._run.metrics.parent:
                 logger.experiment.metrics += self._rows
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.is_global_zero:  # now, for a run that is killed has no end
+            self._run.update_record(loggers=terratorch_cli.run_ids_of(trainer.loggers))
+
 
 class _WeightedMeans(Callback):
-    """Means over processes with different numbers of chips, as one process would compute them.
-
-    Lightning 2.6.1 averages the number of chips over processes as an integer: (2 + 1) / 2 becomes 1, and val/loss, by
-    which the best checkpoint is chosen, half as large again.
-    """
+    """Lightning 2.6.1 averages numbers of chips over processes as integers, and val/loss chooses the best epoch."""
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.world_size > 1:

@@ -58,16 +58,9 @@ for _name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utiliti
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 _COUNT_OR_SHARE = re.compile(r"trainer\.(limit_\w+_batches|overfit_batches)")
-# What constructors raise; the last is Lightning's.
-_REFUSALS = (
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    AssertionError,
-    MisconfigurationException,
-)
+# What constructors raise; the last one is Lightning's.
+_REFUSALS: tuple[type[Exception], ...] = (TypeError, ValueError, LookupError, AttributeError, RuntimeError)
+_REFUSALS += (AssertionError, MisconfigurationException)
 _BROKEN_METRIC = "Boundary_mIoU"  # depends on the batch size where pixels are ignored (terratorch 1.2.7)
 _BEST = "terratorch.cli_tools.StateDictAwareModelCheckpoint"  # may stand beside another one that monitors the same
 _OF_TRAINING = ("ModelCheckpoint", "EarlyStopping", "LearningRateMonitor", "ProgressBar")
@@ -103,7 +96,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             seed_everything_default=0,
             save_config_callback=None,
             trainer_class=MyTrainer,
-            trainer_defaults={"callbacks": []},
+            trainer_defaults={"callbacks": [], "enable_model_summary": False},
             parser_kwargs={"exit_on_error": False},
             run=False,
         )
@@ -166,7 +159,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
             ) from error
 
 
-def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str]) -> None:
+def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str]) -> dict[str, Any]:
     """Send the files of a fit into its run folder; ``best.ckpt`` follows the recipe's own monitor.
 
     A logger or checkpoint stays where it is if it names a folder that is not below the recipe's ``default_root_dir``.
@@ -175,6 +168,9 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
         config: A `RecipeCLI`'s, changed in place.
         run: The run folder.
         run_ids: What `run_ids_of` gave when the run was interrupted.
+
+    Returns:
+        The ``monitor`` that chooses the best epoch, and its ``mode``; None without checkpoints.
     """
     trainer = config.trainer
     root, trainer.default_root_dir = trainer.default_root_dir, str(run.path)
@@ -188,8 +184,6 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
             arguments[_RUN_IDS[name]] = run_ids[name]
             if name == "WandbLogger":
                 arguments.resume = "allow"
-    if trainer.enable_model_summary is None:
-        trainer.enable_model_summary = False  # a table of five rows; the number of parameters is in the log
     trainer.callbacks = _as_list(trainer.callbacks)
     if not sys.stderr.isatty():  # elsewhere Lightning's progress bars are noise
         trainer.callbacks = [one for one in trainer.callbacks if not one.class_path.endswith("ProgressBar")]
@@ -202,19 +196,20 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
                 if any(word in monitor.lower() for word in ("loss", "error")) == (mode == "max"):
                     console.warn(f"{kind} monitors {monitor} with mode: {mode}, which prefers the worst epoch")
     if trainer.enable_checkpointing is False:
-        return
+        return {"monitor": None, "mode": None}
     # The recipe's own checkpoint writes best.ckpt; one is added where it writes elsewhere or keeps several.
     monitor, mode = [*monitors, ("val/loss", "min")][0]
     place = Namespace(dirpath=str(run.checkpoints), enable_version_counter=False)  # written again, no -v1 beside it
     own = [one for one in _arguments(trainer.callbacks, "ModelCheckpoint") if _is_below(one.get("dirpath"), root)]
     fitting = [one for one in own if one.get("monitor") == monitor and one.get("save_top_k") == 1]
-    fitting = [one for one in fitting if not one.get("save_last")]
-    if not fitting:
-        fitting = [Namespace(monitor=monitor, mode=mode, save_top_k=1, save_weights_only=True)]
-        trainer.callbacks.append(Namespace(class_path=_BEST, init_args=fitting[0]))
-    for arguments in [*own, fitting[0]]:
+    best = next((one for one in fitting if not one.get("save_last")), None)
+    if best is None:
+        best = Namespace(monitor=monitor, mode=mode, save_top_k=1, save_weights_only=True)
+        trainer.callbacks.append(Namespace(class_path=_BEST, init_args=best))
+    for arguments in [*own, best]:
         arguments.update(place)
-    fitting[0].filename = run.best.stem
+    best.filename = run.best.stem
+    return {"monitor": monitor, "mode": mode}
 
 
 def run_ids_of(loggers: list[Any]) -> dict[str, str]:
@@ -260,10 +255,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _trim_metrics(task: Any, *, labels_known: bool) -> None:
-    """Drop the metric that means nothing, and spare the others their search for labels that are no class.
-
-    torchmetrics 1.9 sorts each batch's pixels on the device for it, and waits.
-    """
+    """Drop the metric that means nothing, and spare others a search for labels that sorts pixels and waits for it."""
     for collection in [module for module in task.modules() if isinstance(module, MetricCollection)]:
         if _BROKEN_METRIC in collection._modules:
             del collection[_BROKEN_METRIC]
@@ -274,10 +266,7 @@ def _trim_metrics(task: Any, *, labels_known: bool) -> None:
 
 
 def _type_values(merged: Namespace, overrides: Sequence[str]) -> None:
-    """Give overrides inside untyped dicts the type that YAML gives them.
-
-    TerraTorch types model_args as a bare dict, in which jsonargparse 4.53 leaves "false", which is true, and "None".
-    """
+    """Type overrides in bare dicts, such as model_args, as YAML does: jsonargparse leaves "false", which is true."""
     for key, value in recipes.pairs(overrides):
         parent, _, leaf = key.rpartition(".")
         node = merged.get(parent) if parent in merged else None
