@@ -31,14 +31,7 @@ Sums = dict[str, Any]  # by figure: number, sum and sum of squares of its pixels
 _BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
 _UNSEEN = {"S2L2A": "no_optical", "S1RTC": "no_radar"}  # share of pixels without a value in some band
 _T = len(TIMESTEPS)
-_LAYOUT: dict[str, tuple[tuple[int, ...], str]] = {  # axes before height and width; dtypes that are right, else any
-    "S2L2A": ((_T, len(S2_BANDS)), "int16"),
-    "S1RTC": ((_T, len(S1_BANDS)), "float16 float32"),
-    "DEM": ((), "int16 float32"),
-    "MASK": ((), "int8 uint8"),
-    "SCL": ((_T,), ""),
-    "cloud_mask": ((_T,), ""),
-}
+_DTYPES = {"S2L2A": "int16", "S1RTC": "float16 float32", "DEM": "int16 float32", "MASK": "int8 uint8"}  # else any
 _CLOUDY = (8, 9, 10)  # Sen2Cor's scene classification: medium and high probability of cloud, thin cirrus
 _DAYS = 5  # between the radar and the optical image of the event
 _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
@@ -119,14 +112,13 @@ def audit(
     }
     write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     rows, chips = [], Counter(keys[chip] for chip in ordered)
+    names = list(dict.fromkeys(name for facts in totals.values() for name in facts))
     for (split, event), facts in sorted(totals.items()):
         for step, timestep in enumerate(TIMESTEPS):
             row = {"split": split, "event": event, "timestep": timestep, "chips": chips[split, event]}
-            figures = {name: sums[:2, step] for name, sums in facts.items()}
+            figures = {name: facts[name][:2, step] if name in facts else (0, 0) for name in names}
             rows.append(row | {name: total / count if count else None for name, (count, total) in figures.items()})
-    if rows:
-        columns = {name: None for row in rows for name in row}
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), root / FIGURES)
+    pq.write_table(pa.Table.from_pylist(rows), root / FIGURES)
     return manifest
 
 
@@ -148,13 +140,13 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
     if "cloud_mask" in arrays:
         facts["S2L2A"]["cloud"] = ";".join(f"{share:.0%}" for share in (arrays["cloud_mask"] != 0).mean(axis=(1, 2)))
     panels: dict[str, tuple[Array, dict[str, Any]]] = {}
-    for step, name in enumerate(TIMESTEPS):
-        if "S2L2A" in arrays:
-            date = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")[step]
-            colours = [arrays["S2L2A"][step, S2_BANDS.index(band)] for band in ("B04", "B03", "B02")]
-            panels[f"{name} {date[:10]}"] = np.clip(np.stack(colours, axis=-1) / 3000, 0, 1), {}
-    for step in (BEFORE, EVENT):
-        if "S1RTC" in arrays:
+    if "S2L2A" in arrays:
+        dates = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")
+        colours = arrays["S2L2A"][:, [S2_BANDS.index(band) for band in ("B04", "B03", "B02")]].transpose(0, 2, 3, 1)
+        for name, date, image in zip(TIMESTEPS, dates, np.clip(colours / 3000, 0, 1), strict=False):
+            panels[f"{name} {date[:10]}"] = image, {}
+    if "S1RTC" in arrays:
+        for step in (BEFORE, EVENT):
             image = arrays["S1RTC"][step, 0].astype(np.float32)
             panels[f"VV {TIMESTEPS[step]}, dB"] = image, {"cmap": "gray", "vmin": -25, "vmax": 0}
     if "MASK" in arrays:
@@ -163,8 +155,8 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
         raise DataError(f"there is nothing to draw of chip {chip}", where=source.root, fix="--root, or another chip id")
     figure = Figure(figsize=(3 * len(panels), 3.4), layout="constrained")
     figure.suptitle(chip, fontsize=9)
-    for number, (title, (image, options)) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), number)
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, (image, options)) in zip(places, panels.items(), strict=True):
         axes.imshow(image, interpolation="nearest", **options)
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
@@ -221,11 +213,11 @@ def _read_chip(source: Chips, chip: str) -> tuple[dict[str, Array], dict[str, di
         found.append(("error", "DEM and MASK on different grids", ""))
     edges = Counter(array.shape[-2:] for array in arrays.values()).most_common(1)
     for name, array in list(arrays.items()):
-        axes, dtypes = _LAYOUT[name]
+        axes = (_T, len(_BANDS[name])) if name in _UNSEEN else () if name in PARTS else (_T,)
         shape, severity = axes + edges[0][0], "error" if name in PARTS else "warning"
-        if dtypes and array.dtype.name not in dtypes.split():
-            found.append((severity, f"{name}: dtype", f"{array.dtype}, expected {dtypes}"))
-        elif array.shape != shape or not array.size:
+        if name in _DTYPES and array.dtype.name not in _DTYPES[name].split():
+            found.append((severity, f"{name}: dtype", f"{array.dtype}, expected {_DTYPES[name]}"))
+        elif array.shape != shape:
             found.append((severity, f"{name}: shape", f"{array.shape}, expected {shape}"))
         else:
             continue

@@ -13,7 +13,6 @@ import tarfile
 import time
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,12 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import zarr
+from isal import isal_zlib
 from numcodecs import Blosc, blosc
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
 
 from floodrepro import console
-from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, Protocol, suffix_of
+from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, PARTS, PROTOCOLS, SPLITS, Protocol, suffix_of
 from floodrepro.errors import DataError
 from floodrepro.run_folder import write_atomically
 
@@ -44,6 +44,7 @@ blosc.use_threads = False
 # Their georeference is not read (see `read_raster`), also in threads, where warnings.catch_warnings does harm.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
+_UNKNOWN = -128  # the class of a mask value that the label map does not know
 _LARGE = 2**30  # bytes of a tar whose headers may take a while
 _WAITS = (0.2, 2.0)  # seconds before the second and the third try of a read that failed
 
@@ -63,7 +64,10 @@ class Chips:
     """
 
     def __init__(self, root: Path, protocol: Protocol = PROTOCOLS["custom"]) -> None:
-        self.root, self.protocol = root, protocol
+        self.root, self.protocol, labels = root, protocol, protocol.label_map
+        self._known = [IGNORE_INDEX, *range(len(labels))]
+        self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8: -1 is the last place
+        self._classes[self._known] = [IGNORE_INDEX, *labels]
         self._places = {part: self._find(part) for part in PARTS}
         if not any(self._places.values()):
             what = "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
@@ -101,6 +105,18 @@ class Chips:
     def raster(self, chip: str, part: str) -> Array:
         """A chip's DEM, int16 metres, or MASK, int8 classes, (H, W) as on disk; raises as `bands`."""
         return self._read(chip, part, read_raster)
+
+    def truth(self, chip: str) -> Array:
+        """The classes of a chip's mask, int8 (H, W), IGNORE_INDEX kept; raises as `bands`, and for an unknown value."""
+        values = self.raster(chip, LABEL_DIR)
+        narrow = values.astype(np.int8)
+        classes: Array = self._classes.take(narrow.view(np.uint8))
+        if (classes == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
+            strange = sorted(set(np.unique(values).tolist()) - set(self._known))
+            what = f"the mask of {chip} holds {strange}, expected {self._known}"
+            fix = "name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom"
+            raise DataError(what, where=self.path(chip, LABEL_DIR), fix=fix)
+        return classes
 
     def grid(self, chip: str, part: str) -> tuple[Any, Any]:
         """CRS and transform of a chip's DEM or MASK; raises as `bands`."""
@@ -243,6 +259,7 @@ def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
         out = empty(array.shape, dtype)
         plain = (array.order, array.filters or None, array.dtype) == ("C", None, dtype)
         direct = isinstance(array.compressor, Blosc) and plain
+        whole = np.empty(array.chunks, dtype)  # one for all chunks that lie in several places of `out`
         chunks = {f"bands/{array._chunk_key(index)}": index for index in np.ndindex(*array.cdata_shape)}
         if not chunks.keys() <= members.keys():
             if array.fill_value is None:
@@ -254,12 +271,16 @@ def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
             corner = zip(chunks[name], array.chunks, strict=True)
             place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in corner)]
             chunk = _member(content, archive, members[name])
-            if direct and place.shape == array.chunks and place.flags.c_contiguous:
-                if int.from_bytes(chunk[4:8], "little") != place.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
-                    raise ValueError(f"{name} has another size")  # numcodecs 0.15 would leave the rest as it was
+            if not direct:
+                whole = array._decode_chunk(chunk)
+            elif int.from_bytes(chunk[4:8], "little") != whole.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
+                raise ValueError(f"{name} has another size")  # numcodecs 0.15 would leave the rest as it was
+            elif place.shape == whole.shape and place.flags.c_contiguous:
                 array.compressor.decode(chunk, place)
+                continue
             else:
-                place[...] = array._decode_chunk(chunk)[tuple(slice(edge) for edge in place.shape)]
+                array.compressor.decode(chunk, whole)
+            place[...] = whole[tuple(slice(edge) for edge in place.shape)]
     return out
 
 
@@ -276,6 +297,6 @@ def _member(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     stored = memoryview(content)[start : start + info.compress_size]
     if info.compress_type != zipfile.ZIP_STORED or content[start - len(name) - 2 : start] != b"\0\0" + name:
         return archive.read(info)
-    if zlib.crc32(stored) != info.CRC or info.file_size != info.compress_size:
+    if isal_zlib.crc32(stored) != info.CRC or info.file_size != info.compress_size:
         raise zipfile.BadZipFile(f"the checksum of {info.filename} differs")
     return stored

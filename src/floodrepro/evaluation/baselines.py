@@ -19,7 +19,6 @@ from floodrepro.data.chips import Chips
 from floodrepro.data.splits import read_splits
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare, write_table
-from floodrepro.evaluation.masks import read_truth
 from floodrepro.evaluation.metrics import Counts, iou
 from floodrepro.recipe import Recipe
 
@@ -94,7 +93,7 @@ def _apply_rules(recipe: Recipe, table: ChipTable) -> dict[str, tuple[str, Count
 
 def _count_by_threshold(source: Chips, classes: int, positive: int, chip: str) -> dict[str, Counts]:
     """By rule, confusion counts (falls, darkness, K, K) of a chip at each pair of thresholds."""
-    truth = read_truth(source, chip)
+    truth = source.truth(chip)
     known, found = truth != protocols.IGNORE_INDEX, {}
     radar = source.bands(chip, "S1RTC")[[protocols.BEFORE, protocols.EVENT]].astype(np.float32)[:, :, known]
     radar[radar < _NO_BACKSCATTER] = np.nan

@@ -16,7 +16,7 @@ from rasterio.warp import transform_bounds
 from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
-from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR
+from floodrepro.data.protocols import LABEL_DIR
 from floodrepro.data.splits import check_data
 from floodrepro.errors import DataError, UsageError
 from floodrepro.evaluation.chip_table import ChipTable
@@ -72,7 +72,7 @@ def tabulate_masks(
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
                 found = _on_chip(rasters, grid, known if values else ())
             prediction, probability = _interpret(found, known, scale, positive, chip)
-            layers = (None if one is None else one[None] for one in (read_truth(source, chip), prediction, probability))
+            layers = (None if one is None else one[None] for one in (source.truth(chip), prediction, probability))
             batches.append(count(*layers, classes=len(names), positive=positive))
             show(done, len(chips))
     metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive}
@@ -104,20 +104,6 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
         known = ", ".join([*class_names, _NONE])
         what = f"--values has {text!r}, expected VALUE=CLASS with commas; the classes are {known}"
         raise UsageError(what, fix="--values 1=flood,0=rest") from error
-
-
-def read_truth(source: Chips, chip: str) -> npt.NDArray[np.int64]:
-    """A chip's mask (H, W) as classes, IGNORE_INDEX kept.
-
-    Raises:
-        DataError: The mask is missing, damaged, or holds a value that the protocol does not know.
-    """
-    mask, labels = source.raster(chip, LABEL_DIR), source.protocol.label_map
-    unknown = sorted(set(np.unique(mask).tolist()) - {IGNORE_INDEX, *range(len(labels))})
-    if unknown:
-        what = f"the mask of {chip} holds {unknown}, expected {IGNORE_INDEX} to {len(labels) - 1}"
-        raise DataError(what, where=source.root, fix="take the recipe of this data's protocol")
-    return np.where(mask == IGNORE_INDEX, IGNORE_INDEX, np.array(labels)[np.maximum(mask, 0)])
 
 
 def _open(file: Path) -> DatasetReader:
