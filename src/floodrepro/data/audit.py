@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import rasterio
 
 from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, S1_BANDS, S2_BANDS, SPLITS, TIMESTEPS
-from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events, split_files
+from floodrepro.data.splits import choose_chips, digest_of, examples, read_events, shared_events, split_files
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
-SCHEMA = 2
 
 Finding = tuple[str, str, str]  # severity, kind, what was found
 Sums = dict[str, Any]  # by figure: number, sum and sum of squares of its pixels, for each timestep (3, T)
@@ -37,7 +37,6 @@ _DAYS = 5  # between the radar and the optical image of the event
 _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
 _FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
 _FEW = 1000  # pixels that are too few for a mean
-_EXAMPLES = 3
 _SHOWN = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
 
 
@@ -100,12 +99,11 @@ def audit(
     for severity, kind, what in [*findings, *_compare_events(totals, darkest, protocol)]:
         groups[severity, kind].append(what)
     manifest = {
-        "schema": SCHEMA,
         "protocol": protocol.name,
         "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
         "digests": {name: digest_of(source, [c for c in one if not lacking[c]], PARTS) for name, one in listed.items()},
         "findings": [
-            {"severity": severity, "check": kind, "count": len(texts), "message": "; ".join(_first(texts))}
+            {"severity": severity, "check": kind, "count": len(texts), "message": examples(texts, "; ")}
             for (severity, kind), texts in sorted(groups.items())
         ],
         "bands": {split: _statistics(totals, split) for split in listed},
@@ -180,16 +178,10 @@ def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Sums, float]:
         count, total, _ = facts["mean_vv"].sum(axis=1)
         if count >= _FEW and total > 0:
             found.append(("error", "radar is linear, not in dB", f"mean {total / count:.3g}"))
-    if "MASK" in arrays:
-        known = {IGNORE_INDEX, *range(len(source.protocol.label_map))}
-        if strange := sorted(set(np.unique(arrays["MASK"]).tolist()) - known):
-            hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
-            found.append(("error", "mask values", f"{strange}, expected {sorted(known)}{hint}"))
+    if "MASK" in arrays and (strange := sorted(set(np.unique(arrays["MASK"]).tolist()) - set(source.known))):
+        hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
+        found.append(("error", "mask values", f"{strange}, expected {source.known}{hint}"))
     return found, facts, dark
-
-
-def _first(texts: Sequence[str]) -> list[str]:
-    return [*texts[:_EXAMPLES], *["…"] * (len(texts) > _EXAMPLES)]
 
 
 def _read_chip(source: Chips, chip: str) -> tuple[dict[str, Array], dict[str, dict[str, Any]], list[Finding]]:
@@ -206,7 +198,8 @@ def _read_chip(source: Chips, chip: str) -> tuple[dict[str, Array], dict[str, di
                 arrays |= masks
             else:
                 arrays[part] = source.raster(chip, part)
-                grids.append(source.grid(chip, part))
+                with rasterio.open(source.path(chip, part), driver="GTiff") as file:
+                    grids.append((file.crs, file.transform))
         except DataError as error:
             found.append(("error", f"{part} is damaged", error.what))
     if len(grids) == 2 and grids[0] != grids[1]:
@@ -309,5 +302,5 @@ def _compare_events(
         yield "error" if swapped else "warning", "no flood signature", text
     lifted = sorted(event for event, value in darkest.items() if _OFFSET < value < np.inf)
     if 0 < len(lifted) < len(darkest):
-        text = f"{', '.join(_first(lifted))}: darkest B11 above {_OFFSET}, in other events below"
+        text = f"{examples(lifted)}: darkest B11 above {_OFFSET}, in other events below"
         yield "warning", "optical offset of 1000 in some events", text

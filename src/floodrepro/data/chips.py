@@ -65,9 +65,9 @@ class Chips:
 
     def __init__(self, root: Path, protocol: Protocol = PROTOCOLS["custom"]) -> None:
         self.root, self.protocol, labels = root, protocol, protocol.label_map
-        self._known = [IGNORE_INDEX, *range(len(labels))]
+        self.known = [IGNORE_INDEX, *range(len(labels))]
         self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8: -1 is the last place
-        self._classes[self._known] = [IGNORE_INDEX, *labels]
+        self._classes[self.known] = [IGNORE_INDEX, *labels]
         self._places = {part: self._find(part) for part in PARTS}
         if not any(self._places.values()):
             what = "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
@@ -112,15 +112,11 @@ class Chips:
         narrow = values.astype(np.int8)
         classes: Array = self._classes.take(narrow.view(np.uint8))
         if (classes == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-            strange = sorted(set(np.unique(values).tolist()) - set(self._known))
-            what = f"the mask of {chip} holds {strange}, expected {self._known}"
+            strange = sorted(set(np.unique(values).tolist()) - set(self.known))
+            what = f"the mask of {chip} holds {strange}, expected {self.known}"
             fix = "name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom"
             raise DataError(what, where=self.path(chip, LABEL_DIR), fix=fix)
         return classes
-
-    def grid(self, chip: str, part: str) -> tuple[Any, Any]:
-        """CRS and transform of a chip's DEM or MASK; raises as `bands`."""
-        return self._read(chip, part, _read_grid)
 
     def _read(self, chip: str, part: str, decode: Callable[[bytes], T]) -> T:
         """What is decoded from a chip's file. The disk is asked three times: a network disk's hiccup passes."""
@@ -180,6 +176,8 @@ def radar_faults(bands: Array) -> str | None:
     """
     if bands.dtype == np.float16:  # numpy compares float16 about ten times as slowly as its bits
         bits = bands.view(np.uint16)
+        if bits.max(initial=0) < 0xF0E2 and not (bits == 0x7C00).any():  # neither -10000 or less, nor +inf: as usual
+            return None
         counts = {"infinite": (0x7C00, 0xFC00), "-10000 (no-data that is not recognised)": (0xF0E2,)}
         found = {name: sum(np.count_nonzero(bits == value) for value in values) for name, values in counts.items()}
     else:
@@ -227,11 +225,6 @@ def _read_extras(content: bytes, names: Sequence[str]) -> tuple[dict[str, Any], 
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         group = zarr.open_group({name: archive.read(name) for name in archive.namelist()}, mode="r")
     return dict(group.attrs), {name: group[name][...] for name in names if name in group}
-
-
-def _read_grid(content: bytes) -> tuple[Any, Any]:
-    with MemoryFile(content) as memory, memory.open(driver="GTiff") as dataset:
-        return dataset.crs, dataset.transform
 
 
 def read_raster(content: bytes) -> Array:

@@ -278,12 +278,16 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         count, steps, bands, height, width = raw.shape
         if steps not in (1, wanted):
             raise DataError(f"chips have {steps} timesteps, the recipe asks for {wanted}", where=self.data_root)
+        missing, filled = float(self.no_data_value), float(self.no_data_replace)
+        whole = raw.dtype == torch.int16 and all(v.is_integer() and abs(v) < 2**15 for v in (missing, filled))
+        if whole:  # half of the bytes that it takes in float32, and on a CPU less than half of the time
+            raw.masked_fill_(raw == int(missing), int(filled))
         image = torch.empty((count, bands, wanted, height, width), dtype=torch.float32, device=raw.device)
         for chip, symmetry, place in zip(raw, symmetries, image, strict=True):
             place.copy_(apply_symmetry(symmetry, chip).transpose(0, 1))  # converts, turns and repeats T = 1 in one pass
-        image.masked_fill_(image == self.no_data_value, self.no_data_replace)
-        if raw.is_floating_point():
-            image.nan_to_num_(nan=self.no_data_replace)  # numpy's and torch's agree on infinities as well
+        if not whole:
+            image.masked_fill_(image == missing, filled)
+            image.nan_to_num_(nan=filled)  # numpy's and torch's agree on infinities as well
         # As TerraTorch's `aug` does it, which would ask for twice as much memory again.
         mean, std = (torch.tensor(given[modality], device=raw.device) for given in (self.means, self.stds))
         image.sub_(mean.view(-1, 1, 1, 1)).div_(std.view(-1, 1, 1, 1))

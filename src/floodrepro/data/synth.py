@@ -110,8 +110,8 @@ def generate(
     rules, held_out = PROTOCOLS[protocol], (events + 2) // 5
     counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
     like_v1 = rules.data_version == "v1"
-    further = ("test_seen_events", "test_holdout") if like_v1 else ()
-    lists: dict[str, list[str]] = {name: [] for name in (*SPLITS, *further)}
+    names = (*SPLITS, "test_seen_events", "test_holdout") if like_v1 else SPLITS
+    lists: dict[str, list[str]] = {name: [] for name in names}
     flags = f"--events {events} --chips {chips} --size {size} --protocol {protocol} --seed {seed} --layout {layout}"
     try:
         root.mkdir(parents=True, exist_ok=True)
