@@ -21,15 +21,6 @@ BLOCK = 2**14  # bytes written at a time
 
 
 @dataclass
-class Fault:
-    """What goes wrong with the content of a file, the next time that it is asked for."""
-
-    cut_after: int | None = None  # close the connection after so many bytes
-    rate: int = 0  # bytes a second
-    content: bytes | None = None  # give out this instead
-
-
-@dataclass
 class Model:
     """A model repository: its branches, each a list of commits, each a mapping of paths to contents."""
 
@@ -45,7 +36,7 @@ class HubServer:
         self.repo = repo
         self.commits: dict[str, dict[str, bytes]] = {}
         self.refs: dict[str, str] = {}
-        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.faults: dict[str, list[dict]] = defaultdict(list)
         self.refusals: list[tuple[int, dict[str, str]]] = []  # answers to the next requests for a revision
         self.requests: list[tuple[str, str]] = []  # (method, address)
         self.sent: Counter[str] = Counter()  # bytes of each file's content that went out
@@ -82,8 +73,8 @@ class HubServer:
         self.weights[repo, revision or "main"] = commit
 
     def fault(self, path: str, **fault: object) -> None:
-        """Plant a fault for a file."""
-        self.faults[path].append(Fault(**fault))
+        """Plant a fault for a file's next read: other `content`, an end after `cut_after` bytes, a `rate` a second."""
+        self.faults[path].append(fault)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -224,8 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = self.hub.commits[sha][path]
         etag = _description(path, content)["oid"]
         faults = self.hub.faults[path] if self.command == "GET" else []
-        fault = faults.pop(0) if faults else Fault()
-        content = content if fault.content is None else fault.content
+        fault = faults.pop(0) if faults else {}
+        content = fault.get("content", content)
         start, stop = 0, len(content)
         if (asked := self.headers.get("Range", "")).startswith("bytes="):
             first, last = asked.removeprefix("bytes=").split("-")
@@ -235,12 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"} if asked else {}
         self.send_head(206 if asked else 200, stop - start, headers)
-        end = stop if fault.cut_after is None else min(stop, start + fault.cut_after)
+        end = min(stop, start + fault.get("cut_after", stop))
         for place in range(start, end if self.command == "GET" else start, BLOCK):
             block = content[place : min(place + BLOCK, end)]
             self.hub.sent[path] += len(block)  # before it is written: a client that has the last byte may ask at once
             self.wfile.write(block)
-            time.sleep(len(block) / fault.rate if fault.rate else 0)
+            time.sleep(len(block) / fault["rate"] if "rate" in fault else 0)
         self.close_connection |= end < stop
         return None
 

@@ -66,18 +66,6 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-def test_folders_and_tars_in_every_variant_give_what_zarr_and_gdal_give(folders, tars):
-    one, other = Chips(folders), Chips(tars)
-    assert one.having("DEM") == other.having("DEM")
-    for chip in one.having("DEM"):
-        for part in PARTS:
-            truth = stock(file_of(folders, chip, part))
-            for source in (one, other):
-                read = source.bands if part in ("S2L2A", "S1RTC") else source.raster
-                assert same(read(chip, part), truth), (chip, part)
-    assert not (tars / "data").exists()
-
-
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
 codecs = st.sampled_from(
     [None, Zlib(1), numcodecs.GZip(1), numcodecs.LZ4(), numcodecs.Zstd(1), numcodecs.BZ2(1)]
@@ -193,9 +181,8 @@ def test_vrt_named_as_a_chip_opens_no_other_file(folders, tmp_path):
     (tmp_path / "MASK").mkdir()
     rasterio.shutil.copy(elsewhere, tmp_path / "MASK" / "a_annotation_flood.tif", driver="VRT")
     assert str(elsewhere).encode() in (tmp_path / "MASK" / "a_annotation_flood.tif").read_bytes()
-    for read in (Chips(tmp_path).raster, Chips(tmp_path).grid):
-        with pytest.raises(DataError, match=r"a_annotation_flood.* is damaged"):
-            read("a", "MASK")
+    with pytest.raises(DataError, match=r"a_annotation_flood.* is damaged"):
+        Chips(tmp_path).raster("a", "MASK")
 
 
 @pytest.mark.parametrize("fill", [None, 0])

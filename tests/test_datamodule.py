@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,20 +26,17 @@ from test_splits import ids_of, split
 DATA = recipes.read_yaml(recipes.find("demo"))["data"]["init_args"]
 
 
-class StageOnly:
+def trainer(stage: str, epoch: int = 0) -> SimpleNamespace:
     """What both data modules ask of a trainer: which stage it is in, the epoch, and the device."""
-
-    def __init__(self, stage: str, epoch: int = 0) -> None:
-        self.training, self.validating = stage == "fit", stage == "validate"
-        self.testing, self.predicting = stage == "test", stage == "predict"
-        self.sanity_checking = False
-        self.current_epoch = epoch
-        self.world_size, self.global_rank = 1, 0
-        self.strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        progress = SimpleNamespace(current=SimpleNamespace(processed=epoch, completed=0))
-        self.fit_loop = SimpleNamespace(
-            restarting=False, epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress)
-        )
+    stages = {"training": "fit", "validating": "validate", "testing": "test", "predicting": "predict"}
+    progress = SimpleNamespace(current=SimpleNamespace(processed=epoch, completed=0))
+    epochs = {"epoch_progress": progress, "epoch_loop": SimpleNamespace(batch_progress=progress)}
+    return SimpleNamespace(
+        **{name: stage == one for name, one in stages.items()},
+        **{"sanity_checking": False, "current_epoch": epoch, "world_size": 1, "global_rank": 0},
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        fit_loop=SimpleNamespace(restarting=False, **epochs),
+    )
 
 
 def arguments(chips: Path, **changes) -> dict:
@@ -53,14 +49,14 @@ def arguments(chips: Path, **changes) -> dict:
 
 def ours(chips: Path, stage: str = "test", epoch: int = 0, **changes) -> FloodDataModule:
     module = FloodDataModule(**{"protocol": "v0", "seed": 5} | arguments(chips, **changes))
-    module.trainer = StageOnly(stage, epoch)
+    module.trainer = trainer(stage, epoch)
     module.setup(stage)
     return module
 
 
 def stock(chips: Path, stage: str = "test", **changes) -> ImpactMeshDataModule:
-    module = ImpactMeshDataModule(**arguments(chips, **changes), no_data_replace=0, disaster_type="flood")
-    module.trainer = StageOnly(stage)
+    module = ImpactMeshDataModule(**{"no_data_replace": 0} | arguments(chips, **changes), disaster_type="flood")
+    module.trainer = trainer(stage)
     module.setup(stage)
     return module
 
@@ -121,7 +117,7 @@ def spoilt(chips: Path, tmp_path_factory) -> Path:
         ("test", {}),
         ("test", {"modalities": ["S2L2A", "DEM"]}),
         ("test", {"modalities": ["DEM"]}),
-        ("test", {"timesteps": [1, 2]}),
+        ("test", {"timesteps": [1, 2], "no_data_replace": 0.5}),  # which int16 cannot hold
         ("test", {"timesteps": [2, 0, 1]}),
         ("test", {"timesteps": [2]}),
         ("test", {"timesteps": [3, 2, 1, 0]}),  # as many as on disk: impactmesh keeps the order on disk
@@ -169,17 +165,14 @@ def test_tensors_do_not_depend_on_the_number_of_workers_and_the_global_generator
 
 
 def test_order_of_training_chips_changes_with_seed_and_epoch_and_repeats():
-    def order(seed: int, epoch: int, **changes) -> list[int]:
-        sampler = ShuffledByEpoch(20, seed, **changes)
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = ShuffledByEpoch(20, seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
     assert sorted(order(1, 0)) == list(range(20))
     assert order(1, 0) == order(1, 0)
     assert order(1, 0) != order(1, 1) != order(2, 0) != order(1, 0)
-    resumed = {"batch_size": 3, "resumed": (4, 2)}  # in the middle of that epoch; the next one is whole
-    assert order(1, 4, **resumed) == order(1, 4, batch_size=3)[6:]
-    assert order(1, 5, **resumed) == order(1, 5, batch_size=3)
 
 
 @pytest.mark.parametrize(("symmetry", "element"), list(enumerate(("e", "r90", "r180", "r270", "v", "hvt", "h", "t"))))
@@ -203,17 +196,6 @@ def test_symmetries_are_uniform_and_depend_on_seed_epoch_and_chip_only():
 
 def break_chip(root: Path, chip: str) -> None:
     (root / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"PK")
-
-
-def test_damaged_chip_is_named_where_it_lies_and_what_to_do(own_chips):
-    chip = ids_of(own_chips, "test")[1]
-    break_chip(own_chips, chip)
-    module = ours(own_chips, num_workers=1)
-    read = list(module.test_dataloader())  # an error kept by pytest would keep the worker, and end it by a timeout
-    with pytest.raises(DataError, match=f"{chip}_S1RTC.zarr.zip is damaged") as error:
-        [module.on_after_batch_transfer(batch, 0) for batch in read]
-    assert error.value.where.endswith(f"{chip}_S1RTC.zarr.zip")
-    assert "--skip-damaged" in error.value.fix
 
 
 def test_so_many_damaged_chips_are_left_out_and_recorded(own_chips):
@@ -283,14 +265,6 @@ def test_custom_label_map_and_events_of_a_csv_travel_with_the_batch_but_not_as_a
 def test_statistics_that_are_missing_or_zero_are_refused(chips, changes):
     with pytest.raises(ValueError, match=r"means|stds"):
         ours(chips, **changes)
-
-
-def test_workers_ignore_signals_to_the_process_group(chips):
-    loader = iter(ours(chips, num_workers=1, batch_size=1).test_dataloader())
-    next(loader)
-    for number in (signal.SIGTERM, signal.SIGINT):  # from elsewhere: a worker may obey the process that started it
-        subprocess.run(["kill", f"-{int(number)}", str(loader._workers[0].pid)], check=True)
-    assert len(list(loader)) == 2
 
 
 @pytest.mark.slow

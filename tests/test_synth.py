@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from floodrepro.data import synth
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, SPLITS, event_of
-from floodrepro.data.splits import SYNTH_NOTE
 from floodrepro.data.synth import VARIANTS, generate
 from floodrepro.errors import DataError, UsageError
 from test_splits import ids_of
@@ -39,26 +35,6 @@ def test_same_seed_gives_the_same_bytes(tmp_path, layout):
     for name, seed in (("one", 7), ("two", 7), ("other", 8)):
         generate(tmp_path / name, **SMALL | {"seed": seed, "chips": 6}, layout=layout, variants=list(VARIANTS))
     assert digests(tmp_path / "one") == digests(tmp_path / "two") != digests(tmp_path / "other")
-
-
-def test_what_a_killed_call_leaves_is_removed_by_the_next(tmp_path, monkeypatch):
-    real = synth._write
-
-    def write_until_the_note(path: Path, content: bytes) -> None:
-        real(path, content) if path.name != SYNTH_NOTE else os._exit(9)
-
-    if (child := os.fork()) == 0:
-        monkeypatch.setattr(synth, "_write", write_until_the_note)
-        try:
-            generate(tmp_path / "one", **SMALL)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert [path.name for path in (tmp_path / "one").iterdir()] == [".synth"]
-    for name in ("one", "two"):
-        generate(tmp_path / name, **SMALL | {"chips": 4})
-    assert digests(tmp_path / "one") == digests(tmp_path / "two")
-    assert not (tmp_path / "one" / ".synth").exists()
 
 
 def test_every_listed_chip_has_its_parts_and_every_event_is_in_one_split(tmp_path):
@@ -113,37 +89,12 @@ def test_wrong_argument_is_named_by_its_flag_and_a_data_set_never_overwritten(tm
         assert [path.name for path in (tmp_path / held).iterdir()] == [held]
 
 
-def test_of_two_at_a_time_in_a_folder_the_second_is_refused(tmp_path, monkeypatch):
-    real = synth._write
-
-    def write(path: Path, content: bytes) -> None:
-        if path.name == SYNTH_NOTE:  # written last
-            with pytest.raises(DataError, match="could not be acquired"):
-                generate(tmp_path / "one", **SMALL)
-        real(path, content)
-
-    generate(tmp_path / "alone", **SMALL)
-    monkeypatch.setattr(synth, "_write", write)
-    generate(tmp_path / "one", **SMALL)
-    assert digests(tmp_path / "one") == digests(tmp_path / "alone")
-
-
-@pytest.mark.parametrize("layout", ["extracted", "hub"])
-def test_full_disk_is_a_data_error_and_leaves_nothing(tmp_path, monkeypatch, layout):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(*(tarfile.TarFile, "addfile", full) if layout == "hub" else (Path, "write_bytes", full))
-    with pytest.raises(DataError, match="No space left on device"):
-        generate(tmp_path, **SMALL, layout=layout)
-    assert not any(tmp_path.iterdir())
-
-
-def test_disk_that_is_full_at_the_scenes_leaves_nothing_and_the_same_command_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["data", "split", "scenes"])
+def test_full_disk_is_a_data_error_that_leaves_nothing_and_with_room_the_same_call_ends(tmp_path, monkeypatch, place):
     write = Path.write_bytes
 
     def full(path: Path, content: bytes) -> int:
-        if "scenes" in path.parts:
+        if place in path.parts:
             raise OSError(28, "No space left on device")
         return write(path, content)
 

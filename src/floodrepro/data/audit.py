@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import rasterio
 
 from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, S1_BANDS, S2_BANDS, SPLITS, TIMESTEPS
-from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events, split_files
+from floodrepro.data.splits import choose_chips, digest_of, examples, read_events, shared_events, split_files
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
-SCHEMA = 2
 
 Finding = tuple[str, str, str]  # severity, kind, what was found
 Sums = dict[str, Any]  # by figure: number, sum and sum of squares of its pixels, for each timestep (3, T)
@@ -31,20 +31,12 @@ Sums = dict[str, Any]  # by figure: number, sum and sum of squares of its pixels
 _BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
 _UNSEEN = {"S2L2A": "no_optical", "S1RTC": "no_radar"}  # share of pixels without a value in some band
 _T = len(TIMESTEPS)
-_LAYOUT: dict[str, tuple[tuple[int, ...], str]] = {  # axes before height and width; dtypes that are right, else any
-    "S2L2A": ((_T, len(S2_BANDS)), "int16"),
-    "S1RTC": ((_T, len(S1_BANDS)), "float16 float32"),
-    "DEM": ((), "int16 float32"),
-    "MASK": ((), "int8 uint8"),
-    "SCL": ((_T,), ""),
-    "cloud_mask": ((_T,), ""),
-}
+_DTYPES = {"S2L2A": "int16", "S1RTC": "float16 float32", "DEM": "int16 float32", "MASK": "int8 uint8"}  # else any
 _CLOUDY = (8, 9, 10)  # Sen2Cor's scene classification: medium and high probability of cloud, thin cirrus
 _DAYS = 5  # between the radar and the optical image of the event
 _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
 _FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
 _FEW = 1000  # pixels that are too few for a mean
-_EXAMPLES = 3
 _SHOWN = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
 
 
@@ -107,26 +99,24 @@ def audit(
     for severity, kind, what in [*findings, *_compare_events(totals, darkest, protocol)]:
         groups[severity, kind].append(what)
     manifest = {
-        "schema": SCHEMA,
         "protocol": protocol.name,
         "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
         "digests": {name: digest_of(source, [c for c in one if not lacking[c]], PARTS) for name, one in listed.items()},
         "findings": [
-            {"severity": severity, "check": kind, "count": len(texts), "message": "; ".join(_first(texts))}
+            {"severity": severity, "check": kind, "count": len(texts), "message": examples(texts, "; ")}
             for (severity, kind), texts in sorted(groups.items())
         ],
         "bands": {split: _statistics(totals, split) for split in listed},
     }
     write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     rows, chips = [], Counter(keys[chip] for chip in ordered)
+    names = list(dict.fromkeys(name for facts in totals.values() for name in facts))
     for (split, event), facts in sorted(totals.items()):
         for step, timestep in enumerate(TIMESTEPS):
             row = {"split": split, "event": event, "timestep": timestep, "chips": chips[split, event]}
-            figures = {name: sums[:2, step] for name, sums in facts.items()}
+            figures = {name: facts[name][:2, step] if name in facts else (0, 0) for name in names}
             rows.append(row | {name: total / count if count else None for name, (count, total) in figures.items()})
-    if rows:
-        columns = {name: None for row in rows for name in row}
-        pq.write_table(pa.table({name: [row.get(name) for row in rows] for name in columns}), root / FIGURES)
+    pq.write_table(pa.Table.from_pylist(rows), root / FIGURES)
     return manifest
 
 
@@ -148,13 +138,13 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
     if "cloud_mask" in arrays:
         facts["S2L2A"]["cloud"] = ";".join(f"{share:.0%}" for share in (arrays["cloud_mask"] != 0).mean(axis=(1, 2)))
     panels: dict[str, tuple[Array, dict[str, Any]]] = {}
-    for step, name in enumerate(TIMESTEPS):
-        if "S2L2A" in arrays:
-            date = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")[step]
-            colours = [arrays["S2L2A"][step, S2_BANDS.index(band)] for band in ("B04", "B03", "B02")]
-            panels[f"{name} {date[:10]}"] = np.clip(np.stack(colours, axis=-1) / 3000, 0, 1), {}
-    for step in (BEFORE, EVENT):
-        if "S1RTC" in arrays:
+    if "S2L2A" in arrays:
+        dates = (facts["S2L2A"].get("datetime", "") + ";;;").split(";")
+        colours = arrays["S2L2A"][:, [S2_BANDS.index(band) for band in ("B04", "B03", "B02")]].transpose(0, 2, 3, 1)
+        for name, date, image in zip(TIMESTEPS, dates, np.clip(colours / 3000, 0, 1), strict=False):
+            panels[f"{name} {date[:10]}"] = image, {}
+    if "S1RTC" in arrays:
+        for step in (BEFORE, EVENT):
             image = arrays["S1RTC"][step, 0].astype(np.float32)
             panels[f"VV {TIMESTEPS[step]}, dB"] = image, {"cmap": "gray", "vmin": -25, "vmax": 0}
     if "MASK" in arrays:
@@ -163,8 +153,8 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
         raise DataError(f"there is nothing to draw of chip {chip}", where=source.root, fix="--root, or another chip id")
     figure = Figure(figsize=(3 * len(panels), 3.4), layout="constrained")
     figure.suptitle(chip, fontsize=9)
-    for number, (title, (image, options)) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(1, len(panels), number)
+    places = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, (image, options)) in zip(places, panels.items(), strict=True):
         axes.imshow(image, interpolation="nearest", **options)
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
@@ -188,16 +178,10 @@ def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Sums, float]:
         count, total, _ = facts["mean_vv"].sum(axis=1)
         if count >= _FEW and total > 0:
             found.append(("error", "radar is linear, not in dB", f"mean {total / count:.3g}"))
-    if "MASK" in arrays:
-        known = {IGNORE_INDEX, *range(len(source.protocol.label_map))}
-        if strange := sorted(set(np.unique(arrays["MASK"]).tolist()) - known):
-            hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
-            found.append(("error", "mask values", f"{strange}, expected {sorted(known)}{hint}"))
+    if "MASK" in arrays and (strange := sorted(set(np.unique(arrays["MASK"]).tolist()) - set(source.known))):
+        hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
+        found.append(("error", "mask values", f"{strange}, expected {source.known}{hint}"))
     return found, facts, dark
-
-
-def _first(texts: Sequence[str]) -> list[str]:
-    return [*texts[:_EXAMPLES], *["…"] * (len(texts) > _EXAMPLES)]
 
 
 def _read_chip(source: Chips, chip: str) -> tuple[dict[str, Array], dict[str, dict[str, Any]], list[Finding]]:
@@ -214,18 +198,19 @@ def _read_chip(source: Chips, chip: str) -> tuple[dict[str, Array], dict[str, di
                 arrays |= masks
             else:
                 arrays[part] = source.raster(chip, part)
-                grids.append(source.grid(chip, part))
+                with rasterio.open(source.path(chip, part), driver="GTiff") as file:
+                    grids.append((file.crs, file.transform))
         except DataError as error:
             found.append(("error", f"{part} is damaged", error.what))
     if len(grids) == 2 and grids[0] != grids[1]:
         found.append(("error", "DEM and MASK on different grids", ""))
     edges = Counter(array.shape[-2:] for array in arrays.values()).most_common(1)
     for name, array in list(arrays.items()):
-        axes, dtypes = _LAYOUT[name]
+        axes = (_T, len(_BANDS[name])) if name in _UNSEEN else () if name in PARTS else (_T,)
         shape, severity = axes + edges[0][0], "error" if name in PARTS else "warning"
-        if dtypes and array.dtype.name not in dtypes.split():
-            found.append((severity, f"{name}: dtype", f"{array.dtype}, expected {dtypes}"))
-        elif array.shape != shape or not array.size:
+        if name in _DTYPES and array.dtype.name not in _DTYPES[name].split():
+            found.append((severity, f"{name}: dtype", f"{array.dtype}, expected {_DTYPES[name]}"))
+        elif array.shape != shape:
             found.append((severity, f"{name}: shape", f"{array.shape}, expected {shape}"))
         else:
             continue
@@ -317,5 +302,5 @@ def _compare_events(
         yield "error" if swapped else "warning", "no flood signature", text
     lifted = sorted(event for event, value in darkest.items() if _OFFSET < value < np.inf)
     if 0 < len(lifted) < len(darkest):
-        text = f"{', '.join(_first(lifted))}: darkest B11 above {_OFFSET}, in other events below"
+        text = f"{examples(lifted)}: darkest B11 above {_OFFSET}, in other events below"
         yield "warning", "optical offset of 1000 in some events", text

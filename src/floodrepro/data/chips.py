@@ -13,7 +13,6 @@ import tarfile
 import time
 import warnings
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import rasterio
 import zarr
+from isal import isal_zlib
 from numcodecs import Blosc, blosc
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.io import MemoryFile
@@ -65,9 +65,9 @@ class Chips:
 
     def __init__(self, root: Path, protocol: Protocol = PROTOCOLS["custom"]) -> None:
         self.root, self.protocol, labels = root, protocol, protocol.label_map
-        self._known = [IGNORE_INDEX, *range(len(labels))]
+        self.known = [IGNORE_INDEX, *range(len(labels))]
         self._classes = np.full(256, _UNKNOWN, np.int8)  # by mask value, int8 read as uint8: -1 is the last place
-        self._classes[self._known] = [IGNORE_INDEX, *labels]
+        self._classes[self.known] = [IGNORE_INDEX, *labels]
         self._places = {part: self._find(part) for part in PARTS}
         if not any(self._places.values()):
             what = "there are no chips: neither folders S2L2A, S1RTC, DEM, MASK nor tars of them"
@@ -112,15 +112,11 @@ class Chips:
         narrow = values.astype(np.int8)
         classes: Array = self._classes.take(narrow.view(np.uint8))
         if (classes == _UNKNOWN).any() or (values.dtype != np.int8 and (narrow != values).any()):
-            strange = sorted(set(np.unique(values).tolist()) - set(self._known))
-            what = f"the mask of {chip} holds {strange}, expected {self._known}"
+            strange = sorted(set(np.unique(values).tolist()) - set(self.known))
+            what = f"the mask of {chip} holds {strange}, expected {self.known}"
             fix = "name the protocol of this data: --data.init_args.protocol v0, v1-binary, v1 or custom"
             raise DataError(what, where=self.path(chip, LABEL_DIR), fix=fix)
         return classes
-
-    def grid(self, chip: str, part: str) -> tuple[Any, Any]:
-        """CRS and transform of a chip's DEM or MASK; raises as `bands`."""
-        return self._read(chip, part, _read_grid)
 
     def _read(self, chip: str, part: str, decode: Callable[[bytes], T]) -> T:
         """What is decoded from a chip's file. The disk is asked three times: a network disk's hiccup passes."""
@@ -180,6 +176,8 @@ def radar_faults(bands: Array) -> str | None:
     """
     if bands.dtype == np.float16:  # numpy compares float16 about ten times as slowly as its bits
         bits = bands.view(np.uint16)
+        if bits.max(initial=0) < 0xF0E2 and not (bits == 0x7C00).any():  # neither -10000 or less, nor +inf: as usual
+            return None
         counts = {"infinite": (0x7C00, 0xFC00), "-10000 (no-data that is not recognised)": (0xF0E2,)}
         found = {name: sum(np.count_nonzero(bits == value) for value in values) for name, values in counts.items()}
     else:
@@ -229,11 +227,6 @@ def _read_extras(content: bytes, names: Sequence[str]) -> tuple[dict[str, Any], 
     return dict(group.attrs), {name: group[name][...] for name in names if name in group}
 
 
-def _read_grid(content: bytes) -> tuple[Any, Any]:
-    with MemoryFile(content) as memory, memory.open(driver="GTiff") as dataset:
-        return dataset.crs, dataset.transform
-
-
 def read_raster(content: bytes) -> Array:
     """The only band (H, W) of a GeoTIFF, as GDAL reads it: it refuses damage that tifffile takes for pixels."""
     # Reading the georeference, which nobody asks for here, would take twice as long as the pixels.
@@ -259,6 +252,7 @@ def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
         out = empty(array.shape, dtype)
         plain = (array.order, array.filters or None, array.dtype) == ("C", None, dtype)
         direct = isinstance(array.compressor, Blosc) and plain
+        whole = np.empty(array.chunks, dtype)  # one for all chunks that lie in several places of `out`
         chunks = {f"bands/{array._chunk_key(index)}": index for index in np.ndindex(*array.cdata_shape)}
         if not chunks.keys() <= members.keys():
             if array.fill_value is None:
@@ -270,12 +264,16 @@ def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
             corner = zip(chunks[name], array.chunks, strict=True)
             place = out[tuple(slice(i * edge, (i + 1) * edge) for i, edge in corner)]
             chunk = _member(content, archive, members[name])
-            if direct and place.shape == array.chunks and place.flags.c_contiguous:
-                if int.from_bytes(chunk[4:8], "little") != place.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
-                    raise ValueError(f"{name} has another size")  # numcodecs 0.15 would leave the rest as it was
+            if not direct:
+                whole = array._decode_chunk(chunk)
+            elif int.from_bytes(chunk[4:8], "little") != whole.nbytes:  # README_CHUNK_FORMAT of c-blosc 1
+                raise ValueError(f"{name} has another size")  # numcodecs 0.15 would leave the rest as it was
+            elif place.shape == whole.shape and place.flags.c_contiguous:
                 array.compressor.decode(chunk, place)
+                continue
             else:
-                place[...] = array._decode_chunk(chunk)[tuple(slice(edge) for edge in place.shape)]
+                array.compressor.decode(chunk, whole)
+            place[...] = whole[tuple(slice(edge) for edge in place.shape)]
     return out
 
 
@@ -292,6 +290,6 @@ def _member(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> 
     stored = memoryview(content)[start : start + info.compress_size]
     if info.compress_type != zipfile.ZIP_STORED or content[start - len(name) - 2 : start] != b"\0\0" + name:
         return archive.read(info)
-    if zlib.crc32(stored) != info.CRC or info.file_size != info.compress_size:
+    if isal_zlib.crc32(stored) != info.CRC or info.file_size != info.compress_size:
         raise zipfile.BadZipFile(f"the checksum of {info.filename} differs")
     return stored

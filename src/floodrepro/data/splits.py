@@ -57,7 +57,7 @@ def read_events(path: Path) -> dict[str, str]:
     rows = rows[1:] if rows and [cell.lower() for cell in rows[0][:2]] == ["chip", "event"] else rows
     doubles = [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]
     if doubles or not rows:
-        what = f"chips listed twice: {_examples(doubles)}" if doubles else "the split file names no chip"
+        what = f"chips listed twice: {examples(doubles)}" if doubles else "the split file names no chip"
         raise DataError(what, where=path, fix="list each chip once, one id a line")
     return {chip: event or protocols.event_of(chip) for chip, event, *_ in rows}
 
@@ -141,7 +141,7 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         for name, chips in read_splits(arguments, split).items():
             for part in parts:
                 if lacking := [chip for chip in chips if chip not in source.having(part)]:
-                    what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file: {_examples(lacking)}"
+                    what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file: {examples(lacking)}"
                     fix = "fetch or extract the missing files, or take the chips out of the split"
                     raise DataError(what, where=source.root, fix=fix)
             state.chips[name] = len(chips)
@@ -177,10 +177,10 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str])
         if len(kinds) == 1 or not kinds & set(asked):
             continue
         if both := sorted(chips.keys() & others.keys()):
-            what = f"the same chips are in {one} and in {other}: {_examples(both)}"
+            what = f"the same chips are in {one} and in {other}: {examples(both)}"
             raise DataError(what, where=f"{one}, {other}", fix="take the chips out of one of the splits")
         if events := sorted(set(chips.values()) & set(others.values())):
-            sentences.append(f"events in {one} and in {other}: {len(events)}, {_examples(events)}")
+            sentences.append(f"events in {one} and in {other}: {len(events)}, {examples(events)}")
     return sentences
 
 
@@ -201,5 +201,6 @@ def data_in(root: Path) -> list[str]:
     return [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
 
 
-def _examples(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+def examples(names: Sequence[str], separator: str = ", ") -> str:
+    """The first three names, and `…` where there are more."""
+    return separator.join([*names[:3], *["…"] * (len(names) > 3)])

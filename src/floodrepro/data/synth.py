@@ -14,14 +14,12 @@ import math
 import shutil
 import tarfile
 import zipfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import filelock
 import numpy as np
 import rasterio
 import yaml
@@ -81,7 +79,7 @@ def generate(
 
     Every event lies in one split, but that a version 1, as published, tests on one chip of each training event too:
     `..._test_seen_events.txt` lists these, `..._test_holdout.txt` the others. `SYNTH_NOTE` says that the chips are
-    generated. All is written into the hidden folder `.synth` first; what a killed call leaves there, the next removes.
+    generated. All is written into a hidden folder first.
 
     Args:
         root: Folder to write into; made if it is missing.
@@ -96,7 +94,7 @@ def generate(
 
     Raises:
         UsageError: An argument is out of range, or `root` holds a data set already.
-        DataError: `root` cannot be written, or another process is writing into it.
+        DataError: `root` cannot be written.
     """
     demands = {
         f"--root holds a data set ({', '.join(data_in(root))}), and nothing is overwritten": not data_in(root),
@@ -112,46 +110,39 @@ def generate(
     rules, held_out = PROTOCOLS[protocol], (events + 2) // 5
     counts = {"train": events - 2 * held_out, "val": held_out, "test": held_out}
     like_v1 = rules.data_version == "v1"
-    further = ("test_seen_events", "test_holdout") if like_v1 else ()
-    lists: dict[str, list[str]] = {name: [] for name in (*SPLITS, *further)}
+    names = (*SPLITS, "test_seen_events", "test_holdout") if like_v1 else SPLITS
+    lists: dict[str, list[str]] = {name: [] for name in names}
     flags = f"--events {events} --chips {chips} --size {size} --protocol {protocol} --seed {seed} --layout {layout}"
-    hidden, made = root / ".synth", root / ".synth" / "made"
     try:
-        hidden.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(hidden / "lock", timeout=0), console.progress("chips") as progress, ExitStack() as stack:
-            stack.callback(shutil.rmtree, hidden, ignore_errors=True)  # NFS keeps a file that is open, as the lock is
-            shutil.rmtree(made, ignore_errors=True)
+        root.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".synth-", dir=root) as hidden, console.progress("chips") as progress:
+            made = Path(hidden)
             for event, split in enumerate(np.repeat(SPLITS, list(counts.values())).tolist()):
-                share = chips // events + (event < chips % events)
+                share, ids = chips // events + (event < chips % events), list[str]()
                 drawn = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
                 for number, (chip, files) in enumerate(drawn):
                     for name, content in files.items():
                         _write(made / "data" / name, content)
+                    ids.append(chip)
                     # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
                     seen = like_v1 and split == "train" and number == 1
                     lists["test" if seen else split].append(chip)
                     if like_v1 and (seen or split == "test"):
                         lists["test_seen_events" if seen else "test_holdout"].append(chip)
                     progress(sum(len(lists[name]) for name in SPLITS), chips)
+                if scenes:
+                    write_scene(made, ids, made / "scenes" / protocols.event_of(chip), mixed=bool(event % 2))
             if layout == "hub":
                 _pack(made, lists, rules)
-            for name, ids in lists.items():
-                _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in ids).encode())
+            for name, listed in lists.items():
+                _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in listed).encode())
             note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
             _write(made / SYNTH_NOTE, note.encode())
-            of_event = defaultdict(list)
-            for chip in sorted(Chips(made).having("DEM")) if scenes else ():
-                of_event[protocols.event_of(chip)].append(chip)
-            for number, (name, ids) in enumerate(of_event.items()):
-                write_scene(made, ids, made / "scenes" / name, mixed=bool(number % 2))
             for path in sorted(made.iterdir()):
                 path.rename(root / path.name)
-    except OSError as error:  # a lock that is held is one as well
-        problem = f"the data set cannot be written: {error.strerror or error}"
-        raise DataError(problem, where=error.filename or root, fix="name a new folder that can be written") from error
-    except MemoryError as error:
-        what = "the memory is too small for so many chips an event"
-        raise UsageError(what, where="--chips", fix="fewer --chips, or more --events") from error
+    except OSError as error:
+        what = f"the data set cannot be written: {error.strerror or error}"
+        raise DataError(what, where=root, fix="name a new folder that can be written") from error
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 

@@ -78,10 +78,11 @@ def fetch_file(file: HubFile) -> Path:
         CheckpointError: Its content is not the published one.
     """
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         path = Path(hf_hub_download(file.repo, file.name, revision=file.revision))
-    except OSError as error:  # HfHubHTTPError is one, and no network without the file in the cache
+    except (OSError, HTTPError) as error:  # no network, and not in the cache; a connection that breaks
         fix = f"{' '.join(file.command)}; without a network, copy the cache (HF_HOME) of a machine that has it"
         raise DataError(f"{file.name} cannot be fetched: {error}", where=file.repo, fix=fix) from error
     if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
