@@ -8,8 +8,7 @@ import rasterio
 import yaml
 
 from floodrepro.errors import DataError, UsageError
-from floodrepro.mapping.checks import list_problems
-from floodrepro.mapping.reader import water_of
+from floodrepro.mapping.reader import list_problems, water_of
 from floodrepro.mapping.scene import read_scene
 from map_scenes import make_scene, save
 
@@ -63,7 +62,7 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
         ),
         (("dem.tif", lambda metres: metres * 100), None, "DEM: heights from 10000 to 10900 are no metres"),
         (("s2_event.tif", lambda bands: bands / 200), None, "no reflectance x 10,000"),
-        (None, lambda c: c.update(area={"box": [40, 40, 40.01, 40.01]}), "S1RTC.event: its files do not reach into"),
+        (None, lambda c: c.update(area={"box": [40, 40, 40.01, 40.01]}), "S1RTC.event: its files show nothing"),
     ],
 )
 def test_a_wrong_scene_is_named(scene, pixels, change, said):

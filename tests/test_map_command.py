@@ -88,7 +88,7 @@ def test_over_the_same_tiles_the_classes_are_those_of_terratorchs_tiled_inferenc
     """Its padding moves all tiles by delta, 8 px where a patch has 16, and the model sees something else."""
     from terratorch.tasks.tiled_inference import tiled_inference
 
-    from floodrepro.mapping.network import Network
+    from floodrepro.mapping.mapper import Network
     from floodrepro.training.checkpoint import read_checkpoint
 
     scene = read_scene(mapped.parent / "scene" / "scene.yaml")
