@@ -20,8 +20,7 @@ from floodrepro.errors import DataError
 from floodrepro.mapping import plan
 from floodrepro.mapping.scene import STEPS, opened, read_scene
 from map_scenes import run
-from stac_items import optical, radar, terrain
-from stac_server import StacServer
+from stac_server import StacServer, optical, radar, terrain
 
 EVENT = datetime(2026, 8, 26, tzinfo=UTC)
 TODAY = datetime(2026, 9, 20, tzinfo=UTC)
@@ -80,7 +79,7 @@ def test_four_dates_for_both_sensors_with_unsigned_links(ask):
 
 
 USUAL = optical_series()
-NO_RADAR = radar_series(RADAR_DAYS[:-2])
+NO_RADAR, OPTICAL_BEFORE = radar_series(RADAR_DAYS[:-2]), optical_series(range(-64, 0, 5))
 TWO = radar_series(RADAR_DAYS[:-2], satellite="C") + radar_series((-52, -40, -28, -16, -4), satellite="D")
 GONE = radar_series((-70, -58, -46), satellite="A") + radar_series((-64, -52, -40, -28, -16, -4), satellite="C")
 CORNER = radar_series((-71, -59, -47, -35, -23, -11, 1), where=(12.33, 46.9, 15, 48.9), orbit=143)  # 18 %
@@ -96,12 +95,7 @@ for _item in OTHER_NAMES:
         # 6 days after the last of one satellite, 12 after that of the other, and none of one that stopped flying
         (TWO + USUAL, 1, 4, "next expected on 2026-08-28 (relative orbit 66, SENTINEL-1C); newest"),
         (GONE + USUAL, 0, 4, "next expected on 2026-09-03 (relative orbit 66, SENTINEL-1C); newest"),
-        (
-            radar_series() + optical_series(range(-64, 0, 5)),
-            3,
-            4,
-            "no optical pass since 2026-08-26 yet; next expected",
-        ),
+        (radar_series() + OPTICAL_BEFORE, 3, 4, "no optical pass since 2026-08-26 yet; next expected"),
         (NO_RADAR + USUAL, -3, 4, "next expected on 2026-08-28"),  # the event is to come
         (NO_RADAR + CORNER + USUAL, 1.5, 4, "2026-08-28 (relative orbit 66"),
         (NO_RADAR + USUAL, 5, 4, "in the catalogue: 2026-08-28; newest over the area: 2026-08-16"),

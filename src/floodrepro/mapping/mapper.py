@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from rasterio import DatasetReader
 from rasterio._err import CPLE_BaseError  # rasterio.shutil.copy lets GDAL's own errors through
 from rasterio.errors import RasterioError
-from rasterio.windows import Window
+from rasterio.windows import Window, subdivide
 
 from floodrepro import console
 from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
@@ -277,9 +277,8 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
     write_atomically(output / _RECORD, json.dumps(console.public(content), indent=2, default=str))
 
 
-def _chunks(raster: DatasetReader) -> list[Window]:
-    rows = range(0, raster.height, _CHUNK)
-    return [Window(0, row, raster.width, min(_CHUNK, raster.height - row)) for row in rows]
+def _chunks(raster: DatasetReader) -> Any:
+    return subdivide(Window(0, 0, raster.width, raster.height), _CHUNK, raster.width)
 
 
 def _areas(layers: DatasetReader, names: list[str]) -> tuple[dict[str, float], dict[str, float]]:
@@ -348,18 +347,15 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
         raise RunFolderError("there is no map here", where=folder, fix="give the --output of a floodrepro map")
     record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     rows, counted = list[tuple[str, str]](), list[dict[str, Any]]()
-    first, *others = [str(folder / f"{layer}.tif") for layer in _RESAMPLING]
-    with opened(first) as classes, opened(others[0]) as probability, opened(others[1]) as quality:
+    paths = [str(folder / f"{name}.tif") for name in _RESAMPLING]
+    with opened(paths[0]) as classes, opened(paths[1]) as percent, opened(paths[2]) as quality:
         water = water_of(truth, classes, value)
-        for window in _chunks(classes):
-            found, outside = classes.read(1, window=window), quality.read(1, window=window) & OUTSIDE > 0
-            wet = np.where(outside, IGNORE_INDEX, water(window))
-            share = probability.read(1, window=window) / PROBABILITY_STEPS
+        for window in subdivide(Window(0, 0, classes.width, classes.height), _CHUNK, _CHUNK):
+            found, steps, bits = (layer.read([1], window=window) for layer in (classes, percent, quality))
+            wet = np.where(bits & OUTSIDE > 0, IGNORE_INDEX, water(window))
             called = np.where(found == NOT_SEEN, -1, found == record["positive"])
-            for column in range(0, classes.width, _CHUNK):
-                part, row = np.s_[None, :, column : column + _CHUNK], f"row{window.row_off:06d}"
-                rows.append((f"{row}_column{column:06d}", row))
-                counted.append(count(wet[part], called[part], share[part], classes=2))
+            rows.append((f"row{window.row_off:06d}_column{window.col_off:06d}", f"row{window.row_off:06d}"))
+            counted.append(count(wet, called, steps / PROBABILITY_STEPS, classes=2))
     if not sum(counts["counts"][0, 1].sum() for counts in counted):
         fix = "look at the place of the truth, and at --truth-value"
         raise DataError("no flood of the truth lies where the map has seen something", where=truth, fix=fix)

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import numpy as np
 import shapely
 from shapely.geometry import shape
 
@@ -54,15 +53,12 @@ def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
     again = (429, 500, 502, 503, 504)
     retry = Retry(5, connect=2, backoff_factor=_BACKOFF, status_forcelist=again, allowed_methods=None)
     window = (event - _LOOK_BACK * DAY, event + _LOOK_AHEAD * DAY)
-    where, found = json.loads(shapely.to_geojson(shapely.union_all(area).convex_hull)), {}
+    where, found = json.loads(shapely.to_geojson(shapely.union_all(area).convex_hull)), dict[str, list[Item]]()
     try:
         client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor, collection in _COLLECTIONS.items():
-            dates = None if sensor == "DEM" else window
-            asked = client.search(
-                collections=[collection], intersects=where, datetime=dates, limit=100, max_items=_MOST
-            )
-            found[sensor] = list(asked.items_as_dicts())
+            about = {"collections": [collection], "intersects": where, "datetime": None if sensor == "DEM" else window}
+            found[sensor] = list(client.search(**about, limit=100, max_items=_MOST).items_as_dicts())
             if len(found[sensor]) == _MOST:
                 raise ValueError(f"it has {_MOST:,} items of {collection} or more; a smaller area has fewer")
     except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError, *_ODD) as error:
@@ -179,16 +175,13 @@ def _too_late(sensor: str, found: Sequence[Pass], event: datetime, today: float,
         waits = [f"{p['days']:.1f}" for p in found if p["days"] >= 0] or [f"more than {_LOOK_AHEAD}"]
         told = f"the first {word} pass came {waits[0]} days after the event (limit {late:g})"
         return FloodreproError(told, fix="allow more with --max-days, if the water stood as long")
-    due = []
     # A satellite repeats its orbits exactly; one that has not been seen for two cycles is taken to be gone.
-    for (orbit, satellite), last in {(p["orbit"], p["satellite"]): p["days"] for p in found}.items():
-        if newest - last <= 2 * cycle:
-            expected = np.arange(last + cycle, max(today, 0) + cycle, cycle)
-            due += [(day, orbit, satellite) for day in expected.tolist() if day >= 0]
-    day, orbit, satellite = min(d for d in due if d[0] >= today)
+    latest = {(p["orbit"], p["satellite"]): p["days"] for p in found if p["days"] >= newest - 2 * cycle}
+    due = sorted((last + n * cycle, *which) for which, last in latest.items() for n in range(1, 15))
+    day, orbit, satellite = next(passage for passage in due if passage[0] >= max(today, 0))
     told = f"no {word} pass since {event:%F} yet; next expected on {event + day * DAY:%F}"
     told += f" (relative orbit {orbit}, {satellite})"
-    if missed := [f"{event + day * DAY:%F}" for day, _, _ in sorted(due) if day < today]:
+    if missed := [f"{event + day * DAY:%F}" for day, _, _ in due if 0 <= day < today]:
         told += f"; expected by now and not in the catalogue: {', '.join(missed)}"
     told += f"; newest over the area: {event + newest * DAY:%F}"
     return NoPassYet(told, fix="run it again a day or more after that date: a catalogue lags behind the satellites")
