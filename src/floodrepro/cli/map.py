@@ -66,7 +66,7 @@ def _run_map(args: argparse.Namespace) -> None:
     if not args.scene or not args.output or len(weights) != 1:
         what = "map needs --scene, --output, and --ckpt or --export with one .safetensors"
         raise UsageError(what, where=args.export, fix="floodrepro map --help")
-    from floodrepro.mapping.checks import list_problems
+    from floodrepro.mapping.reader import list_problems
     from floodrepro.mapping.scene import name_of, read_scene
 
     scene = read_scene(args.scene)  # what is wrong with it is answered before the slow import
@@ -81,8 +81,7 @@ def _run_map(args: argparse.Namespace) -> None:
     cli = model.parse(files, overrides)
     import torch
 
-    from floodrepro.mapping.mapper import map_scene
-    from floodrepro.mapping.network import Network
+    from floodrepro.mapping.mapper import Network, map_scene
     from floodrepro.training.checkpoint import read_checkpoint
 
     network = Network(cli, read_checkpoint(args.ckpt))
@@ -146,14 +145,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     """Write a scene from a STAC catalogue."""
-    from shapely import box
     from shapely.errors import ShapelyError
 
     from floodrepro.mapping import plan
-    from floodrepro.mapping.scene import DEGREES, parse_time, read_polygons, to_degrees
+    from floodrepro.mapping.scene import parse_time, read_area
 
     event = parse_time(args.event, "--event")
-    area = read_polygons(args.aoi) if args.aoi else to_degrees([box(*args.box)], DEGREES)
+    where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
+    area = read_area(where, args.output.parent)
     limits = {name: getattr(args, name) for name in ("max_days", "max_gap", "min_coverage")}
     items = plan.search(args.stac, area, event)
     try:
@@ -161,7 +160,6 @@ def _plan(args: argparse.Namespace) -> None:
     except (KeyError, TypeError, ValueError, AttributeError, ShapelyError) as error:
         what, fix = f"an item cannot be used: {error!r}", "use a STAC API with items as Planetary Computer has them"
         raise FloodreproError(what, where=console.public(args.stac), fix=fix) from error
-    where = {"file": os.path.relpath(args.aoi, args.output.parent)} if args.aoi else {"box": args.box}
     scene = {"area": where, "stac": console.public(args.stac), **made}
     write_atomically(args.output, f"# By floodrepro map plan; change what you like.\n{recipes.to_yaml(scene)}")
     console.emit(scene, str(args.output), args.format)

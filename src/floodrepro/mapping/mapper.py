@@ -4,10 +4,9 @@ Tiles of ``crop`` pixels lie ``stride`` apart and reach both edges exactly; wher
 averaged with raised-cosine weights before a class is chosen. Only the rows that later tiles can still change are held:
 ``classes + 1`` float32 values for ``crop`` x ``width`` pixels.
 
-C = classes, H, W = rows and columns of the raster, h = rows of a strip.
+H, W = rows and columns of the raster, h = rows of a strip, K = classes; B = tiles of a batch, T = timesteps, C = bands.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,26 +22,27 @@ import rasterio
 import rasterio.features
 import rasterio.shutil
 import shapely
+import torch
 from filelock import FileLock, Timeout
 from rasterio import DatasetReader
 from rasterio._err import CPLE_BaseError  # rasterio.shutil.copy lets GDAL's own errors through
 from rasterio.errors import RasterioError
-from rasterio.windows import Window
-from shapely.geometry import shape
+from rasterio.windows import Window, subdivide
 
 from floodrepro import console
 from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
-from floodrepro.errors import DataError, RunFolderError
+from floodrepro.errors import CheckpointError, DataError, RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.counting import count
 from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, is_seen, water_of
-from floodrepro.mapping.scene import EVENT_STEP, PIXEL, Array, Scene, opened
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, PIXEL, STEPS, Array, Scene, opened
 from floodrepro.run_folder import write_atomically
+from floodrepro.training.checkpoint import Checkpoint, load_strictly
 
 if TYPE_CHECKING:
-    from floodrepro.mapping.network import Network
+    from floodrepro.training.terratorch_cli import RecipeCLI
 
-_RECORD, _WORK, _BEGUN, _LOCK = "map.json", ".map-in-progress", "begun.json", "lock"
+_RECORD, _WORK, _BEGUN = "map.json", ".map-in-progress", "begun.json"
 NOT_SEEN = 255
 PROBABILITY_STEPS = 250  # a probability of 1 in the uint8 raster
 # The layers of a map that is being made: class, probability, quality, whether it is the positive class, the event in
@@ -50,10 +50,12 @@ PROBABILITY_STEPS = 250  # a probability of 1 in the uint8 raster
 _RAW, _LAYERS = "layers.raw", 7
 _HEADER = "ENVI\nsamples = {0.width}\nlines = {0.height}\nbands = {1}\ndata type = 1\ninterleave = bil\n"
 _HEADER += "map info = {{UTM, 1, 1, {0.transform.c}, {0.transform.f}, {0.transform.a}, {0.transform.a}, {2}, WGS-84}}\n"
+_HEADER += "classes = {3}\nclass lookup = {{{4}}}\n"  # colours of the first band
 _RESAMPLING = {"class": "MODE", "probability": "AVERAGE", "quality": "NEAREST"}  # of overviews
 _PICTURE = 1024  # pixels of the picture's longer side, at most
 _CHUNK = 256  # rows that are held at once where a whole raster is read; edge of a tile that is compared with a truth
 _DISK_ERRORS = (OSError, RasterioError, CPLE_BaseError, pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError)
+_PATCH = 32  # two of TerraMind's patches: what TerraTorch pads images to
 Predict = Callable[[int], Iterable[tuple[int, Array]]]
 
 
@@ -65,9 +67,9 @@ def starts(size: int, crop: int, stride: int) -> list[int]:
 def strips(
     predict: Predict, shape: tuple[int, int, int], crop: int, stride: int, first_row: int = 0
 ) -> Iterator[tuple[int, Array]]:
-    """Predict a raster (C, H, W) from top to bottom: first row and probabilities (C, h, W) of strip after strip.
+    """Predict a raster (K, H, W) from top to bottom: first row and probabilities (K, h, W) of strip after strip.
 
-    *predict* gets the first row of a row of tiles, and gives first columns and probabilities (C, rows, columns) of
+    *predict* gets the first row of a row of tiles, and gives first columns and probabilities (K, rows, columns) of
     those of its tiles that matter; where none does, the result is 0. Strips that end above *first_row* are left out.
     The rest has the same bits: the tiles that reach into it are computed again in the same order.
     """
@@ -91,8 +93,68 @@ def strips(
         total = np.concatenate([total[:, done:], np.zeros((classes + 1, done, width), np.float32)], axis=1)
 
 
+class Network:
+    """The model of a parsed recipe with the weights of a checkpoint: exactly the arithmetic of `predict`.
+
+    `classes` is K, `steps` are timesteps by modality in the model's order. Raises `UsageError` where the recipe does
+    not build, and `CheckpointError` where the weights are another model's.
+    """
+
+    def __init__(self, cli: "RecipeCLI", weights: Checkpoint) -> None:
+        from floodrepro.training.terratorch_cli import without_files  # a slow import, for which nobody else waits
+
+        without_files(cli.config)
+        cli.build()
+        load_strictly(weights, cli.model, cli.recipe)
+        self._data = cli.datamodule
+        self.device = cli.trainer.strategy.root_device
+        self._precision = cli.trainer.strategy.precision_plugin
+        self._task = self._precision.convert_module(cli.model).to(self.device).eval()
+        steps = list(self._data.timesteps)
+        self._count = len(steps)
+        steps = steps if len(steps) < len(STEPS) else list(range(len(STEPS)))  # impactmesh: all, in their order
+        self.steps = {m: [0] if m == "DEM" else steps for m in self._data.modalities}
+        self.classes = int(cli.recipe["model"]["init_args"]["model_args"]["num_classes"])
+
+    def probabilities(self, chips: dict[str, list[Array]]) -> Array:
+        """Probabilities (B, K, H, W) of tiles of one size, by modality (T, C, H, W) in chip values.
+
+        Raises `CheckpointError` where they are not finite.
+        """
+        with torch.inference_mode(), self._precision.forward_context():
+            images = {modality: self._image(np.stack(tiles)) for modality, tiles in chips.items()}
+            height, width = next(iter(chips.values()))[0].shape[-2:]
+            logits = self._task(self._data.aug({"image": images})["image"]).output
+            top, left = (-height % _PATCH) // 2, (-width % _PATCH) // 2
+            inside = logits[..., top : top + height, left : left + width]
+            if not bool(torch.isfinite(inside).all()):
+                raise CheckpointError("the model predicts values that are not finite", fix="--precision bf16 or fp32")
+            return np.asarray(inside.float().softmax(dim=1).cpu())
+
+    def _image(self, values: Array) -> torch.Tensor:
+        """Float32 (B, C, T, H, W), or (B, C, H, W) of one timestep, with missing values replaced as in training."""
+        # TerraTorch pads both sides by reflection too, but torch refuses where an image is smaller than its padding.
+        sides = [(-size % _PATCH // 2, -size % _PATCH - -size % _PATCH // 2) for size in values.shape[-2:]]
+        padded = np.pad(values, [(0, 0), (0, 0), (0, 0), *sides], mode="reflect")
+        image = torch.from_numpy(padded).to(self.device, torch.float32).transpose(1, 2)
+        image = image.masked_fill(image == NO_DATA, self._data.no_data_replace).nan_to_num(self._data.no_data_replace)
+        image = image.expand(-1, -1, self._count, -1, -1)
+        return image.contiguous() if self._count > 1 else image[:, :, 0]
+
+    def fitting_batch(self, crop: int) -> int:
+        """Tiles in a batch: one on a CPU; on a GPU what 70 % of its free memory holds, by a trial of one tile."""
+        if self.device.type != "cuda":
+            return 1
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        chips = {m: [np.zeros((len(steps), len(BANDS[m]), crop, crop), np.int16)] for m, steps in self.steps.items()}
+        self.probabilities(chips)
+        each = torch.cuda.max_memory_allocated(self.device) - before
+        return int(min(max(0.7 * torch.cuda.mem_get_info(self.device)[0] // max(each, 1), 1), 64))
+
+
 def map_scene(
-    network: "Network", scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[str, Any]
+    network: Network, scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[str, Any]
 ) -> dict[str, Any]:
     """Map a scene into a folder; killed at any moment, the same call ends with the same bytes.
 
@@ -101,7 +163,12 @@ def map_scene(
     of weights, recipe, problems and versions. The whole content of map.json is returned. Raises `RunFolderError` where
     the folder holds something else, is in use or cannot be written.
     """
-    identity, work = _identity(scene, plan, record), output / _WORK
+    places = {place for a in scene.acquisitions.values() for bands, _ in a.sources for place, _ in bands.values()}
+    files = [Path(place) for place in sorted(places | {plan["permanent_file"]} - {None})]
+    dates = [(str(file), file.is_file() and file.stat().st_mtime_ns) for file in files]
+    area = shapely.to_wkb(scene.polygons, hex=True).tolist()
+    said = repr([record, plan, scene.content, area, scene.transform, dates])
+    identity, work = hashlib.sha256(said.encode()).hexdigest(), output / _WORK
     if not (output / _RECORD).is_file():
         if output.is_dir() and not work.is_dir() and any(output.iterdir()):
             raise RunFolderError("the folder is not empty and nothing in it is overwritten", where=output)
@@ -109,11 +176,11 @@ def map_scene(
             work.mkdir(parents=True, exist_ok=True)
             # MB, by default 5 % of the memory; and TerraTorch lets GDAL look for no file beside a raster: our header.
             options = {"GDAL_CACHEMAX": 128, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
-            with FileLock(work / _LOCK, timeout=0), rasterio.Env(**options):
+            with FileLock(work / "lock", timeout=0), rasterio.Env(**options):
                 if not (work / _BEGUN).is_file():  # the batch is kept: with another, a network's last bits may differ
                     batch = network.fitting_batch(plan["crop"])
                     write_atomically(work / _BEGUN, json.dumps({"identity": identity, "batch": batch}))
-                begun = _read_json(work / _BEGUN, identity)
+                begun = _read_record(work / _BEGUN, identity)
                 _map_rows(network, scene, plan, work, begun["batch"])
                 _finish(scene, plan, output, begun | record)
         except Timeout as error:
@@ -121,35 +188,20 @@ def map_scene(
         except _DISK_ERRORS as error:
             fix = "make room or name another --output; the same command continues"
             raise RunFolderError(f"the map cannot be written: {error}", where=output, fix=fix) from error
-    content = _read_json(output / _RECORD, identity)
+    content = _read_record(output / _RECORD, identity)
     shutil.rmtree(work, ignore_errors=True)
     return content
 
 
-def _identity(scene: Scene, plan: Mapping[str, Any], record: dict[str, Any]) -> str:
-    """A hash of all that a map depends on; of files, paths and dates."""
-    places = {place for a in scene.acquisitions.values() for bands, _ in a.sources for place, _ in bands.values()}
-    files = [Path(place) for place in sorted(places | {plan["permanent_file"]} - {None})]
-    dates = [(str(file), file.is_file() and file.stat().st_mtime_ns) for file in files]
-    area = shapely.to_wkb(scene.polygons, hex=True).tolist()
-    return hashlib.sha256(repr([record, plan, scene.content, area, scene.transform, dates]).encode()).hexdigest()
-
-
-def _read_json(path: Path, identity: str | None = None) -> dict[str, Any]:
-    """What is recorded of a map, which is to be of what *identity* says."""
-    try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
-        found = content["identity"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        fix = "move the folder away and map again"
-        raise RunFolderError(f"the map's record cannot be read: {error!r}", where=path, fix=fix) from error
-    if identity not in (None, found):
+def _read_record(path: Path, identity: str) -> dict[str, Any]:
+    content = dict(json.loads(path.read_text(encoding="utf-8")))
+    if content["identity"] != identity:
         what = "the folder holds a map of other files, weights or options, and nothing is overwritten"
         raise RunFolderError(what, where=path.parent, fix="name another --output, or move this folder away")
     return content
 
 
-def _map_rows(network: "Network", scene: Scene, plan: Mapping[str, Any], work: Path, batch: int) -> None:
+def _map_rows(network: Network, scene: Scene, plan: Mapping[str, Any], work: Path, batch: int) -> None:
     """Append the layers strip by strip to their file, whose length tells how far it has come."""
     crop, positive, permanent = plan["crop"], plan["positive"], plan["permanent_file"]
     reader, water = Reader(scene, network.steps, crop), water_of(Path(permanent), scene) if permanent else None
@@ -199,7 +251,10 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
     console.say("writing COGs, polygons and the quicklook")
     work, hazard, epsg = output / _WORK, plan["names"][plan["positive"]], scene.crs.to_epsg()
     zone = f"{epsg % 100}, {'North' if epsg < 32700 else 'South'}"
-    (work / _RAW).with_suffix(".hdr").write_text(_HEADER.format(scene, _LAYERS, zone), encoding="utf-8")
+    colours = {plan["permanent"]: "30, 80, 220", plan["positive"]: "220, 30, 30"}
+    lookup = [colours.get(index, "200, 200, 200") for index in range(len(plan["names"]))]
+    header = _HEADER.format(scene, _LAYERS, zone, len(lookup), ", ".join(lookup))
+    (work / _RAW).with_suffix(".hdr").write_text(header, encoding="utf-8")
     options = {"driver": "COG", "compress": "DEFLATE", "bigtiff": "IF_SAFER", "num_threads": "1"}
     with rasterio.open(work / _RAW) as layers:
         for number, (name, resampling) in enumerate(_RESAMPLING.items(), 1):
@@ -222,9 +277,8 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
     write_atomically(output / _RECORD, json.dumps(console.public(content), indent=2, default=str))
 
 
-def _chunks(raster: DatasetReader) -> list[Window]:
-    rows = range(0, raster.height, _CHUNK)
-    return [Window(0, row, raster.width, min(_CHUNK, raster.height - row)) for row in rows]
+def _chunks(raster: DatasetReader) -> Any:
+    return subdivide(Window(0, 0, raster.width, raster.height), _CHUNK, raster.width)
 
 
 def _areas(layers: DatasetReader, names: list[str]) -> tuple[dict[str, float], dict[str, float]]:
@@ -235,9 +289,9 @@ def _areas(layers: DatasetReader, names: list[str]) -> tuple[dict[str, float], d
     bits = np.arange(256)
     inside = bits & OUTSIDE == 0
     pixels = {"area": qualities[inside].sum(), "seen": qualities[is_seen(bits)].sum()}
+    gaps = {name: qualities[inside & (bits & bit > 0)].sum() for name, bit in QUALITY.items() if bit != OUTSIDE}
+    shares = {name: float(n / max(pixels["area"], 1)) for name, n in ({"seen": pixels["seen"]} | gaps).items()}
     pixels |= dict(zip(names, classes, strict=False))
-    shares = {name: qualities[inside & (bits & bit > 0)].sum() for name, bit in QUALITY.items() if bit != OUTSIDE}
-    shares = {name: float(n / max(pixels["area"], 1)) for name, n in ({"seen": pixels["seen"]} | shares).items()}
     return {name: float(n * PIXEL**2 / 1e6) for name, n in pixels.items()}, shares
 
 
@@ -245,7 +299,7 @@ def _write_polygons(layers: DatasetReader, path: Path, name: str, min_hectares: 
     """Patches of the positive class, of pixels that share an edge, from the minimum mapping unit on; their number."""
     band = rasterio.band(layers, 4)  # which GDAL reads row by row
     patches = rasterio.features.shapes(band, mask=band, connectivity=4, transform=layers.transform)
-    found = (shape(geometry) for geometry, _ in patches)
+    found = (shapely.geometry.shape(geometry) for geometry, _ in patches)
     polygons = np.array([polygon for polygon in found if polygon.area >= min_hectares * 10_000], object)
     sums, tree = np.zeros((2, len(polygons) + 1)), shapely.STRtree(polygons)  # of probabilities and of pixels
     for window in _chunks(layers):
@@ -291,30 +345,21 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     """
     if not (folder / _RECORD).is_file():
         raise RunFolderError("there is no map here", where=folder, fix="give the --output of a floodrepro map")
-    record = _read_json(folder / _RECORD)
-    try:
-        name = record["names"][record["positive"]]
-        weights = {"name": record["weights"]["file"]} | record["weights"]
-    except (TypeError, LookupError) as error:
-        raise RunFolderError(f"the map's record is damaged: {error!r}", where=folder / _RECORD) from error
+    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     rows, counted = list[tuple[str, str]](), list[dict[str, Any]]()
-    with contextlib.ExitStack() as stack:
-        files = [str(folder / f"{layer}.tif") for layer in _RESAMPLING]
-        classes, probability, quality = [stack.enter_context(opened(file)) for file in files]
+    paths = [str(folder / f"{name}.tif") for name in _RESAMPLING]
+    with opened(paths[0]) as classes, opened(paths[1]) as percent, opened(paths[2]) as quality:
         water = water_of(truth, classes, value)
-        for window in _chunks(classes):
-            found, outside = classes.read(1, window=window), quality.read(1, window=window) & OUTSIDE > 0
-            wet = np.where(outside, IGNORE_INDEX, water(window))
-            share = probability.read(1, window=window) / PROBABILITY_STEPS
+        for window in subdivide(Window(0, 0, classes.width, classes.height), _CHUNK, _CHUNK):
+            found, steps, bits = (layer.read([1], window=window) for layer in (classes, percent, quality))
+            wet = np.where(bits & OUTSIDE > 0, IGNORE_INDEX, water(window))
             called = np.where(found == NOT_SEEN, -1, found == record["positive"])
-            for column in range(0, classes.width, _CHUNK):
-                part, row = np.s_[None, :, column : column + _CHUNK], f"row{window.row_off:06d}"
-                rows.append((f"{row}_column{column:06d}", row))
-                counted.append(count(wet[part], called[part], share[part], classes=2))
+            rows.append((f"row{window.row_off:06d}_column{window.col_off:06d}", f"row{window.row_off:06d}"))
+            counted.append(count(wet, called, steps / PROBABILITY_STEPS, classes=2))
     if not sum(counts["counts"][0, 1].sum() for counts in counted):
         fix = "look at the place of the truth, and at --truth-value"
         raise DataError("no flood of the truth lies where the map has seen something", where=truth, fix=fix)
     metadata = {"split": "map", "protocol": "custom", "recipe_sha256": record.get("recipe_sha256")}
-    metadata |= {"class_names": ["rest", name], "positive_class": 1}
-    metadata["checkpoint"] = weights
+    metadata |= {"class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
+    metadata["checkpoint"] = {"name": record["weights"]["file"]} | record["weights"]
     return ChipTable.of_batches(rows, counted, metadata)

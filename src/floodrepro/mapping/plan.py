@@ -1,8 +1,8 @@
 """Write the scene of a flood: ask a STAC API and choose four passes of each sensor.
 
 A pass is a step of scene.yaml: `days` are counted from the event, `coverage` is the share of the area inside the
-footprints, an upper bound of what the pixels cover, `cloud` percent of that by the figures of whole tiles; `files` are
-listed least cloud first. An area is an array of polygons in degrees.
+footprints (in degrees; what the pixels cover may be less), `cloud` percent of that by the figures of whole tiles;
+`files` are listed least cloud first. An area is an array of polygons in degrees.
 """
 
 import json
@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import numpy as np
 import shapely
 from shapely.geometry import shape
 
@@ -54,21 +53,14 @@ def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
     again = (429, 500, 502, 503, 504)
     retry = Retry(5, connect=2, backoff_factor=_BACKOFF, status_forcelist=again, allowed_methods=None)
     window = (event - _LOOK_BACK * DAY, event + _LOOK_AHEAD * DAY)
-    where, found = json.loads(shapely.to_geojson(shapely.union_all(area).convex_hull)), {}
+    where, found = json.loads(shapely.to_geojson(shapely.union_all(area).convex_hull)), dict[str, list[Item]]()
     try:
         client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor, collection in _COLLECTIONS.items():
-            dates = None if sensor == "DEM" else window
-            asked = client.search(collections=[collection], intersects=where, datetime=dates, limit=100)
-            items: dict[str, Item] = {}
-            for page in asked.pages_as_dicts():
-                new = {item["id"]: item for item in page["features"] if item["id"] not in items}
-                if not new or len(items) > _MOST:  # a server may give the same page without end
-                    break
-                items |= new
-            if len(items) > _MOST:
-                raise ValueError(f"it has more than {_MOST:,} items of {collection}; a smaller area has fewer")
-            found[sensor] = list(items.values())
+            about = {"collections": [collection], "intersects": where, "datetime": None if sensor == "DEM" else window}
+            found[sensor] = list(client.search(**about, limit=100, max_items=_MOST).items_as_dicts())
+            if len(found[sensor]) == _MOST:
+                raise ValueError(f"it has {_MOST:,} items of {collection} or more; a smaller area has fewer")
     except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError, *_ODD) as error:
         told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
@@ -119,22 +111,13 @@ def _passes(items: Sequence[Item], area: Any, sensor: str, event: datetime) -> l
 
 def _pass_of(items: Sequence[Item], area: Any, sensor: str, event: datetime) -> Pass | None:
     """The pass that items are of; None if they see nothing of the area (a search asks with a simpler shape)."""
-
-    def flat(geometry: Any) -> Any:
-        """In Lambert's cylindrical equal-area projection."""
-        moved = shapely.transform(geometry, lambda x, y: (np.radians(x), np.sin(np.radians(y))), interleaved=False)
-        return shapely.make_valid(moved)
-
-    def cloud(item: Item) -> float:
-        return float(np.nan_to_num(float(item["properties"].get("eo:cloud_cover") or 0)))
-
-    whole, kept, seen, clear = shapely.union_all(flat(area)), [], shapely.Polygon(), 0.0
+    whole, kept, seen, clear = shapely.union_all(area), list[Item](), shapely.Polygon(), 0.0
     newest = sorted(items, key=lambda item: (item["properties"].get("s2:processing_baseline", ""), item["id"]))[::-1]
-    for item in sorted(newest, key=cloud):  # of two processings of one scene the newer one
-        part = flat(shape(item["geometry"])).intersection(whole)
+    for item in sorted(newest, key=_cloud):  # of two processings of one scene the newer one
+        part = shapely.make_valid(shape(item["geometry"])).intersection(whole)
         if part.area > 0:
             kept.append(item)
-            clear += (1 - cloud(item) / 100) * part.difference(seen).area
+            clear += (1 - _cloud(item) / 100) * part.difference(seen).area
             seen = seen.union(part)
     if not kept:
         return None
@@ -152,10 +135,7 @@ def _links(sensor: str, item: Item) -> dict[str, Any]:
     """One entry under `files`: the item, what its pixels need, and an unsigned link for each band."""
     known = {"tile": "s2:mgrs_tile", "baseline": "s2:processing_baseline", "cloud": "eo:cloud_cover"}
     facts = {key: item["properties"][name] for key, name in known.items() if item["properties"].get(name) is not None}
-    hrefs = {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
-    if local := [href for href in hrefs.values() if not href.startswith(("http://", "https://"))]:
-        raise FloodreproError(f"{item['id']} lies at {local[0][:100]!r}, which is no web address", fix="another --stac")
-    return {"item": item["id"], **facts} | hrefs
+    return {"item": item["id"], **facts} | {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
 
 
 def _choose(found: Sequence[Pass], sensor: str, late: float, aim: float, near: float) -> dict[str, Any] | None:
@@ -195,21 +175,21 @@ def _too_late(sensor: str, found: Sequence[Pass], event: datetime, today: float,
         waits = [f"{p['days']:.1f}" for p in found if p["days"] >= 0] or [f"more than {_LOOK_AHEAD}"]
         told = f"the first {word} pass came {waits[0]} days after the event (limit {late:g})"
         return FloodreproError(told, fix="allow more with --max-days, if the water stood as long")
-    due = []
     # A satellite repeats its orbits exactly; one that has not been seen for two cycles is taken to be gone.
-    for (orbit, satellite), last in {(p["orbit"], p["satellite"]): p["days"] for p in found}.items():
-        if newest - last <= 2 * cycle:
-            expected = np.arange(last + cycle, max(today, 0) + cycle, cycle)
-            due += [(day, orbit, satellite) for day in expected.tolist() if day >= 0]
-    day, orbit, satellite = min(d for d in due if d[0] >= today)
+    latest = {(p["orbit"], p["satellite"]): p["days"] for p in found if p["days"] >= newest - 2 * cycle}
+    due = sorted((last + n * cycle, *which) for which, last in latest.items() for n in range(1, 15))
+    day, orbit, satellite = next(passage for passage in due if passage[0] >= max(today, 0))
     told = f"no {word} pass since {event:%F} yet; next expected on {event + day * DAY:%F}"
     told += f" (relative orbit {orbit}, {satellite})"
-    if missed := [f"{event + day * DAY:%F}" for day, _, _ in sorted(due) if day < today]:
+    if missed := [f"{event + day * DAY:%F}" for day, _, _ in due if 0 <= day < today]:
         told += f"; expected by now and not in the catalogue: {', '.join(missed)}"
     told += f"; newest over the area: {event + newest * DAY:%F}"
     return NoPassYet(told, fix="run it again a day or more after that date: a catalogue lags behind the satellites")
 
 
 def _sensed(item: Item) -> datetime:
-    """When an item was sensed (UTC)."""
     return datetime.fromisoformat(item["properties"]["datetime"]).astimezone(UTC)
+
+
+def _cloud(item: Item) -> float:
+    return float(item["properties"].get("eo:cloud_cover") or 0)

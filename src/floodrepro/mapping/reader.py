@@ -1,4 +1,4 @@
-"""Read a scene in fixed blocks of its grid, each once: plain windowed reads, one reprojection, a pool of threads.
+"""Read a scene in fixed blocks of its grid, each once, in a pool of threads; find what is wrong with it in a sample.
 
 GDAL approximates the transform within each call, so that a value would depend on the window that asks: the blocks are
 fixed, and tiles are cut out of them. A WarpedVRT would warp whole blocks of all bands for each band that is read.
@@ -7,10 +7,12 @@ Blocks hold what a chip of the data set holds: int16 reflectance x 10,000, float
 T = timesteps, C = bands, H, W = rows and columns of a window or block.
 """
 
+import itertools
 import math
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ from rasterio.features import geometry_mask
 from rasterio.warp import Resampling, reproject, transform_bounds
 from rasterio.windows import Window
 
-from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
+from floodrepro.console import public
+from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA, S1_BANDS, S2_BANDS
 from floodrepro.errors import UsageError
 from floodrepro.mapping import scene as scenes
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, SCL, Acquisition, Array, Bands, Grid
+from floodrepro.mapping.scene import BANDS, EVENT_STEP, SCL, Acquisition, Array, Bands, Grid, Scene
 
 RESAMPLING = {"S2L2A": "bilinear", "S1RTC": "bilinear", "DEM": "bilinear", SCL: "nearest"}  # radar: in the file's unit
 _NAMES = ("no radar at the event", "no optical at the event", "cloud", "cloud shadow", "snow", "no elevation")
@@ -40,6 +43,12 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 _MISSING = {"S1RTC": NO_RADAR, "S2L2A": NO_OPTICAL, "DEM": NO_ELEVATION}
 _COLUMNS, _THREADS = 1024, 8  # of a block; a thread holds about 70 MB
 _BUDGET = 1.25 * 2**30  # bytes of blocks that are held at once
+# Of the sample: pixels of a window, windows along each side, and so many pixels that speckle does not decide.
+_WINDOW, _ALONG, _FEW = 256, 3, 1000
+# Gamma naught of land and water in VV: the data set's mean is -10 dB, calm water -25, cities above 0.
+_DB = (-32.0, 4.0)
+_NO_RADAR = (-60.0, 1e6)  # what lies outside is neither dB nor linear power
+_OFFSET = 1000  # baseline 04.00 of Sentinel-2 adds it (microsoft/PlanetaryComputer#134)
 
 
 def read_window(
@@ -70,7 +79,10 @@ def read_window(
     scale = Affine.scale(part.width / shape[2], part.height / shape[1])
     places = {"src_transform": windows.transform(part, raster.transform) * scale, "src_crs": raster.crs}
     places |= {"dst_transform": windows.transform(window, grid.transform), "dst_crs": grid.crs}
-    reproject(values, out, resampling=Resampling[method], src_nodata=np.nan, dst_nodata=np.nan, **places)
+    # Without a gap the values are the same bit for bit, in three fifths of the time.
+    gap = np.nan if np.isnan(values).any() else None
+    places |= {"src_nodata": gap, "dst_nodata": gap, "init_dest_nodata": gap is not None}
+    reproject(values, out, resampling=Resampling[method], **places)
     return out
 
 
@@ -117,11 +129,11 @@ class Reader:
     Timesteps by modality are in the model's order. `bits` are the quality bits of the rows that are held, (H, W).
     """
 
-    def __init__(self, scene: scenes.Scene, steps: dict[str, list[int]], crop: int) -> None:
+    def __init__(self, scene: Scene, steps: dict[str, list[int]], crop: int) -> None:
         self.steps, self._scene, self._crop = steps, scene, crop
-        row_bytes = self._scene.width * (2 * sum(len(steps[m]) * len(BANDS[m]) for m in steps) + 1)
+        row_bytes = scene.width * (2 * sum(len(steps[m]) * len(BANDS[m]) for m in steps) + 1)
         rows = (_BUDGET / row_bytes - crop) / 2  # beyond a tile's own: its last block is not used up, and one is ahead
-        self.block = int(2 ** np.clip(np.log2(max(rows, 1)) // 1, 6, 9))
+        self.block = next(block for block in (512, 256, 128, 64) if block <= max(rows, 64))
         self._blocks: dict[int, tuple[dict[str, Array], list[Future[None]]]] = {}  # by their row of blocks
         self._held: list[tuple[dict[str, Array], slice]] = []  # blocks, and which of their rows a tile has
         self._pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _THREADS))
@@ -158,14 +170,13 @@ class Reader:
 
     def _begin(self, index: int) -> tuple[dict[str, Array], list[Future[None]]]:
         """Start reading a row of blocks; what no file has, or no polygon meets, stays missing."""
-        row, kinds = index * self.block, {"S1RTC": np.float16(np.nan)}
-        height = min(self.block, self._scene.height - row)
-        shapes = {m: (len(steps), len(BANDS[m]), height, self._scene.width) for m, steps in self.steps.items()}
+        row, futures, kinds = index * self.block, list[Future[None]](), {"S1RTC": np.float16(np.nan)}
+        size = height, width = min(self.block, self._scene.height - row), self._scene.width
+        shapes = {m: (len(steps), len(BANDS[m]), *size) for m, steps in self.steps.items()}
         out = {m: np.full(shape, kinds.get(m, np.int16(NO_DATA))) for m, shape in shapes.items()}
-        out["clouds"] = np.zeros((1, 1, height, self._scene.width), np.uint8)
-        futures = []
-        for column in range(0, self._scene.width, _COLUMNS):
-            window = Window(column, row, min(_COLUMNS, self._scene.width - column), height)
+        out["clouds"] = np.zeros((1, 1, *size), np.uint8)
+        for column in range(0, width, _COLUMNS):
+            window = Window(column, row, min(_COLUMNS, width - column), height)
             block = shapely.box(*windows.bounds(window, self._scene.transform))
             if shapely.intersects(self._scene.polygons, block).any():
                 there = [a for (m, step), a in self._scene.acquisitions.items() if step in self.steps.get(m, ())]
@@ -180,7 +191,7 @@ class Reader:
         for bands, offset in a.sources:
             values = _chip_values(read_source(a, bands, BANDS[a.sensor], self._scene, window), a, offset)
             new = _is_missing(out) & ~_is_missing(values)
-            out[:, new] = values[:, new]
+            np.copyto(out, values, where=new)
             if SCL in bands and a.step == EVENT_STEP:
                 classes = read_source(a, bands, (SCL,), self._scene, window)[0]
                 clouds[new] = _SCL_BITS[np.nan_to_num(classes[new]).astype(np.uint8)]
@@ -207,3 +218,100 @@ def water_of(path: Path, grid: Grid, value: int | None = None) -> Callable[[Wind
         return np.where(values >= 0, values > 0 if value is None else values == value, IGNORE_INDEX)  # NaN is not >= 0
 
     return find
+
+
+def list_problems(scene: Scene, max_gap: float) -> list[str]:
+    """All problems of a scene: dates, orbits, and what a sample of windows says of units, orders and offsets.
+
+    The event passes of radar and optical may lie *max_gap* days apart.
+    """
+    problems, check = list(_dates(scene, max_gap)), {"S1RTC": _radar, "S2L2A": _optical, "DEM": _terrain}
+    for a in scene.acquisitions.values():
+        found = [_bands(a, bands) for bands, _ in a.sources]
+        if not any(found):
+            samples = [(_sample(a, bands, scene), a.said | {"offset": offset}) for bands, offset in a.sources]
+            # One source may show a corner only; the shares of map.json tell.
+            found = [check[a.sensor](values, said) for values, said in samples if values.shape[1] >= _FEW]
+            if not any(values.size for values, _ in samples):
+                found = ["its files show nothing of the area"]
+        problems += [f"{a.name}: {public(problem)}" for problem in found if problem]
+    return problems
+
+
+def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
+    timed = [a for a in scene.acquisitions.values() if a.time]
+    for a, b in itertools.pairwise(timed):  # by sensor, each in order of steps
+        if a.sensor == b.sensor and a.time >= b.time:
+            yield f"{a.name} ({a.time:%F}) is not before {b.name} ({b.time:%F}): are the dates swapped?"
+    radar, optical = (scene.acquisitions.get((sensor, EVENT_STEP)) for sensor in ("S1RTC", "S2L2A"))
+    before = scene.acquisitions.get(("S1RTC", EVENT_STEP - 1))
+    was, now = (a.said.get("orbit") if a else None for a in (before, radar))
+    if was and now and was != now:
+        yield f"S1RTC: orbit {was} before and {now} at the event: what changed may be the view alone"
+    if radar and optical and (gap := abs((radar.time - optical.time).total_seconds()) / 86_400) > max_gap:
+        yield f"the event passes of radar and optical are {gap:.1f} days apart (limit {max_gap:g}, --max-gap)"
+
+
+def _bands(a: Acquisition, bands: Bands) -> str | None:
+    """Whether each raster has the bands that it is said to have, by number and, where it tells them, name and unit."""
+    for place in dict.fromkeys(place for place, _ in bands.values()):
+        listed = {name: number for name, (where, number) in bands.items() if where == place}
+        with scenes.opened(place) as raster:
+            if raster.count != max(listed.values()):
+                return f"{place} has {raster.count} bands, {max(listed.values())} are named ({', '.join(listed)})"
+            for name, number in listed.items():
+                said = (raster.descriptions[number - 1] or "").lower()
+                if said in (band.lower() for band in BANDS[a.sensor]) and said != name.lower():
+                    return f"band {number} of {place} calls itself {said}, and is taken for {name}"
+            unit = raster.units[0] or "m"
+            if a.sensor == "DEM" and not re.fullmatch("m|met(er|re)s?", unit, re.IGNORECASE):
+                return f"{place} says that its heights are in {unit}: convert them to metres"
+    return None
+
+
+def _sample(a: Acquisition, bands: Bands, grid: Grid) -> Array:
+    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over the grid."""
+    width, height = min(_WINDOW, grid.width), min(_WINDOW, grid.height)
+    columns, rows = np.linspace(0, (grid.width - width, grid.height - height), _ALONG, dtype=int).T
+    windows = [Window(column, row, width, height) for row in np.unique(rows) for column in np.unique(columns)]
+    parts = [read_source(a, bands, BANDS[a.sensor], grid, window) for window in windows]
+    values = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+    return values[:, ~np.isnan(values).any(axis=0)]
+
+
+def _radar(values: Array, said: dict[str, Any]) -> str | None:
+    strange = (values < _NO_RADAR[0]) | (values > _NO_RADAR[1])
+    if (share := strange.any(axis=0).mean()) > 0.001:  # less may be speckle
+        odd = values[strange]
+        return f"{share:.1%} of the pixels are no radar (such as {odd[abs(odd).argmax()]:g}): say 'nodata: [...]'"
+    middle = float(np.median(values[0]))
+    is_db = _DB[0] < middle < _DB[1] and (values < 0).mean() > 0.5
+    unit, is_power = said["unit"], (values >= 0).all() and _DB[0] < 10 * np.log10(max(middle, 1e-9)) < _DB[1]
+    if not (is_power if unit == "power" else is_db):
+        looks = "dB" if is_db else "linear power" if is_power else "neither dB nor linear power"
+        return f"the unit is said to be {unit}, and the values look like {looks} (median of VV {middle:.4g})"
+    if (values[1] > values[0]).mean() > 0.5:
+        return f"{S1_BANDS[1]} is stronger than {S1_BANDS[0]} in most pixels: are the two swapped?"
+    return None
+
+
+def _optical(values: Array, said: dict[str, Any]) -> str | None:
+    lowest, offset = np.quantile(values, 0.01), said["offset"]
+    if not 20 < np.quantile(values, 0.99) <= 30_000:  # clouds and snow reach 20,000
+        return f"values up to {values.max():.4g} are no reflectance x 10,000"
+    if offset is None and lowest > 0.9 * _OFFSET:
+        fix = f"say 'offset: -{_OFFSET}' (baseline 04.00 and later) or 'offset: 0'"
+        return f"neither offset nor baseline is given, and the darkest pixels have {lowest:.0f}: {fix}"
+    values = values + (offset or 0)
+    if offset and (below := (values < 0).mean()) > 0.2:
+        return f"an offset of {offset:g} leaves {below:.0%} of the values below 0: was it taken off already?"
+    level = {name: max(np.median(values[S2_BANDS.index(name)]), 1) for name in ("B07", "B08", "B8A")}
+    for name in ("B08", "B07"):
+        if abs(np.log(level["B8A"] / level[name])) > 0.4:
+            return f"B8A and {name}, neighbours in the spectrum, differ by half: is the order of bands {S2_BANDS}?"
+    return None
+
+
+def _terrain(values: Array, _: dict[str, Any]) -> str | None:
+    lowest, highest = values.min(), values.max()
+    return f"heights from {lowest:.0f} to {highest:.0f} are no metres" if lowest < -500 or highest > 9000 else None

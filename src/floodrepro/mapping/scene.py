@@ -1,6 +1,7 @@
 """scene.yaml: which file shows what and when, and the UTM grid that all of it is brought to."""
 
 import difflib
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,8 @@ PIXEL = 10  # metres
 _GDAL = {"GDAL_CACHEMAX": 128, "GDAL_HTTP_MAX_RETRY": 5, "GDAL_HTTP_RETRY_DELAY": 1, "VSI_CACHE": True}
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
 # What may stand in a scene.yaml; the last line has notes for its reader.
-_NAMES = {"area", "file", "box", *STEPS, *LAYERS, *(name for names in LAYERS.values() for name in names)}
-_NAMES |= {"unit", "nodata", "time", "missing", "files", "raster", "bands", "offset", "baseline", "orbit"}
+_NAMES = {*STEPS, *LAYERS, *(name for names in LAYERS.values() for name in names), "area", "file", "box", "missing"}
+_NAMES |= {"unit", "nodata", "time", "orbit", "files", "raster", "bands", "offset", "baseline"}
 _NAMES |= {"event", "stac", "days", "direction", "satellite", "coverage", "cloud", "item", "tile"}
 
 
@@ -153,23 +154,20 @@ def _source(file: Any, said: dict[str, Any], sensor: str, folder: Path) -> tuple
 
 
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
-    """Geometries, one or an array of them, brought from one CRS to another vertex by vertex."""
-    return shapely.transform(geometry, lambda *xy: rasterio.warp.transform(source, target, *xy), interleaved=False)
+    """Geometries, an array of them, brought from one CRS to another; edges stay where they were.
 
-
-def to_degrees(geometry: Any, crs: Any) -> Any:
-    """Geometries of any CRS in degrees; raises `UsageError` where they lie nowhere on Earth.
-
-    Vertices are so close that edges stay where they were. What lies on both sides of 180 has longitudes from 0 to 360.
+    Raises `UsageError` where they lie nowhere on Earth.
     """
-    if crs != DEGREES:
-        geometry = to_crs(shapely.segmentize(geometry, shapely.length(geometry) / 400), crs, DEGREES)
+    if source != target:
+        close = shapely.segmentize(geometry, shapely.length(geometry) / 400)
+        move = functools.partial(rasterio.warp.transform, source, target)
+        geometry = shapely.transform(close, move, interleaved=False)
     west, south, east, north = bounds = shapely.total_bounds(geometry)
-    if not (-90 <= south < north <= 90 and west < east):  # infinite or NaN is what lies outside of a CRS
+    if not (np.isfinite(bounds).all() and west < east and (target != DEGREES or -90 <= south < north <= 90)):
         raise UsageError(f"the area lies nowhere on Earth: {bounds}", fix="a box is west, south, east, north")
-    if east - west > 180:
+    if target == DEGREES and east - west > 180:  # on both sides of 180
         geometry = shapely.transform(geometry, lambda x, y: (x % 360, y), interleaved=False)
-    return shapely.segmentize(geometry, 0.01)
+    return geometry
 
 
 def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
@@ -180,31 +178,33 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
         parts = shapely.get_parts(shapely.get_parts(parts))  # twice: a MultiPolygon may lie in a collection
         if not shapely.area(parts).any():
             raise ValueError("the file holds no polygon")
-        parts = to_degrees(parts[shapely.area(parts) > 0], meta["crs"] or DEGREES)
-        return parts if crs == DEGREES else to_crs(parts, DEGREES, crs)
+        return to_crs(parts[shapely.area(parts) > 0], meta["crs"] or DEGREES, crs)
     except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, ValueError, CPLE_BaseError) as error:
         raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
 
 
+def read_area(area: Any, folder: Path) -> Any:
+    """The polygons, an array of them in degrees, of what stands at `area`; paths begin in *folder*."""
+    if "file" in area:
+        return read_polygons(folder / area["file"])
+    return to_crs(np.array([shapely.box(*area["box"])]), DEGREES, DEGREES)
+
+
 def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Acquisition]) -> tuple[Any, ...]:
     """Polygons, CRS, transform, height, width; without `area`, the polygon is the footprint of the event's raster."""
-    area, epsg = content.get("area", {}), 0
-    area = {"file": area} if isinstance(area, str) else area
-    if "file" in area:
-        parts = read_polygons(folder / area["file"])
-    elif area:
-        parts = to_degrees([shapely.box(*area["box"])], DEGREES)
+    if content.get("area"):
+        parts, crs = read_area(content["area"], folder), CRS.from_user_input(DEGREES)
     else:
         sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT_STEP), key[0]))
         with opened(found[sensor, step].sources[0][0][BANDS[sensor][0]][0]) as raster:
-            parts, epsg = to_degrees([shapely.box(*raster.bounds)], raster.crs), raster.crs.to_epsg() or 0
+            parts, crs = np.array([shapely.box(*raster.bounds)]), CRS.from_user_input(raster.crs)
+    epsg = crs.to_epsg() or 0
     if epsg // 100 not in (326, 327):  # WGS 84 / UTM, north and south: elsewhere 10 m x 10 m are not 100 m² of ground
-        west, south, east, north = shapely.total_bounds(parts)
+        west, south, east, north = shapely.total_bounds(to_crs(parts, crs, DEGREES))
         epsg = (32600 if south + north > 0 else 32700) + int(((west + east) / 2 + 180) % 360 // 6) + 1
-    crs = CRS.from_epsg(epsg)
-    polygons = to_crs(parts, DEGREES, crs)
+    polygons = to_crs(parts, crs, CRS.from_epsg(epsg))
     bounds, slack = shapely.total_bounds(polygons), PIXEL / 1000  # what was in degrees must not add a row
     left, bottom = np.floor((bounds[:2] + slack) / PIXEL) * PIXEL
     right, top = np.ceil((bounds[2:] - slack) / PIXEL) * PIXEL
     size = round((top - bottom) / PIXEL), round((right - left) / PIXEL)
-    return polygons, crs, Affine(PIXEL, 0, left, 0, -PIXEL, top), *size
+    return polygons, CRS.from_epsg(epsg), Affine(PIXEL, 0, left, 0, -PIXEL, top), *size
