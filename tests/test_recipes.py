@@ -9,7 +9,7 @@ import yaml
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import protocol_of
 from floodrepro.errors import UsageError
-from floodrepro.training.terratorch_cli import RecipeCLI, without_files
+from floodrepro.training.terratorch_cli import RecipeCLI
 
 BASE = "terramind_v1_base_impactmesh_flood_amd"
 TINY = "terramind_v1_tiny_impactmesh_flood"
@@ -135,27 +135,15 @@ def test_overrides_inside_untyped_arguments_are_what_yaml_makes_of_them():
     assert cli.recipe["trainer"]["max_epochs"] == 3
 
 
-def test_fingerprint_depends_on_values_only():
-    source = recipes.read_yaml(recipes.find("demo"))
-    shuffled = {key: source[key] for key in reversed(source)}
-    assert recipes.fingerprint(shuffled) == recipes.fingerprint(source)
-    source["seed_everything"] = 43
-    assert recipes.fingerprint(shuffled) != recipes.fingerprint(source)
-
-
 @pytest.mark.parametrize("given", [["--trainer.limit_train_batches", "1"], ["--trainer.limit_train_batches=1"]])
 def test_a_limit_of_one_batch_is_not_read_as_all_of_them(given, tmp_path: Path):
     cli = RecipeCLI([recipes.find("demo")], given)
     path = tmp_path / "r.yaml"
     path.write_text(recipes.to_yaml(cli.recipe))
     for parsed in (cli, RecipeCLI([path])):
-        for found in (parsed.recipe["trainer"]["limit_train_batches"], parsed.config.trainer.limit_train_batches):
-            assert (found, type(found)) == (1, int)
-    without_files(cli.config)
-    cli.build()
-    assert (cli.trainer.limit_train_batches, type(cli.trainer.limit_train_batches)) == (1, int)
-    share = RecipeCLI([path], ["--trainer.limit_train_batches=0.5"]).config.trainer.limit_train_batches
-    assert (share, type(share)) == (0.5, float)
+        found = parsed.config.trainer.limit_train_batches
+        assert (found, type(found)) == (1, int)
+    assert RecipeCLI([path], ["--trainer.limit_train_batches=0.5"]).config.trainer.limit_train_batches == 0.5
 
 
 @pytest.mark.parametrize(

@@ -163,11 +163,7 @@ def into_run_folder(config: Namespace, run: RunFolder, run_ids: Mapping[str, str
     """Send the files of a fit into its run folder; ``best.ckpt`` follows the recipe's own monitor.
 
     A logger or checkpoint stays where it is if it names a folder that is not below the recipe's ``default_root_dir``.
-
-    Args:
-        config: A `RecipeCLI`'s, changed in place.
-        run: The run folder.
-        run_ids: What `run_ids_of` gave when the run was interrupted.
+    The config is changed in place; `run_ids` is what `run_ids_of` gave when the run was interrupted.
 
     Returns:
         The ``monitor`` that chooses the best epoch, and its ``mode``; None without checkpoints.
