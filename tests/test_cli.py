@@ -151,7 +151,5 @@ def test_log_keeps_messages_and_tracebacks_and_no_progress_bars(tmp_path: Path, 
     with pytest.raises(KeyError), console.log_to(tmp_path / "log.txt"):
         fail()
     log = (tmp_path / "log.txt").read_text()
-    assert "floodrepro: before" in log
-    assert "KeyError: 'mine'" in log
-    assert "10 %" not in log
+    assert ["floodrepro: before" in log, "KeyError: 'mine'" in log, "10 %" in log] == [True, True, False]
     assert "bar 10 %" in capsys.readouterr().err

@@ -106,9 +106,8 @@ def test_v1_recipes_differ_from_their_siblings_in_the_protocol_only():
         assert (task["model_args"]["num_classes"], task["class_weights"]) == (3, [0.044, 0.487, 0.469])
         assert protocol_of(binary).label_map == (0, 0, 1)
         assert [recipe["data"]["init_args"].pop("protocol") for recipe in (binary, plain)] == ["v1-binary", "v0"]
-        assert binary["data"] == plain["data"]
-        assert binary["model"] == plain["model"]
-        assert binary["optimizer"] == v1["optimizer"] == plain["optimizer"]
+        assert all(binary[key] == plain[key] for key in ("data", "model", "optimizer"))
+        assert v1["optimizer"] == plain["optimizer"]
 
 
 @pytest.mark.parametrize("name", NAMES)
