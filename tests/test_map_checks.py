@@ -3,14 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import pyogrio
 import pytest
 import rasterio
+import shapely
 import yaml
 
 from floodrepro.errors import DataError, UsageError
 from floodrepro.mapping.reader import list_problems, water_of
 from floodrepro.mapping.scene import read_scene
-from map_scenes import make_scene, save
+from map_scenes import CRS, LEFT, TOP, make_scene, save
 
 
 @pytest.fixture
@@ -73,6 +75,14 @@ def test_a_wrong_scene_is_named(scene, pixels, change, said):
         edit(scene, change)
     found = list_problems(read_scene(scene), 5)
     assert any(said in problem for problem in found), found
+
+
+def test_files_that_show_one_of_several_polygons_are_no_problem(scene):
+    squares = [shapely.box(LEFT + x, TOP - 800 + x, LEFT + x + 700, TOP - 100 + x) for x in (-10_000, 0, 30_000)]
+    wkb = shapely.to_wkb(np.array(squares))
+    pyogrio.raw.write(scene.with_name("area.gpkg"), wkb, [], [], crs=CRS, geometry_type="Polygon")
+    edit(scene, lambda c: c.update(area={"file": "area.gpkg"}))
+    assert list_problems(read_scene(scene), 5) == []
 
 
 @pytest.mark.parametrize("unit, problems", [("metre", 0), ("ft", 1)])

@@ -268,12 +268,15 @@ def _bands(a: Acquisition, bands: Bands) -> str | None:
     return None
 
 
-def _sample(a: Acquisition, bands: Bands, grid: Grid) -> Array:
-    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over the grid."""
-    width, height = min(_WINDOW, grid.width), min(_WINDOW, grid.height)
-    columns, rows = np.linspace(0, (grid.width - width, grid.height - height), _ALONG, dtype=int).T
-    windows = [Window(column, row, width, height) for row in np.unique(rows) for column in np.unique(columns)]
-    parts = [read_source(a, bands, BANDS[a.sensor], grid, window) for window in windows]
+def _sample(a: Acquisition, bands: Bands, scene: Scene) -> Array:
+    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over the grid and within polygons."""
+    width, height = min(_WINDOW, scene.width), min(_WINDOW, scene.height)
+    room = np.array([scene.width - width, scene.height - height])
+    columns, rows = np.linspace(0, room, _ALONG, dtype=int).T.tolist()
+    points = shapely.get_coordinates(shapely.point_on_surface(scene.polygons[: _ALONG**2]))
+    inside = np.clip([~scene.transform * tuple(xy) for xy in points] - np.array(_WINDOW / 2), 0, room).astype(int)
+    places = {*itertools.product(columns, rows), *map(tuple, inside.tolist())}
+    parts = [read_source(a, bands, BANDS[a.sensor], scene, Window(*place, width, height)) for place in places]
     values = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
     return values[:, ~np.isnan(values).any(axis=0)]
 
