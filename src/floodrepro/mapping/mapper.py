@@ -271,8 +271,8 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
         _write_quicklook(layers, work / "quicklook.png", titles)
     for name in ("quicklook.png", "water.gpkg", *(f"{name}.tif" for name in _RESAMPLING)):
         (work / name).replace(output / name)
-    grid = {"crs": scene.crs.to_string(), "transform": scene.transform.to_gdal()}
-    content = record | {"scene": scene.content, **plan, "grid": grid, "resampling": RESAMPLING}
+    content = record | {"scene": scene.content, **plan, "resampling": RESAMPLING}
+    content["grid"] = {"crs": scene.crs.to_string(), "transform": scene.transform.to_gdal()}
     content |= {"km2": km2, "shares_of_area": shares, "polygons": polygons}
     write_atomically(output / _RECORD, json.dumps(console.public(content), indent=2, default=str))
 

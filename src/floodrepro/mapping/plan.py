@@ -29,7 +29,6 @@ _PIXELS: dict[str, dict[str, Any]] = {"S1RTC": {"unit": "power", "nodata": [-327
 _LOOK_BACK, _LOOK_AHEAD = 90, 45  # days that are searched: a month before `before`, and an `after`
 _WINDOW = {"S1RTC": _LOOK_AHEAD, "S2L2A": 15}  # days: how far the other dates may lie from what they are to be near
 _MOST = 10_000  # items of a sensor
-_ODD = (KeyError, TypeError, AttributeError, RecursionError)  # what comes of an answer that is no STAC
 _BACKOFF = 1  # second, doubled from one attempt to the next
 
 
@@ -61,7 +60,7 @@ def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
             found[sensor] = list(client.search(**about, limit=100, max_items=_MOST).items_as_dicts())
             if len(found[sensor]) == _MOST:
                 raise ValueError(f"it has {_MOST:,} items of {collection} or more; a smaller area has fewer")
-    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, OSError, *_ODD) as error:
+    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, KeyError, OSError) as error:
         told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
     return found

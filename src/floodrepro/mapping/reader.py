@@ -41,6 +41,7 @@ _SCL_BITS[[8, 9, 10]], _SCL_BITS[3], _SCL_BITS[11] = CLOUD, SHADOW, SNOW
 # GDAL says so of the arrays in memory that rasterio 1.4 hands to it.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 _MISSING = {"S1RTC": NO_RADAR, "S2L2A": NO_OPTICAL, "DEM": NO_ELEVATION}
+_GAP = {"S1RTC": np.float16(np.nan), "S2L2A": np.int16(NO_DATA), "DEM": np.int16(NO_DATA)}  # a missing chip value
 _COLUMNS, _THREADS = 1024, 8  # of a block; a thread holds about 70 MB
 _BUDGET = 1.25 * 2**30  # bytes of blocks that are held at once
 # Of the sample: pixels of a window, windows along each side, and so many pixels that speckle does not decide.
@@ -107,14 +108,13 @@ def _chip_values(values: Array, a: Acquisition, offset: float | None) -> Array:
         missing |= (values <= 0).any(axis=0)
         np.log10(values, out=values, where=~missing)
         values *= 10
-    values[:, missing] = np.nan if a.sensor == "S1RTC" else NO_DATA
-    return values.astype(np.float16 if a.sensor == "S1RTC" else np.int16)
+    values[:, missing] = _GAP[a.sensor]
+    return values.astype(_GAP[a.sensor].dtype)
 
 
 def _is_missing(values: Array) -> Array:
     """Where chip values (C, ...) are missing, (...)."""
-    first = values[0]
-    return np.asarray(np.isnan(first) if first.dtype.kind == "f" else first == NO_DATA)
+    return np.asarray(np.isnan(values[0]) | (values[0] == NO_DATA))
 
 
 def is_seen(bits: Array) -> Array:
@@ -170,10 +170,9 @@ class Reader:
 
     def _begin(self, index: int) -> tuple[dict[str, Array], list[Future[None]]]:
         """Start reading a row of blocks; what no file has, or no polygon meets, stays missing."""
-        row, futures, kinds = index * self.block, list[Future[None]](), {"S1RTC": np.float16(np.nan)}
+        row, futures = index * self.block, list[Future[None]]()
         size = height, width = min(self.block, self._scene.height - row), self._scene.width
-        shapes = {m: (len(steps), len(BANDS[m]), *size) for m, steps in self.steps.items()}
-        out = {m: np.full(shape, kinds.get(m, np.int16(NO_DATA))) for m, shape in shapes.items()}
+        out = {m: np.full((len(steps), len(BANDS[m]), *size), _GAP[m]) for m, steps in self.steps.items()}
         out["clouds"] = np.zeros((1, 1, *size), np.uint8)
         for column in range(0, width, _COLUMNS):
             window = Window(column, row, min(_COLUMNS, width - column), height)
@@ -269,12 +268,15 @@ def _bands(a: Acquisition, bands: Bands) -> str | None:
     return None
 
 
-def _sample(a: Acquisition, bands: Bands, grid: Grid) -> Array:
-    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over the grid."""
-    width, height = min(_WINDOW, grid.width), min(_WINDOW, grid.height)
-    columns, rows = np.linspace(0, (grid.width - width, grid.height - height), _ALONG, dtype=int).T
-    windows = [Window(column, row, width, height) for row in np.unique(rows) for column in np.unique(columns)]
-    parts = [read_source(a, bands, BANDS[a.sensor], grid, window) for window in windows]
+def _sample(a: Acquisition, bands: Bands, scene: Scene) -> Array:
+    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over the grid and within polygons."""
+    width, height = min(_WINDOW, scene.width), min(_WINDOW, scene.height)
+    room = np.array([scene.width - width, scene.height - height])
+    columns, rows = np.linspace(0, room, _ALONG, dtype=int).T.tolist()
+    points = shapely.get_coordinates(shapely.point_on_surface(scene.polygons[: _ALONG**2]))
+    inside = np.clip([~scene.transform * tuple(xy) for xy in points] - np.array(_WINDOW / 2), 0, room).astype(int)
+    places = {*itertools.product(columns, rows), *map(tuple, inside.tolist())}
+    parts = [read_source(a, bands, BANDS[a.sensor], scene, Window(*place, width, height)) for place in places]
     values = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
     return values[:, ~np.isnan(values).any(axis=0)]
 
