@@ -115,10 +115,10 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "says", "fix"),
     [  # what it holds, or where a whole one is cut
-        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "git-lfs", "git lfs pull"),
-        ("w.pt", b"\n <!DOCTYPE html><html>Sign in</html>", "DOCTYPE html", "hf download"),
-        ("w.safetensors", -20, "a damaged one", "copy it again"),
-        ("w.pt", -200, "a damaged one", "copy it again"),
+        ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer", "git lfs pull"),
+        ("w.pt", b"\n <!DOCTYPE html><html>Sign in</html>", "a web page", "hf download"),
+        ("w.safetensors", -20, "cut short", "copy it again"),
+        ("w.pt", -200, "damaged or cut short", "copy it again"),
         ("w.pt", b"", "0 bytes", "copy it again"),
         ("notes.txt", b"no weights here", "no checkpoint", "copy it again"),
         ("w.pt", {"epoch": 3}, "without a state dict", ""),

@@ -30,8 +30,7 @@ def split_of(chips: Path, name: str) -> list[str]:
 
 def table_of(outcome) -> ChipTable:
     """The first chip table that a test in JSON names."""
-    assert outcome.code == 0, outcome.err
-    return read_table(Path(next(iter(json.loads(outcome.out)["tables"].values()))))
+    return read_table(Path(next(iter(json.loads(outcome.ok().out)["tables"].values()))))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def predicted(cli, trained, tmp_path_factory):
     """Predictions of the test split with probabilities, and their folder."""
     folder = tmp_path_factory.mktemp("predicted") / "masks"
     arguments = ("--output", folder, "--format", "json", "--probabilities")
-    return cli("predict", "--ckpt", trained.best, *arguments), folder
+    return cli("predict", "--ckpt", trained.best, *arguments).ok(), folder
 
 
 def test_metrics_equal_plain_terratorch_to_six_digits(metrics, trained, tmp_path: Path, monkeypatch):
@@ -98,9 +97,7 @@ def test_part_of_a_split_does_not_replace_the_table_of_the_whole_and_some_batche
 
 def test_validate_gives_the_loss_of_the_best_epoch_and_the_scores_of_a_test_of_its_split(cli, trained, tmp_path: Path):
     before = set(trained.path.rglob("*"))
-    outcome = cli("validate", "--ckpt", trained.best, "--format", "json")
-    assert outcome.code == 0, outcome.err
-    found = json.loads(outcome.out)["metrics"]
+    found = json.loads(cli("validate", "--ckpt", trained.best, "--format", "json").ok().out)["metrics"]
     assert found["val/loss"] == pytest.approx(trained.read_record()["best_metrics"]["val/loss"], abs=1e-6)
     arguments = ("--split", "val", "--output", tmp_path, "--no-baselines", "--format", "json")
     outcome = cli("test", "--ckpt", trained.best, *arguments)
@@ -122,7 +119,6 @@ def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, t
 
 def test_predicted_masks_are_named_after_chips_and_lie_on_their_grids(predicted, chips):
     outcome, masks = predicted
-    assert outcome.code == 0, outcome.err
     listed = split_of(chips, "test")
     for chip in listed:
         with (
@@ -162,8 +158,7 @@ def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_
         with zarr.ZipStore(str(path), mode="w") as store:
             zarr.group(store).array("bands", bands)
     arguments = ("--ckpt", trained.best, "--data-root", own_chips, "--probabilities", "uint8")
-    outcome = cli("predict", *arguments, "--output", tmp_path / "p")
-    assert outcome.code == 0, outcome.err
+    cli("predict", *arguments, "--output", tmp_path / "p").ok()
     both = np.zeros((32, 32), bool)
     both[2:4, :5] = True
     for kind, no_data, dtype in (("pred", -1, "int16"), ("prob", 255, "uint8")):

@@ -69,15 +69,12 @@ def told(outcome, *words: str) -> None:
 
 
 def dry(cli, folder: Path) -> dict:
-    outcome = cli("publish", "--export", folder, "--repo", REPO, "--dry-run", "--format", "json")
-    assert outcome.code == 0, outcome.err
-    return json.loads(outcome.out)
+    return json.loads(cli("publish", "--export", folder, "--repo", REPO, "--dry-run", "--format", "json").ok().out)
 
 
 def test_dry_run_lists_files_hashes_and_place_and_nothing_is_sent_without_a_yes(server, exported: Path, publish):
     (exported / "notes.txt").write_text("mine")
-    done = publish(exported, "--dry-run", "--branch", "v2")
-    assert done.code == 0, done.err
+    done = publish(exported, "--dry-run", "--branch", "v2").ok()
     for name in ("README.md", "mine.safetensors", "mine.yaml", "results.json"):
         assert f"{name}: {hashlib.sha256((exported / name).read_bytes()).hexdigest()}" in done.out
     for line in (f"endpoint: {server.url}", f"repo: {REPO}", "branch: v2", "licence: apache-2.0", "- notes.txt"):

@@ -40,9 +40,8 @@ def verified(cli, trained: RunFolder, tmp_path_factory: pytest.TempPathFactory) 
     content = torch.load(run.best, weights_only=True)
     content["state_dict"] = {k: v * 1.02 if v.is_floating_point() else v for k, v in content["state_dict"].items()}
     torch.save(content, root / "reference.ckpt")
-    assert cli("export", "--run", run.path).code == 0
-    outcome = cli("verify", "--run", run.path, "--reference", root / "reference.ckpt", "--require", ASKED)
-    assert outcome.code == 0, outcome.err + outcome.out
+    cli("export", "--run", run.path).ok()
+    cli("verify", "--run", run.path, "--reference", root / "reference.ckpt", "--require", ASKED).ok()
     return run
 
 
@@ -197,6 +196,6 @@ def test_unfinished_run_leaves_nothing_behind_and_no_card_exports_all_the_same(c
 
 def test_checkpoint_is_not_exported_with_another_models_recipe(cli, verified: RunFolder, tmp_path: Path):
     other = ("--config", "terramind_v1_base_impactmesh_flood_amd", "--output", tmp_path / "export")
-    for flags in ((), ("--no-card",)):
-        assert cli("export", "--ckpt", verified.best, *other, *flags).code == 2
+    for flags, code in (((), 1), (("--no-card",), 2)):
+        assert cli("export", "--ckpt", verified.best, *other, *flags).code == code
     assert not (tmp_path / "export").exists()

@@ -20,6 +20,7 @@ S1_BANDS = ("vv", "vh")
 TIMESTEPS = ("month before", "before", "event", "after")
 BEFORE, EVENT = 1, 2
 NO_DATA = -9999
+PROBABILITY_STEPS = 250  # a probability of 1 in a uint8 raster
 NO_BACKSCATTER = -100.0  # dB: no surface is so dark. In float16, which S1RTC is stored as, NO_DATA is -10000
 IGNORE_INDEX = -1
 SPLITS = ("train", "val", "test")

@@ -62,10 +62,8 @@ def tabulate_masks(
     with contextlib.ExitStack() as stack, console.progress("chips") as show:
         large = [] if by_chip else [stack.enter_context(_open(file)) for file in files]
         for done, chip in enumerate(chips, 1):
-            with (
-                contextlib.ExitStack() as own,
-                rasterio.open(source.path(chip, protocols.LABEL_DIR), driver="GTiff") as grid,
-            ):
+            place = source.path(chip, protocols.LABEL_DIR)
+            with contextlib.ExitStack() as own, rasterio.open(place, driver="GTiff") as grid:
                 rasters = [own.enter_context(_open(by_chip[chip]))] if chip in by_chip else large
                 found = _on_chip(rasters, grid, known if values else ())
             layers = [source.truth(chip), *_interpret(found, known, scale, positive, chip)]

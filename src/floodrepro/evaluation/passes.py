@@ -32,7 +32,8 @@ from floodrepro.training.checkpoint import load_strictly, read_checkpoint
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 _UNSEEN = -1  # class of a pixel where neither Sentinel-1 nor Sentinel-2 has data at the event; no-data in the file
-_PROBABILITY_TYPES = {"float32": (1, np.nan), "uint8": (250, 255)}  # the values that mean 1 and nothing seen
+# The values that mean 1 and nothing seen.
+_PROBABILITY_TYPES = {"float32": (1, np.nan), "uint8": (protocols.PROBABILITY_STEPS, 255)}
 _SUFFIXES = [protocols.suffix_of(p, part) for p in protocols.PROTOCOLS.values() for part in protocols.PARTS]
 _INPUTS = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_replace")
 

@@ -30,7 +30,7 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window, subdivide
 
 from floodrepro import console
-from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA
+from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA, PROBABILITY_STEPS
 from floodrepro.errors import CheckpointError, DataError, RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.counting import count
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 _RECORD, _WORK, _BEGUN = "map.json", ".map-in-progress", "begun.json"
 NOT_SEEN = 255
-PROBABILITY_STEPS = 250  # a probability of 1 in the uint8 raster
 # The layers of a map that is being made: class, probability, quality, whether it is the positive class, the event in
 # red, green and blue. They lie in one file, row by row, which Python writes: GDAL may say nothing of a full disk.
 _RAW, _LAYERS = "layers.raw", 7

@@ -112,7 +112,7 @@ def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[di
         what = f"the run is not finished, its status is {record.get('status', 'missing')!r}"
         raise RunFolderError(what, where=run.path, fix=fix)
     if record.get("recipe_sha256") != fingerprint(recipe):
-        raise RunFolderError("run.json is of another recipe than recipe.yaml", where=run.record, fix=fix)
+        raise RunFolderError("run.json is of another recipe than recipe.yaml or --config", where=run.record, fix=fix)
     return record, results.load(run.results, digest) if run.results.exists() else None
 
 

@@ -143,11 +143,6 @@ def _portable(recipe: Recipe) -> Recipe:
     model_args.pop("backbone_ckpt_path", None)
 
     data, folder = stock["data"].get("init_args") or {}, Path(protocols.protocol_of(recipe).folder)
-    for key, value in data.items():
-        if key.endswith("data_root") and value:
-            data[key] = str(folder / "data")
-        elif key.endswith("_split") and value:
-            files = value if isinstance(value, dict) else {"": value}
-            moved = {name: str(folder / "split" / Path(file).name) for name, file in files.items()}
-            data[key] = moved if isinstance(value, dict) else moved[""]
-    return stock
+    data |= {key: str(folder / "data") for key, value in data.items() if key.endswith("data_root") and value}
+    splits = [override for override in recipes.data_overrides(folder, stock) if "_split=" in override]
+    return recipes.fold([stock], splits)

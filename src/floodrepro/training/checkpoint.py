@@ -21,6 +21,8 @@ _STATE_DICTS = ("state_dict", "model_state_dict", "model")
 # What changes the shape of the model or what is measured. Not: pretrained, class_weights, optimiser, learning rate.
 _MEASURED = ("model_factory", "loss", "ignore_index", "class_names", "tiled_inference_on_testing")
 _SHAPELESS = ("backbone_pretrained", "backbone_ckpt_path", "pretrained", "head_dropout")
+# What downloads leave in place of weights, by its first bytes.
+_DOWNLOADED = {b"version https://git-lfs": "a Git LFS pointer", b"<": "a web page, such as one to log in"}
 _UNREADABLE: tuple[type[Exception], ...] = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError)
 # The others come of a file in torch's old format that was cut short.
 _UNREADABLE += (ValueError, LookupError, struct.error, TypeError, AssertionError, AttributeError)
@@ -63,7 +65,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused[1]}"
             raise CheckpointError(what, where=path, fix=_STRIP.format(name=path.name)) from error
         detail = (str(error).strip().splitlines() or [repr(error)])[0][:160]
-        what = f"no checkpoint, or a damaged one, {path.stat().st_size:,} bytes that begin {first[:24]!r}: {detail}"
+        kinds = [kind for start, kind in _DOWNLOADED.items() if first.lstrip().startswith(start)]
+        kind = [*kinds, "no checkpoint, or one that is damaged or cut short"][0]
+        what = f"this is {kind} ({path.stat().st_size:,} bytes): {detail}"
         fix = "copy it again, or download it (hf download, git lfs pull), and compare its sha256"
         raise CheckpointError(what, where=path, fix=fix) from error
     named = content if isinstance(content, Mapping) else {}
