@@ -69,7 +69,8 @@ def flags_of(name: str) -> set[str]:
 @pytest.mark.parametrize("command", list(dict.fromkeys(ALL)), ids=str)
 def test_command_of_a_document_is_taken_by_the_program(command: Command, monkeypatch, capsys):
     name, taken = command.words[0], []
-    monkeypatch.setattr("floodrepro.cli.main.existing_file", Path)
+    for check in ("existing_file", "new_file"):
+        monkeypatch.setattr(f"floodrepro.cli.main.{check}", Path)
     if name in COMMANDS:
         module = importlib.import_module(COMMANDS[name][0])
         monkeypatch.setattr(module, f"_run_{name}", lambda args: taken.append(args) or 0)

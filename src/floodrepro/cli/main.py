@@ -139,7 +139,7 @@ def _dispatch(arguments: list[str]) -> int:
         return getattr(command, f"_run_{name}")(args) or 0
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
-            what = f"floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
+            what = f"{error}; floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
             raise FloodreproError(what, fix=installing("floodrepro")) from error
         raise
 

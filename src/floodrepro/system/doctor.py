@@ -54,10 +54,10 @@ def examine(
     Args:
         recipe: Resolved, or folded by the command line; None leaves out what only a recipe can ask for.
         runs: Folder of all runs.
-        quick: Ask torch only where a GPU's device file is.
+        quick: Ask torch only where a GPU's device file is, and leave what is not installed to the import that needs it.
         root: Where ``/proc``, ``/sys``, ``/dev`` and ``/opt`` are looked for.
     """
-    found, devices = check_packages(), 0
+    found, devices = check_packages(quick=quick), 0
     on_cpu = _of(recipe or {}, "trainer.accelerator", "auto") == "cpu"
     if not quick or (_vendor(root) and not on_cpu):
         answer = machine.ask_torch()
@@ -117,8 +117,8 @@ def _torch_for(vendor: str) -> str:
     return f"pip install uv && uv pip install --python {python} --reinstall --torch-backend=auto torch torchvision"
 
 
-def check_packages() -> list[Finding]:
-    """Compare what is installed with floodrepro's bounds."""
+def check_packages(*, quick: bool = False) -> list[Finding]:
+    """Compare what is installed with floodrepro's bounds; if *quick*, what is missing is no fault."""
     try:
         wanted = [Requirement(line) for line in requires("floodrepro") or ()]
     except PackageNotFoundError:
@@ -128,10 +128,11 @@ def check_packages() -> list[Finding]:
     found = []
     for requirement in wanted:
         name, have = requirement.name, machine.version_of(requirement.name)
+        fits = quick if have is None else requirement.specifier.contains(have, prereleases=True)
         if name == "lightning" and have in STOLE_CREDENTIALS:
             what = f"{have} steals credentials when imported (GHSA-w37p-236h-pfx3): change every token of this machine"
             found.append(Finding(name, "fail", what, machine.installing("--force-reinstall", "lightning==2.6.1")))
-        elif have is None or not requirement.specifier.contains(have, prereleases=True):
+        elif not fits:
             what = f"{have or 'not installed'}, needed is {requirement.specifier or 'any version'}"
             found.append(Finding(name, "fail", what, machine.installing(str(requirement))))
     return found or [Finding("packages", "ok", f"{len(wanted)} dependencies, all within their bounds")]
