@@ -194,7 +194,7 @@ def test_sample_reads_only_the_chips_that_it_extracts(hub, run, tmp_path):
     assert json.loads((root / FETCH_NOTE).read_text())["sample"] == 6
 
 
-def test_weights_are_fetched_and_another_content_than_the_published_one_is_refused(hub, cli, tmp_path):
+def test_weights_are_fetched_and_another_content_than_the_published_one_is_refused(hub, cli, tmp_path, monkeypatch):
     hub.serve("ibm-esa-geospatial/TerraMind-1.0-tiny", {"TerraMind_v1_tiny.pt": b"weights"})
     hub.serve(REFERENCE.repo, {REFERENCE.name: b"other"}, REFERENCE.revision)
     command = ("data", "weights", "--config", "terramind_v1_tiny_impactmesh_flood_v1", "--format", "json")
@@ -202,3 +202,5 @@ def test_weights_are_fetched_and_another_content_than_the_published_one_is_refus
     refused = cli(*command, "--reference", tmp_path / "ibm.pt")
     assert (refused.code, "not the published one" in refused.err) == (1, True)
     assert not (tmp_path / "ibm.pt").exists()
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "no-hub/{repo_id}/resolve/{revision}/{filename}")
+    assert "cannot be fetched" in cli(*command).report[0]  # the HTTP library's error, and no OSError

@@ -35,8 +35,6 @@ def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: 
         assert {f"{name.replace('_', '/', 1)}/IoU_{k}" for k in range(3)} <= set(metrics)
         listed = read_events(chips / "split" / f"impactmesh_flood_{name}.txt")
         assert set(table.events) == set(listed.values())
-    parts = tables["seen_events"].counts.sum(axis=0) + tables["holdout"].counts.sum(axis=0)
-    assert (parts == tables["test"].counts.sum(axis=0)).all()  # each chip was seen once
 
 
 FIRE = Protocol(
