@@ -82,9 +82,9 @@ def digest_of(dataset: Any) -> str:
     digest = hashlib.sha256()
     for number, chip in enumerate(dataset.chips):
         batch = dataset.__getitems__([number])
-        for name in (*dataset.modalities, "mask"):
-            [values] = batch[name] if name != "DEM" else batch[name][:, None, None]  # time and band, as the others
-            digest.update(f"{chip} {name} {values.dtype} {tuple(values.shape)}".encode())
+        for part in dataset.parts:
+            [values] = batch[part] if part != "DEM" else batch[part][:, None, None]  # time and band, as the others
+            digest.update(f"{chip} {part.replace('MASK', 'mask')} {values.dtype} {tuple(values.shape)}".encode())
             digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -211,6 +211,16 @@ def test_a_server_that_keeps_refusing_is_down_or_no_stac_api_is_an_error_with_th
     assert all("the STAC API cannot be asked" in text and f"where: {url}" in text for url, text in said.items())
 
 
+def test_links_to_files_and_answers_that_are_no_stac_are_errors_without_a_traceback(ask, monkeypatch):
+    for item in (items := copy.deepcopy(NORMAL)):
+        item["assets"] = {name: {"href": "/etc/passwd"} for name in item["assets"]}
+    assert "is no web address" in ask(items, code=1)[1]
+    plain, odd = stac_server.Handler.reply, {}
+    monkeypatch.setattr(stac_server.Handler, "reply", lambda self, content, *more: plain(self, content | odd, *more))
+    for odd["features"] in (5, [5], [{}]):
+        assert "Traceback" not in ask(NORMAL, code=1)[1]
+
+
 def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypatch):
     with StacServer([]) as api:
         monkeypatch.setattr(planetary_computer.settings.Settings.get(), "sas_url", f"{api.root}/sas/v1/token")

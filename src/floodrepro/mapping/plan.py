@@ -29,6 +29,7 @@ _PIXELS: dict[str, dict[str, Any]] = {"S1RTC": {"unit": "power", "nodata": [-327
 _LOOK_BACK, _LOOK_AHEAD = 90, 45  # days that are searched: a month before `before`, and an `after`
 _WINDOW = {"S1RTC": _LOOK_AHEAD, "S2L2A": 15}  # days: how far the other dates may lie from what they are to be near
 _MOST = 10_000  # items of a sensor
+_ODD = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what comes of an answer that is no STAC
 _BACKOFF = 1  # second, doubled from one attempt to the next
 
 
@@ -60,7 +61,7 @@ def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
             found[sensor] = list(client.search(**about, limit=100, max_items=_MOST).items_as_dicts())
             if len(found[sensor]) == _MOST:
                 raise ValueError(f"it has {_MOST:,} items of {collection} or more; a smaller area has fewer")
-    except (stac.exceptions.APIError, stac.errors.ClientTypeError, ValueError, KeyError, OSError) as error:
+    except (stac.exceptions.APIError, stac.errors.ClientTypeError, OSError, *_ODD) as error:
         told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
     return found
@@ -134,7 +135,10 @@ def _links(sensor: str, item: Item) -> dict[str, Any]:
     """One entry under `files`: the item, what its pixels need, and an unsigned link for each band."""
     known = {"tile": "s2:mgrs_tile", "baseline": "s2:processing_baseline", "cloud": "eo:cloud_cover"}
     facts = {key: item["properties"][name] for key, name in known.items() if item["properties"].get(name) is not None}
-    return {"item": item["id"], **facts} | {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
+    hrefs = {name: public(item["assets"][name]["href"]) for name in LAYERS[sensor]}
+    if local := [href for href in hrefs.values() if not href.startswith(("http://", "https://"))]:
+        raise FloodreproError(f"{item['id']} lies at {local[0][:100]!r}, which is no web address", fix="another --stac")
+    return {"item": item["id"], **facts} | hrefs
 
 
 def _choose(found: Sequence[Pass], sensor: str, late: float, aim: float, near: float) -> dict[str, Any] | None:
