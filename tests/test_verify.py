@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from floodrepro.evaluation.chip_table import write_table
 from floodrepro.run_folder import RunFolder, sha256_of
 from floodrepro.verification.checks import CRITERIA
-from verification_fixtures import make_run, write_pair
+from verification_fixtures import OTHER, make_run, make_table, write_pair
 
 MEASURED = "verification/evidence/measured.json"
 ASKED = "weights,exported_pair,panels,identities"
@@ -199,3 +200,13 @@ def test_checkpoint_is_not_exported_with_another_models_recipe(cli, verified: Ru
     for flags, code in (((), 1), (("--no-card",), 2)):
         assert cli("export", "--ckpt", verified.best, *other, *flags).code == code
     assert not (tmp_path / "export").exists()
+
+
+def test_two_maps_of_one_scene_are_compared_by_their_tables_over_tiles(cli, tmp_path: Path):
+    run, reference = make_run(tmp_path / "mine"), tmp_path / "theirs.parquet"
+    own = {"name": "best.ckpt", "sha256": sha256_of(run.best)}
+    write_table(make_table(seed=1, split="map", checkpoint=own), run.evaluation / "map" / "best.parquet")
+    write_table(make_table(seed=2, split="map", checkpoint=OTHER), reference)
+    flags = ("--no-measure", "--split", "map", "--reference", reference, "--require", "parity", "--format", "json")
+    found = json.loads(cli("verify", "--run", run.path, *flags).ok().out)
+    assert (found["verdict"]["outcome"], found["run"]["split"]) == ("equivalent", "map")
