@@ -128,8 +128,7 @@ def test_each_planted_fault_is_named_with_its_chip_and_nothing_else_is(faulty):
 def test_what_is_right_of_a_chip_is_drawn_with_what_is_known_of_it(faulty, cli, tmp_path):
     listed, picture = ids_of(faulty, "train"), tmp_path / "chip.png"
     show = ("data", "show", "--root", faulty, "--output")
-    shown = cli(*show, picture, listed[-1])
-    assert shown.code == 0, shown.err
+    shown = cli(*show, picture, listed[-1]).ok()
     assert "S1RTC sat_relative_orbit: 81;81;81;81" in shown.out
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert cli(*show, picture, listed[-1]).code == 2

@@ -142,8 +142,7 @@ def test_what_lies_far_from_a_raster_is_missing_and_polygons_have_no_values(scen
 
 
 def test_synth_writes_each_event_whole_and_in_two_crs(cli, tmp_path):
-    outcome = cli("data", "synth", "--root", tmp_path / "c", "--events", 3, "--chips", 12, "--size", 32, "--scene")
-    assert outcome.code == 0, outcome.err
+    cli("data", "synth", "--root", tmp_path / "c", "--events", 3, "--chips", 12, "--size", 32, "--scene").ok()
     scenes = sorted((tmp_path / "c" / "scenes").glob("*/scene.yaml"))
     assert len(scenes) == 3 and all(list_problems(read_scene(scene), 5) == [] for scene in scenes)
     crs = []

@@ -22,11 +22,9 @@ TINY = (
 def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: Path):
     chips, name = tmp_path / "ImpactMesh-Flood", "terramind_v1_tiny_impactmesh_flood_v1"
     generate(chips, events=5, chips=20, size=32, protocol="v1", seed=2)
-    fitted = cli("fit", "--config", name, "--data-root", chips, "--runs-root", tmp_path, *TINY, *SHORT)
-    assert fitted.code == 0, fitted.err
+    cli("fit", "--config", name, "--data-root", chips, "--runs-root", tmp_path, *TINY, *SHORT).ok()
     flags = ("--format", "json", "--data.init_args.num_workers=0")
-    tested = cli("test", "--ckpt", tmp_path / name / "checkpoints" / "best.ckpt", *flags)
-    assert tested.code == 0, tested.err
+    tested = cli("test", "--ckpt", tmp_path / name / "checkpoints" / "best.ckpt", *flags).ok()
     metrics = json.loads(tested.out)["metrics"]
     tables = {split: read_table(Path(path)) for split, path in json.loads(tested.out)["tables"].items()}
     assert set(tables) == {"test", "seen_events", "holdout"}
@@ -53,11 +51,9 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
     monkeypatch.setitem(PROTOCOLS, "fire", FIRE)
     root, run = tmp_path / "chips", tmp_path / "runs" / "burn"
     small = ("--events", "5", "--chips", "15", "--size", "32")
-    made = cli("data", "synth", "--root", root, "--protocol", "fire", *small)
-    assert made.code == 0, made.err
+    cli("data", "synth", "--root", root, "--protocol", "fire", *small).ok()
     assert len(list((root / "data" / "MASK").glob("*_annotation_wildfire.tif"))) == 15
-    audited = cli("data", "audit", "--root", root, "--protocol", "fire", "--jobs", "1", "--format", "json")
-    assert audited.code == 0, audited.out
+    audited = cli("data", "audit", "--root", root, "--protocol", "fire", "--jobs", "1", "--format", "json").ok()
     assert "error" not in {finding["severity"] for finding in json.loads(audited.out)["findings"]}
     bands = json.loads(audited.out)["bands"]["train"]
     recipe = recipes.read_yaml(recipes.find("demo"))
@@ -68,8 +64,7 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
     recipe["data"]["init_args"] = data
     monkeypatch.chdir(tmp_path)
     (tmp_path / FIRE.recipe).write_text(yaml.safe_dump(recipe))
-    planned = cli("reproduce", "--config", FIRE.recipe, "--dry-run", "--format", "json")
-    assert planned.code == 0, planned.err
+    planned = cli("reproduce", "--config", FIRE.recipe, "--dry-run", "--format", "json").ok()
     commands = json.loads(planned.out)["commands"]
     assert ("reference" in commands, commands["fetch"][3]) == (False, "ImpactMesh-Fire")
     for command in (
@@ -78,8 +73,7 @@ def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeyp
         ("verify", "--run", run, "--no-measure", "--require", "identities"),
         ("export", "--run", run),
     ):
-        outcome = cli(*command)
-        assert outcome.code == 0, outcome.err
+        cli(*command).ok()
     exported = yaml.safe_load(next((run / "export").glob("*.yaml")).read_text())
     assert exported["data"]["dict_kwargs"] == {"disaster_type": "fire"}
     own = data | {"protocol": "custom", "class_names": ["rest", "burned"], "mask_suffix": FIRE.mask_suffix}
