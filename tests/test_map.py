@@ -333,6 +333,9 @@ def test_another_process_and_a_file_in_the_way_are_errors(tmp_path):
     work.mkdir(parents=True)
     with FileLock(work / "lock"), pytest.raises(RunFolderError, match="another map is being made"):
         run(scene, tmp_path / "m")
+    (work / "begun.json").write_text("[]")
+    with pytest.raises(RunFolderError, match="record is damaged"):
+        run(scene, tmp_path / "m")
     with pytest.raises(RunFolderError, match="cannot be written"):
         run(scene, scene)
 

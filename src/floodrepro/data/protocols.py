@@ -43,6 +43,7 @@ class Protocol:
     positive_class: int = 1  # the class that reports speak of
     hazard: str = "flood"  # what that class is, in one word: flood, fire. It names the split files as well
     repo: str | None = None  # id of the data set on the Hugging Face hub
+    size_gb: int | None = None  # of the whole data set there; None where it is unknown
     recipe: str | None = None  # the shipped recipe of the base model
 
     def split_file(self, split: str) -> str:
@@ -63,6 +64,7 @@ _V0 = Protocol(
     data_version="v0",
     counts={"train": 57_067, "val": 9_028, "test": 14_556},
     repo="ibm-esa-geospatial/ImpactMesh-Flood",
+    size_gb=210,  # inferred from the sizes of chips; no published figure
     recipe="terramind_v1_base_impactmesh_flood_amd",
 )
 _V1_BINARY = replace(
@@ -72,6 +74,7 @@ _V1_BINARY = replace(
     label_map=(0, 0, 1),
     data_version="v1",
     counts={"train": 19_448, "val": 2_171, "test": 2_959},
+    size_gb=72,  # inferred in the same way
     recipe="terramind_v1_base_impactmesh_flood_v1_binary",
 )
 _V1 = replace(

@@ -192,9 +192,14 @@ def map_scene(
     return content
 
 
-def _read_record(path: Path, identity: str) -> dict[str, Any]:
-    content = dict(json.loads(path.read_text(encoding="utf-8")))
-    if content["identity"] != identity:
+def _read_record(path: Path, identity: str | None = None) -> dict[str, Any]:
+    try:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        found = content["identity"]
+    except (ValueError, TypeError, KeyError) as error:
+        what, fix = f"the map's record is damaged: {error!r}", "move the folder away and map again"
+        raise RunFolderError(what, where=path, fix=fix) from error
+    if identity not in (None, found):
         what = "the folder holds a map of other files, weights or options, and nothing is overwritten"
         raise RunFolderError(what, where=path.parent, fix="name another --output, or move this folder away")
     return content
@@ -344,7 +349,7 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     """
     if not (folder / _RECORD).is_file():
         raise RunFolderError("there is no map here", where=folder, fix="give the --output of a floodrepro map")
-    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    record = _read_record(folder / _RECORD)
     rows, counted = list[tuple[str, str]](), list[dict[str, Any]]()
     paths = [str(folder / f"{name}.tif") for name in _RESAMPLING]
     with opened(paths[0]) as classes, opened(paths[1]) as percent, opened(paths[2]) as quality:

@@ -163,6 +163,8 @@ def exported_pair(recipe: Path, checkpoint: Path, folder: Path) -> Check:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise CheckpointError(f"plain TerraTorch does not load the pair: {lines[-1]}", where=pair.path)
         theirs: Tensor = torch.load(logits, weights_only=True)
+    if theirs.shape != ours.shape:
+        raise CheckpointError(f"the pair predicts {tuple(theirs.shape)}, the run's model {tuple(ours.shape)}")
     asked, gap = CRITERIA["exported_pair"], float((ours - theirs).abs().max())
     equal = (ours.argmax(dim=1) == theirs.argmax(dim=1)).double().mean(dim=(1, 2))
     values += [
