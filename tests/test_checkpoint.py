@@ -32,7 +32,7 @@ LAYOUTS = {  # where a file keeps its state dict, and how names begin there: Lig
     "ddp.pt": ("model_state_dict", "module."),
     "compiled.pt": ("state_dict", "model._orig_mod."),
     "timm.pth": ("model", ""),
-    "plain.pt": ("", ""),
+    "torch.safetensors": ("", ""),
 }
 
 

@@ -32,6 +32,7 @@ MISTAKES = (
     (["configs", "show", "nothing"], "config file not found"),
     (["export", "--run", "no/such/run"], "no run folder"),
     (["reproduce", "--seeds", "42;43"], "whole_numbers"),
+    (["test", "--config", "demo", "--masks", "m", "--probability", "inf"], "'inf', expected a number"),
 )
 PROBE = """
 import contextlib, io, json, sys
