@@ -242,9 +242,8 @@ VALUES = {"vv.rtc.tiff": 0.1, "vh.rtc.tiff": 0.02, "SCL.tif": 4}
 
 
 def test_a_planned_scene_of_local_cogs_is_mapped_over_http(ask, tmp_path):
-    files = subprocess.Popen(
-        [sys.executable, stac_server.__file__, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command, pipe = [sys.executable, stac_server.__file__, str(tmp_path)], subprocess.PIPE
+    files = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
     base = f"{files.stdout.readline().strip()}/data/"
     items = [*radar_series(base=base), *optical_series(base=base), terrain(12, 47, base), terrain(12, 48, base)]
     scene, _, _ = ask(items, box=(12.2, 47.9, 12.203, 47.902))

@@ -167,10 +167,3 @@ def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, say
     report = caught.value.report()
     assert (says in report, str(path) in report) == (True, True), report
     assert len(report.splitlines()) <= 3
-
-
-@pytest.mark.parametrize("text", ["[1]", "data: [1]", "model: 5", "trainer: x", "data: {init_args: 3}"])
-def test_section_that_is_no_mapping_is_named(text, tmp_path: Path):
-    (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(UsageError, match="is no mapping"):
-        recipes.read_yaml(tmp_path / "wrong.yaml")
