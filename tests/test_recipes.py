@@ -116,8 +116,7 @@ def test_recipe_opens_with_what_it_assumes_and_names_no_machine(name):
     head = text[: text.index("seed_everything:")]
     assert all(word in head for word in ("Assumes", "Launch", "Override"))
     assert f"--config {name} " in head
-    values = re.findall(r"^[^#\n]*:\s+(/\S*|~\S*)", text, re.MULTILINE)
-    assert values == []
+    assert re.findall(r"^[^#\n]*:\s+(/\S*|~\S*)", text, re.MULTILINE) == []
     assert "wandb" not in text[text.index("seed_everything:") :]
 
 

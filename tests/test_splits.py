@@ -130,8 +130,7 @@ def test_own_chips_of_any_name_and_classes_are_custom(own_chips):
 def test_commit_of_the_fetch_or_the_command_that_generated_chips_is_in_the_state(own_chips):
     (own_chips / FETCH_NOTE).write_text(json.dumps({"repo": "a/b", "commit": "0" * 40}))
     state = check_data(recipe_of(own_chips), ("val",))
-    assert state.commit == "0" * 40
-    assert str(state.generated).startswith("floodrepro data synth --events")
+    assert state.commit == "0" * 40 and str(state.generated).startswith("floodrepro data synth --events")
     assert {"train", "val", "test"} <= state.events.keys()
     for damaged in ("", "[]", "{}"):
         (own_chips / FETCH_NOTE).write_text(damaged)
