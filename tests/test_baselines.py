@@ -83,9 +83,7 @@ def test_baselines_of_the_same_chips_are_kept_and_of_another_truth_made_again(pl
     assert read_table(path).counts[0].tolist() == [[1, 0], [1, 1]]
 
 
-def test_without_sound_radar_images_the_two_that_need_none_are_left_and_the_reason_is_told(
-    planted, tmp_path: Path, capsys
-):
+def test_without_sound_radar_images_the_two_that_need_none_are_left_and_it_is_told_why(planted, tmp_path, capsys):
     recipe, table = planted
 
     def warning(recipe: dict) -> str:

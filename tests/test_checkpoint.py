@@ -32,7 +32,7 @@ LAYOUTS = {  # where a file keeps its state dict, and how names begin there: Lig
     "ddp.pt": ("model_state_dict", "module."),
     "compiled.pt": ("state_dict", "model._orig_mod."),
     "timm.pth": ("model", ""),
-    "plain.pt": ("", ""),
+    "torch.safetensors": ("", ""),
 }
 
 
@@ -157,9 +157,7 @@ def test_checkpoint_that_runs_code_is_not_opened(tmp_path: Path, form):
         (("verify", "--run", "own", "--reference", "run/checkpoints/best.ckpt"), "run/recipe.yaml", "--trust-code"),
     ],
 )
-def test_code_of_a_downloaded_export_or_run_runs_only_where_it_is_asked_for(
-    cli, tmp_path: Path, argv, config, fix, monkeypatch
-):
+def test_code_of_a_download_runs_only_where_it_is_asked_for(cli, tmp_path: Path, argv, config, fix, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mods").mkdir()
     (tmp_path / "mods" / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")

@@ -124,6 +124,7 @@ def test_flipped_bit_or_a_cut_is_an_error_never_a_count(tmp_path: Path):
         {"metadata": {"checkpoint": "best.ckpt"}},
         {"metadata": {"class_names": ["one"]}},
         {"metadata": {"schema": 1}},
+        {"events": [None, *"E" * 11]},
     ],
     ids=lambda changes: next(iter(changes)),
 )

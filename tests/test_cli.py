@@ -32,6 +32,7 @@ MISTAKES = (
     (["configs", "show", "nothing"], "config file not found"),
     (["export", "--run", "no/such/run"], "no run folder"),
     (["reproduce", "--seeds", "42;43"], "whole_numbers"),
+    (["test", "--config", "demo", "--masks", "m", "--probability", "inf"], "'inf', expected a number"),
 )
 PROBE = """
 import contextlib, io, json, sys
@@ -67,12 +68,15 @@ def test_cheap_mistakes_are_answered_before_torch_is_imported(answers, number):
 BOMB = "a0: &0 [x, y]" + "".join(f"\na{n}: &{n} [{f'*{n - 1}, ' * 9}]" for n in range(1, 12))
 
 
-@pytest.mark.parametrize("text", ["trainer:\n  max_epochs: [1, 2\nmodel: x\n", "a: &a [*a]", "[" * 9000, BOMB])
-def test_yaml_that_does_not_parse_or_unfolds_without_end_is_named_at_once(text, tmp_path: Path):
+ODD = ("[1]", "data: [1]", "model: 5", "trainer: x", "data: {init_args: 3}")
+
+
+@pytest.mark.parametrize("text", [*ODD, "trainer:\n  max_epochs: [1, 2\nmodel: x", "a: &a [*a]", "[" * 9000, BOMB])
+def test_yaml_that_does_not_parse_unfolds_without_end_or_has_no_keys_is_named_at_once(text, tmp_path: Path):
     (tmp_path / "broken.yaml").write_text(text)
-    with pytest.raises(UsageError, match="cannot be read") as caught:
+    with pytest.raises(UsageError, match="is no mapping" if text in ODD else "cannot be read") as caught:
         recipes.read_yaml(tmp_path / "broken.yaml")
-    assert caught.value.where == f"{tmp_path}/broken.yaml" + ":3:6" * text.startswith("trainer")
+    assert caught.value.where == f"{tmp_path}/broken.yaml" + ":3:6" * ("max_epochs" in text)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,7 @@ def trainer(stage: str, epoch: int = 0) -> SimpleNamespace:
 
 
 def arguments(chips: Path, **changes) -> dict:
-    paths = {
-        f"{name}_split": str(chips / "split" / f"impactmesh_flood_{name}.txt") for name in ("train", "val", "test")
-    }
+    paths = {f"{name}_split": str(split(chips, name)) for name in ("train", "val", "test")}
     given = {"means": DATA["means"], "stds": DATA["stds"], "data_root": str(chips / "data"), **paths}
     return {"predict_split": paths["test_split"], "batch_size": 2, **given, **changes}
 
@@ -194,14 +192,10 @@ def test_symmetries_are_uniform_and_depend_on_seed_epoch_and_chip_only():
     assert drawn != [draw_symmetry(42, 1, name) for name in names] != [draw_symmetry(43, 0, name) for name in names]
 
 
-def break_chip(root: Path, chip: str) -> None:
-    (root / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"PK")
-
-
 def test_so_many_damaged_chips_are_left_out_and_recorded(own_chips):
     listed = ids_of(own_chips, "train")
     for chip in listed[:2]:
-        break_chip(own_chips, chip)
+        (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"PK")
     module = ours(own_chips, "validate", val_split=arguments(own_chips)["train_split"], skip_damaged=2, batch_size=4)
     read = [chip for batch in batches(module, "val") for chip in batch.chips]
     assert read == listed[2:]
@@ -218,8 +212,7 @@ def test_infinite_and_unrecognised_no_data_are_named_at_the_first_read(spoilt, c
     assert set(module.odd_chips) == set(listed)
     said = capsys.readouterr().err
     assert [said.count(f"the radar of {chip} holds") for chip in listed] == [1, 1, 1]
-    assert "infinite" in said
-    assert "-10000" in said
+    assert "infinite" in said and "-10000" in said
 
 
 def test_optical_and_radar_work_without_elevation(tars, tmp_path):

@@ -82,9 +82,7 @@ def test_all_archives_of_one_commit_arrive_and_a_second_call_fetches_nothing(hub
     assert hub.sent.total() == 0
 
 
-def test_wrong_protocol_missing_part_unknown_repository_and_full_disk_are_named_before_any_archive(
-    hub, run, tmp_path, monkeypatch
-):
+def test_wrong_protocol_part_repository_and_full_disk_are_named_before_any_archive(hub, run, tmp_path, monkeypatch):
     root = tmp_path / "a"
     assert "protocol v1 needs v1 data, this is v0: 3 test" in run(root, "--protocol", "v1", code=1).err
     hub.commit({path: content for path, content in hub.commits[hub.refs["main"]].items() if "DEM" not in path})
@@ -158,9 +156,7 @@ def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_pat
 
 
 @pytest.mark.parametrize("fault", ["nobody listens", "a login page", "no chips"])
-def test_no_network_a_login_page_and_archives_without_chips_are_told_in_three_lines(
-    hub, run, tmp_path, monkeypatch, fault
-):
+def test_no_network_a_login_page_and_no_chips_are_told_in_three_lines(hub, run, tmp_path, monkeypatch, fault):
     if fault == "nobody listens":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr(time, "sleep", lambda _: None)  # the client's, before each of five more tries

@@ -70,6 +70,9 @@ def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
     assert [row["epoch"] for row in run.read_metrics() if row.get("val/loss")] == ["0", "1"]
     record = run.read_record()
     assert (record["status"], record["progress"]["epochs"]) == ("finished", 2)
+    for state in ("last", "previous"):
+        (run.checkpoints / f"{state}.ckpt").unlink()
+    assert fit("--trainer.max_epochs", 3).code == 2 and run.best.is_file()  # from the start it would be overwritten
 
 
 def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tmp_path: Path):

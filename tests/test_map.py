@@ -336,6 +336,9 @@ def test_another_process_and_a_file_in_the_way_are_errors(tmp_path):
     (work / "begun.json").write_text("[]")
     with pytest.raises(RunFolderError, match="record is damaged"):
         run(scene, tmp_path / "m")
+    (work / "begun.json").unlink()
+    (work / "layers.raw").write_bytes(bytes(7 * 40 * 40))  # of nobody knows which map
+    assert run(scene, tmp_path / "m") == run(scene, tmp_path / "fresh")
     with pytest.raises(RunFolderError, match="cannot be written"):
         run(scene, scene)
 

@@ -104,6 +104,8 @@ for _item in OTHER_NAMES:
         (radar_series((-10, 2)) + USUAL, 25, 1, "no radar pass for month_before"),
         (radar_series(where=(12.3, 46.9, 15, 48.9)) + USUAL, 25, 1, "50% of the area (best 25%, 8 items)"),
         (radar_series() + OTHER_NAMES, 25, 1, "an item cannot be used: KeyError('B01')"),
+        (radar_series(orbit=None) + USUAL, 25, 1, "an item cannot be used: TypeError"),
+        (radar_series()[:1] * 200, 25, 1, "or repeats them"),
     ],
 )
 def test_a_plan_that_cannot_be_made_says_why(ask, items, days, code, words):
@@ -132,6 +134,7 @@ HALF = optical_series(where=WEST) + optical_series({*OPTICAL_DAYS} - {1}, EAST, 
         # The clearer day is taken, among equals the nearer one, and none beyond the limit.
         (radar_series() + CLOUDS, (), "S2L2A", [-39, -9, 6, 11]),
         (radar_series() + ONE_CLEAR, (), "S2L2A", [-34, -4, 1, 11]),
+        (radar_series() + optical_series(cloud=float("nan")), (), "S2L2A", [-34, -4, 1, 6]),
         # A day with one of two tiles loses to a day with both.
         (radar_series() + HALF, ("--min-coverage", 0.4), "S2L2A", [-34, -4, 6, 11]),
     ],
@@ -239,9 +242,8 @@ VALUES = {"vv.rtc.tiff": 0.1, "vh.rtc.tiff": 0.02, "SCL.tif": 4}
 
 
 def test_a_planned_scene_of_local_cogs_is_mapped_over_http(ask, tmp_path):
-    files = subprocess.Popen(
-        [sys.executable, stac_server.__file__, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command, pipe = [sys.executable, stac_server.__file__, str(tmp_path)], subprocess.PIPE
+    files = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
     base = f"{files.stdout.readline().strip()}/data/"
     items = [*radar_series(base=base), *optical_series(base=base), terrain(12, 47, base), terrain(12, 48, base)]
     scene, _, _ = ask(items, box=(12.2, 47.9, 12.203, 47.902))

@@ -99,9 +99,8 @@ def build(folder: Path, before: str, after: str) -> list[bool]:
     arguments = dict(re.findall(r"^ARG (\w+)='?(.*?)'?$", DOCKERFILE, re.MULTILINE))
     variables = os.environ | arguments | {"PATH": f"{folder}/tools:/usr/bin:/bin"}
     passed = []
-    for script, packages in zip(
-        re.findall(r"^RUN ((?:.*\\\n)*.*)", DOCKERFILE, re.MULTILINE), (before, after), strict=False
-    ):
+    steps = re.findall(r"^RUN ((?:.*\\\n)*.*)", DOCKERFILE, re.MULTILINE)
+    for script, packages in zip(steps, (before, after), strict=False):
         (folder / "packages").write_text(packages)
         command = ["bash", "-o", "pipefail", "-c", script.replace("\\\n", "")]
         passed.append(subprocess.run(command, cwd=folder, env=variables, capture_output=True).returncode == 0)

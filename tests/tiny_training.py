@@ -106,9 +106,8 @@ def train(
 ) -> Trainer:
     """Train two epochs of six steps, with states below *folder* every two steps."""
     seed_everything(3, verbose=False)
-    best = ModelCheckpoint(
-        folder / "checkpoints", "best-{epoch}", monitor="val/loss" if trainer.pop("best", True) else None
-    )
+    monitor = "val/loss" if trainer.pop("best", True) else None
+    best = ModelCheckpoint(folder / "checkpoints", "best-{epoch}", monitor=monitor)
     ours = [NaNGuard(), ExactResume(str(folder / "checkpoints"), trainer.pop("every", 2)), RunRecord()]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     fitting = Trainer(

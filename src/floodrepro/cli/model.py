@@ -127,7 +127,8 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--name", type=main.plain_name, help="what reports call the masks (default: the name of the first path)")
     add("--values", metavar="1=flood,0=rest", help="class of each value of masks; 255=none leaves one out")
-    add("--probability", type=float, nargs="?", const=1.0, metavar="SCALE", help="of masks: what means 1 (default: 1)")
+    what, scale = "of masks: what means 1 (default: 1)", main.between(1e-6, 1e6)
+    add("--probability", type=scale, nargs="?", const=1.0, metavar="SCALE", help=what)
     add_recipe_flags(parser)
     add, parser.epilog = parser.add_argument, f"{parser.epilog}\n{_MASKS}"
     add("--split", default="test", metavar="NAME", help="test (default), val, train, or one of several test splits")

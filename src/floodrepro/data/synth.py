@@ -140,8 +140,11 @@ def generate(
                 _write(made / "split" / rules.split_file(name), "".join(f"{chip}\n" for chip in listed).encode())
             note = f"floodrepro data synth {flags} --layout-variant {','.join(variants)}\n"
             _write(made / SYNTH_NOTE, note.encode())
-            for path in sorted(made.iterdir()):
+            # Of two processes only one can put `split` there; what says that the chips are generated comes with it.
+            for path in sorted(made.iterdir(), key=lambda path: (path.name != "split", path.name != SYNTH_NOTE)):
                 path.rename(root / path.name)
+            for left in root.glob(".synth-*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
     except OSError as error:
         what = f"the data set cannot be written: {error.strerror or error}"
         raise DataError(what, where=root, fix="name a new folder that can be written") from error

@@ -98,6 +98,8 @@ def read_table(path: Path) -> ChipTable:
         metadata = json.loads((content.schema.metadata or {})[_KEY.encode()])
         if metadata["schema"] != SCHEMA:
             raise ValueError(f"it has schema {metadata['schema']}, this version of floodrepro reads {SCHEMA}")
+        if any(column.null_count for column in content.columns):
+            raise ValueError("a value is missing")
         columns: dict[str, Any] = {name: np.stack(content[name].to_numpy()) for name in content.column_names}
         chips, events = (columns.pop(name).astype(np.str_) for name in ("chip", "event"))
         classes = metadata.pop("classes")

@@ -177,6 +177,7 @@ def map_scene(
             options = {"GDAL_CACHEMAX": 128, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
             with FileLock(work / "lock", timeout=0), rasterio.Env(**options):
                 if not (work / _BEGUN).is_file():  # the batch is kept: with another, a network's last bits may differ
+                    (work / _RAW).unlink(missing_ok=True)
                     batch = network.fitting_batch(plan["crop"])
                     write_atomically(work / _BEGUN, json.dumps({"identity": identity, "batch": batch}))
                 begun = _read_record(work / _BEGUN, identity)

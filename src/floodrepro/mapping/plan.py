@@ -58,9 +58,12 @@ def search(url: str, area: Any, event: datetime) -> dict[str, list[Item]]:
         client = stac.Client.open(url, stac_io=stac.stac_api_io.StacApiIO(max_retries=retry, timeout=60))
         for sensor, collection in _COLLECTIONS.items():
             about = {"collections": [collection], "intersects": where, "datetime": None if sensor == "DEM" else window}
-            found[sensor] = list(client.search(**about, limit=100, max_items=_MOST).items_as_dicts())
-            if len(found[sensor]) == _MOST:
-                raise ValueError(f"it has {_MOST:,} items of {collection} or more; a smaller area has fewer")
+            items: dict[str, Item] = {}
+            for n, item in enumerate(client.search(**about, limit=100, max_items=_MOST).items_as_dicts(), 1):
+                items[item["id"]] = item
+                if n == _MOST or n > 2 * len(items) + 100:  # a server may give the same page without end
+                    raise ValueError(f"it has {_MOST:,} items of {collection} or more, or repeats them; cut the area")
+            found[sensor] = list(items.values())
     except (stac.exceptions.APIError, stac.errors.ClientTypeError, OSError, *_ODD) as error:
         told = f"the STAC API cannot be asked: {public(str(error))[:300]}"
         raise FloodreproError(told, where=public(url), fix="try again, or --stac with its landing page") from error
@@ -103,7 +106,7 @@ def _passes(items: Sequence[Item], area: Any, sensor: str, event: datetime) -> l
         if sensor == "S2L2A" or {"vv", "vh"} <= item["assets"].keys():
             # A day of local solar time: no pass crosses its midnight, as near 180 degrees it may cross that of UTC.
             day = (_sensed(item) + shapely.total_bounds(area)[0] / 360 * DAY).date()
-            orbit = item["properties"]["sat:relative_orbit"] if sensor == "S1RTC" else None
+            orbit = int(item["properties"]["sat:relative_orbit"]) if sensor == "S1RTC" else None
             groups.setdefault((day, orbit), []).append(item)
     found = [_pass_of(group, area, sensor, event) for group in groups.values()]
     return sorted((p for p in found if p), key=lambda p: p["time"])
@@ -195,4 +198,5 @@ def _sensed(item: Item) -> datetime:
 
 
 def _cloud(item: Item) -> float:
-    return float(item["properties"].get("eo:cloud_cover") or 0)
+    percent = float(item["properties"].get("eo:cloud_cover") or 0)
+    return percent if 0 <= percent <= 100 else 0.0  # NaN is not known either

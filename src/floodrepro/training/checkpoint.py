@@ -59,7 +59,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
                 content: Any = {"state_dict": weights, "hyper_parameters": remembered}
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # of a path, torch 2.13 believes the suffix
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch names the class that it refuses
             what = f"the checkpoint holds code, not only tensors, and is not opened: class {refused[1]}"

@@ -97,6 +97,9 @@ def fit(
             length = recipes.read_yaml(run.recipe)["trainer"] if finished else wanted
             finished &= all((wanted.get(key) or 0) <= (length.get(key) or 0) for key in ("max_epochs", "max_steps"))
             now, state, changes = _choose_state(cli.recipe, data, run, ckpt_path, allow_changes=allow_changes)
+            if state is None and record.get("status") == "finished" and not finished:
+                what = "the full state that this run ended with is gone: it cannot be extended"
+                raise errors.UsageError(what, where=run.checkpoints, fix="give another --name")
             trainer.callbacks += [_WeightedMeans(), _RunState(run, now), NaNGuard(), RunRecord(write=run.update_record)]
             trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
             entries: dict[str, Any] = {"started": record.get("started") or timestamp(), **chosen_by}
