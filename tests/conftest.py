@@ -138,11 +138,8 @@ def own_chips(chips: Path, tmp_path: Path) -> Path:
 def trained(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """Two epochs of the demo recipe."""
     runs = tmp_path_factory.mktemp("runs")
-    outcome = call(
-        *("fit", "--config", "demo", "--data-root", chips, "--runs-root", runs, "--name", "trained"),
-        *("--trainer.max_epochs", "2"),
-    )
-    assert outcome.code == 0, outcome.err
+    place = ("--data-root", chips, "--runs-root", runs, "--name", "trained")
+    call("fit", "--config", "demo", *place, "--trainer.max_epochs", "2").ok()
     return RunFolder(runs / "trained")
 
 

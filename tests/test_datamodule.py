@@ -40,9 +40,7 @@ def trainer(stage: str, epoch: int = 0) -> SimpleNamespace:
 
 
 def arguments(chips: Path, **changes) -> dict:
-    paths = {
-        f"{name}_split": str(chips / "split" / f"impactmesh_flood_{name}.txt") for name in ("train", "val", "test")
-    }
+    paths = {f"{name}_split": str(split(chips, name)) for name in ("train", "val", "test")}
     given = {"means": DATA["means"], "stds": DATA["stds"], "data_root": str(chips / "data"), **paths}
     return {"predict_split": paths["test_split"], "batch_size": 2, **given, **changes}
 

@@ -84,9 +84,8 @@ def test_package_out_of_bounds_missing_or_stolen_is_named_with_its_repair(monkey
     assert "steals credentials" in found["lightning"].detail
     for finding in found.values():
         assert_can_be_pasted(finding.fix)
-    monkeypatch.setattr(
-        environment.importlib.util, "find_spec", lambda name: None
-    )  # an environment that uv made has no pip
+    # An environment that uv made has no pip.
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     fix = check_torch({"devices": [], "error": "ImportError"}, "NVIDIA").fix
     assert fix.startswith(f"uv pip install --python {sys.executable} --reinstall -c ")
 

@@ -13,6 +13,7 @@ import terratorch_runs  # noqa: F401  # has the backbone of SMALL
 from conftest import SMALL, content
 from floodrepro import recipe as recipes
 from floodrepro.run_folder import RunFolder, sha256_of
+from test_splits import ids_of
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
 
@@ -109,7 +110,7 @@ def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path):
 
 
 def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path):
-    damaged = (own_chips / "split" / "impactmesh_flood_train.txt").read_text().split()[:2]
+    damaged = ids_of(own_chips, "train")[:2]
     for chip in damaged:
         (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
     epoch = ("--trainer.max_epochs", 1, "--trainer.limit_val_batches", 1, "--data.init_args.batch_size", 6)

@@ -52,8 +52,7 @@ def made(cli, random_weights):
 
     def go(*words):
         words = words if str(words[0])[0] != "-" else ("map", "--ckpt", random_weights, "--min-seen", 0, *words)
-        outcome = cli(*words).ok()
-        return outcome
+        return cli(*words).ok()
 
     return go
 

@@ -19,9 +19,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel and an sdist, made without the network."""
     pytest.importorskip("hatch_fancy_pypi_readme", reason="comes with floodrepro[dev]")
     folder = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, check=True, capture_output=True
-    )
+    command = [sys.executable, "-m", "hatchling", "build", "-d", folder]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 

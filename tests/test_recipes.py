@@ -164,7 +164,7 @@ def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, say
     path.write_text(yaml.safe_dump(recipe))
     with pytest.raises(UsageError) as caught:
         RecipeCLI([path]).build()
-    report = caught.value.report()
+    report = str(caught.value)
     assert (says in report, str(path) in report) == (True, True), report
     assert len(report.splitlines()) <= 3
 

@@ -14,7 +14,7 @@ from floodrepro.errors import DataError, UsageError
 
 
 def recipe_of(root: Path, **changes: object) -> dict:
-    splits = {f"{s}_split": str(root / "split" / f"impactmesh_flood_{s}.txt") for s in ("train", "val", "test")}
+    splits = {f"{name}_split": str(split(root, name)) for name in ("train", "val", "test")}
     arguments = {"protocol": "v0", "data_root": str(root / "data"), **splits, **changes}
     return {"data": {"class_path": DATA_MODULE, "init_args": arguments}}
 

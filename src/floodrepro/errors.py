@@ -29,10 +29,6 @@ class FloodreproError(Exception):
         more = [f"\n  {name}: {text}" for name, text in (("where", self.where), ("to do", self.fix)) if text]
         return "".join([self.what, *more])
 
-    def report(self) -> str:
-        """The error as it is printed, without a final line break."""
-        return f"floodrepro: error: {self}"
-
 
 class UsageError(FloodreproError):
     """A command, flag or recipe that cannot be carried out as given: exit code 2."""
@@ -95,7 +91,7 @@ class Interrupted(FloodreproError, SystemExit):
         self.exit_code = self.code = SIGNALLED + number
 
 
-def name_three(label: str, names: Sequence[str]) -> str:
+def name_three(label: str, names: Sequence[str], separator: str = ", ") -> str:
     """The label, the first three names, and how many more there are; empty without names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{label} {', '.join(names[:3])}{more}" if names else ""
+    return f"{label} {separator.join(names[:3])}{more}".strip() if names else ""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.cli.main import listed, new_file
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.cli import main
 from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe

@@ -35,7 +35,6 @@ from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTO
 from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
-_STEPS = ("month_before", "before", "event", "after")  # as a scene.yaml names them
 _CRS, _DEGREES = "EPSG:4326", 0.00018  # about 20 m: of a scene that is not like its chips
 _MISSING = {"S1RTC": np.nan, "S2L2A": NO_DATA, "DEM": NO_DATA, "MASK": IGNORE_INDEX}
 FIRST_EVENT = 9001
@@ -188,7 +187,7 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
     radar = 10 ** (images["S1RTC"] / 10) if mixed else images["S1RTC"]
     scene: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
     times = {sensor: source.extras(chips[0], sensor)[0]["datetime"].split(";") for sensor in scene}
-    for step, key in enumerate(_STEPS):
+    for step, key in enumerate(protocols.STEPS):
         file = save(f"s1_{key}.tif", "S1RTC", radar[step], S1_BANDS)
         scene["S1RTC"][key] = {"time": times["S1RTC"][step], "orbit": 66, "files": [file]}
         if mixed:
@@ -311,7 +310,6 @@ def zarr_zip(
 
 
 def _geotiff(values: Array, no_data: float, described: Sequence[str] = (), **options: Any) -> bytes:
-    """A GeoTIFF of bands (C, H, W)."""
     shape = dict(zip(("count", "height", "width"), values.shape, strict=True))
     with rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", dtype=values.dtype.name, nodata=no_data, **shape, **options) as target:
@@ -322,7 +320,6 @@ def _geotiff(values: Array, no_data: float, described: Sequence[str] = (), **opt
 
 
 def _pack(made: Path, lists: Mapping[str, Sequence[str]], rules: protocols.Protocol) -> None:
-    """Put the files of each split and part into a tar, as on the hub, in place of the folders."""
     for split, part in product(SPLITS, PARTS):
         (made / split).mkdir(exist_ok=True)
         with tarfile.open(made / split / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:

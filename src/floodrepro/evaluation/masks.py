@@ -70,7 +70,7 @@ def tabulate_masks(
             batches.append(count(*(layer[None] for layer in layers), classes=len(names), positive=positive))
             show(done, len(chips))
     metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive, "checkpoint": None}
-    metadata |= {"protocol": protocol.name, "data": data.as_dict(), "predictor": {"kind": "masks", "name": name}}
+    metadata |= {"protocol": protocol.name, "data": vars(data), "predictor": {"kind": "masks", "name": name}}
     metadata |= {"detail": f"{len(files)} rasters, nearest pixel", "metrics": {}, "made": timestamp()}
     table = ChipTable.of_batches(chips.items(), batches, metadata)
     unseen, counted = int(table.unseen.sum()), int(table.counts.sum())

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from floodrepro import __version__
-from floodrepro import recipe as recipes
+from floodrepro import __version__, recipe as recipes
 from floodrepro.data import protocols
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe

@@ -262,15 +262,15 @@ def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root:
 
 def check_backbone(recipe: Recipe) -> list[Finding]:
     """Whether the pretrained weights that TerraTorch will ask for are in the hub's cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    from floodrepro.data.weights import backbone_weights, in_cache
+    from floodrepro.data.weights import backbone_weights
 
     file = backbone_weights(_of(recipe, _ARGUMENTS, {}))
     if file is None:
         return []
     offline = constants.HF_HUB_OFFLINE
-    held = in_cache(file)
+    held = isinstance(try_to_load_from_cache(file.repo, file.name, revision=file.revision), str)
     detail = f"{file.name} is {'' if held else 'not '}in {constants.HF_HUB_CACHE}"
     fix = shlex.join(file.command) + ("  # where there is a network; then copy the cache" if offline else "")
     return [_judge("backbone", held, detail, fix, "fail" if offline else "warn")]

@@ -17,8 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from floodrepro import console, errors
-from floodrepro import recipe as recipes
+from floodrepro import console, errors, recipe as recipes
 from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
 from floodrepro.callbacks.exact_resume import LAST, PREVIOUS
 from floodrepro.data.splits import DataState, check_data
@@ -215,7 +214,7 @@ def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entri
     trainer, batch = cli.trainer, getattr(cli.datamodule, "batch_size", None)
     entries |= {"status": "running", "ended": None, "reason": None, "command": ["floodrepro", *sys.argv[1:]]}
     entries |= {"recipe_sha256": run.save_recipe(cli.recipe), "seed": cli.config.seed_everything}
-    entries |= {"data": data.as_dict(), "batch_size": batch, "processes": trainer.world_size}
+    entries |= {"data": vars(data), "batch_size": batch, "processes": trainer.world_size}
     run.update_record(**entries, environment=environment(str(trainer.precision)))
     parameters = sum(parameter.numel() for parameter in cli.model.parameters())
     console.say(f"{parameters:,} parameters, chips {data.chips}")

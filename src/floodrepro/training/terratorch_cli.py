@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder

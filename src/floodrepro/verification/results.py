@@ -76,8 +76,6 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
 
 
 def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
-    """How the checks ended, which of the required ones are not met, and a text of it."""
-
     def is_met(check: Check) -> bool:
         fails_alone = require is None and CRITERIA[check["id"]].get("comparison")
         passed = check["status"] == "pass" and check["outcome"] in (None, "equivalent")
