@@ -103,6 +103,11 @@ def call(*argv: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of each file below a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def content(folder: Path) -> dict[str, tuple[int, str]]:
     """Times and hashes of a folder's files; the lock and the log belong to whoever tries."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in (".lock", "log.txt")]

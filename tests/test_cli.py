@@ -14,8 +14,7 @@ from floodrepro.cli.main import COMMANDS
 from floodrepro.errors import UsageError
 from floodrepro.verification import results
 
-LISTED = ("", "--help", "fit --help", "reproduce --help", "data --help", "configs ls", "runs ls")
-LISTINGS = [line.split() for line in LISTED]
+LISTINGS = [line.split() for line in ("", "--help", "fit --help", "reproduce --help", "configs ls", "runs ls")]
 MISTAKES = (
     (["fti"], "unknown command 'fti'; did you mean 'fit'?"),
     (["--config", "demo", "fit"], "to do: floodrepro fit --config demo"),

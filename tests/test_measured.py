@@ -108,9 +108,8 @@ def elsewhere(cli, trained: RunFolder, pair, tmp_path_factory: pytest.TempPathFa
     save_file(tensors, other / "pair.safetensors", pair.metadata | {"recipe_sha256": "0" * 64})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "_READS_SAFETENSORS", (99, 0))  # as on torch 2.9
-        patch.setattr(
-            measure, "_WITHOUT_FLOODREPRO", measure._WITHOUT_FLOODREPRO + THERE_TOO.format(folder=str(folder))
-        )
+        more = THERE_TOO.format(folder=str(folder))
+        patch.setattr(measure, "_WITHOUT_FLOODREPRO", measure._WITHOUT_FLOODREPRO + more)
         answer = measure.exported_pair(trained.recipe, trained.best, other)
     return answer, folder
 

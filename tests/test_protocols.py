@@ -13,10 +13,7 @@ from floodrepro.evaluation.chip_table import read_table
 from floodrepro.publishing.export import with_stock_data
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
-TINY = (
-    "--model.init_args.model_args.backbone_pretrained=false",
-    *("--precision", "fp32", "--data.init_args.batch_size=2"),
-)
+TINY = ("--model.init_args.model_args.backbone_pretrained=false", "--precision=fp32", "--data.init_args.batch_size=2")
 
 
 def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: Path):

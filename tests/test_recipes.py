@@ -42,6 +42,8 @@ def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
         recipe = RecipeCLI([recipes.find(name)]).recipe
         assert recipe == recipes.read_yaml(recipes.find(name))  # merging adds no library default and loses nothing
         assert recipe["trainer"]["devices"] == 1
+        assert protocol_of(recipe).name != "custom"
+        assert recipe["model"]["init_args"]["model_args"]["num_classes"] == len(protocol_of(recipe).class_names)
 
 
 PUBLISHED = """

@@ -119,9 +119,6 @@ def assert_same_bits(run: RunFolder, straight: RunFolder) -> None:
     assert not list(run.path.glob("**/.*.partial"))
 
 
-# Claim by claim.
-
-
 @pytest.mark.slow
 def test_run_killed_at_every_kind_of_moment_resumes_to_the_same_weights(workshop, straight):
     """One kill after the other: a wrong bit of any resume would stay in the weights.

@@ -64,18 +64,13 @@ class Incident(FloodreproError):
     exit_code = 3
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
-        self.entry = dict(entry)
+        self.entry, self.rolls_back = dict(entry), entry["kind"] != "input"  # there no wider number format helps
         what = f"NaNGuard stopped the run at step {entry['step']}, epoch {entry['epoch'] + 1}: {entry['detail']}"
         what += name_three("; not finite:", entry["tensors"]) + name_three("; chips", entry["chips"])
         fix = "look at these chips, replace or remove them; then run the same command again"
         if self.rolls_back:
             fix = "see incidents in run.json; fit --on-overflow rollback resumes from the last good state in bf16"
         super().__init__(what, fix=fix)
-
-    @property
-    def rolls_back(self) -> bool:
-        """Whether a wider number format can help; it cannot where the input itself is bad."""
-        return bool(self.entry["kind"] != "input")
 
 
 class Interrupted(FloodreproError, SystemExit):

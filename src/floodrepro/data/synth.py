@@ -151,15 +151,9 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
     A generated event is one scene that was cut into neighbouring chips: put together again it has its river, its clouds
     and the edge of its radar swath, and `map` over it can be compared with `predict` over its chips.
 
-    Args:
-        root: Folder of the chips.
-        chips: Ids of one event's chips; places between them stay without data.
-        output: Folder to write.
-        mixed: Write what a map has to undo: optical bands in EPSG:4326 with pixels of 20 m, each in a file of its own,
-            1000 added as from baseline 04.00 on, and radar as linear power.
-
-    Returns:
-        The scene.yaml.
+    Places between the chips of these ids stay without data. A *mixed* scene is what a map has to undo: optical bands in
+    EPSG:4326 with pixels of 20 m, each in a file of its own, 1000 added as from baseline 04.00 on, and radar as linear
+    power. The path of scene.yaml is returned.
     """
     output.mkdir(parents=True, exist_ok=True)
     source, offset, bands = Chips(root), 1000 if mixed else 0, [*S2_BANDS, "SCL"]

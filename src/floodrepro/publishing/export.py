@@ -84,8 +84,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
 def read_exported(path: Path) -> ExportedWeights:
     """Read the header of an exported safetensors file, and hash all of it. Needs no torch.
 
-    Raises:
-        CheckpointError: It is missing or damaged, or the YAML beside it is missing.
+    Raises `CheckpointError` where it is missing or damaged, or the YAML beside it is missing.
     """
     try:
         with safe_open(str(path), framework="np") as file:

@@ -38,11 +38,8 @@ _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE
 def environment(precision: str | None = None, *, root: Path = Path("/")) -> dict[str, Any]:
     """Where a run runs, in JSON types, for ``run.json``.
 
-    It asks torch for its devices, which opens a context on them: call it where the run would do so anyway.
-
-    Args:
-        precision: The trainer's precision, recorded as given.
-        root: Where ``/proc``, ``/sys``, ``/etc`` and ``/opt`` are looked for.
+    It asks torch for its devices, which opens a context on them: call it where the run would do so anyway. The
+    trainer's precision is recorded as given; `root` is where ``/proc``, ``/sys``, ``/etc`` and ``/opt`` are looked for.
     """
     import torch  # a command that only asks for code_version() need not wait for it
 
