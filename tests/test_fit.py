@@ -64,9 +64,12 @@ def test_what_is_in_the_way_of_the_run_folder_is_left_alone(fit, name, code, say
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 
 
-def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
-    for epochs in (1, 2):
-        fit("--trainer.max_epochs", epochs).ok()
+def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path, monkeypatch):
+    forget = "floodrepro.training.terratorch_cli.forget_pretrained_weights"
+    with monkeypatch.context() as patch:  # "last" of a run without a state is none: it needs its pretrained weights
+        patch.setattr(forget, lambda _: pytest.fail("forgotten"))
+        fit("--ckpt_path", "last").ok()
+    fit("--ckpt_path", "last", "--trainer.max_epochs", 2).ok()
     run = RunFolder(tmp_path / "run")
     assert [row["epoch"] for row in run.read_metrics() if row.get("val/loss")] == ["0", "1"]
     record = run.read_record()
@@ -74,7 +77,10 @@ def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
 
 
 def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tmp_path: Path):
-    fit("--weights", trained.best, "--optimizer.init_args.lr", 0.0, size=()).ok()
+    start = ("--weights", trained.best, "--optimizer.init_args.lr", 0.0)
+    fit(*start, size=()).ok()
+    assert "finished already" in fit(*start, size=()).ok().err  # as every command that is given again
+    assert "this one has trained" in fit(*start, "--weights", tmp_path / "run/checkpoints/best.ckpt", size=()).err
     begun = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     source = torch.load(trained.best, weights_only=True)["state_dict"]
     learned = [key for key in source if "running" not in key and "num_batches" not in key]

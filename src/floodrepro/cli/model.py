@@ -78,7 +78,7 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
     add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
     add("--deterministic", action="store_const", const="warn", help="torch's deterministic mode: slower, not complete")
-    add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
+    add("--ckpt_path", metavar="last|FILE", help="a full state that a new run begins with")
     add("--weights", type=main.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
     add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
     add("--on-overflow", choices=("stop", "rollback"), default="stop", help="rollback: resume in bf16, once")
