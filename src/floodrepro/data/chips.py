@@ -241,9 +241,8 @@ def read_raster(content: bytes) -> Array:
 def read_bands(content: bytes, empty: Callable[..., Array] = np.empty) -> Array:
     """The array `bands` of a zarr ZIP, decoded into what `empty(shape, dtype)` returns.
 
-    Raises:
-        ValueError: A chunk is missing that no fill value stands for.
-        Exception: Whatever zipfile, zarr and numcodecs raise for a damaged file.
+    Raises `ValueError` where a chunk is missing that no fill value stands for, and what zipfile, zarr and numcodecs
+    raise for a damaged file.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = {info.filename: info for info in archive.infolist()}

@@ -115,8 +115,7 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         steps: Training steps, or batches read, that count. A test counts its whole split but for the warm-up.
         rounds: Processes of each side.
 
-    Raises:
-        FloodreproError: A process failed, or ended before its steps.
+    Raises `FloodreproError` where a process failed, or ended before its steps.
     """
     arguments = recipe["data"]["init_args"]
     # Batches that lie ready before the first step say nothing about how fast they are read.

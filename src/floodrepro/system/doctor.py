@@ -192,7 +192,6 @@ def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")
 
 
 def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Finding:
-    """Why torch uses no GPU, and what to do about it where there is one."""
     vendor, build = _vendor(root), "AMD" if answer.get("hip") else "NVIDIA" if answer.get("cuda") else "the CPU"
     variables = [f"{name}_VISIBLE_DEVICES" for name in ("CUDA", "HIP", "ROCR")]
     hidden = next((name for name in variables if os.environ.get(name) in ("", "-1")), None)
