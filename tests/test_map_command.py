@@ -10,6 +10,7 @@ import yaml
 
 from floodrepro import recipe as recipes
 from floodrepro.cli.model import parse
+from floodrepro.data.chips import Chips
 from floodrepro.data.synth import write_scene
 from floodrepro.evaluation import chip_table
 from floodrepro.mapping.reader import Reader
@@ -61,7 +62,7 @@ def made(cli, random_weights):
 def mapped(chips, made, tmp_path_factory):
     """A generated event of three chips, mapped; the scene lies in ../scene."""
     root = tmp_path_factory.mktemp("mapped")
-    scene = write_scene(chips, event_chips(chips, 1), root / "scene")
+    scene = write_scene(Chips(chips), event_chips(chips, 1), root / "scene")
     made("--scene", scene, "--output", root / "map", *FLAGS)
     return root / "map"
 
@@ -71,7 +72,7 @@ def test_a_scene_of_one_chip_gives_the_classes_of_predict(chips, made, random_we
     (tmp_path / "one.txt").write_text(chip)
     flags = ("--data.init_args.predict_split", tmp_path / "one.txt")
     made("predict", "--ckpt", random_weights, "--output", tmp_path / "masks", *flags)
-    made("--scene", write_scene(chips, [chip], tmp_path / "scene"), "--output", tmp_path / "map")
+    made("--scene", write_scene(Chips(chips), [chip], tmp_path / "scene"), "--output", tmp_path / "map")
     with (
         rasterio.open(next((tmp_path / "masks").glob("*.tif"))) as one,
         rasterio.open(tmp_path / "map" / "class.tif") as other,
@@ -129,7 +130,7 @@ def test_bf16_maps_nearly_as_fp32_on_a_cpu_one_tile_at_a_time(made, mapped, tmp_
 
 
 def test_optical_bands_of_20_m_in_degrees_map_nearly_the_same(chips, made, mapped, tmp_path):
-    scene = write_scene(chips, event_chips(chips, 1), tmp_path / "scene", mixed=True)
+    scene = write_scene(Chips(chips), event_chips(chips, 1), tmp_path / "scene", mixed=True)
     made("--scene", scene, "--output", tmp_path / "map", *FLAGS)
     one, other = class_of(mapped), class_of(tmp_path / "map")
     both = (one != 255) & (other != 255)

@@ -47,7 +47,7 @@ FIRE = Protocol(
 def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeypatch):
     monkeypatch.setitem(PROTOCOLS, "fire", FIRE)
     root, run = tmp_path / "chips", tmp_path / "runs" / "burn"
-    small = ("--events", "5", "--chips", "15", "--size", "32")
+    small = ("--events", "5", "--chips", "15", "--size", "32", "--scene")
     cli("data", "synth", "--root", root, "--protocol", "fire", *small).ok()
     assert len(list((root / "data" / "MASK").glob("*_annotation_wildfire.tif"))) == 15
     audited = cli("data", "audit", "--root", root, "--protocol", "fire", "--jobs", "1", "--format", "json").ok()

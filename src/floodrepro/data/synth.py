@@ -130,7 +130,9 @@ def generate(
                         lists["test_seen_events" if seen else "test_holdout"].append(chip)
                     progress(sum(len(lists[name]) for name in SPLITS), chips)
                 if scenes:
-                    write_scene(made, ids, made / "scenes" / protocols.event_of(chip), mixed=bool(event % 2))
+                    write_scene(
+                        Chips(made, rules), ids, made / "scenes" / protocols.event_of(chip), mixed=bool(event % 2)
+                    )
             if layout == "hub":
                 _pack(made, lists, rules)
             for name, listed in lists.items():
@@ -145,7 +147,7 @@ def generate(
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 
-def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool = False) -> Path:
+def write_scene(source: Chips, chips: Sequence[str], output: Path, *, mixed: bool = False) -> Path:
     """Put the chips of an event together as rasters for `floodrepro map`, with truth.tif and a scene.yaml.
 
     A generated event is one scene that was cut into neighbouring chips: put together again it has its river, its clouds
@@ -156,7 +158,7 @@ def write_scene(root: Path, chips: Sequence[str], output: Path, *, mixed: bool =
     power. The path of scene.yaml is returned.
     """
     output.mkdir(parents=True, exist_ok=True)
-    source, offset, bands = Chips(root), 1000 if mixed else 0, [*S2_BANDS, "SCL"]
+    offset, bands = 1000 if mixed else 0, [*S2_BANDS, "SCL"]
     x, y = np.array([[int(word[1:]) for word in chip.split("_")[-2:]] for chip in chips]).T  # see `_event_chips`
     images: dict[str, Array] = {}
     for chip, row, column in zip(chips, (y.max() - y) // 10, (x - x.min()) // 10, strict=True):
