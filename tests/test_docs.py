@@ -52,9 +52,8 @@ README = [c for c in ALL if c.document == "README.md"]
 LEFT_OUT = ("map", "fit", "verify")
 RUN = [c for c in README if not c.mark and c.words[0] not in LEFT_OUT and "ibm.pt" not in str(c)]
 PROSE = {document: _BLOCK.sub("", text) for document, text in DOCUMENTS.items()}
-# Flags that prose names and that belong to other programs.
 FOREIGN = {"--signal", "--nproc-per-node", "--trainer.sync_batchnorm", "--torch-backend", "--no-deps", "--group-add"}
-FOREIGN |= {"--ipc", "--shm-size", "--rocm", "--tiny"}
+FOREIGN |= {"--ipc", "--shm-size", "--rocm", "--tiny"}  # of other programs, that prose names
 
 
 def flags_of(name: str) -> set[str]:
