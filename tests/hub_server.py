@@ -17,6 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 BLOCK = 2**14  # bytes written at a time
 
 
@@ -49,6 +53,15 @@ class HubServer:
         self._server.hub = self
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def speak_to(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let huggingface_hub in this process, which is offline but for that, speak to this server."""
+        files = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        given = {"ENDPOINT": self.url, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_OFFLINE": False}
+        for name, value in (given | {"HF_HUB_DISABLE_XET": True}).items():  # it speaks LFS
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        huggingface_hub.close_session()  # one that an earlier test opened may know a proxy
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()

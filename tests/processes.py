@@ -15,8 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Where the server finds fork_server.py: Python 3.11 gives it no sys.path.
-# An empty entry would be the working folder.
+# Where the server finds fork_server.py: Python 3.11 gives it no sys.path. An empty entry would be the working folder.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fork_server"])

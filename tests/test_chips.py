@@ -17,8 +17,7 @@ import pytest
 import rasterio
 import rasterio.shutil
 import zarr
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from numcodecs import Blosc, Zlib
 
 from floodrepro.data import chips as reading

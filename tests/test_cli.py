@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.cli.main import COMMANDS
 from floodrepro.errors import UsageError
 from floodrepro.verification import results
 
-LISTINGS = ([], ["--help"], ["fit", "--help"], ["configs", "ls"], ["runs", "ls"])
+LISTINGS = [line.split() for line in ("", "--help", "fit --help", "reproduce --help", "configs ls", "runs ls")]
 MISTAKES = (
     (["fti"], "unknown command 'fti'; did you mean 'fit'?"),
     (["--config", "demo", "fit"], "to do: floodrepro fit --config demo"),

@@ -201,7 +201,7 @@ def test_cores_are_those_of_the_quota(tmp_path):
     assert usable_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
 
 
-def test_machine_that_is_short_of_something_gets_a_flag_to_paste(tmp_path, monkeypatch):
+def test_machine_that_is_short_of_something_gets_a_flag_to_paste(monkeypatch):
     def check(recipe: recipes.Recipe, devices: int, cores: int, memory: int, disk: int) -> dict[str, Finding]:
         for name, value in (("usable_cores", cores), ("free_memory", memory * GIB), ("free_disk", disk * 10**9)):
             monkeypatch.setattr(environment, name, lambda _, value=value: value)

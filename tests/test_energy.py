@@ -37,8 +37,8 @@ def counting(*values: float):
 
 
 def test_the_counters_of_all_devices_are_added_up():
-    both = (("A", (100, 700)), ("B", (50, 250)))
-    reading = measured(*(PowerSource(name, counting(*joules), lambda: 9.0) for name, joules in both))
+    counters = {"A": counting(100, 700), "B": counting(50, 250)}
+    reading = measured(*(PowerSource(name, counter, lambda: 9.0) for name, counter in counters.items()))
     assert (reading["joules"], reading["method"]) == (800, "counter")
     assert reading["note"] == "energy counter of A + B"
     assert reading["kWh"] == pytest.approx(800 / 3.6e6, abs=1e-9)

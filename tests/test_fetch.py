@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from conftest import files_of
 from floodrepro.data import fetch as fetching
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import FETCH_NOTE, read_commit
@@ -19,10 +19,6 @@ from floodrepro.data.synth import generate
 from floodrepro.data.weights import REFERENCE
 from hub_server import HubServer
 from test_splits import ids_of
-
-
-def files_of(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +36,8 @@ def hub(published, monkeypatch, tmp_path):
     """A hub that this process's client speaks to; it is offline but for that."""
     with HubServer() as server:
         server.commit(published)
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        huggingface_hub.close_session()  # one that an earlier test opened may know a proxy
+        server.speak_to(monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server
 
 
@@ -66,7 +54,7 @@ def run(cli, hub):
 
 
 def archives(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.glob("*/*.tar")}
+    return {path: content for path, content in files_of(root).items() if path.endswith(".tar")}
 
 
 def test_all_archives_of_one_commit_arrive_and_a_second_call_fetches_nothing(hub, run, published, tmp_path):
@@ -152,7 +140,7 @@ def test_other_data_set_and_one_with_a_damaged_note_are_not_written_over(tmp_pat
         assert "holds a data set (split) and no note of its commit" in outcome.err
     assert (tmp_path / "split" / "impactmesh_flood_val.txt").read_text() == "mine_1\n"
     nothing = cli("data", "fetch", "--root", tmp_path, "--sample", "-3")
-    assert (nothing.code, "--sample is -3" in nothing.err) == (2, True)
+    assert (nothing.code, "--sample: '-3'" in nothing.err) == (2, True)
 
 
 @pytest.mark.parametrize("fault", ["nobody listens", "a login page", "no chips"])

@@ -13,6 +13,7 @@ import terratorch_runs  # noqa: F401  # has the backbone of SMALL
 from conftest import SMALL, content
 from floodrepro import recipe as recipes
 from floodrepro.run_folder import RunFolder, sha256_of
+from test_splits import ids_of
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
 
@@ -63,9 +64,12 @@ def test_what_is_in_the_way_of_the_run_folder_is_left_alone(fit, name, code, say
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
 
 
-def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
-    for epochs in (1, 2):
-        fit("--trainer.max_epochs", epochs).ok()
+def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path, monkeypatch):
+    forget = "floodrepro.training.terratorch_cli.forget_pretrained_weights"
+    with monkeypatch.context() as patch:  # "last" of a run without a state is none: it needs its pretrained weights
+        patch.setattr(forget, lambda _: pytest.fail("forgotten"))
+        fit("--ckpt_path", "last").ok()
+    fit("--ckpt_path", "last", "--trainer.max_epochs", 2).ok()
     run = RunFolder(tmp_path / "run")
     assert [row["epoch"] for row in run.read_metrics() if row.get("val/loss")] == ["0", "1"]
     record = run.read_record()
@@ -76,7 +80,10 @@ def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path):
 
 
 def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tmp_path: Path):
-    fit("--weights", trained.best, "--optimizer.init_args.lr", 0.0, size=()).ok()
+    start = ("--weights", trained.best, "--optimizer.init_args.lr", 0.0)
+    fit(*start, size=()).ok()
+    assert "finished already" in fit(*start, size=()).ok().err  # as every command that is given again
+    assert "this one has trained" in fit(*start, "--weights", tmp_path / "run/checkpoints/best.ckpt", size=()).err
     begun = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     source = torch.load(trained.best, weights_only=True)["state_dict"]
     learned = [key for key in source if "running" not in key and "num_batches" not in key]
@@ -112,7 +119,7 @@ def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path):
 
 
 def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path):
-    damaged = (own_chips / "split" / "impactmesh_flood_train.txt").read_text().split()[:2]
+    damaged = ids_of(own_chips, "train")[:2]
     for chip in damaged:
         (own_chips / "data" / "S1RTC" / f"{chip}_S1RTC.zarr.zip").write_bytes(b"not a zip")
     epoch = ("--trainer.max_epochs", 1, "--trainer.limit_val_batches", 1, "--data.init_args.batch_size", 6)

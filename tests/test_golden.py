@@ -22,8 +22,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 
 FILE = Path(__file__).parent / "golden" / "tiny_v0_32px.json"

@@ -1,6 +1,5 @@
 """A whole scene to a map: the same values wherever a tile lies, whatever the size, and whenever it was killed."""
 
-import hashlib
 import json
 import multiprocessing
 import resource
@@ -21,6 +20,7 @@ from rasterio import Affine
 from rasterio.windows import Window
 from scipy import ndimage
 
+from conftest import files_of
 from floodrepro.errors import RunFolderError
 from floodrepro.mapping import mapper
 from floodrepro.mapping.mapper import starts, strips
@@ -32,10 +32,6 @@ from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, save
 def read(folder: Path, name: str):
     with rasterio.open(folder / f"{name}.tif") as file:
         return file.read(1)
-
-
-def digests(folder: Path):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +259,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(made, tm
         process.join()
         codes.append(process.exitcode)
     run(made[0], tmp_path / "killed")
-    assert codes.count(-signal.SIGKILL) >= 3 and digests(made[1]) == digests(tmp_path / "killed")
+    assert codes.count(-signal.SIGKILL) >= 3 and files_of(made[1]) == files_of(tmp_path / "killed")
 
 
 @pytest.mark.faults
@@ -289,14 +285,14 @@ def test_a_full_disk_is_an_error_and_with_room_the_same_command_ends_with_the_sa
     assert sizes == sorted(sizes)
     fails_with(sizes[0] - 500, sizes[1] // 2, sizes[2] - 500)
     run(made[0], tmp_path / "m")
-    assert digests(made[1]) == digests(tmp_path / "m")
+    assert files_of(made[1]) == files_of(tmp_path / "m")
 
 
 def test_a_finished_map_is_left_as_it_is_and_another_one_is_refused(made, tmp_path, monkeypatch):
     scene, folder = made
-    before = digests(folder)
+    before = files_of(folder)
     run(scene, folder)
-    assert digests(folder) == before
+    assert files_of(folder) == before
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(mapper, "_map_rows", lambda *_: 1 / 0)
         run(scene, tmp_path / "begun")

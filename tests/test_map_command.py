@@ -8,6 +8,7 @@ import rasterio
 import torch
 import yaml
 
+from floodrepro import recipe as recipes
 from floodrepro.cli.model import parse
 from floodrepro.data.chips import Chips
 from floodrepro.data.synth import write_scene
@@ -20,13 +21,12 @@ FLAGS = ("--crop", 32, "--max-gap", 9)
 
 
 @pytest.fixture(scope="session")
-def random_weights(cli, chips, tmp_path_factory):
+def random_weights(chips, tmp_path_factory):
     """The demo's network as it is before training, as a checkpoint beside its recipe."""
-    from floodrepro import recipe as recipes
-    from floodrepro.training.terratorch_cli import RecipeCLI, without_files
+    from floodrepro.training.terratorch_cli import without_files
 
     folder = tmp_path_factory.mktemp("weights")
-    recipe = RecipeCLI([recipes.find("demo")], recipes.data_overrides(chips, recipes.read_yaml(recipes.find("demo"))))
+    recipe = parse([recipes.find("demo")], recipes.data_overrides(chips, recipes.read_yaml(recipes.find("demo"))))
     without_files(recipe.config)
     recipe.build()
     (folder / "net.yaml").write_text(recipes.to_yaml(recipe.recipe))
@@ -53,8 +53,7 @@ def made(cli, random_weights):
 
     def go(*words):
         words = words if str(words[0])[0] != "-" else ("map", "--ckpt", random_weights, "--min-seen", 0, *words)
-        outcome = cli(*words).ok()
-        return outcome
+        return cli(*words).ok()
 
     return go
 

@@ -67,9 +67,11 @@ def test_export_holds_the_checkpoint_is_of_no_machine_and_is_not_overwritten(tra
     assert not re.search(rf": /|{re.escape(str(trained.path))}", text)
     again = (trained.best, recipes.read_yaml(trained.recipe), tmp_path, "pair")
     assert export(*again).sha256 == pair.sha256
+    (tmp_path / "pair.safetensors").unlink()  # as where it was killed before it was there
+    assert export(*again) == export(*again)
+    again[1]["model"]["init_args"]["model_args"]["backbone_ckpt_path"] = "/home/me/private.pt"
     with pytest.raises(UsageError, match="not overwritten"):
         export(*again)
-    again[1]["model"]["init_args"]["model_args"]["backbone_ckpt_path"] = "/home/me/private.pt"
     private = export(*again[:3], "private")
     assert "/home/me" not in private.config.read_text() + str(private.metadata)
 

@@ -20,12 +20,9 @@ from floodrepro.data.protocols import EVENT, NO_DATA
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.metrics import iou, scores
+from test_splits import ids_of
 
 ONE_CHIP = ("--data.init_args.batch_size", "1")
-
-
-def split_of(chips: Path, name: str) -> list[str]:
-    return (chips / "split" / f"impactmesh_flood_{name}.txt").read_text().split()
 
 
 def table_of(outcome) -> ChipTable:
@@ -66,8 +63,8 @@ def test_metrics_equal_plain_terratorch_to_six_digits(metrics, trained, tmp_path
 
 def test_table_gives_terratorchs_metrics_again_and_says_what_the_model_saw(tested, metrics, trained, chips):
     table = table_of(tested)
-    assert table.chips.tolist() == split_of(chips, "test")
-    assert table.events.tolist() == [chip.split("_")[0] for chip in split_of(chips, "test")]
+    assert table.chips.tolist() == ids_of(chips, "test")
+    assert table.events.tolist() == [chip.split("_")[0] for chip in ids_of(chips, "test")]
     for name, value in scores(table.counts.sum(axis=0)).items():
         assert metrics[f"test/{name}"] == pytest.approx(value, abs=1e-6)
     assert (table.counts.sum(axis=(1, 2)) + table.ignored == CHIPS["size"] ** 2).all()
@@ -119,7 +116,7 @@ def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, t
 
 def test_predicted_masks_are_named_after_chips_and_lie_on_their_grids(predicted, chips):
     outcome, masks = predicted
-    listed = split_of(chips, "test")
+    listed = ids_of(chips, "test")
     for chip in listed:
         with (
             rasterio.open(masks / f"{chip}_pred.tif") as mine,
@@ -148,7 +145,7 @@ def test_a_models_predictions_as_masks_make_the_table_of_its_test(cli, trained, 
 
 def test_pixels_that_no_satellite_saw_at_the_event_are_marked(cli, trained, own_chips, predicted, tmp_path: Path):
     """And probabilities in eight bits are the same to half a step."""
-    chip, other = split_of(own_chips, "test")[:2]
+    chip, other = ids_of(own_chips, "test")[:2]
     for modality, place in (("S2L2A", np.s_[:4, :6]), ("S1RTC", np.s_[2:9, :5])):
         path = own_chips / "data" / modality / f"{chip}_{modality}.zarr.zip"
         with zarr.ZipStore(str(path), mode="r") as store:
@@ -183,7 +180,7 @@ def test_full_disk_is_a_clear_error_and_leaves_nothing_half_written(cli, tested,
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert outcome.code == 1
     assert re.search("error: a file cannot be used: .*File too large", outcome.err), outcome.err
-    names = {"test": ["best.parquet"], "predict": [f"{split_of(chips, 'test')[0]}_pred.tif"]}
+    names = {"test": ["best.parquet"], "predict": [f"{ids_of(chips, 'test')[0]}_pred.tif"]}
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == names[argv[0]]
     assert [path.read_bytes() for path in tmp_path.rglob("*.parquet")] == before
 
@@ -207,7 +204,7 @@ def test_what_cannot_be_done_is_refused_before_the_pass(cli, trained, tmp_path: 
 
 
 def test_config_wins_and_several_test_splits_make_one_pass(cli, trained, tested, metrics, chips, tmp_path):
-    all_chips, part = split_of(chips, "test"), tmp_path / "holdout.txt"
+    all_chips, part = ids_of(chips, "test"), tmp_path / "holdout.txt"
     part.write_text("".join(f"{chip}\n" for chip in all_chips[1:]))
     several = json.dumps({"test": str(chips / "split" / "impactmesh_flood_test.txt"), "holdout": str(part)})
     arguments = ("--output", tmp_path, "--data.init_args.test_split", several, "--model.init_args.loss", "ce")

@@ -4,10 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from conftest import files_of
 from floodrepro import recipe as recipes
 from floodrepro.errors import CheckpointError
 from floodrepro.publishing.card import write_card
@@ -38,12 +38,8 @@ def server():
 @pytest.fixture
 def publish(cli, server, monkeypatch):
     """Publish from this process, which is offline but for the local server."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the server speaks LFS
+    server.speak_to(monkeypatch)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-    huggingface_hub.close_session()  # one that an earlier test opened may know a proxy
 
     def call(folder: Path, *flags: str, token: str = server.token):
         monkeypatch.setenv("HF_TOKEN", token)
@@ -56,10 +52,6 @@ def edit_results(folder: Path, part: str, **changes: str) -> None:
     results = json.loads((folder / "results.json").read_text())
     (results["run"]["checkpoint"] if part == "checkpoint" else results[part]).update(changes)
     (folder / "results.json").write_text(json.dumps(results))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def told(outcome, *words: str) -> None:

@@ -42,6 +42,8 @@ def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
         recipe = RecipeCLI([recipes.find(name)]).recipe
         assert recipe == recipes.read_yaml(recipes.find(name))  # merging adds no library default and loses nothing
         assert recipe["trainer"]["devices"] == 1
+        assert protocol_of(recipe).name != "custom"
+        assert recipe["model"]["init_args"]["model_args"]["num_classes"] == len(protocol_of(recipe).class_names)
 
 
 PUBLISHED = """
@@ -163,6 +165,6 @@ def test_refused_recipe_shows_the_parser_s_words_and_the_nearest_key(change, say
     path.write_text(yaml.safe_dump(recipe))
     with pytest.raises(UsageError) as caught:
         RecipeCLI([path]).build()
-    report = caught.value.report()
+    report = str(caught.value)
     assert (says in report, str(path) in report) == (True, True), report
     assert len(report.splitlines()) <= 3

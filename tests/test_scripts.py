@@ -9,7 +9,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -128,12 +127,3 @@ def test_torch_of_the_base_image_is_pinned_and_all_else_is_as_tested(tmp_path):
     assert len(names) == len(set(names))
     assert {"torchgeo", "torchmetrics", "terratorch", "lightning", "numpy"} <= set(names)
     assert [name for name in names if name.startswith(("nvidia", "cuda"))] == []
-
-
-def test_compose_and_the_documented_run_give_the_same_devices_and_folders():
-    service = yaml.safe_load((ROOT / "compose.rocm.yaml").read_text())["services"]["floodrepro"]
-    page = (ROOT / "docs/mi300x.md").read_text()
-    flags = [f"--ipc={service['ipc']}", *(f"--device={device}" for device in service["devices"])]
-    folders = [volume.rsplit(":", 1)[1] for volume in service["volumes"]]
-    assert [flag for flag in flags if flag not in page] == []
-    assert [folder for folder in folders if f":{folder}" not in page or folder not in DOCKERFILE] == []

@@ -1,11 +1,11 @@
 """Generated chips: the same each time, in the real data's layout, and plausible."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from conftest import files_of
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, event_of
 from floodrepro.data.synth import VARIANTS, generate
@@ -22,16 +22,11 @@ def scenes(tmp_path_factory) -> Path:
     return root
 
 
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 @pytest.mark.parametrize("layout", ["extracted", "hub"])
 def test_same_seed_gives_the_same_bytes(tmp_path, layout):
     for name, seed in (("one", 7), ("two", 7), ("other", 8)):
         generate(tmp_path / name, **SMALL | {"seed": seed, "chips": 6}, layout=layout, variants=list(VARIANTS))
-    assert digests(tmp_path / "one") == digests(tmp_path / "two") != digests(tmp_path / "other")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two") != files_of(tmp_path / "other")
 
 
 def test_version_1_tests_on_chips_of_its_training_events_and_says_which(scenes):
@@ -96,7 +91,7 @@ def test_of_two_that_write_at_once_one_wins_and_what_a_killed_one_left_is_gone(t
     (tmp_path / ".synth-killed").mkdir()
     monkeypatch.setattr("floodrepro.data.synth.data_in", lambda root: [])  # both looked before either was done
     generate(tmp_path, **SMALL, layout="hub")
-    before = digests(tmp_path)
+    before = files_of(tmp_path)
     with pytest.raises(DataError, match="not empty"):
         generate(tmp_path, **SMALL | {"seed": 8}, layout="hub")
-    assert digests(tmp_path) == before and not list(tmp_path.glob(".*"))
+    assert files_of(tmp_path) == before and not list(tmp_path.glob(".*"))

@@ -115,7 +115,8 @@ def log_to(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            file.write(error.report() + "\n" if isinstance(error, FloodreproError) else traceback.format_exc())
+            ours = isinstance(error, FloodreproError)
+            file.write(f"floodrepro: error: {error}\n" if ours else traceback.format_exc())
             raise
 
 
@@ -146,7 +147,7 @@ def run(main: Callable[[], int]) -> int:
             traceback.print_exc()
             fix = "if it is not your own code, report it together with the traceback"
             failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
-    print(failure.report(), file=sys.stderr)
+    print(f"floodrepro: error: {failure}", file=sys.stderr)
     return failure.exit_code
 
 

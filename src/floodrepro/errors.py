@@ -29,10 +29,6 @@ class FloodreproError(Exception):
         more = [f"\n  {name}: {text}" for name, text in (("where", self.where), ("to do", self.fix)) if text]
         return "".join([self.what, *more])
 
-    def report(self) -> str:
-        """The error as it is printed, without a final line break."""
-        return f"floodrepro: error: {self}"
-
 
 class UsageError(FloodreproError):
     """A command, flag or recipe that cannot be carried out as given: exit code 2."""
@@ -68,18 +64,13 @@ class Incident(FloodreproError):
     exit_code = 3
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
-        self.entry = dict(entry)
+        self.entry, self.rolls_back = dict(entry), entry["kind"] != "input"  # there no wider number format helps
         what = f"NaNGuard stopped the run at step {entry['step']}, epoch {entry['epoch'] + 1}: {entry['detail']}"
         what += name_three("; not finite:", entry["tensors"]) + name_three("; chips", entry["chips"])
         fix = "look at these chips, replace or remove them; then run the same command again"
         if self.rolls_back:
             fix = "see incidents in run.json; fit --on-overflow rollback resumes from the last good state in bf16"
         super().__init__(what, fix=fix)
-
-    @property
-    def rolls_back(self) -> bool:
-        """Whether a wider number format can help; it cannot where the input itself is bad."""
-        return bool(self.entry["kind"] != "input")
 
 
 class Interrupted(FloodreproError, SystemExit):
@@ -95,7 +86,7 @@ class Interrupted(FloodreproError, SystemExit):
         self.exit_code = self.code = SIGNALLED + number
 
 
-def name_three(label: str, names: Sequence[str]) -> str:
+def name_three(label: str, names: Sequence[str], separator: str = ", ") -> str:
     """The label, the first three names, and how many more there are; empty without names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{label} {', '.join(names[:3])}{more}" if names else ""
+    return f"{label} {separator.join(names[:3])}{more}".strip() if names else ""

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -99,12 +98,6 @@ def refuse_code(config: Path, fix: str) -> None:
 def timestamp() -> str:
     """The time, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def free_name(path: Path) -> str:
-    """The first of NAME-2, NAME-3, … that is not taken beside *path*, with the suffix that it has."""
-    names = (f"{path.stem}-{number}{path.suffix}" for number in itertools.count(2))
-    return next(name for name in names if not path.with_name(name).exists())
 
 
 def sha256_of(path: Path) -> str:

@@ -54,10 +54,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             folder = os.open(target.parent, os.O_RDONLY)
             os.fsync(folder)  # fsync(2): of the file alone it does not keep the name
             os.close(folder)
-        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of what the disk says
+        except (OSError, RuntimeError) as error:  # torch's own, in whose context stands what the disk says
             partial.unlink(missing_ok=True)
-            fix = "free some disk and resume: the one before is whole"
-            raise CheckpointError(f"the checkpoint cannot be written: {error}", where=target, fix=fix) from error
+            what = f"the checkpoint cannot be written: {error.__context__ or error}"
+            fix = "free some disk, if it is full, and resume: the one before is whole"
+            raise CheckpointError(what, where=target, fix=fix) from error
 
 
 class ExactResume(Callback):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from floodrepro import console
-from floodrepro import recipe as recipes
-from floodrepro.cli.main import listed, new_file
+from floodrepro import console, recipe as recipes
+from floodrepro.cli import main
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError
 from floodrepro.run_folder import replacing
@@ -38,9 +37,9 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add = action(_fetch, "download the data set, or a sample of its chips, from the hub", "folder for one commit of it")
     add("--protocol", choices=drawn, help="stop before the archives if the data does not fit")
     add("--revision", default="main", metavar="SHA", help="branch, tag or commit (default: main)")
-    add("--split", type=listed, default=SPLITS, metavar="NAMES", help="as train,val (default: all)")
-    add("--modality", type=listed, default=PARTS, metavar="NAMES", help="as DEM,MASK (default: all)")
-    add("--sample", type=int, metavar="N", help="extract N chips in place of fetching the archives")
+    add("--split", type=main.listed, default=SPLITS, metavar="NAMES", help="as train,val (default: all)")
+    add("--modality", type=main.listed, default=PARTS, metavar="NAMES", help="as DEM,MASK (default: all)")
+    add("--sample", type=main.between(1, 10**6, int), metavar="N", help="extract N chips, fetch no archive")
     add("--repo", metavar="ID", help="data set repository (default: the protocol's)")
     add = action(_weights, "fetch the backbone's weights, and IBM's checkpoint, into the hub's cache", "")
     add("--config", required=True, metavar="YAML", help="the recipe that names the backbone")
@@ -48,17 +47,17 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add = action(_audit, "read every chip once and list what is wrong", "folder of chips and split/")
     add("--protocol", choices=PROTOCOLS, help="default: the recipe's")
     add("--config", metavar="YAML", help="the recipe that says which classes there are")
-    add("--split", type=listed, metavar="NAMES", help="as val,test_holdout (default: train,val,test)")
+    add("--split", type=main.listed, metavar="NAMES", help="as val,test_holdout (default: train,val,test)")
     add("--limit", type=int, metavar="N", help="chips of each split, at most")
     add("--fraction", type=float, metavar="F", help="share of the chips of each split")
     add("--jobs", type=int, metavar="N", help="threads (default: one a core, up to 16)")
     add = action(_stats, "write means and stds of an audit as a layer for fit --config", "folder that was audited")
     add("--split", default="train", metavar="NAME", help="of which split (default: train)")
-    add("--output", type=new_file, required=True, metavar="YAML", help="file to write; must be new")
+    add("--output", type=main.new_file, required=True, metavar="YAML", help="file to write; must be new")
     add = action(_show, "draw a chip with its dates, orbits and clouds", "folder of chips")
     add("chip", help="chip id")
     add("--protocol", choices=PROTOCOLS, default="custom", help="says how masks are named (default: custom)")
-    add("--output", type=new_file, required=True, metavar="PNG", help="picture to write; must be new")
+    add("--output", type=main.new_file, required=True, metavar="PNG", help="picture to write; must be new")
     add = action(_synth, "generate chips of plausible events", "folder to write; must hold no data set")
     add("--events", type=int, default=8, metavar="N", help="events, at least 3 (default: 8)")
     add("--chips", type=int, default=128, metavar="M", help="chips over all events (default: 128)")
@@ -67,7 +66,7 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=42, help="same seed, same bytes (default: 42)")
     add("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
     add("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
-    add("--layout-variant", type=listed, default=["time", "quarters"], help="storage, in turn")
+    add("--layout-variant", type=main.listed, default=["time", "quarters"], help="storage, in turn")
 
 
 def _run_data(args: argparse.Namespace) -> None:

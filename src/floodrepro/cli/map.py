@@ -7,8 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from floodrepro import __version__, console
-from floodrepro import recipe as recipes
+from floodrepro import __version__, console, recipe as recipes
 from floodrepro.cli import main, model
 from floodrepro.errors import DataError, FloodreproError, UsageError
 from floodrepro.run_folder import sha256_of, write_atomically
@@ -104,7 +103,6 @@ def _run_map(args: argparse.Namespace) -> None:
 
 
 def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:
-    """What flags, recipe and an export's weights ask for."""
     from safetensors import safe_open
 
     from floodrepro.data.protocols import protocol_of
@@ -129,7 +127,6 @@ def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Compare a map with a truth."""
     from floodrepro.evaluation import chip_table
     from floodrepro.evaluation.metrics import class_scores
     from floodrepro.mapping.mapper import compare_map
@@ -144,7 +141,6 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    """Write a scene from a STAC catalogue."""
     from shapely.errors import ShapelyError
 
     from floodrepro.mapping import plan

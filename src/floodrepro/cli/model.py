@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.cli import main
 from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe
@@ -50,10 +49,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, default: str = "the one be
 def read_recipe(args: argparse.Namespace) -> tuple[list[Path], list[str], Recipe]:
     """The files and overrides that the flags ask for, and what they fold into; it takes no time.
 
-    Without --config it is the config beside --ckpt.
-
-    Raises:
-        UsageError: A file is missing or does not parse.
+    Without --config it is the config beside --ckpt. Raises `UsageError` where a file is missing or does not parse.
     """
     checkpoint, root = getattr(args, "ckpt", None), getattr(args, "data_root", None)
     files = [recipes.find(name) for name in args.config or []] or ([config_beside(checkpoint)] if checkpoint else [])
@@ -82,7 +78,7 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="folder of all runs (default: runs)")
     add("--seed", type=int, metavar="S", help="seed of everything (default: the recipe's)")
     add("--deterministic", action="store_const", const="warn", help="torch's deterministic mode: slower, not complete")
-    add("--ckpt_path", metavar="last|FILE", help="a full state to resume from, such as last.ckpt")
+    add("--ckpt_path", metavar="last|FILE", help="a full state that a new run begins with")
     add("--weights", type=main.existing_file, metavar="FILE", help="start from a checkpoint's weights alone")
     add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
     add("--on-overflow", choices=("stop", "rollback"), default="stop", help="rollback: resume in bf16, once")

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from floodrepro import __version__, console
-from floodrepro import recipe as recipes
+from floodrepro import __version__, console, recipe as recipes
 from floodrepro.data.protocols import PARTS, PROTOCOLS, protocol_of
 from floodrepro.errors import SIGNALLED, UsageError
 from floodrepro.run_folder import DECLARATION, RunFolder, timestamp, write_atomically
@@ -165,7 +164,6 @@ def _run(stage: Stage, run_dir: Path, heading: str) -> int:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A record; empty where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError):
         return dict(json.loads(file.read_text(encoding="utf-8")))
     return {}

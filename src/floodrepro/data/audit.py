@@ -19,8 +19,8 @@ from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, S1_BANDS, S2_BANDS, SPLITS, TIMESTEPS
-from floodrepro.data.splits import choose_chips, digest_of, examples, read_events, shared_events, split_files
-from floodrepro.errors import DataError, UsageError
+from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events, split_files
+from floodrepro.errors import DataError, UsageError, name_three
 from floodrepro.run_folder import write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
@@ -103,7 +103,7 @@ def audit(
         "splits": {split: {"chips": len(c), "events": len(set(c.values()))} for split, c in listed.items()},
         "digests": {name: digest_of(source, [c for c in one if not lacking[c]], PARTS) for name, one in listed.items()},
         "findings": [
-            {"severity": severity, "check": kind, "count": len(texts), "message": examples(texts, "; ")}
+            {"severity": severity, "check": kind, "count": len(texts), "message": name_three("", texts, "; ")}
             for (severity, kind), texts in sorted(groups.items())
         ],
         "bands": {split: _statistics(totals, split) for split in listed},
@@ -124,10 +124,7 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
     """Write a PNG of a chip, and return dates, orbits and clouds by modality, each a text of four values.
 
     It shows the optical images, VV before and at the event, and the mask. What is damaged or of another shape is left
-    out with a warning.
-
-    Raises:
-        DataError: The chip is not there, or nothing of it can be drawn.
+    out with a warning; raises `DataError` where nothing of the chip can be drawn.
     """
     from matplotlib.figure import Figure
 
@@ -241,7 +238,6 @@ def _check_dates(attributes: Mapping[str, Mapping[str, Any]]) -> Iterator[Findin
 
 
 def _sum_up(arrays: Mapping[str, Array], classes: Sequence[int]) -> Sums:
-    """The sums of a chip by column of the figures."""
     facts: Sums = {}
     for part in [part for part in _BANDS if part in arrays]:
         values = arrays[part] if part in _UNSEEN else arrays[part][None, None]
@@ -302,5 +298,5 @@ def _compare_events(
         yield "error" if swapped else "warning", "no flood signature", text
     lifted = sorted(event for event, value in darkest.items() if _OFFSET < value < np.inf)
     if 0 < len(lifted) < len(darkest):
-        text = f"{examples(lifted)}: darkest B11 above {_OFFSET}, in other events below"
+        text = f"{name_three('', lifted)}: darkest B11 above {_OFFSET}, in other events below"
         yield "warning", "optical offset of 1000 in some events", text

@@ -14,7 +14,7 @@ from typing import Any
 from floodrepro import console
 from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
 from floodrepro.data.splits import FETCH_NOTE, data_in, read_commit, read_events, split_files
-from floodrepro.errors import DataError, UsageError
+from floodrepro.errors import DataError
 from floodrepro.run_folder import write_atomically
 
 _BLOCK = 2**12  # bytes that are read ahead of a remote tar
@@ -50,15 +50,12 @@ def fetch(
         `commit`; `version`, v0 or v1; `chips`, by split; `files`, the bytes of each by its path.
 
     Raises:
-        UsageError: The sample is not of 1 or more chips.
         DataError: The hub cannot be read, lacks a part, holds another version than the protocol's; the folder holds
             another commit, or data of none; the disk is too small; a file is not what the hub says it is.
     """
     from huggingface_hub import HfApi, RepoFile, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    if sample is not None and sample < 1:
-        raise UsageError(f"--sample is {sample}, expected 1 or more")
     held = read_commit(root / "data")  # of this folder, not of the one that it lies in
     if held is None and (others := data_in(root)):
         what = f"the folder holds a data set ({', '.join(others)}) and no note of its commit; nothing is overwritten"

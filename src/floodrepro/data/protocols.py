@@ -17,7 +17,8 @@ LABEL_DIR = "MASK"
 PARTS = ("S2L2A", "S1RTC", "DEM", "MASK")  # what a chip consists of: its modalities and its mask
 S2_BANDS = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12")
 S1_BANDS = ("vv", "vh")
-TIMESTEPS = ("month before", "before", "event", "after")
+STEPS = ("month_before", "before", "event", "after")  # the timesteps 0 to 3, as a scene.yaml names them
+TIMESTEPS = tuple(step.replace("_", " ") for step in STEPS)
 BEFORE, EVENT = 1, 2
 NO_DATA = -9999
 PROBABILITY_STEPS = 250  # a probability of 1 in a uint8 raster
@@ -106,8 +107,7 @@ def protocol_of(recipe: Mapping[str, Any]) -> Protocol:
     A recipe that names none, and one with another data module, is `custom`. Its classes are the recipe's own, else the
     model's `class_names`, else `class 0` and so on.
 
-    Raises:
-        UsageError: The recipe names one that is not in `PROTOCOLS`, or keys that are not that protocol's.
+    Raises `UsageError` where the recipe names one that is not in `PROTOCOLS`, or keys that are not that protocol's.
     """
     arguments = data_arguments(recipe) if uses_flood_data_module(recipe) else {}
     keys = ("protocol", "class_names", "label_map", "positive_class", "mask_suffix")
@@ -132,8 +132,7 @@ def fill_protocol(
 ) -> Protocol:
     """The protocol of a name, with what a recipe says itself filled in.
 
-    Raises:
-        ValueError: There is no such protocol, or the values are not that protocol's, or do not fit each other.
+    Raises `ValueError` where there is no such protocol, or the values are not that protocol's or do not fit each other.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol is {name!r}, expected one of {', '.join(PROTOCOLS)}")

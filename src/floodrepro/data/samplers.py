@@ -23,9 +23,7 @@ class ShuffledByEpoch(DistributedSampler[int]):
     their total size would see. Chips that do not fill a batch of all processes are left out.
 
     Args:
-        count: Number of chips.
-        seed: The run's.
-        batch_size: Chips in the batch of one process.
+        count, seed, batch_size: Number of chips, the run's seed, and the chips in the batch of one process.
         world, rank: Number of processes, and this one's, from 0.
         resumed: The epoch of a resumed run and the number of its batches that were trained before. That epoch begins
             after them; every other epoch is whole.

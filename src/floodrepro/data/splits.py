@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import LABEL_DIR, MODALITIES, SPLITS
-from floodrepro.errors import DataError, UsageError
+from floodrepro.errors import DataError, UsageError, name_three
 
 FETCH_NOTE = "floodrepro-fetch.json"  # beside `split/`: repository, commit and what was asked for
 SYNTH_NOTE = "floodrepro-synth.txt"  # there too, of generated chips: the command that makes them again
@@ -23,7 +23,7 @@ SYNTH_NOTE = "floodrepro-synth.txt"  # there too, of generated chips: the comman
 
 @dataclass(frozen=True)
 class DataState:
-    """What a run's record keeps about its data."""
+    """What a run's record keeps about its data, in JSON types."""
 
     protocol: str  # its name
     chips: dict[str, int] = field(default_factory=dict)  # by split; several test splits by their names
@@ -33,10 +33,6 @@ class DataState:
     commit: str | None = None  # the hub's, that the data was fetched from; None where it is not known
     generated: str | None = None  # the command that generated the chips
     events: dict[str, int] = field(default_factory=dict)  # by split, of all splits that are there
-
-    def as_dict(self) -> dict[str, Any]:
-        """The state as JSON types."""
-        return asdict(self)
 
 
 def read_events(path: Path) -> dict[str, str]:
@@ -57,7 +53,7 @@ def read_events(path: Path) -> dict[str, str]:
     rows = rows[1:] if rows and [cell.lower() for cell in rows[0][:2]] == ["chip", "event"] else rows
     doubles = [chip for chip, count in Counter(row[0] for row in rows).items() if count > 1]
     if doubles or not rows:
-        what = f"chips listed twice: {examples(doubles)}" if doubles else "the split file names no chip"
+        what = name_three("chips listed twice:", doubles) if doubles else "the split file names no chip"
         raise DataError(what, where=path, fix="list each chip once, one id a line")
     return {chip: event or protocols.event_of(chip) for chip, event, *_ in rows}
 
@@ -96,10 +92,8 @@ def choose_chips(
     """At most `limit` chips, or a fraction of them, and the event of each: whole events, but for the last one taken.
 
     Events and their chips are taken in the order of hashes, those with more chips than wanted last. All seeds of a
-    recipe, and every checkpoint that is tested, see the same chips.
-
-    Raises:
-        UsageError: The limit or the fraction is out of range.
+    recipe, and every checkpoint that is tested, see the same chips. A `UsageError` names a limit or
+    fraction that is out of range.
     """
     if (limit is not None and limit < 1) or (fraction is not None and not 0 < fraction <= 1):
         raise UsageError("a part of the data needs a limit of at least 1 and a fraction above 0 and at most 1")
@@ -141,9 +135,9 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
         for name, chips in read_splits(arguments, split).items():
             for part in parts:
                 if lacking := [chip for chip in chips if chip not in source.having(part)]:
-                    what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file: {examples(lacking)}"
+                    what = f"{len(lacking)} of {len(chips)} chips of {name} have no {part} file"
                     fix = "fetch or extract the missing files, or take the chips out of the split"
-                    raise DataError(what, where=source.root, fix=fix)
+                    raise DataError(name_three(f"{what}:", lacking), where=source.root, fix=fix)
             state.chips[name] = len(chips)
             state.digests[name] = digest_of(source, list(chips), parts)
     state.warnings.extend(shared_events(there, splits))
@@ -167,9 +161,7 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str])
     """One sentence for each pair of splits that share events, as published splits do, and one of which is asked for.
 
     Splits are given as chips and their events. Names as `test/holdout` are of one split: its parts may share chips.
-
-    Raises:
-        DataError: A chip is in two splits.
+    Raises `DataError` where a chip is in two splits.
     """
     sentences = []
     for (one, chips), (other, others) in combinations(splits.items(), 2):
@@ -177,10 +169,10 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str])
         if len(kinds) == 1 or not kinds & set(asked):
             continue
         if both := sorted(chips.keys() & others.keys()):
-            what = f"the same chips are in {one} and in {other}: {examples(both)}"
+            what = name_three(f"the same chips are in {one} and in {other}:", both)
             raise DataError(what, where=f"{one}, {other}", fix="take the chips out of one of the splits")
         if events := sorted(set(chips.values()) & set(others.values())):
-            sentences.append(f"events in {one} and in {other}: {len(events)}, {examples(events)}")
+            sentences.append(name_three(f"events in {one} and in {other}: {len(events)},", events))
     return sentences
 
 
@@ -199,8 +191,3 @@ def _read_note(root: Path, name: str) -> str | None:
 def data_in(root: Path) -> list[str]:
     """Those folders of a data set, `data`, `split` and one for each split, that are there."""
     return [name for name in ("data", "split", *SPLITS) if (root / name).exists()]
-
-
-def examples(names: Sequence[str], separator: str = ", ") -> str:
-    """The first three names, and `…` where there are more."""
-    return separator.join([*names[:3], *["…"] * (len(names) > 3)])

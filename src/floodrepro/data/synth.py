@@ -35,7 +35,6 @@ from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTO
 from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
-_STEPS = ("month_before", "before", "event", "after")  # as a scene.yaml names them
 _CRS, _DEGREES = "EPSG:4326", 0.00018  # about 20 m: of a scene that is not like its chips
 _MISSING = {"S1RTC": np.nan, "S2L2A": NO_DATA, "DEM": NO_DATA, "MASK": IGNORE_INDEX}
 FIRST_EVENT = 9001
@@ -157,15 +156,9 @@ def write_scene(source: Chips, chips: Sequence[str], output: Path, *, mixed: boo
     A generated event is one scene that was cut into neighbouring chips: put together again it has its river, its clouds
     and the edge of its radar swath, and `map` over it can be compared with `predict` over its chips.
 
-    Args:
-        source: Where the chips lie.
-        chips: Ids of one event's; places between them stay without data.
-        output: Folder to write.
-        mixed: Write what a map has to undo: optical bands in EPSG:4326 with pixels of 20 m, each in a file of its own,
-            1000 added as from baseline 04.00 on, and radar as linear power.
-
-    Returns:
-        The scene.yaml.
+    Places between the chips of these ids stay without data. A *mixed* scene is what a map has to undo: optical bands in
+    EPSG:4326 with pixels of 20 m, each in a file of its own, 1000 added as from baseline 04.00 on, and radar as linear
+    power. The path of scene.yaml is returned.
     """
     output.mkdir(parents=True, exist_ok=True)
     offset, bands = 1000 if mixed else 0, [*S2_BANDS, "SCL"]
@@ -193,7 +186,7 @@ def write_scene(source: Chips, chips: Sequence[str], output: Path, *, mixed: boo
     radar = 10 ** (images["S1RTC"] / 10) if mixed else images["S1RTC"]
     scene: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
     times = {sensor: source.extras(chips[0], sensor)[0]["datetime"].split(";") for sensor in scene}
-    for step, key in enumerate(_STEPS):
+    for step, key in enumerate(protocols.STEPS):
         file = save(f"s1_{key}.tif", "S1RTC", radar[step], S1_BANDS)
         scene["S1RTC"][key] = {"time": times["S1RTC"][step], "orbit": 66, "files": [file]}
         if mixed:
@@ -316,7 +309,6 @@ def zarr_zip(
 
 
 def _geotiff(values: Array, no_data: float, described: Sequence[str] = (), **options: Any) -> bytes:
-    """A GeoTIFF of bands (C, H, W)."""
     shape = dict(zip(("count", "height", "width"), values.shape, strict=True))
     with rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", dtype=values.dtype.name, nodata=no_data, **shape, **options) as target:
@@ -327,7 +319,6 @@ def _geotiff(values: Array, no_data: float, described: Sequence[str] = (), **opt
 
 
 def _pack(made: Path, lists: Mapping[str, Sequence[str]], rules: protocols.Protocol) -> None:
-    """Put the files of each split and part into a tar, as on the hub, in place of the folders."""
     for split, part in product(SPLITS, PARTS):
         (made / split).mkdir(exist_ok=True)
         with tarfile.open(made / split / f"{part}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:

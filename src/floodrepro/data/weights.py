@@ -63,13 +63,6 @@ def describe_model(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
     return [parts, f"started from {start or 'random weights'}"]
 
 
-def in_cache(file: HubFile) -> bool:
-    """Whether a file lies in huggingface_hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(file.repo, file.name, revision=file.revision), str)
-
-
 def fetch_file(file: HubFile) -> Path:
     """Fetch a file into huggingface_hub's cache, or find it there, and check its hash.
 

@@ -88,11 +88,7 @@ def write_table(table: ChipTable, path: Path) -> None:
 
 
 def read_table(path: Path) -> ChipTable:
-    """Read a table.
-
-    Raises:
-        TableError: There is no such file, it is damaged or empty, or of another schema.
-    """
+    """Read a table; raises `TableError` where there is none, or it is damaged, empty or of another schema."""
     try:
         content = pq.read_table(path, page_checksum_verification=True)
         metadata = json.loads((content.schema.metadata or {})[_KEY.encode()])

@@ -70,7 +70,7 @@ def tabulate_masks(
             batches.append(count(*(layer[None] for layer in layers), classes=len(names), positive=positive))
             show(done, len(chips))
     metadata: dict[str, Any] = {"split": split, "class_names": names, "positive_class": positive, "checkpoint": None}
-    metadata |= {"protocol": protocol.name, "data": data.as_dict(), "predictor": {"kind": "masks", "name": name}}
+    metadata |= {"protocol": protocol.name, "data": vars(data), "predictor": {"kind": "masks", "name": name}}
     metadata |= {"detail": f"{len(files)} rasters, nearest pixel", "metrics": {}, "made": timestamp()}
     table = ChipTable.of_batches(chips.items(), batches, metadata)
     unseen, counted = int(table.unseen.sum()), int(table.counts.sum())
@@ -86,8 +86,7 @@ def tabulate_masks(
 def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
     """What ``--values 1=flood,0=rest,255=none`` says: the class of each value, -1 for no data.
 
-    Raises:
-        UsageError: It does not parse, or names a class that the recipe does not have.
+    Raises `UsageError` where it does not parse, or names a class that the recipe does not have.
     """
     classes = {_NONE: -1} | {str(k): k for k in range(len(class_names))} | {n: k for k, n in enumerate(class_names)}
     try:

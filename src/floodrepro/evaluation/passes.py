@@ -14,8 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from rasterio.io import MemoryFile
 from torch import Tensor
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import DataState, check_data, read_splits
@@ -233,7 +232,7 @@ def tabulate_checkpoint(
         "recipe_sha256": recipes.fingerprint(recipe),
         "recipe_changes": changes,
         "inputs": {key: arguments[key] for key in _INPUTS if key in arguments},
-        "data": data.as_dict(),
+        "data": vars(data),
         "failed_chips": failed,
         "precision": precision,
         "device": str(cli.trainer.strategy.root_device),

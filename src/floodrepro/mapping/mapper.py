@@ -30,12 +30,12 @@ from rasterio.errors import RasterioError
 from rasterio.windows import Window, subdivide
 
 from floodrepro import console
-from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA, PROBABILITY_STEPS
+from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PROBABILITY_STEPS, STEPS
 from floodrepro.errors import CheckpointError, DataError, RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.counting import count
 from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, is_seen, water_of
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, PIXEL, STEPS, Array, Scene, opened
+from floodrepro.mapping.scene import BANDS, PIXEL, Array, Scene, opened
 from floodrepro.run_folder import write_atomically
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
 
@@ -270,7 +270,7 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
                 if made.checksum(1) != layers.checksum(number):  # where the disk is full, GDAL may say nothing
                     raise OSError(f"{name}.tif is not what was written")
         km2, shares = _areas(layers, plan["names"])
-        shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT_STEP]
+        shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT]
         titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
         polygons = _write_polygons(layers, work / "water.gpkg", hazard, plan["min_hectares"])
         _write_quicklook(layers, work / "quicklook.png", titles)
@@ -324,7 +324,6 @@ def _write_polygons(layers: DatasetReader, path: Path, name: str, min_hectares: 
 
 
 def _write_quicklook(layers: DatasetReader, path: Path, titles: tuple[str, str, str]) -> None:
-    """A PNG: the event, the probability, and the outlines of the positive class over the event."""
     step = -(-max(layers.shape) // _PICTURE)
     height, width = (-(-size // step) for size in layers.shape)
     _, probability, _, positive, *event = layers.read(out_shape=(_LAYERS, height, width))

@@ -14,8 +14,9 @@ import shapely
 from shapely.geometry import shape
 
 from floodrepro.console import public
+from floodrepro.data.protocols import STEPS
 from floodrepro.errors import FloodreproError, UsageError
-from floodrepro.mapping.scene import LAYERS, STEPS
+from floodrepro.mapping.scene import LAYERS
 
 DAY = timedelta(days=1)
 Item = dict[str, Any]

@@ -26,10 +26,10 @@ from rasterio.warp import Resampling, reproject, transform_bounds
 from rasterio.windows import Window
 
 from floodrepro.console import public
-from floodrepro.data.protocols import IGNORE_INDEX, NO_DATA, S1_BANDS, S2_BANDS
+from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, S1_BANDS, S2_BANDS
 from floodrepro.errors import UsageError
 from floodrepro.mapping import scene as scenes
-from floodrepro.mapping.scene import BANDS, EVENT_STEP, SCL, Acquisition, Array, Bands, Grid, Scene
+from floodrepro.mapping.scene import BANDS, SCL, Acquisition, Array, Bands, Grid, Scene
 
 RESAMPLING = {"S2L2A": "bilinear", "S1RTC": "bilinear", "DEM": "bilinear", SCL: "nearest"}  # radar: in the file's unit
 _NAMES = ("no radar at the event", "no optical at the event", "cloud", "cloud shadow", "snow", "no elevation")
@@ -166,7 +166,7 @@ class Reader:
 
     def event(self, modality: str, bands: slice = np.s_[:1]) -> Array:
         """Some bands of a modality at the event, or of the terrain model, in the rows that are held, (C, H, W)."""
-        return self.cut(modality, part=np.s_[self.steps[modality].index(0 if modality == "DEM" else EVENT_STEP), bands])
+        return self.cut(modality, part=np.s_[self.steps[modality].index(0 if modality == "DEM" else EVENT), bands])
 
     def _begin(self, index: int) -> tuple[dict[str, Array], list[Future[None]]]:
         """Start reading a row of blocks; what no file has, or no polygon meets, stays missing."""
@@ -191,7 +191,7 @@ class Reader:
             values = _chip_values(read_source(a, bands, BANDS[a.sensor], self._scene, window), a, offset)
             new = _is_missing(out) & ~_is_missing(values)
             np.copyto(out, values, where=new)
-            if SCL in bands and a.step == EVENT_STEP:
+            if SCL in bands and a.step == EVENT:
                 classes = read_source(a, bands, (SCL,), self._scene, window)[0]
                 clouds[new] = _SCL_BITS[np.nan_to_num(classes[new]).astype(np.uint8)]
             if not _is_missing(out).any():
@@ -242,8 +242,8 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
     for a, b in itertools.pairwise(timed):  # by sensor, each in order of steps
         if a.sensor == b.sensor and a.time >= b.time:
             yield f"{a.name} ({a.time:%F}) is not before {b.name} ({b.time:%F}): are the dates swapped?"
-    radar, optical = (scene.acquisitions.get((sensor, EVENT_STEP)) for sensor in ("S1RTC", "S2L2A"))
-    before = scene.acquisitions.get(("S1RTC", EVENT_STEP - 1))
+    radar, optical = (scene.acquisitions.get((sensor, EVENT)) for sensor in ("S1RTC", "S2L2A"))
+    before = scene.acquisitions.get(("S1RTC", BEFORE))
     was, now = (a.said.get("orbit") if a else None for a in (before, radar))
     if was and now and was != now:
         yield f"S1RTC: orbit {was} before and {now} at the event: what changed may be the view alone"

@@ -22,15 +22,13 @@ from rasterio.errors import CRSError, RasterioError
 
 from floodrepro import recipe as recipes
 from floodrepro.console import public
-from floodrepro.data.protocols import S1_BANDS, S2_BANDS
+from floodrepro.data.protocols import EVENT, S1_BANDS, S2_BANDS, STEPS
 from floodrepro.errors import DataError, UsageError
 
 Array = NDArray[Any]
 Grid = Any  # what has crs, transform, height and width: a scene or an open raster
 Bands = dict[str, tuple[str, int]]  # by name, a path or link and the band's number in it
 DEGREES = "EPSG:4326"
-STEPS = ("month_before", "before", "event", "after")  # the data set's timesteps 0 to 3
-EVENT_STEP = 2
 SCL = "SCL"  # Sen2Cor's scene classification, optional
 BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
 LAYERS = BANDS | {"S2L2A": (*S2_BANDS, SCL)}  # what files may have
@@ -195,7 +193,7 @@ def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Ac
     if content.get("area"):
         parts, crs = read_area(content["area"], folder), CRS.from_user_input(DEGREES)
     else:
-        sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT_STEP), key[0]))
+        sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT), key[0]))
         with opened(found[sensor, step].sources[0][0][BANDS[sensor][0]][0]) as raster:
             parts, crs = np.array([shapely.box(*raster.bounds)]), CRS.from_user_input(raster.crs)
     epsg = crs.to_epsg() or 0

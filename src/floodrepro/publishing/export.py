@@ -11,8 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from floodrepro import __version__
-from floodrepro import recipe as recipes
+from floodrepro import __version__, recipe as recipes
 from floodrepro.data import protocols
 from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.recipe import Recipe
@@ -40,11 +39,11 @@ class ExportedWeights:
 
 
 def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> ExportedWeights:
-    """Write NAME.safetensors and NAME.yaml of a checkpoint and the recipe that it was trained with.
+    """Write NAME.yaml and NAME.safetensors of a checkpoint and the recipe of its training, or find the same two there.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or holds values that are not finite.
-        UsageError: The recipe is another model's, or a file of that name is there already.
+        UsageError: The recipe is another model's, or another export has that name already.
     """
     from safetensors.torch import save_file
 
@@ -57,8 +56,6 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         what = f"the checkpoint was made with another recipe: {'; '.join(differences)}"
         raise UsageError(what, where=checkpoint_path, fix="give the --config that it was trained with")
     weights, config = output / f"{name}.safetensors", output / f"{name}.yaml"
-    if there := next((file for file in (weights, config) if file.exists()), None):
-        raise UsageError("the file exists already and is not overwritten", where=there, fix="--output DIR")
     protocol, fingerprint = protocols.protocol_of(recipe), recipes.fingerprint(recipe)
     metadata = {
         "class_names": json.dumps(protocol.class_names),
@@ -72,21 +69,25 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
     # The names of Lightning's state dict, of which TerraTorch strips one leading "model."; clone, for safetensors
     # refuses tensors that share memory.
     tensors = {f"model.{name}": tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
+    text = _HEADER.format(checkpoint=checkpoint_path.name, sha256=fingerprint) + recipes.to_yaml(_portable(recipe))
+    there = read_exported(weights) if weights.exists() else None
+    if (there and there.metadata != metadata) or (config.exists() and config.read_text(encoding="utf-8") != text):
+        raise UsageError("another export is here already and is not overwritten", where=weights, fix="--output DIR")
+    if there:  # made by the same command, which was interrupted later on
+        return there
     output.mkdir(parents=True, exist_ok=True)
+    write_atomically(config, text)
     with replacing(weights) as partial:
         save_file(tensors, partial, metadata=metadata)
         _sort_header(partial)
         partial.chmod(0o644)
-    header = _HEADER.format(checkpoint=checkpoint_path.name, sha256=fingerprint)
-    write_atomically(config, header + recipes.to_yaml(_portable(recipe)))
     return read_exported(weights)
 
 
 def read_exported(path: Path) -> ExportedWeights:
     """Read the header of an exported safetensors file, and hash all of it. Needs no torch.
 
-    Raises:
-        CheckpointError: It is missing or damaged, or the YAML beside it is missing.
+    Raises `CheckpointError` where it is missing or damaged, or the YAML beside it is missing.
     """
     try:
         with safe_open(str(path), framework="np") as file:

@@ -69,8 +69,7 @@ def examine(
 def check_before_fit(recipe: Recipe, runs: Path) -> None:
     """Warn of what may hurt a fit; of several processes of one run, the first one does. Arguments as for `examine`.
 
-    Raises:
-        FloodreproError: Something will stop the fit, or make it another run than the recipe describes.
+    Raises `FloodreproError` where something will stop the fit, or make it another run than the recipe describes.
     """
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))):
         return
@@ -193,7 +192,6 @@ def check_gpus(answer: Mapping[str, Any], recipe: Recipe, root: Path = Path("/")
 
 
 def _why_no_gpu(answer: Mapping[str, Any], root: Path, *, on_cpu: bool) -> Finding:
-    """Why torch uses no GPU, and what to do about it where there is one."""
     vendor, build = _vendor(root), "AMD" if answer.get("hip") else "NVIDIA" if answer.get("cuda") else "the CPU"
     variables = [f"{name}_VISIBLE_DEVICES" for name in ("CUDA", "HIP", "ROCR")]
     hidden = next((name for name in variables if os.environ.get(name) in ("", "-1")), None)
@@ -262,15 +260,15 @@ def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root:
 
 def check_backbone(recipe: Recipe) -> list[Finding]:
     """Whether the pretrained weights that TerraTorch will ask for are in the hub's cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    from floodrepro.data.weights import backbone_weights, in_cache
+    from floodrepro.data.weights import backbone_weights
 
     file = backbone_weights(_of(recipe, _ARGUMENTS, {}))
     if file is None:
         return []
     offline = constants.HF_HUB_OFFLINE
-    held = in_cache(file)
+    held = isinstance(try_to_load_from_cache(file.repo, file.name, revision=file.revision), str)
     detail = f"{file.name} is {'' if held else 'not '}in {constants.HF_HUB_CACHE}"
     fix = shlex.join(file.command) + ("  # where there is a network; then copy the cache" if offline else "")
     return [_judge("backbone", held, detail, fix, "fail" if offline else "warn")]

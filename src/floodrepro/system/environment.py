@@ -31,17 +31,15 @@ _PACKAGES = (
 _VARIABLES = re.compile(
     r"(OMP|MKL)_NUM_THREADS|PYTHONHASHSEED|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|(MIOPEN|PYTORCH|HSA|NCCL|TORCH)_.*"
 )
+_SECONDS = 120  # that torch may take to answer
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
 
 
 def environment(precision: str | None = None, *, root: Path = Path("/")) -> dict[str, Any]:
     """Where a run runs, in JSON types, for ``run.json``.
 
-    It asks torch for its devices, which opens a context on them: call it where the run would do so anyway.
-
-    Args:
-        precision: The trainer's precision, recorded as given.
-        root: Where ``/proc``, ``/sys``, ``/etc`` and ``/opt`` are looked for.
+    It asks torch for its devices, which opens a context on them: call it where the run would do so anyway. The
+    trainer's precision is recorded as given; `root` is where ``/proc``, ``/sys``, ``/etc`` and ``/opt`` are looked for.
     """
     import torch  # a command that only asks for code_version() need not wait for it
 
@@ -217,7 +215,7 @@ def _cgroups(root: Path, controller: str) -> list[Path]:
     return folders
 
 
-def ask_torch(timeout: float = 120) -> dict[str, Any]:
+def ask_torch() -> dict[str, Any]:
     """What torch makes of this machine: asked in a process of its own, which a broken build may end.
 
     Returns:
@@ -225,9 +223,9 @@ def ask_torch(timeout: float = 120) -> dict[str, Any]:
         ``devices``, each with ``name``, ``memory`` and ``free`` in bytes, ``float16`` and ``bfloat16``, or ``error``.
     """
     try:
-        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
-        return {"devices": [], "error": f"torch gave no answer within {timeout:.0f} s"}
+        return {"devices": [], "error": f"torch gave no answer within {_SECONDS} s"}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
     said = (done.stderr.strip().splitlines() or [""])[-1]

@@ -17,8 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from floodrepro import console, errors
-from floodrepro import recipe as recipes
+from floodrepro import console, errors, recipe as recipes
 from floodrepro.callbacks import ExactResume, NaNGuard, RunRecord
 from floodrepro.callbacks.exact_resume import LAST, PREVIOUS
 from floodrepro.data.splits import DataState, check_data
@@ -53,7 +52,7 @@ def fit(
     Args:
         cli: The parsed recipe.
         path: The run folder; it is made if it does not exist.
-        ckpt_path: A full state to resume from: a path, or "last" for the run's own.
+        ckpt_path: A full state that a new run begins with; "last", the run's own, is resumed from anyway.
         weights: A checkpoint whose weights a new run starts from, with a fresh optimizer.
         allow_changes: Resume although data, packages or settings changed; it is recorded.
         on_overflow: "stop", or "rollback": once, resume from the last good state in bf16.
@@ -80,6 +79,7 @@ def fit(
     chosen_by = terratorch_cli.into_run_folder(cli.config, run, record.get("loggers") or {})
     if record.get("rollback"):
         cli.config.trainer.precision = _ROLLBACK_PRECISION
+    ckpt_path = None if ckpt_path == "last" else ckpt_path  # a run's own state is taken up in any case
     if weights is not None or ckpt_path is not None or (run.checkpoints / LAST).exists():
         terratorch_cli.forget_pretrained_weights(cli.config)
     _build(cli, data)
@@ -106,12 +106,13 @@ def fit(
             if state is not None:
                 resumed = {"when": timestamp(), "from": state.name, "changes": changes}
                 entries["resumes"] = [*record.get("resumes", []), resumed]
-            if weights is not None and state is not None:
+            source = sha256_of(weights) if weights is not None else None
+            if weights is not None and state is None:
+                left_out = load_weights(cli.model.model, read_checkpoint(weights), strict=False) or None
+                entries["started_from"] = {"file": weights.name, "sha256": source, "left_out": left_out}
+            elif source not in (None, (record.get("started_from") or {}).get("sha256")):
                 what = "--weights starts a new run, and this one has trained"
                 raise errors.UsageError(what, where=state, fix="give another --name")
-            if weights is not None:
-                left_out = load_weights(cli.model.model, read_checkpoint(weights), strict=False) or None
-                entries["started_from"] = {"file": weights.name, "sha256": sha256_of(weights), "left_out": left_out}
             if trainer.is_global_zero and not finished:
                 _begin(cli, run, data, entries)
         if finished:
@@ -173,7 +174,7 @@ def _choose_state(
     """What all parts of a run have in common, the state to resume from, and what changed since: by files alone."""
     kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
     now = {"recipe": kept, "data": dict(data.digests), "packages": {name: version(name) for name in _PACKAGES}}
-    state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path not in (None, "last") else None)
+    state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path else None)
     if state is None:
         return now, None, []
     try:
@@ -218,7 +219,7 @@ def _begin(cli: terratorch_cli.RecipeCLI, run: RunFolder, data: DataState, entri
     trainer, batch = cli.trainer, getattr(cli.datamodule, "batch_size", None)
     entries |= {"status": "running", "ended": None, "reason": None, "command": ["floodrepro", *sys.argv[1:]]}
     entries |= {"recipe_sha256": run.save_recipe(cli.recipe), "seed": cli.config.seed_everything}
-    entries |= {"data": data.as_dict(), "batch_size": batch, "processes": trainer.world_size}
+    entries |= {"data": vars(data), "batch_size": batch, "processes": trainer.world_size}
     run.update_record(**entries, environment=environment(str(trainer.precision)))
     parameters = sum(parameter.numel() for parameter in cli.model.parameters())
     console.say(f"{parameters:,} parameters, chips {data.chips}")

@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.errors import UsageError
 from floodrepro.recipe import Recipe
 from floodrepro.run_folder import RunFolder
@@ -137,8 +136,7 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
     def build(self) -> None:
         """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
 
-        Raises:
-            UsageError: A constructor refuses a value, or the recipe asks for fp16 and would run on a CPU.
+        Raises `UsageError` where a constructor refuses a value, or the recipe asks for fp16 and would run on a CPU.
         """
         accelerator, precision = str(self.config.trainer.accelerator), str(self.config.trainer.precision)
         on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())

@@ -22,6 +22,7 @@ CHECKS = {name: getattr(module, name) for name in CRITERIA for module in (scores
 """The checks that read files alone, the functions of their ids. Those of `measure` have the other ids."""
 DAMAGED = (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError)
 """What comes of a record that someone has edited."""
+_PUBLISHED = Path(__file__).parent / "reference"
 _Absent = dict[str, tuple[Status, str]]
 
 
@@ -51,11 +52,7 @@ def ask(name: str, evidence: Evidence) -> Check:
 
 
 def required_checks(asked: str | None) -> list[str]:
-    """Which checks are required: "all", ids with commas, or None for those of checks.yaml.
-
-    Raises:
-        UsageError: There is no such check.
-    """
+    """Which checks are required: "all", ids with commas, or None for those of checks.yaml; UsageError for another."""
     if asked is None:
         return [name for name, about in CRITERIA.items() if about.get("required")]
     wanted = list(CRITERIA) if asked == "all" else asked.split(",")
@@ -63,11 +60,6 @@ def required_checks(asked: str | None) -> list[str]:
         fix = f"one of {', '.join(CRITERIA)}, or all"
         raise UsageError(f"there is no check {unknown[0]!r}", where="--require", fix=fix)
     return wanted
-
-
-def load_published() -> dict[str, dict[str, Any]]:
-    """Published figures with their sources, by stem: verification/reference/*.yaml of the package."""
-    return {path.stem: recipes.read_yaml(path) for path in sorted((Path(__file__).parent / "reference").glob("*.yaml"))}
 
 
 def gather(
@@ -125,7 +117,7 @@ def gather(
         measured=kept.get("checks") or {},
         seeds=runs,
         audit=next((_read(path, "audit", absent) or {} for path in manifests if path.is_file()), {}),
-        published=load_published(),
+        published={path.stem: recipes.read_yaml(path) for path in sorted(_PUBLISHED.glob("*.yaml"))},
         absent=absent,
     )
 
@@ -148,7 +140,6 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _logged_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, every value a number."""
     rows = RunFolder(path.parent).read_metrics()
     if not rows:
         raise ValueError("it holds no rows")

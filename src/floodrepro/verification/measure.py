@@ -18,8 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from floodrepro import console
-from floodrepro import recipe as recipes
+from floodrepro import console, recipe as recipes
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.errors import CheckpointError, DataError, FloodreproError, TableError, UsageError
@@ -55,13 +54,10 @@ with torch.inference_mode():
 
 
 def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | None) -> Path:
-    """The chip table of a checkpoint; it is tested first if it has none.
+    """The chip table of a checkpoint; it is tested first if it has none, and a `FloodreproError` says why it cannot be.
 
     A checkpoint outside a run folder is read with the config beside it or, without one, with this run's, and its
     table is kept in this run's `evaluation/reference/`.
-
-    Raises:
-        FloodreproError: It cannot be tested.
     """
     home, config, made_from = RunFolder.of_checkpoint(checkpoint), run.recipe, None
     folder = None if home else run.evaluation / "reference"
@@ -219,7 +215,6 @@ class _Maps(ChipCounts):
         self.seen: dict[str, dict[str, npt.NDArray[np.int8]]] = {}
 
     def use(self, logits: Tensor, files: list[tuple[str, str]], batch: Any, task: Any) -> None:
-        """Keep the batch's maps."""
         super().use(logits, files, batch, task)
         pairs = (task.squeeze_ground_truth(batch["mask"]), logits.argmax(dim=1))
         truth, prediction = (each.to(torch.int8).cpu().numpy() for each in pairs)
@@ -236,14 +231,14 @@ def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor], bits: Cal
     return sorted({name for name, *_ in ours ^ theirs})
 
 
-def _raw_chips(recipe: recipes.Recipe, size: int = 64) -> dict[str, Tensor]:
+def _raw_chips(recipe: recipes.Recipe) -> dict[str, Tensor]:
     """Raw values (2, C, T, H, W) by modality: noise around the recipe's means, of the second chip a half is zero."""
     arguments, generator, chips = protocols.data_arguments(recipe), torch.Generator().manual_seed(0), {}
     for name, means in (arguments.get("means") or {}).items():
-        shape = (2, len(means), len(arguments.get("timesteps") or range(4)), size, size)
+        shape = (2, len(means), len(arguments.get("timesteps") or range(4)), 64, 64)
         mean, std = (torch.tensor(arguments[key][name]).view(-1, 1, 1, 1) for key in ("means", "stds"))
         chips[name] = mean + std * torch.randn(shape, generator=generator)
-        chips[name][1, ..., : size // 2] = 0
+        chips[name][1, ..., :32] = 0
     return chips
 
 

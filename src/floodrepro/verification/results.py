@@ -59,8 +59,7 @@ def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, A
 def load(path: Path, weights: str | None = None) -> dict[str, Any]:
     """Read results.json, which must not be of other weights than those of this sha256, if one is given.
 
-    Raises:
-        TableError: It cannot be read, is damaged, or of another schema or checkpoint.
+    Raises `TableError` where it cannot be read, is damaged, or of another schema or checkpoint.
     """
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -76,8 +75,6 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
 
 
 def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
-    """How the checks ended, which of the required ones are not met, and a text of it."""
-
     def is_met(check: Check) -> bool:
         fails_alone = require is None and CRITERIA[check["id"]].get("comparison")
         passed = check["status"] == "pass" and check["outcome"] in (None, "equivalent")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from floodrepro import recipe as recipes
+from floodrepro.errors import name_three
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.run_folder import RunFolder
 
@@ -68,11 +69,7 @@ class Evidence:
         return Unanswered(*self.absent.get(name, ("skip", otherwise)))
 
     def usable_table(self) -> ChipTable:
-        """The run's chip table.
-
-        Raises:
-            Unanswered: There is none, or nothing can be computed from it.
-        """
+        """The run's chip table; raises `Unanswered` where there is none, or nothing can be computed from it."""
         if self.table is None:
             raise self.without("table", "the run has no chip table")
         if not self.table.counts.any():
@@ -108,10 +105,9 @@ def figure(
     return found | dict(zip(("low", "high", "level"), interval, strict=True)) | {"criterion": criterion, "ok": ok}
 
 
-def tally(what: str, names: Sequence[str], allowed: int = 0) -> dict[str, Any]:
+def tally(what: str, names: Sequence[str]) -> dict[str, Any]:
     """As a figure, how many there are; it names the first of them."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return figure(f"{what} ({', '.join(names[:5])}{more})" if names else what, len(names), at_most=allowed)
+    return figure(f"{what} ({name_three('', names)})" if names else what, len(names), at_most=0)
 
 
 def judge(values: Sequence[Mapping[str, Any]], found: str, skip: str = "", **parts: Any) -> Check:

@@ -218,7 +218,6 @@ def points(value: float) -> str:
 
 
 def _decide(result: intervals.Result, counted: str, more: str = "", **parts: Any) -> Check:
-    """The answer that a difference to the reference gives."""
     margin, level, enough = (CRITERIA["parity"][key] for key in ("margin_pp", "level", "enough_events"))
     tests = (margin / 100, (1 - level) / 2)
     word = result.verdict(*tests)
