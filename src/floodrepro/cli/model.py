@@ -49,7 +49,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser, default: str = "the one be
 def read_recipe(args: argparse.Namespace) -> tuple[list[Path], list[str], Recipe]:
     """The files and overrides that the flags ask for, and what they fold into; it takes no time.
 
-    Without --config it is the config beside --ckpt. Raises `UsageError` where a file is missing or does not parse.
+    Without --config it is the config beside --ckpt.
+
+    Raises:
+        UsageError: A file is missing or does not parse.
     """
     checkpoint, root = getattr(args, "ckpt", None), getattr(args, "data_root", None)
     files = [recipes.find(name) for name in args.config or []] or ([config_beside(checkpoint)] if checkpoint else [])

@@ -124,7 +124,10 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
     """Write a PNG of a chip, and return dates, orbits and clouds by modality, each a text of four values.
 
     It shows the optical images, VV before and at the event, and the mask. What is damaged or of another shape is left
-    out with a warning; raises `DataError` where nothing of the chip can be drawn.
+    out with a warning.
+
+    Raises:
+        DataError: The chip is not there, or nothing of it can be drawn.
     """
     from matplotlib.figure import Figure
 

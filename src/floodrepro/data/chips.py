@@ -95,8 +95,10 @@ class Chips:
     def bands(self, chip: str, modality: str, empty: Callable[..., Array] = np.empty) -> Array:
         """A chip's S2L2A (T, C, H, W), int16 reflectance x 10,000, or S1RTC (T, 2, H, W), float16 dB, as on disk.
 
-        It is decoded into what `empty(shape, dtype)` returns, and the checksum of each chunk is compared; raises
-        `DataError` where the part is missing or damaged.
+        It is decoded into what `empty(shape, dtype)` returns.
+
+        Raises:
+            DataError: The part is missing or damaged; the checksum of each chunk is compared.
         """
         return self._read(chip, modality, functools.partial(read_bands, empty=empty))
 
@@ -191,8 +193,10 @@ def tar_index(tar: Path) -> dict[str, tuple[int, int]]:
     """Offset and size in bytes of each regular file of a tar, by its name without folders, from the tar's headers.
 
     The index is kept beside the tar or, where that folder is read-only, in the user's cache, and made anew when the
-    tar's size or time of change is another. Of several processes one reads the headers and the others wait. A
-    `DataError` is raised for a damaged tar.
+    tar's size or time of change is another. Of several processes one reads the headers and the others wait.
+
+    Raises:
+        DataError: The tar is damaged.
     """
     state = [tar.stat().st_size, tar.stat().st_mtime_ns]
     saved = tar.with_name(f"{tar.name}.index.json")

@@ -50,7 +50,8 @@ def draw_symmetry(seed: int, epoch: int, chip: str) -> int:
 def apply_symmetry(symmetry: int, image: torch.Tensor) -> torch.Tensor:
     """Apply a symmetry (0 to 3: quarter turns; 4 to 7: of the transposed image) to the last two axes (..., H, W).
 
-    Raises `ValueError` where the image is not square and is to be turned.
+    Raises:
+        ValueError: The image is not square, and is to be turned.
     """
     if symmetry and image.shape[-1] != image.shape[-2]:
         raise ValueError(f"augment needs square chips, these have {image.shape[-2]} x {image.shape[-1]} pixels")
@@ -59,7 +60,13 @@ def apply_symmetry(symmetry: int, image: torch.Tensor) -> torch.Tensor:
 
 
 class ChipDataset(Dataset[dict[str, Any]]):
-    """Chips of one split as they are on disk, read a batch at a time: ids, and parts (S2L2A, S1RTC, DEM, MASK)."""
+    """Chips of one split as they are on disk, read a batch at a time.
+
+    Args:
+        source: Where they lie.
+        chips: Their ids.
+        parts: Any of S2L2A, S1RTC, DEM, MASK.
+    """
 
     def __init__(self, source: Chips, chips: Sequence[str], parts: Sequence[str]) -> None:
         self.source, self.chips, self.parts = source, list(chips), parts
@@ -230,7 +237,8 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn raw chips, on the device by now, into what the model is given, and record what is wrong with some.
 
-        Raises `DataError` where more chips than `skip_damaged` could not be read, or all of a batch.
+        Raises:
+            DataError: More chips than `skip_damaged` could not be read, or all of a batch.
         """
         if "chip" not in batch:
             return batch

@@ -107,7 +107,8 @@ def protocol_of(recipe: Mapping[str, Any]) -> Protocol:
     A recipe that names none, and one with another data module, is `custom`. Its classes are the recipe's own, else the
     model's `class_names`, else `class 0` and so on.
 
-    Raises `UsageError` where the recipe names one that is not in `PROTOCOLS`, or keys that are not that protocol's.
+    Raises:
+        UsageError: The recipe names one that is not in `PROTOCOLS`, or keys that are not that protocol's.
     """
     arguments = data_arguments(recipe) if uses_flood_data_module(recipe) else {}
     keys = ("protocol", "class_names", "label_map", "positive_class", "mask_suffix")
@@ -132,7 +133,8 @@ def fill_protocol(
 ) -> Protocol:
     """The protocol of a name, with what a recipe says itself filled in.
 
-    Raises `ValueError` where there is no such protocol, or the values are not that protocol's or do not fit each other.
+    Raises:
+        ValueError: There is no such protocol, or the values are not that protocol's, or do not fit each other.
     """
     if name not in PROTOCOLS:
         raise ValueError(f"protocol is {name!r}, expected one of {', '.join(PROTOCOLS)}")

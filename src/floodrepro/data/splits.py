@@ -92,8 +92,10 @@ def choose_chips(
     """At most `limit` chips, or a fraction of them, and the event of each: whole events, but for the last one taken.
 
     Events and their chips are taken in the order of hashes, those with more chips than wanted last. All seeds of a
-    recipe, and every checkpoint that is tested, see the same chips. A `UsageError` names a limit or
-    fraction that is out of range.
+    recipe, and every checkpoint that is tested, see the same chips.
+
+    Raises:
+        UsageError: The limit or the fraction is out of range.
     """
     if (limit is not None and limit < 1) or (fraction is not None and not 0 < fraction <= 1):
         raise UsageError("a part of the data needs a limit of at least 1 and a fraction above 0 and at most 1")
@@ -161,7 +163,9 @@ def shared_events(splits: Mapping[str, Mapping[str, str]], asked: Sequence[str])
     """One sentence for each pair of splits that share events, as published splits do, and one of which is asked for.
 
     Splits are given as chips and their events. Names as `test/holdout` are of one split: its parts may share chips.
-    Raises `DataError` where a chip is in two splits.
+
+    Raises:
+        DataError: A chip is in two splits.
     """
     sentences = []
     for (one, chips), (other, others) in combinations(splits.items(), 2):

@@ -156,9 +156,15 @@ def write_scene(source: Chips, chips: Sequence[str], output: Path, *, mixed: boo
     A generated event is one scene that was cut into neighbouring chips: put together again it has its river, its clouds
     and the edge of its radar swath, and `map` over it can be compared with `predict` over its chips.
 
-    Places between the chips of these ids stay without data. A *mixed* scene is what a map has to undo: optical bands in
-    EPSG:4326 with pixels of 20 m, each in a file of its own, 1000 added as from baseline 04.00 on, and radar as linear
-    power. The path of scene.yaml is returned.
+    Args:
+        source: Where the chips lie.
+        chips: Ids of one event's; places between them stay without data.
+        output: Folder to write.
+        mixed: Write what a map has to undo: optical bands in EPSG:4326 with pixels of 20 m, each in a file of its own,
+            1000 added as from baseline 04.00 on, and radar as linear power.
+
+    Returns:
+        The scene.yaml.
     """
     output.mkdir(parents=True, exist_ok=True)
     offset, bands = 1000 if mixed else 0, [*S2_BANDS, "SCL"]

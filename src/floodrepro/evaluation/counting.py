@@ -20,7 +20,8 @@ def count(
     not count, a prediction of -1 is none. `probability` (B, H, W) is that of the class `positive`, -1 the last; without
     it three of the columns are missing.
 
-    Raises `DataError` where the truth or the prediction holds a class that is none of the K.
+    Raises:
+        DataError: The truth or the prediction holds a class that is none of the K.
     """
     # The sums of probabilities have no deterministic form on a GPU.
     device = "cpu" if torch.are_deterministic_algorithms_enabled() else None

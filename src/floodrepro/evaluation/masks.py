@@ -86,7 +86,8 @@ def tabulate_masks(
 def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
     """What ``--values 1=flood,0=rest,255=none`` says: the class of each value, -1 for no data.
 
-    Raises `UsageError` where it does not parse, or names a class that the recipe does not have.
+    Raises:
+        UsageError: It does not parse, or names a class that the recipe does not have.
     """
     classes = {_NONE: -1} | {str(k): k for k in range(len(class_names))} | {n: k for k, n in enumerate(class_names)}
     try:

@@ -121,7 +121,8 @@ def read_records(run: RunFolder | None, recipe: Recipe, digest: str) -> tuple[di
 def factors_of(pue: Sequence[str] | None, grid: Sequence[str] | None) -> Factors:
     """`Factors` from the two flags, each a figure and its source; None where neither was given.
 
-    Raises `UsageError` where one is missing, without its source, or out of range.
+    Raises:
+        UsageError: One is missing, without its source, or out of range.
     """
     if pue is None and grid is None:
         return None

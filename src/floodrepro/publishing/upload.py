@@ -70,7 +70,10 @@ def upload(plan: Mapping[str, Any]) -> str:
     """Make the repository if it is not there, commit the plan's files at once, and return the commit's address.
 
     ``upload_folder`` may spread a folder over several commits (huggingface_hub 2.4 with hf_xet), hence
-    ``create_commit``. Raises `FloodreproError` where there is no token, or the hub refuses or cannot be reached.
+    ``create_commit``.
+
+    Raises:
+        FloodreproError: There is no token, or the hub refuses or cannot be reached.
     """
     repo, branch, private, where = plan["repo"], plan["branch"], plan["private"], f"{plan['endpoint']}/{plan['repo']}"
     files = [CommitOperationAdd(name, Path(plan["folder"], name)) for name in plan["files"]]

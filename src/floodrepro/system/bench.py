@@ -38,7 +38,11 @@ class StepClock(Callback):
     In a training the chips come in the order of the split, over and over, on both sides; dropout is drawn from the same
     seed. float32 matrix products are exact on both sides: importing TerraTorch would leave bf16 products on some CPUs.
 
-    The steps that count follow those of the warm-up; with `read_only` their batches are read and none is trained on.
+    Args:
+        output: The JSON file.
+        steps: Steps that count.
+        warm_up: Steps before them.
+        read_only: Read the batches of the steps and train on none.
     """
 
     def __init__(self, output: str, steps: int, warm_up: int, read_only: bool = False) -> None:
@@ -115,7 +119,8 @@ def bench(action: str, recipe: Recipe, folder: Path, *, steps: int, rounds: int)
         steps: Training steps, or batches read, that count. A test counts its whole split but for the warm-up.
         rounds: Processes of each side.
 
-    Raises `FloodreproError` where a process failed, or ended before its steps.
+    Raises:
+        FloodreproError: A process failed, or ended before its steps.
     """
     arguments = recipe["data"]["init_args"]
     # Batches that lie ready before the first step say nothing about how fast they are read.

@@ -69,7 +69,8 @@ def examine(
 def check_before_fit(recipe: Recipe, runs: Path) -> None:
     """Warn of what may hurt a fit; of several processes of one run, the first one does. Arguments as for `examine`.
 
-    Raises `FloodreproError` where something will stop the fit, or make it another run than the recipe describes.
+    Raises:
+        FloodreproError: Something will stop the fit, or make it another run than the recipe describes.
     """
     if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))):
         return

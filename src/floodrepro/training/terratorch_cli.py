@@ -136,7 +136,8 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
     def build(self) -> None:
         """Seed everything and build model, data module and trainer as ``model``, ``datamodule`` and ``trainer``.
 
-        Raises `UsageError` where a constructor refuses a value, or the recipe asks for fp16 and would run on a CPU.
+        Raises:
+            UsageError: A constructor refuses a value, or the recipe asks for fp16 and would run on a CPU.
         """
         accelerator, precision = str(self.config.trainer.accelerator), str(self.config.trainer.precision)
         on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())

@@ -52,7 +52,11 @@ def ask(name: str, evidence: Evidence) -> Check:
 
 
 def required_checks(asked: str | None) -> list[str]:
-    """Which checks are required: "all", ids with commas, or None for those of checks.yaml; UsageError for another."""
+    """Which checks are required: "all", ids with commas, or None for those of checks.yaml.
+
+    Raises:
+        UsageError: There is no such check.
+    """
     if asked is None:
         return [name for name, about in CRITERIA.items() if about.get("required")]
     wanted = list(CRITERIA) if asked == "all" else asked.split(",")

@@ -76,7 +76,9 @@ def choose_chips_to_show(table: ChipTable) -> dict[str, int]:
     """Rows of the chips to show, by kind, as far as there are any: best, median and worst IoU, and empty.
 
     The first three have a share of MIN_SHARE of the class in the truth, the empty one the most false alarms.
-    Raises `TableError` where there is no chip to show.
+
+    Raises:
+        TableError: There is no chip to show.
     """
     counts, k = table.counts, table.positive
     pixels, truth, called = counts.sum(axis=(1, 2)), counts[:, k].sum(axis=1), counts[:, :, k].sum(axis=1)

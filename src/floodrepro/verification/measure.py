@@ -54,10 +54,13 @@ with torch.inference_mode():
 
 
 def table_of(run: RunFolder, checkpoint: Path, split: str, data_root: Path | None) -> Path:
-    """The chip table of a checkpoint; it is tested first if it has none, and a `FloodreproError` says why it cannot be.
+    """The chip table of a checkpoint; it is tested first if it has none.
 
     A checkpoint outside a run folder is read with the config beside it or, without one, with this run's, and its
     table is kept in this run's `evaluation/reference/`.
+
+    Raises:
+        FloodreproError: It cannot be tested.
     """
     home, config, made_from = RunFolder.of_checkpoint(checkpoint), run.recipe, None
     folder = None if home else run.evaluation / "reference"

@@ -59,7 +59,8 @@ def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, A
 def load(path: Path, weights: str | None = None) -> dict[str, Any]:
     """Read results.json, which must not be of other weights than those of this sha256, if one is given.
 
-    Raises `TableError` where it cannot be read, is damaged, or of another schema or checkpoint.
+    Raises:
+        TableError: It cannot be read, is damaged, or of another schema or checkpoint.
     """
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -69,7 +69,11 @@ class Evidence:
         return Unanswered(*self.absent.get(name, ("skip", otherwise)))
 
     def usable_table(self) -> ChipTable:
-        """The run's chip table; raises `Unanswered` where there is none, or nothing can be computed from it."""
+        """The run's chip table.
+
+        Raises:
+            Unanswered: There is none, or nothing can be computed from it.
+        """
         if self.table is None:
             raise self.without("table", "the run has no chip table")
         if not self.table.counts.any():
