@@ -139,6 +139,7 @@ def test_masks_that_cannot_be_used_are_named(recipe, chips, events, tmp_path):
     far = like | {"transform": rasterio.Affine(10, 0, 200000, 0, -10, 1000000)}
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.tif").write_bytes(b"II*\0 no raster")
+    (tmp_path / "cut.tif").write_bytes(write(tmp_path / "whole.tif", values, like).read_bytes()[:-99])
     for name in ("other", "third"):
         write(tmp_path / "two" / f"{next(iter(events))}_{name}.tif", values, like)
     for masks, says in (
@@ -146,6 +147,7 @@ def test_masks_that_cannot_be_used_are_named(recipe, chips, events, tmp_path):
         (write(tmp_path / "far.tif", values, far), "no mask covers any of the 3 chips"),
         (tmp_path / "two", f"two masks are named after {next(iter(events))}"),
         (tmp_path / "damaged.tif", "a mask cannot be read"),
+        (tmp_path / "cut.tif", "a mask cannot be read"),
     ):
         with pytest.raises(DataError, match=says):
             tabulate_masks(recipe, [masks], events, name="x")

@@ -143,8 +143,11 @@ def _on_chip(rasters: Sequence[DatasetReader], grid: DatasetReader, named: Conta
         if raster.nodata in named:  # then it is data, whatever the raster says
             place["src_nodata"] = np.nan
         # Nearest, to the pixel: GDAL's usual tolerance moves one pixel in a hundred to its neighbour.
-        with WarpedVRT(raster, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
-            found = np.where(np.isnan(found), warped.read(1), found)
+        try:
+            with WarpedVRT(raster, **place, dtype="float64", nodata=np.nan, tolerance=1e-9) as warped:
+                found = np.where(np.isnan(found), warped.read(1), found)
+        except rasterio.errors.RasterioError as error:  # a file that was cut short
+            raise DataError(f"a mask cannot be read: {error}", where=raster.name) from error
     return found
 
 
