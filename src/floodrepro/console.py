@@ -47,12 +47,8 @@ def columns(rows: Sequence[Sequence[object]], *, right_from: int = 1) -> str:
     texts = [[f"{c:.6f}" if isinstance(c, float) else "-" if c is None else str(c) for c in row] for row in rows]
     texts = [[re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text) for text in row] for row in texts]  # a terminal obeys them
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = []
-    for row in texts:
-        sized = enumerate(zip(row, widths, strict=True))
-        cells = [f"{cell:{'<' if i < right_from else '>'}{width}}" for i, (cell, width) in sized]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    formats = [f"{'<' if i < right_from else '>'}{width}" for i, width in enumerate(widths)]
+    return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in texts)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ PRECISIONS = {"fp16": "16-mixed", "bf16": "bf16-mixed", "fp32": "32-true"}
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with floodrepro, by name."""
-    packaged = Path(str(resources.files("floodrepro"))) / "configs"
+    packaged = Path(__file__).parent / "configs"
     folder = packaged if packaged.is_dir() else Path(__file__).parents[2] / "configs"  # a checkout: not yet in a wheel
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -112,9 +111,8 @@ def fingerprint(recipe: Recipe) -> str:
 def differences(before: Any, now: Any) -> dict[str, tuple[Any, Any]]:
     """Where two nested contents differ: by the key's path, the value in each; None where it is not there."""
     old, new = dict(leaves(before)), dict(leaves(now))
-    return {
-        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
-    }
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return {key: (old.get(key), new.get(key)) for key in changed}
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

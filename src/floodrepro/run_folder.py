@@ -16,7 +16,6 @@ from floodrepro.recipe import Recipe
 
 RECORD_SCHEMA = 3
 DECLARATION = "declared.json"  # beside runs that were declared together, `seed-<seed>` each
-PARTIAL = ".partial"  # ends the name of a file that is being written
 
 
 class RunFolder:
@@ -117,7 +116,7 @@ def write_atomically(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside *path* for a file that takes its place once it is whole; an error leaves nothing of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         partial.replace(path)

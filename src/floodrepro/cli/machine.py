@@ -23,8 +23,7 @@ _ON_CPU: dict[str, Any] = {"config": _TINY, "precision": ["fp32"], "batch": 2, "
 def _configs_flags(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|show")
     actions.add_parser("ls", help="names, and the first line of each")
-    show = actions.add_parser("show", help="print one; > mine.yaml keeps it")
-    show.add_argument("name")
+    actions.add_parser("show", help="print one; > mine.yaml keeps it").add_argument("name")
 
 
 def _run_configs(args: argparse.Namespace) -> None:
