@@ -21,7 +21,7 @@ examples:
 """
 
 
-def _data_flags(parser: argparse.ArgumentParser) -> None:
+def _data(parser: main.Parser) -> None:
     parser.epilog = _EPILOG
     actions = parser.add_subparsers(dest="action", required=True, metavar="fetch|weights|audit|stats|show|synth")
 
@@ -67,9 +67,7 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
     add("--layout", choices=("extracted", "hub"), default="extracted", help="hub: the hub's tars")
     add("--scene", action="store_true", help="also each event whole, ROOT/scenes/EVENT, to be mapped")
     add("--layout-variant", type=main.listed, default=["time", "quarters"], help="storage, in turn")
-
-
-def _run_data(args: argparse.Namespace) -> None:
+    args = parser.read()
     args.act(args)
 
 

@@ -1,6 +1,5 @@
 """What is here: the shipped recipes (configs), your runs (runs), this machine (doctor) and its speed (bench)."""
 
-import argparse
 import contextlib
 import json
 import tempfile
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console, recipe as recipes
-from floodrepro.cli import model
+from floodrepro.cli import main, model
 from floodrepro.errors import FloodreproError
 from floodrepro.run_folder import RunFolder
 from floodrepro.system import doctor, environment
@@ -20,13 +19,11 @@ _ON_GPU: dict[str, Any] = {"config": _BASE, "precision": ["fp16", "bf16"], "batc
 _ON_CPU: dict[str, Any] = {"config": _TINY, "precision": ["fp32"], "batch": 2, "size": 64}
 
 
-def _configs_flags(parser: argparse.ArgumentParser) -> None:
+def _configs(parser: main.Parser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|show")
     actions.add_parser("ls", help="names, and the first line of each")
     actions.add_parser("show", help="print one; > mine.yaml keeps it").add_argument("name")
-
-
-def _run_configs(args: argparse.Namespace) -> None:
+    args = parser.read()
     if args.action == "show":
         print(recipes.find(args.name).read_text(encoding="utf-8"), end="")
         return
@@ -34,12 +31,10 @@ def _run_configs(args: argparse.Namespace) -> None:
     console.emit(dict(rows), console.columns(rows, right_from=2), args.format)
 
 
-def _runs_flags(parser: argparse.ArgumentParser) -> None:
+def _runs(parser: main.Parser) -> None:
     parser.add_argument("action", choices=("ls",), help="one line a run, the newest first")
     parser.add_argument("--runs-root", type=Path, default=Path("runs"), metavar="DIR", help="default: runs")
-
-
-def _run_runs(args: argparse.Namespace) -> None:
+    args = parser.read()
     shipped = {recipes.fingerprint(recipes.read_yaml(file)): name for name, file in recipes.shipped().items()}
     shown, found = ("name", "recipe", "status", "monitor", "best", "age"), []
     for file in filter(Path.is_file, args.runs_root.rglob("run.json")):  # a FIFO would wait
@@ -58,11 +53,9 @@ def _run_runs(args: argparse.Namespace) -> None:
     console.emit({"runs": found}, text if found else f"no runs below {args.runs_root}", args.format)
 
 
-def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+def _doctor(parser: main.Parser) -> int:
     model.add_recipe_flags(parser, default="none; the machine alone is looked at")
-
-
-def _run_doctor(args: argparse.Namespace) -> int:
+    args = parser.read(overrides=True)
     of_recipe = [value for name, value in vars(args).items() if name != "format" and value]
     recipe = model.read_recipe(args)[2] if of_recipe else None
     findings = [*doctor.examine(recipe), *([doctor.check_chips(recipe)] if recipe else [])]
@@ -77,7 +70,7 @@ def _run_doctor(args: argparse.Namespace) -> int:
     return 0 if data["ok"] else 1
 
 
-def _bench_flags(parser: argparse.ArgumentParser) -> None:
+def _bench(parser: main.Parser) -> None:
     add = parser.add_argument
     add("action", choices=("train", "test", "data"), help="what is measured")
     add("--config", metavar="YAML", help="default: the base recipe for train and test on a GPU, else the tiny one")
@@ -88,9 +81,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=2, metavar="N", help="processes of each side (default: 2)")
     add("--output", type=Path, metavar="DIR", help="folder for ACTION-PRECISION.json")
     parser.epilog = "Overrides as in fit: --data.init_args.num_workers 8 (default: the recipe's; on a CPU 0)\n"
-
-
-def _run_bench(args: argparse.Namespace) -> None:
+    args = parser.read(overrides=True)
     from floodrepro.data.synth import generate
     from floodrepro.system.bench import bench, describe
 

@@ -1,6 +1,7 @@
 """The command table, and what the values of flags have to be.
 
-A command NAME is two functions, ``_NAME_flags(parser)`` and ``_run_NAME(args)``, in a module that is imported late.
+A command NAME is a function ``_NAME(parser)`` in a module that is imported late: it adds its flags, reads them, does
+the work, and returns the exit code where that is not always 0.
 """
 
 import argparse
@@ -33,7 +34,6 @@ COMMANDS = {
     "bench": ("floodrepro.cli.machine", "measure speed beside plain TerraTorch, on generated chips"),
     "reproduce": ("floodrepro.cli.reproduce", "every stage from the download to the verdict; --demo at toy size"),
 }
-_TAKES_OVERRIDES = ("fit", "validate", "test", "predict", "doctor", "bench", "reproduce")
 _SUMMARIES = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
 _OVERVIEW = f"""\
 usage: floodrepro COMMAND [options]   (floodrepro COMMAND --help tells more)
@@ -53,9 +53,10 @@ exit codes: 0 done, 1 the work failed, 2 bad usage or config, 3 NaNGuard stopped
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that reports a mistake as a `UsageError` and never guesses at abbreviations."""
+    """A parser of the words after a command. It raises mistakes as `UsageError` and never guesses at abbreviations."""
 
-    def __init__(self, prog: str, **kwargs: object) -> None:
+    def __init__(self, prog: str, words: Sequence[str] = (), **kwargs: object) -> None:
+        self._words = words
         super().__init__(prog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)  # type: ignore[arg-type]
         given = argparse.SUPPRESS if prog.count(" ") > 1 else "text"  # an action keeps what stands before its name
         self.add_argument("--format", choices=("text", "json"), default=given, help="what stdout holds (default: text)")
@@ -63,6 +64,23 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage block."""
         raise UsageError(message, fix=f"{self.prog} --help")
+
+    def read(self, *, overrides: bool = False) -> argparse.Namespace:
+        """The flags' values. What is no flag has to be an override of a recipe's key, if the command takes `overrides`.
+
+        What is neither is refused at once: TerraTorch's parser needs 10 to 20 s to say so.
+        """
+        from floodrepro.recipe import SECTIONS  # needs PyYAML, which may be missing
+
+        args, others = self.parse_known_args(self._words)
+        sections = [f"--{section}" for section in (*SECTIONS, "print_config") if overrides]
+        for word in others:
+            section = word.split("=")[0].split(".")[0].rstrip("+")
+            if section not in sections and (word.startswith("--") or not overrides):
+                close = _closest(section, [*self._option_string_actions, *sections])
+                raise UsageError(f"unknown argument '{word}'{close}", fix=f"{self.prog} --help")
+        args.overrides = others
+        return args
 
 
 def plain_name(text: str) -> str:
@@ -131,30 +149,14 @@ def _dispatch(arguments: list[str]) -> int:
             raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
         raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
     try:
-        command = importlib.import_module(COMMANDS[name][0])
-        parser = Parser(f"floodrepro {name}", description=COMMANDS[name][1])
-        getattr(command, f"_{name}_flags")(parser)
-        args, overrides = parser.parse_known_args(rest)
-        args.overrides = _check_overrides(overrides, parser, name in _TAKES_OVERRIDES)
-        return getattr(command, f"_run_{name}")(args) or 0
+        module, summary = COMMANDS[name]
+        command = getattr(importlib.import_module(module), f"_{name}")
+        return command(Parser(f"floodrepro {name}", rest, description=summary)) or 0
     except ModuleNotFoundError as error:
         if missing := missing_requirements():  # as after `pip install --no-deps`
             what = f"{error}; floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
             raise FloodreproError(what, fix=installing("floodrepro")) from error
         raise
-
-
-def _check_overrides(words: list[str], parser: Parser, allowed: bool) -> list[str]:
-    """Refuse at once what is neither a flag nor an override: TerraTorch's parser needs 10 to 20 s to say so."""
-    from floodrepro.recipe import SECTIONS  # needs PyYAML, which may be missing
-
-    sections = [f"--{section}" for section in (*SECTIONS, "print_config") if allowed]
-    for word in words:
-        section = word.split("=")[0].split(".")[0].rstrip("+")
-        if section not in sections and (word.startswith("--") or not allowed):
-            close = _closest(section, [*parser._option_string_actions, *sections])
-            raise UsageError(f"unknown argument '{word}'{close}", fix=f"{parser.prog} --help")
-    return words
 
 
 def _closest(word: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ docs/mapping.md describes scenes and maps. If it is interrupted, run the same co
 """
 
 
-def _map_flags(parser: argparse.ArgumentParser) -> None:
+def _map(parser: main.Parser) -> None:
     parser.epilog = _EXAMPLES
     amount, share = main.between(0, 1e5), main.between(0, 1)
     weights, add = parser.add_mutually_exclusive_group(), parser.add_argument
@@ -56,11 +56,11 @@ def _map_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-days", type=amount, default=12, metavar="N", help="that an event pass may come late (default: 12)")
     add("--max-gap", type=amount, default=argparse.SUPPRESS, metavar="DAYS", help="radar to optical event (default: 5)")
     add("--min-coverage", type=share, default=0.5, metavar="SHARE", help="of the area, of a pass (default: 0.5)")
+    args = parser.read()
+    {None: _map_scene, "check": _check, "plan": _plan}[args.action](args)
 
 
-def _run_map(args: argparse.Namespace) -> None:
-    if args.action:
-        return {"check": _check, "plan": _plan}[args.action](args)
+def _map_scene(args: argparse.Namespace) -> None:
     weights = [*args.export.glob("*.safetensors")] if args.export else [args.ckpt] if args.ckpt else []
     if not args.scene or not args.output or len(weights) != 1:
         what = "map needs --scene, --output, and --ckpt or --export with one .safetensors"

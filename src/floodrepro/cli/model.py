@@ -74,7 +74,7 @@ def parse(files: Sequence[Path], overrides: Sequence[str]) -> "RecipeCLI":
     return RecipeCLI(files, overrides)
 
 
-def _fit_flags(parser: argparse.ArgumentParser) -> None:
+def _fit(parser: main.Parser) -> None:
     add_recipe_flags(parser, default="")
     add = parser.add_argument
     add("--name", type=main.plain_name, help="name of the run (default: the first recipe's)")
@@ -86,9 +86,7 @@ def _fit_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume-anyway", action="store_true", help="resume although data, packages or settings changed; recorded")
     add("--on-overflow", choices=("stop", "rollback"), default="stop", help="rollback: resume in bf16, once")
     add("--save-every", type=main.between(1, 10**9, int), default=500, help="steps between two states (default: 500)")
-
-
-def _run_fit(args: argparse.Namespace) -> None:
+    args = parser.read(overrides=True)
     files, overrides, recipe = read_recipe(args)
     check_before_fit(recipe, args.runs_root)
     cli = parse(files, overrides)
@@ -104,12 +102,10 @@ def _run_fit(args: argparse.Namespace) -> None:
     console.emit({"run": str(path), **record}, text, args.format)
 
 
-def _validate_flags(parser: argparse.ArgumentParser) -> None:
+def _validate(parser: main.Parser) -> None:
     main.add_checkpoint(parser, required=True)
     add_recipe_flags(parser)
-
-
-def _run_validate(args: argparse.Namespace) -> None:
+    args = parser.read(overrides=True)
     cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation.passes import ChipPass, run_pass
 
@@ -118,7 +114,7 @@ def _run_validate(args: argparse.Namespace) -> None:
     console.emit(result, console.columns([*metrics.items()]), args.format)
 
 
-def _test_flags(parser: argparse.ArgumentParser) -> None:
+def _test(parser: main.Parser) -> None:
     group = parser.add_argument_group("a checkpoint, or masks made by anyone else; --config says on which chips")
     either = group.add_mutually_exclusive_group(required=True)
     main.add_checkpoint(either)
@@ -134,9 +130,7 @@ def _test_flags(parser: argparse.ArgumentParser) -> None:
     place = "of the chip tables (default: evaluation/ of the run or beside the checkpoint; of masks: here)"
     add("--output", type=Path, metavar="DIR", help=place)
     add("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
-
-
-def _run_test(args: argparse.Namespace) -> None:
+    args = parser.read(overrides=True)
     cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation import chip_table, metrics
     from floodrepro.evaluation.masks import tabulate_masks
@@ -169,15 +163,14 @@ def _run_test(args: argparse.Namespace) -> None:
     console.emit(result, text, args.format)
 
 
-def _predict_flags(parser: argparse.ArgumentParser) -> None:
-    _validate_flags(parser)
+def _predict(parser: main.Parser) -> None:
+    main.add_checkpoint(parser, required=True)
+    add_recipe_flags(parser)
     add, kinds = parser.add_argument, ("float32", "uint8")
     add("--output", type=Path, required=True, metavar="DIR", help="folder for the masks; must be empty")
     add("--probabilities", nargs="?", const="float32", choices=kinds, help="write the positive class's probability too")
     parser.epilog = f"{parser.epilog}\n{_FILES}"
-
-
-def _run_predict(args: argparse.Namespace) -> None:
+    args = parser.read(overrides=True)
     cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation.passes import predict
 

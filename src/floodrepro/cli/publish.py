@@ -1,6 +1,5 @@
 """``floodrepro verify``, ``export`` and ``publish``: judge a run, write its pair and card, upload them."""
 
-import argparse
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ The hub's address is HF_ENDPOINT's; the token is that of 'hf auth login' or HF_T
 """
 
 
-def _verify_flags(parser: argparse.ArgumentParser) -> None:
+def _verify(parser: main.Parser) -> int:
     add, parser.epilog = parser.add_argument, _VERIFY
     add("--run", type=Path, required=True, metavar="DIR", help="the run folder")
     add("--reference", type=main.existing_file, metavar="FILE", help="a checkpoint, or a chip table (.parquet)")
@@ -41,9 +40,7 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--no-measure", action="store_true", help="judge what is there: no checkpoint is opened, no torch")
     how.add_argument("--report-only", action="store_true", help="write report and figures again from results.json")
-
-
-def _run_verify(args: argparse.Namespace) -> int:
+    args = parser.read()
     from floodrepro.verification import battery, report, results
 
     run = RunFolder.open(args.run)
@@ -90,23 +87,21 @@ def _run_verify(args: argparse.Namespace) -> int:
     return 0 if summary["ok"] else 1
 
 
-def _export_flags(parser: argparse.ArgumentParser) -> None:
+def _export(parser: main.Parser) -> None:
     add, parser.epilog = parser.add_argument, _EXPORT
-    source, card = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
+    source, how = parser.add_mutually_exclusive_group(required=True), parser.add_mutually_exclusive_group()
     source.add_argument("--run", type=Path, metavar="DIR", help="a run folder: its best checkpoint and its recipe")
     main.add_checkpoint(source)
     add("--config", metavar="YAML", help="recipe of --ckpt (default: the one beside it)")
     add("--output", type=Path, metavar="DIR", help="default: export/ in the run folder")
     add("--name", type=main.plain_name, help="stem of both files (default: the run's name)")
-    card.add_argument("--card-only", action="store_true", help="write the card anew, for a pair that is there")
-    card.add_argument("--no-card", action="store_true", help="write the pair alone")
+    how.add_argument("--card-only", action="store_true", help="write the card anew, for a pair that is there")
+    how.add_argument("--no-card", action="store_true", help="write the pair alone")
     add("--licence", "--license", metavar="ID", help="of the weights, such as apache-2.0; without it none is stated")
-    pair = ("X", "SOURCE")
-    add("--pue", nargs=2, metavar=pair, help="the data centre's power usage effectiveness, and where it comes from")
-    add("--grid", nargs=2, metavar=pair, help="the grid's kg CO2e per kWh, and where it comes from")
-
-
-def _run_export(args: argparse.Namespace) -> None:
+    factor = ("X", "SOURCE")
+    add("--pue", nargs=2, metavar=factor, help="the data centre's power usage effectiveness, and where it comes from")
+    add("--grid", nargs=2, metavar=factor, help="the grid's kg CO2e per kWh, and where it comes from")
+    args = parser.read()
     from floodrepro.publishing.card import factors_of, read_records, write_card
 
     factors = factors_of(args.pue, args.grid)
@@ -137,7 +132,7 @@ def _run_export(args: argparse.Namespace) -> None:
     console.emit(found, "\n".join(lines), args.format)
 
 
-def _publish_flags(parser: argparse.ArgumentParser) -> None:
+def _publish(parser: main.Parser) -> None:
     add, parser.epilog = parser.add_argument, _PUBLISH
     add("--export", type=Path, required=True, metavar="DIR", help="what floodrepro export wrote")
     add("--repo", required=True, metavar="OWNER/NAME", help="made if it is not there")
@@ -147,9 +142,7 @@ def _publish_flags(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dry-run", action="store_true", help="list what would be uploaded where, and stop")
     how.add_argument("--yes", action="store_true", help="upload it")
     add("--force", action="store_true", help="publish although a required check is not met")
-
-
-def _run_publish(args: argparse.Namespace) -> None:
+    args = parser.read()
     from floodrepro.publishing.upload import make_plan, upload
 
     plan = make_plan(args.export, args.repo, branch=args.branch, private=args.private)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import __version__, console, recipe as recipes
+from floodrepro.cli import main
 from floodrepro.data.protocols import PARTS, PROTOCOLS, protocol_of
 from floodrepro.errors import SIGNALLED, UsageError
 from floodrepro.run_folder import DECLARATION, RunFolder, timestamp, write_atomically
@@ -26,7 +27,7 @@ a model by, and after so short a training its probabilities are not calibrated: 
 Stage = tuple[str, list[str], list[Path]]  # one of STAGES, perhaps with a seed; arguments; files that say it is done
 
 
-def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
+def _reproduce(parser: main.Parser) -> int:
     published = [name for name in PROTOCOLS if name != "custom"]
     add = parser.add_argument
     add("--demo", action="store_true", help="generated chips and TerraMind tiny, on a CPU in minutes")
@@ -42,9 +43,7 @@ def _reproduce_flags(parser: argparse.ArgumentParser) -> None:
     add("--until", dest="last", choices=STAGES, metavar="STAGE", help="the last stage to run")
     add("--dry-run", action="store_true", help="print the commands and stop")
     parser.epilog = "Overrides as in fit. A stage is skipped while its command, version and outputs stay the same.\n"
-
-
-def _run_reproduce(args: argparse.Namespace) -> int:
+    args = parser.read(overrides=True)
     stages, run_dir, seeds = _stages_of(args)
     wanted = STAGES[STAGES.index(args.first or STAGES[0]) : STAGES.index(args.last or STAGES[-1]) + 1]
     stages = [stage for stage in stages if stage[0].partition("-")[0] in wanted]
