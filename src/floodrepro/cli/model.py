@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from floodrepro import console, recipe as recipes
 from floodrepro.cli import main
@@ -129,15 +129,16 @@ def _test(parser: main.Parser) -> None:
     add("--split", default="test", metavar="NAME", help="test (default), val, train, or one of several test splits")
     place = "of the chip tables (default: evaluation/ of the run or beside the checkpoint; of masks: here)"
     add("--output", type=Path, metavar="DIR", help=place)
-    add("--no-baselines", action="store_true", help="leave out the tables of the four baselines")
+    add("--no-baselines", dest="baselines", action="store_false", help="leave out the tables of the four baselines")
     args = parser.read(overrides=True)
     cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation import chip_table, metrics
     from floodrepro.evaluation.masks import tabulate_masks
     from floodrepro.evaluation.passes import choose_split, tabulate_checkpoint
 
-    result: dict[str, Any]
-    if args.masks:
+    if args.ckpt:
+        result = tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=args.baselines)
+    else:
         split, events = next(iter(choose_split(cli.recipe, args.split).items()))
         name = args.name or args.masks[0].resolve().stem
         given = {"name": name, "split": split, "scale": args.probability, "values": args.values}
@@ -148,9 +149,6 @@ def _test(parser: main.Parser) -> None:
         result = {"name": name, "chips": {split: len(table)}, "tables": {split: str(path)}}
         result["metrics"] = metrics.scores(pooled)
         result["pixels"] = {"counted": int(pooled.sum()), "unseen": int(table.unseen.sum())}
-    else:
-        options = {"split": args.split, "folder": args.output, "baselines": not args.no_baselines}
-        result = tabulate_checkpoint(cli, args.ckpt, **options)
     text = console.columns([*result["metrics"].items()])
     for split, path in result["tables"].items():
         console.say(f"chip table of {split}, {result['chips'][split]} chips: {path}")

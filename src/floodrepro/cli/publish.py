@@ -65,8 +65,7 @@ def _verify(parser: main.Parser) -> int:
                 reference = measure.table_of(run, reference, args.split, args.data_root)
             measure.measure_all(run, evidence, args.split, args.data_root)
         console.say("judging")
-        names = {"name": args.reference_name, "data_root": args.data_root}
-        gathered = battery.gather(run, args.split, reference, evidence, **names)
+        gathered = battery.gather(run, args.split, reference, evidence, args.reference_name, args.data_root)
         try:
             found = results.summarise(gathered, args.require, timestamp())
             report.render(found, {})
