@@ -1,7 +1,6 @@
 """The one place that prints: data on stdout, everything else on stderr."""
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -13,8 +12,6 @@ from typing import Any, TextIO
 
 from floodrepro.errors import FloodreproError
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
-_DISK |= {errno.EEXIST, errno.ENOTDIR}  # a file where a folder is wanted
 _SECRET = "(?i:api_?key|token|secret|passw(?:or)?d|credentials?)"
 _MASKS = (
     (rf"({_SECRET}['\"]?[=:] ?|--\S*{_SECRET} )[^\s'\"]+", r"\1***"),
@@ -114,37 +111,6 @@ def log_to(path: Path) -> Iterator[None]:
             ours = isinstance(error, FloodreproError)
             file.write(f"floodrepro: error: {error}\n" if ours else traceback.format_exc())
             raise
-
-
-def run(main: Callable[[], int]) -> int:
-    """Call *main* and turn what it raises into an exit code.
-
-    An error that floodrepro raised on purpose takes at most three lines on stderr. Any other keeps its traceback.
-    """
-    try:
-        code = main()
-        if sys.stdout:  # None where it was closed (`>&-`)
-            sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
-        return code
-    except FloodreproError as error:
-        failure = error
-    except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
-        return int(done.code or 0)
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130  # 128 + SIGINT, the shell's convention
-    except BrokenPipeError:  # the reader of our stdout went away (`| head`): let the last flush go nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
-        if isinstance(error, OSError) and error.errno in _DISK and error.filename:
-            failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
-        else:
-            traceback.print_exc()
-            fix = "if it is not your own code, report it together with the traceback"
-            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
-    print(f"floodrepro: error: {failure}", file=sys.stderr)
-    return failure.exit_code
 
 
 def _is_follower() -> bool:

@@ -7,8 +7,11 @@ the work, and returns the exit code where that is not always 0.
 import argparse
 import contextlib
 import difflib
+import errno
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -34,6 +37,8 @@ COMMANDS = {
     "bench": ("floodrepro.cli.machine", "measure speed beside plain TerraTorch, on generated chips"),
     "reproduce": ("floodrepro.cli.reproduce", "every stage from the download to the verdict; --demo at toy size"),
 }
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG}
+_DISK |= {errno.EEXIST, errno.ENOTDIR}  # a file where a folder is wanted
 _SUMMARIES = "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items())
 _OVERVIEW = f"""\
 usage: floodrepro COMMAND [options]   (floodrepro COMMAND --help tells more)
@@ -130,9 +135,37 @@ def add_checkpoint(parser: "argparse._ActionsContainer", *, required: bool = Fal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command of *argv*, by default the process's, and return its exit code; --help lists the codes."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return console.run(lambda: _dispatch(arguments))
+    """Run the command of *argv*, by default the process's, and return its exit code; --help lists the codes.
+
+    An error that floodrepro raised on purpose takes at most three lines on stderr. Any other keeps its traceback.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout:  # None where it was closed (`>&-`)
+            sys.stdout.flush()  # what print kept back fails here, and not when the interpreter ends
+        return code
+    except FloodreproError as error:
+        failure = error
+    except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
+        return int(done.code or 0)
+    except KeyboardInterrupt:
+        console.say("interrupted")
+        return 130  # 128 + SIGINT, the shell's convention
+    except BrokenPipeError:  # the reader of our stdout went away (`| head`): let the last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the last resort: a bug of ours, of a library or of the user's own code
+        if isinstance(error, ModuleNotFoundError) and (missing := missing_requirements()):  # `pip install --no-deps`
+            what = f"{error}; floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
+            failure = FloodreproError(what, fix=installing("floodrepro"))
+        elif isinstance(error, OSError) and error.errno in _DISK and error.filename:
+            failure = FloodreproError(f"a file cannot be used: {error.strerror}", where=error.filename)
+        else:
+            traceback.print_exc()
+            fix = "if it is not your own code, report it together with the traceback"
+            failure = FloodreproError(f"unexpected {type(error).__name__}; the traceback is above", fix=fix)
+    print(f"floodrepro: error: {failure}", file=sys.stderr)
+    return failure.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -148,15 +181,9 @@ def _dispatch(arguments: list[str]) -> int:
             ordered = " ".join([later, *(word for word in arguments if word != later)])
             raise UsageError("the command comes first", where=name, fix=f"floodrepro {ordered}")
         raise UsageError(f"unknown command '{name}'{_closest(name, COMMANDS)}", fix="floodrepro --help")
-    try:
-        module, summary = COMMANDS[name]
-        command = getattr(importlib.import_module(module), f"_{name}")
-        return command(Parser(f"floodrepro {name}", rest, description=summary)) or 0
-    except ModuleNotFoundError as error:
-        if missing := missing_requirements():  # as after `pip install --no-deps`
-            what = f"{error}; floodrepro's dependencies are not all installed: {', '.join(missing)} missing"
-            raise FloodreproError(what, fix=installing("floodrepro")) from error
-        raise
+    module, summary = COMMANDS[name]
+    command = getattr(importlib.import_module(module), f"_{name}")
+    return command(Parser(f"floodrepro {name}", rest, description=summary)) or 0
 
 
 def _closest(word: str, known: Iterable[str]) -> str:
