@@ -111,7 +111,7 @@ def gather(
         recipe=recipe,
         class_name=names[positive] if positive < len(names) else f"class {positive}",
         positive=positive,
-        metrics=_read(home.metrics, "metrics", absent, lambda _: home.read_metrics()) or [],
+        metrics=_read(home.metrics, "metrics", absent, _logged_rows) or [],
         table=table,
         subsets={path.parent.name: one for path, one in parts.items() if one.metadata.get("subset_of") == split},
         reference=other,
@@ -140,6 +140,12 @@ def _own_table(home: RunFolder, split: str, absent: _Absent) -> tuple[ChipTable 
 
 def _json_object(path: Path) -> dict[str, Any]:
     return dict(**json.loads(path.read_text(encoding="utf-8")))  # TypeError of anything but an object
+
+
+def _logged_rows(path: Path) -> list[dict[str, str]]:
+    if not (rows := RunFolder(path.parent).read_metrics()):
+        raise ValueError("it holds no rows")
+    return rows
 
 
 def _declared_seeds(path: Path) -> list[int]:

@@ -92,14 +92,12 @@ def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
     failed = [check for check in by_id.values() if check["status"] == "fail"]
     against = say("Required and not met", [titles[name] for name in not_met])
     against += say("The list of required checks was shortened; not asked for", [titles[name] for name in left_out])
-    made = say(
-        "Comparisons, where they could be made",
-        [f"{one['title']} ({one['outcome'] or 'not made'})" for one in compared],
-    )
-    made += say("All checks", [f"{number} {word}" for word, number in counted.items() if number])
-    made += say("Failed", [f"{check['title']} ({check['finding']})" for check in failed])
+    outcomes = [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared]
+    others = say("Comparisons, where they could be made", outcomes)
+    others += say("All checks", [f"{number} {word}" for word, number in counted.items() if number])
+    others += say("Failed", [f"{check['title']} ({check['finding']})" for check in failed])
     about = {"required": required, "left_out": left_out, "not_met": not_met, "ok": not not_met}
-    return counted | about | {"objection": against.strip(), "text": f"{against}{made}".strip()}
+    return counted | about | {"objection": against.strip(), "text": f"{against}{others}".strip()}
 
 
 def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
@@ -152,9 +150,9 @@ def _forest(evidence: Evidence, by_id: Mapping[str, Check]) -> dict[str, Any]:
 def _run(evidence: Evidence) -> dict[str, Any]:
     table, record = evidence.table, evidence.record
     metadata, data = table.metadata if table else {}, record.get("data") or {}
-    digests = [each.get("digests") or {} for each in (data, metadata.get("data") or {})]
+    tested = (metadata.get("data") or {}).get("digests") or {}
     return {key: value for key, value in record.items() if key != "schema"} | {
-        "data": data | {"digests": digests[0] | digests[1]},
+        "data": data | {"digests": (data.get("digests") or {}) | tested},
         "model": describe_model(evidence.recipe, record),
         "name": evidence.run.path.resolve().name,
         "protocol": protocol_of(evidence.recipe).name,

@@ -13,7 +13,7 @@ _HARMLESS = ("trainer.", "data.init_args.batch_size")
 
 def convergence(evidence: Evidence) -> Check:
     """The training's own log: losses, values that are not finite, and the best epoch that run.json names."""
-    record, rows = evidence.record, evidence.need("metrics", "metrics.csv is missing, or holds no rows")
+    record, rows = evidence.record, evidence.need("metrics", "there is no metrics.csv")
     logged = [(key, row.get("step"), text) for row in rows for key, text in row.items() if key and text]
     bad = [f"{key} at step {step}" for key, step, text in logged if not math.isfinite(float(text))]
     values = [tally("logged values that are not finite", bad)]
