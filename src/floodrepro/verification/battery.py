@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -30,25 +31,25 @@ def ask(name: str, evidence: Evidence) -> Check:
     """A check's answer; of a check that has no function in `checks/`, the one that `measure` kept."""
     function = CHECKS.get(name)
     try:
-        if function:
-            found = function(evidence)
-        elif name in evidence.measured:
-            found = evidence.measured[name]
-        else:
-            raise evidence.without(MEASURED, "it was not measured: floodrepro verify without --no-measure does so")
+        if not function and name not in evidence.measured:
+            otherwise = "it was not measured: floodrepro verify without --no-measure does so"
+            raise Unanswered(*evidence.absent.get(MEASURED, ("skip", otherwise)))
+        found = function(evidence) if function else evidence.measured[name]
         found = {**found, "status": found["status"], "finding": str(found["finding"])}
     except Unanswered as unanswered:
         found = dict(zip(("status", "finding"), unanswered.args, strict=True))
     except DAMAGED as error:
         traceback.print_exc()  # it may be an error of ours
         found = {"status": "fail", "finding": f"the record is damaged: {error!r:.200}"}
-    about, margin = CRITERIA[name], CRITERIA["parity"]["margin_pp"]
+    about, words = CRITERIA[name], {"iou": evidence.iou_name, "positive": evidence.class_name}
     split = evidence.table.metadata.get("split", "test") if evidence.table else "test"
-    answer: Check = {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None, **found, "id": name}
-    answer["title"], answer["evidence"] = about["title"], [file.format(split=split) for file in about["files"]]
-    answer["claim"] = about["claim"].format(iou=evidence.iou_name, positive=evidence.class_name, margin=margin, **about)
-    answer["code"] = f"{function.__module__ if function else 'floodrepro.verification.measure'}.{name}"
-    return answer
+    return {"values": [], "tables": [], "plots": [], "notes": [], "outcome": None, **found} | {
+        "id": name,
+        "title": about["title"],
+        "evidence": [file.format(split=split) for file in about["files"]],
+        "claim": about["claim"].format(**words, margin=CRITERIA["parity"]["margin_pp"], **about),
+        "code": f"{function.__module__ if function else 'floodrepro.verification.measure'}.{name}",
+    }
 
 
 def required_checks(asked: str | None) -> list[str]:
@@ -98,10 +99,8 @@ def gather(
     root = data_root or data_arguments(recipe).get("data_root")
     manifests = [Path(root) / MANIFEST, Path(root).parent / MANIFEST] if root else []
     declaration = home.path.resolve().parent / DECLARATION
-    runs, seeds = [], (_read(declaration, "seeds", absent) or {}).get("seeds") or []
-    if not (isinstance(seeds, list) and all(isinstance(seed, int) for seed in seeds)):
-        absent["seeds"], seeds = ("fail", f"{declaration.name} is damaged: its seeds are no whole numbers"), []
-    for seed in seeds:
+    runs = []
+    for seed in _read(declaration, "seeds", absent, _declared_seeds) or []:
         one = RunFolder(declaration.parent / f"seed-{seed}")
         status = (_read(one.record, "", {}) or {}).get("status", "not started")
         runs.append(SeedRun(seed, str(status), _own_table(one, split, {})[0], one.path.name))
@@ -144,11 +143,13 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 def _logged_rows(path: Path) -> list[dict[str, str]]:
-    rows = RunFolder(path.parent).read_metrics()
-    if not rows:
+    if not (rows := RunFolder(path.parent).read_metrics()):
         raise ValueError("it holds no rows")
-    [float(text) for row in rows for text in row.values() if text]
     return rows
+
+
+def _declared_seeds(path: Path) -> list[int]:
+    return [operator.index(seed) for seed in _json_object(path).get("seeds") or []]  # TypeError of no integers
 
 
 def _read(path: Path, name: str, absent: _Absent, reader: Callable[[Path], Any] = _json_object) -> Any:
@@ -156,5 +157,5 @@ def _read(path: Path, name: str, absent: _Absent, reader: Callable[[Path], Any] 
     try:
         return reader(path) if path.is_file() else None
     except (OSError, ValueError, TypeError, RecursionError, csv.Error, FloodreproError) as error:
-        absent[name] = ("fail", f"{path.name} cannot be read: {getattr(error, 'what', error)}")
+        absent[name] = ("fail", f"{path.name} is damaged, or cannot be read: {getattr(error, 'what', error)}")
         return None

@@ -93,7 +93,7 @@ def fill_in(template: Path, **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"md": md, "score": score, "number": number}
+    environment.filters |= {"md": md, "number": number}
     environment.globals |= {"table": table, "score_table": score_table}
     return environment.get_template(template.name).render(**values)
 

@@ -22,7 +22,6 @@ from floodrepro.verification.battery import DAMAGED, ask, required_checks
 from floodrepro.verification.checks import CRITERIA, Check, Evidence
 
 SCHEMA = 3
-_NOT_COPIED = ("schema", "checkpoint")  # of run.json
 _OF_REFERENCE = ("detail", "checkpoint", "recipe_sha256")  # of its table
 _WHOLE = re.compile(r"""(^(?:--[\w.-]+=)?|['"])(?:file:/)?/(?:[^'":/]|(?<! )/)*(?<! )/""")  # a path with spaces
 _PATH = re.compile(r"""(?:file:/|(?<![\w./]))/(?:[^\s'"/]+/)*([^\s'"/]+)""")
@@ -36,7 +35,7 @@ def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, A
     checks.yaml requires counts, and a comparison is met if it does not fail: data that do not decide are no failure.
     """
     by_id, other = {name: ask(name, evidence) for name in CRITERIA}, evidence.reference
-    checks, summary, about = list(by_id.values()), _summary(by_id, require), other.metadata if other else {}
+    summary, about = _summary(by_id, require), other.metadata if other else {}
     content = {
         "schema": SCHEMA,
         "made": made,
@@ -48,8 +47,8 @@ def summarise(evidence: Evidence, require: str | None, made: str) -> dict[str, A
         "banner": _banner(evidence),
         "warnings": _warnings(evidence),
         "scores": _score_table(evidence),
-        "forest": _forest(evidence, checks),
-        "checks": checks,
+        "forest": _forest(evidence, by_id),
+        "checks": list(by_id.values()),
     }
     text = json.dumps(content, default=lambda array: array.tolist())
     plain: dict[str, Any] = without_folders(json.loads(text, parse_constant=lambda name: None))  # NaN is no JSON
@@ -77,44 +76,38 @@ def load(path: Path, weights: str | None = None) -> dict[str, Any]:
 
 def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
     def is_met(check: Check) -> bool:
-        fails_alone = require is None and CRITERIA[check["id"]].get("comparison")
-        passed = check["status"] == "pass" and check["outcome"] in (None, "equivalent")
-        return passed or bool(fails_alone and check["status"] != "fail")
+        if require is None and CRITERIA[check["id"]].get("comparison"):
+            return bool(check["status"] != "fail")
+        return check["status"] == "pass" and check["outcome"] in (None, "equivalent")
 
-    def say(parts: Mapping[str, Sequence[str]]) -> str:
-        return " ".join(f"{label}: {', '.join(named)}." for label, named in parts.items() if named)
+    def say(label: str, named: Sequence[str]) -> str:
+        return f"{label}: {', '.join(named)}. " if named else ""
 
-    required = required_checks(require)
+    required, titles = required_checks(require), {name: check["title"] for name, check in by_id.items()}
     not_met = [name for name in required if not is_met(by_id[name])]
     left_out = [name for name in required_checks(None) if name not in required]
     met = [by_id[name] for name in required if name not in not_met]
     compared = [check for check in met if check["outcome"] or check["status"] != "pass"]
     counted = {word: sum(check["status"] == status for check in by_id.values()) for status, word in _WORDS.items()}
-    against = {
-        "Required and not met": [by_id[name]["title"] for name in not_met],
-        "The list of required checks was shortened; not asked for": [by_id[name]["title"] for name in left_out],
-    }
-    others = {
-        "Comparisons, where they could be made": [
-            f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared
-        ],
-        "All checks": [f"{number} {word}" for word, number in counted.items() if number],
-        "Failed": [f"{one['title']} ({one['finding']})" for one in by_id.values() if one["status"] == "fail"],
-    }
+    failed = [check for check in by_id.values() if check["status"] == "fail"]
+    against = say("Required and not met", [titles[name] for name in not_met])
+    against += say("The list of required checks was shortened; not asked for", [titles[name] for name in left_out])
+    outcomes = [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared]
+    others = say("Comparisons, where they could be made", outcomes)
+    others += say("All checks", [f"{number} {word}" for word, number in counted.items() if number])
+    others += say("Failed", [f"{check['title']} ({check['finding']})" for check in failed])
     about = {"required": required, "left_out": left_out, "not_met": not_met, "ok": not not_met}
-    return counted | about | {"objection": say(against), "text": say(against | others)}
+    return counted | about | {"objection": against.strip(), "text": f"{against}{others}".strip()}
 
 
 def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
     """One word (docs/verification.md lists them) and one sentence, and what was not shown."""
-    seeds, mean, name = by_id["variance"], by_id["head_to_head"], evidence.reference_name or "the reference"
-    outcome, found = by_id["parity"]["outcome"], by_id["parity"]["finding"]
+    parity, seeds, mean = (by_id[key] for key in ("parity", "variance", "head_to_head"))
+    outcome, name = parity["outcome"], evidence.reference_name or "the reference"
     word = "not compared"
     sentence = "There was no comparison with a reference; the run itself was checked."
-    if outcome is None and evidence.reference is not None:
-        sentence = f"The run was not compared with {name}: {found}."
-    elif outcome:
-        sentence = f"Against {name}: {evidence.iou_name} {found}."
+    if outcome:
+        sentence = f"Against {name}: {evidence.iou_name} {parity['finding']}."
         doubts = [seeds] if seeds["status"] in ("fail", "undecided") else []
         doubts += [mean] if mean["status"] == "fail" else []
         # Equivalence is refused its name where the declared seeds, or the mean over events, stand against it.
@@ -122,6 +115,8 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
             outcome = "different (worse)" if seeds["outcome"] == "different (worse)" else "undecided"
             sentence = f"{sentence[:-1]}. But {doubts[0]['title'].lower()}: {doubts[0]['finding']}."
         word = outcome
+    elif evidence.reference is not None:
+        sentence = f"The run was not compared with {name}: {parity['finding']}."
     if broken := [by_id[key] for key in not_met if not CRITERIA[key].get("comparison")]:
         named = "; ".join(f"{check['title']} ({check['finding']})" for check in broken)
         sentence = f"Required checks did not pass: {named}. {sentence}"
@@ -134,9 +129,9 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
     return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {numbered}."}
 
 
-def _forest(evidence: Evidence, checks: Sequence[Check]) -> dict[str, Any]:
+def _forest(evidence: Evidence, by_id: Mapping[str, Check]) -> dict[str, Any]:
     """All differences to the reference that have an interval, as a plot."""
-    values = [value for check in checks for value in check["values"] if value["level"]]
+    values = [value for check in by_id.values() for value in check["values"] if value["level"]]
     values.sort(key=lambda value: "mIoU" in value["name"])  # the figures that are tested first
     margin, level = CRITERIA["parity"]["margin_pp"], CRITERIA["parity"]["level"]
     x, low, high = ([value[key] for value in values] for key in ("value", "low", "high"))
@@ -154,11 +149,10 @@ def _forest(evidence: Evidence, checks: Sequence[Check]) -> dict[str, Any]:
 
 def _run(evidence: Evidence) -> dict[str, Any]:
     table, record = evidence.table, evidence.record
-    metadata = table.metadata if table else {}
-    data, tested = record.get("data") or {}, metadata.get("data") or {}
-    digests = (data.get("digests") or {}) | (tested.get("digests") or {})
-    return {key: value for key, value in record.items() if key not in _NOT_COPIED} | {
-        "data": data | {"digests": digests},
+    metadata, data = table.metadata if table else {}, record.get("data") or {}
+    tested = (metadata.get("data") or {}).get("digests") or {}
+    return {key: value for key, value in record.items() if key != "schema"} | {
+        "data": data | {"digests": (data.get("digests") or {}) | tested},
         "model": describe_model(evidence.recipe, record),
         "name": evidence.run.path.resolve().name,
         "protocol": protocol_of(evidence.recipe).name,

@@ -64,21 +64,19 @@ class Evidence:
         """What the primary score is called, such as `flood IoU`."""
         return f"{self.class_name} IoU"
 
-    def without(self, name: str, otherwise: str) -> Unanswered:
-        """What a check raises that lacks something."""
-        return Unanswered(*self.absent.get(name, ("skip", otherwise)))
+    def need(self, name: str, otherwise: str, least: int = 1) -> Any:
+        """What is held under a name; raises `Unanswered` where it is absent, with the reason for it or `otherwise`."""
+        found = getattr(self, name)
+        if found is None or len(found) < least:
+            raise Unanswered(*self.absent.get(name, ("skip", otherwise)))
+        return found
 
     def usable_table(self) -> ChipTable:
-        """The run's chip table.
-
-        Raises:
-            Unanswered: There is none, or nothing can be computed from it.
-        """
-        if self.table is None:
-            raise self.without("table", "the run has no chip table")
-        if not self.table.counts.any():
+        """The run's chip table; raises `Unanswered` where there is none, or nothing can be computed from it."""
+        table: ChipTable = self.need("table", "the run has no chip table")
+        if not table.counts.any():
             raise Unanswered("skip", "all pixels of the chip table are ignored")
-        return self.table
+        return table
 
 
 def figure(

@@ -5,7 +5,7 @@ from typing import Any
 
 from floodrepro import recipe as recipes
 from floodrepro.data.protocols import MODALITIES, data_arguments
-from floodrepro.verification.checks import CRITERIA, Check, Evidence, figure, judge, tally
+from floodrepro.verification.checks import CRITERIA, Check, Evidence, Unanswered, figure, judge, tally
 
 # Keys in which the recipe of a test may differ from that of its run, besides those of `recipe.PLACE`.
 _HARMLESS = ("trainer.", "data.init_args.batch_size")
@@ -13,9 +13,7 @@ _HARMLESS = ("trainer.", "data.init_args.batch_size")
 
 def convergence(evidence: Evidence) -> Check:
     """The training's own log: losses, values that are not finite, and the best epoch that run.json names."""
-    record, rows = evidence.record, evidence.metrics
-    if not rows:
-        raise evidence.without("metrics", "there is no metrics.csv")
+    record, rows = evidence.record, evidence.need("metrics", "there is no metrics.csv")
     logged = [(key, row.get("step"), text) for row in rows for key, text in row.items() if key and text]
     bad = [f"{key} at step {step}" for key, step, text in logged if not math.isfinite(float(text))]
     values = [tally("logged values that are not finite", bad)]
@@ -52,7 +50,7 @@ def data(evidence: Evidence) -> Check:
     """
     table, audit = evidence.table, evidence.audit
     if "audit" in evidence.absent:
-        raise evidence.without("audit", "")
+        raise Unanswered(*evidence.absent["audit"])
     tested, reference = (one.metadata if one else {} for one in (table, evidence.reference))
     ours, theirs, other = (each.get("data") or {} for each in (evidence.record, tested, reference))
     # an audit's digests are over all modalities
@@ -68,13 +66,11 @@ def data(evidence: Evidence) -> Check:
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
     compared = bool(values and digests["training"] and digests["test"])
-    found = f"the same: {', '.join(value['name'] for value in values)}"
+    read = "no error in the audit" if audit else "without an audit (floodrepro data audit), so no pixel was read"
+    found = f"the same: {', '.join(value['name'] for value in values)}; {read}"
     if audit:
         errors = [one["message"] for one in audit["findings"] if one["severity"] == "error"]
         values.append(tally("errors of the audit", errors))
-        found += "; no error in the audit"
-    else:
-        found += "; without an audit (floodrepro data audit), so no pixel was read"
     if table is not None:
         split, chips = str(tested.get("split", "test")), ours.get("chips") or {}
         values.append(figure(f"chips in the table of {split}", len(table), expected=chips.get(split)))
@@ -83,9 +79,7 @@ def data(evidence: Evidence) -> Check:
 
 def provenance(evidence: Evidence) -> Check:
     """Code, recipe, weights and table by their hashes, and every run that was declared."""
-    record, table = evidence.record, evidence.table
-    if not record:
-        raise evidence.without("record", "there is no run.json")
+    record, table = evidence.need("record", "there is no run.json"), evidence.table
     code, recorded = (record.get("environment") or {}).get("code") or {}, record.get("recipe_sha256")
     commit, hashed = code.get("commit"), "hashed" if code.get("source_sha256") else "unknown"
     dirty = code.get("dirty")
@@ -109,7 +103,7 @@ def provenance(evidence: Evidence) -> Check:
         declared = "yes" if record.get("seed") in {run.seed for run in evidence.seeds} else "no"
         values.append(figure("the seed was declared", declared, expected="yes"))
     notes = [f"Resumed on {one.get('when')} from {one.get('from')}." for one in record.get("resumes") or []]
-    skip = "" if table is not None else evidence.without("table", "the run has no chip table").args[1]
+    skip = "" if table else evidence.absent.get("table", ("skip", "the run has no chip table"))[1]
     source = str(commit)[:12] if commit else f"source {str(code.get('source_sha256'))[:12]}"
     return judge(values, f"finished, code {source}, hashes agree", skip, notes=notes)
 

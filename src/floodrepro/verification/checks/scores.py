@@ -20,61 +20,55 @@ _LIKELY = 0.1  # probability from which on the calibration is looked at by itsel
 
 def parity(evidence: Evidence) -> Check:
     """The pooled score against the reference's: two one-sided tests over events (`evaluation.intervals.jackknife`)."""
-    k, name = evidence.positive, evidence.iou_name
+    k = evidence.positive
     ours, theirs, chips, notes = _pair(evidence)
     if not (ours[..., k].any() or theirs[..., k].any()):
         raise Unanswered("fail", f"neither the run nor the reference ever predicts {evidence.class_name}")
-    if (having := int((ours[:, k].sum(axis=1) > 0).sum())) < 2:
+    if (having := int((ours[:, k].sum(axis=1) > 0).sum())) < 2:  # with two, both figures are defined without either
         raise Unanswered("skip", f"{evidence.class_name} in {having} of {len(ours)} events, two are needed")
-    try:
-        primary = intervals.jackknife(ours, lambda counts: iou(counts, k), other=theirs, positive=k)
-        printed = intervals.jackknife(ours, metrics.mean_iou, other=theirs, positive=k)
-    except ValueError as error:
-        raise Unanswered("skip", str(error)) from error
-    notes.append("The interval holds for these weights and events like these: a missing kind can hide any difference.")
-    labels = {f"{name}, pooled": primary, "mIoU, pooled (printed, not tested)": printed}
+    primary = intervals.jackknife(ours, lambda counts: iou(counts, k), other=theirs, positive=k)
+    printed = intervals.jackknife(ours, metrics.mean_iou, other=theirs, positive=k)
+    labels = {f"{evidence.iou_name}, pooled": primary, "mIoU, pooled (printed, not tested)": printed}
     values = [_difference(label, result, chips) for label, result in labels.items()]
+    notes.append("The interval holds for these weights and events like these: a missing kind can hide any difference.")
     return _decide(primary, "events", values=values, notes=notes)
 
 
 def head_to_head(evidence: Evidence) -> Check:
     """The mean of the events' own differences to the reference, each event once, with a paired t interval."""
-    k, name, least = evidence.positive, evidence.iou_name, metrics.MIN_FLOOD_PIXELS
+    k, least = evidence.positive, metrics.MIN_FLOOD_PIXELS
     ours, theirs, chips, notes = _pair(evidence)
-    try:
-        mean = intervals.mean_over_events(ours, other=theirs, positive=k)
-    except ValueError as error:
-        raise Unanswered("skip", str(error)) from error
     gaps = (iou(ours, k) - iou(theirs, k))[ours[:, k].sum(axis=1) >= least]
-    won, lost = int((gaps > 0).sum()), int((gaps < 0).sum())
-    values = [_difference(f"{name}, mean over events", mean, chips)]
+    if len(gaps) < 2:
+        raise Unanswered("skip", f"{len(gaps)} events have {least} pixels of {evidence.class_name}, two are needed")
+    mean = intervals.mean_over_events(ours, other=theirs, positive=k)
     notes.append(f"Events with fewer than {least} pixels of it in the truth are left out.")
-    return _decide(mean, "events", f"; {won} of {len(gaps)} events won, {lost} lost", values=values, notes=notes)
+    values = [_difference(f"{evidence.iou_name}, mean over events", mean, chips)]
+    more = f"; {(gaps > 0).sum()} of {len(gaps)} events won, {(gaps < 0).sum()} lost"
+    return _decide(mean, "events", more, values=values, notes=notes)
 
 
 def variance(evidence: Evidence) -> Check:
     """All runs that were declared together, their spread, and their mean against the reference."""
-    runs, k, name, least = evidence.seeds, evidence.positive, evidence.iou_name, CRITERIA["variance"]["min_seeds"]
-    if len(runs) < 2:
-        raise evidence.without("seeds", "one run: its spread over seeds is unknown")
+    runs = evidence.need("seeds", "one run: its spread over seeds is unknown", 2)
+    k, name, least = evidence.positive, evidence.iou_name, CRITERIA["variance"]["min_seeds"]
     tables = _tables_of_seeds(evidence)
     figures = [float(iou(table.counts.sum(axis=0), k)) for table in tables]
     if np.isnan(figures).any():
         raise Unanswered("skip", f"{name} is undefined in a run")
     rows = [[run.run, run.seed, run.status, one] for run, one in zip(runs, figures, strict=True)]
     shown = {"title": "All declared runs", "columns": ["run", "seed", "status", name], "rows": rows}
-    deviation = 100 * float(np.std(figures, ddof=1))
-    mean = figure(f"{name}, mean over seeds", float(np.mean(figures)))
-    values = [mean, figure("standard deviation over seeds", deviation, "pp")]
+    mean, deviation = float(np.mean(figures)), 100 * float(np.std(figures, ddof=1))
+    values = [figure(f"{name}, mean over seeds", mean), figure("standard deviation over seeds", deviation, "pp")]
     found, few = f"{len(runs)} seeds, standard deviation {deviation:.1f} pp", len(runs) < least
     if few or evidence.reference is None:
         skip = f"{found}; at least {least} seeds are needed" if few else ""
         return judge(values, f"{found}; there is no reference to compare their mean with", skip, tables=[shown])
     pairs = [_on_common_chips(table, evidence.reference) for table in tables]
-    ours = [float(iou(one.counts.sum(axis=0), k)) for one, _, _ in pairs]
-    result = intervals.over_seeds(ours, float(iou(pairs[0][1].counts.sum(axis=0), k)))
-    values.append(_difference(f"{name}, mean over {len(runs)} seeds", result))
+    ours, theirs = ([float(iou(one.counts.sum(axis=0), k)) for one in each] for each in zip(*pairs, strict=True))
+    result = intervals.over_seeds(ours, theirs[0])
     note = "Over seeds, chips and the reference's score are taken as they are: for events see the check of parity."
+    values.append(_difference(f"{name}, mean over {len(runs)} seeds", result))
     return _decide(result, "seeds", values=values, tables=[shown], notes=[note])
 
 
@@ -83,9 +77,7 @@ def reference(evidence: Evidence) -> Check:
 
     It shows data version, normalisation and label map to be the published ones, from end to end.
     """
-    table = evidence.reference
-    if table is None:
-        raise evidence.without("reference", "no reference was given")
+    table: ChipTable = evidence.need("reference", "no reference was given")
     known = {entry["sha256"]: entry for entry in evidence.published.values() if "sha256" in entry}
     entry = known.get(table.weights)
     if entry is None:
@@ -94,8 +86,7 @@ def reference(evidence: Evidence) -> Check:
     there = f"{entry['chips']:,} chips of {entry['split']} ({entry['protocol']})"
     if here != there:
         raise Unanswered("skip", f"published on {there}, here: {here}")
-    scores, digits = metrics.scores(table.counts.sum(axis=0)), entry["decimals"]
-    values = []
+    scores, digits, values = metrics.scores(table.counts.sum(axis=0)), entry["decimals"], []
     for metric, printed in entry["figures"].items():
         low, high = (round(printed + sign * 0.5 * 10.0**-digits, digits + 1) for sign in (-1, 1))
         values.append(figure(metric, scores.get(metric), n_chips=len(table), at_least=low, at_most=high))
@@ -123,49 +114,44 @@ def events(evidence: Evidence) -> Check:
         figure(f"{name}, worst event", float(figures[order[0]])),
         figure(f"share of all {class_name} pixels in the largest event", largest, "%"),
     ]
+    top, dry = order[:_ROWS], sorted(set(range(len(names))) - set(order))[:_ROWS]
     models = {"this run": figures}
     if evidence.reference is not None and not refuse_to_compare(table, evidence.reference):
         models["the reference"] = iou(pool_by_event(evidence.reference.counts, evidence.reference.events)[1], k)
-    series = [
-        {"label": label, "x": each[order[:_ROWS]].round(6).tolist(), "y": [names[n] for n in order[:_ROWS]]}
-        for label, each in models.items()
-    ]
+    shown = [names[n] for n in top]
+    series = [{"label": label, "x": each[top].round(6).tolist(), "y": shown} for label, each in models.items()]
     caption = f"{name} by event, the worst on top{f' ({_ROWS} shown)' if len(order) > _ROWS else ''}."
     plot = {"name": "events", "kind": "dots", "x_label": name, "series": series, "caption": caption}
     title = f"Events, the worst first; those with little or no {class_name} last"
     columns = ["event", "chips", f"{class_name} pixels", f"called {class_name}", *(f"{name}, {one}" for one in models)]
     about = (np.unique(table.events, return_counts=True)[1], pixels, counts[:, :, k].sum(axis=1), *models.values())
-    dry = sorted(set(range(len(names))) - set(order))
-    rows = [[names[n], *(each[n].item() for each in about)] for n in [*order[:_ROWS], *dry[:_ROWS]]]
+    rows = [[names[n], *(each[n].item() for each in about)] for n in [*top, *dry]]
     found = f"{figures[order[0]]:.2f} to {figures[order[-1]]:.2f} over {len(large)} events"
     return judge(values, found, tables=[{"title": title, "columns": columns, "rows": rows}], plots=[plot])
 
 
 def calibration(evidence: Evidence) -> Check:
     """Probabilities of the class against its frequencies, its area, and collapse to one class."""
-    asked, k, class_name = CRITERIA["calibration"], evidence.positive, evidence.class_name
-    table = evidence.usable_table()
-    true, pixels = table.counts[:, k].sum(axis=1), table.counts.sum(axis=(1, 2))
-    called, mixed = table.counts[:, :, k].sum(axis=1), (true > 0) & (true < pixels)
+    asked, k, table = CRITERIA["calibration"], evidence.positive, evidence.usable_table()
     if table.histogram is None or table.confidence is None or table.squared_error is None:
         raise Unanswered("skip", "the chip table holds classes, and no probabilities")
+    true, called = table.counts[:, k].sum(axis=1), table.counts[:, :, k].sum(axis=1)
+    pixels = table.counts.sum(axis=(1, 2))
     if not true.any():
-        raise Unanswered("skip", f"no chip has {class_name} in its truth")
-    least, most = asked["area_ratio"]
+        raise Unanswered("skip", f"no chip has {evidence.class_name} in its truth")
     whole, likely = (metrics.calibration_error(table.histogram, table.confidence, start) for start in (0, _LIKELY))
-    error = figure("expected calibration error", whole, at_most=asked["ece"])
-    area = figure("predicted over true area", float(called.sum() / true.sum()), at_least=least, at_most=most)
-    values = [error, area]
+    values = [figure("expected calibration error", whole, at_most=asked["ece"])]
     if likely not in (None, whole):  # else no probability is below it
         name = f"the same where the probability is {_LIKELY:g} or more"
-        values.insert(1, figure(name, likely, at_most=asked["ece_likely"]))
-    if mixed.any():
+        values.append(figure(name, likely, at_most=asked["ece_likely"]))
+    (least, most), ratio = asked["area_ratio"], float(called.sum() / true.sum())
+    values.append(figure("predicted over true area", ratio, at_least=least, at_most=most))
+    one_class = ((called == 0) | (called == pixels))[(true > 0) & (true < pixels)]
+    if len(one_class):
         name, share = "share of chips with both that are predicted as one class", asked["one_class_share"]
-        one_class = ((called == 0) | (called == pixels))[mixed]
         values.append(figure(name, float(one_class.mean()), n_chips=len(one_class), at_most=share))
     values.append(figure("Brier score", float(table.squared_error.sum() / pixels.sum())))  # Brier 1950
-    found = f"calibration error {error['text']}, predicted over true area {area['text']}"
-    return judge(values, found)
+    return judge(values, f"calibration error {number(whole)}, predicted over true area {number(ratio)}")
 
 
 def identities(evidence: Evidence) -> Check:
@@ -187,28 +173,26 @@ def identities(evidence: Evidence) -> Check:
 
 def _pair(evidence: Evidence) -> tuple[Counts, Counts, int, list[str]]:
     """Both models' counts by event on common chips, the number of these, and notes."""
-    table, other = evidence.usable_table(), evidence.reference
-    if other is None:
-        raise evidence.without("reference", "no reference was given")
-    ours, theirs, left_out = _on_common_chips(table, other)
+    table, other = evidence.usable_table(), evidence.need("reference", "no reference was given")
+    ours, theirs = _on_common_chips(table, other)
     if _same_model(table, other):
         raise Unanswered("skip", "the reference is this very model: a comparison with itself shows nothing")
+    left_out = len(table) - len(ours)
     notes = [f"{left_out} chips that one of the two did not see in full are left out."] if left_out else []
     counts, others = (pool_by_event(one.counts, one.events)[1] for one in (ours, theirs))
     return counts, others, len(ours), notes
 
 
-def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable, int]:
-    """Both tables on the chips of which both have seen every pixel with a truth, and how many chips were left out."""
-    ours, theirs = table, other
+def _on_common_chips(table: ChipTable, other: ChipTable) -> tuple[ChipTable, ChipTable]:
+    """Both tables on the chips of which both have seen every pixel with a truth."""
     if np.array_equal(table.chips, other.chips):  # where a mask has no data, a model would be judged on harder pixels
         whole = table.chips[(table.unseen == 0) & (other.unseen == 0)]
         if not len(whole):
             raise Unanswered("skip", "there is no chip of which both have seen every pixel")
-        ours, theirs = table.subset(whole), other.subset(whole)
-    if reason := refuse_to_compare(ours, theirs):
+        table, other = table.subset(whole), other.subset(whole)
+    if reason := refuse_to_compare(table, other):
         raise Unanswered("fail", f"wrong reference: {reason}")
-    return ours, theirs, len(table) - len(ours)
+    return table, other
 
 
 def points(value: float) -> str:
@@ -263,7 +247,6 @@ def _tables_of_seeds(evidence: Evidence) -> list[ChipTable]:
 
 def _same_model(table: ChipTable, other: ChipTable) -> bool:
     """Whether two tables are of the same weights, by their hash or because they predict every chip alike."""
-    if table.weights and table.weights == other.weights:
-        return True
     pairs = ((table.counts, other.counts), (table.histogram, other.histogram))  # without probabilities None
-    return all(np.array_equal(np.asarray(one), np.asarray(another)) for one, another in pairs)
+    alike = all(np.array_equal(np.asarray(one), np.asarray(another)) for one, another in pairs)
+    return alike or (table.weights is not None and table.weights == other.weights)
