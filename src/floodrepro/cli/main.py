@@ -147,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloodreproError as error:
         failure = error
     except SystemExit as done:  # argparse and jsonargparse leave this way after they have printed help
-        return int(done.code or 0)
+        if isinstance(done.code, str):  # as a recipe's own code may
+            print(done.code, file=sys.stderr)
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
     except KeyboardInterrupt:
         console.say("interrupted")
         return 130  # 128 + SIGINT, the shell's convention

@@ -145,6 +145,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _logged_rows(path: Path) -> list[dict[str, str]]:
     if not (rows := RunFolder(path.parent).read_metrics()):
         raise ValueError("it holds no rows")
+    [float(text) for row in rows for text in row.values() if text]
     return rows
 
 
