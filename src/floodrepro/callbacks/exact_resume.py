@@ -144,20 +144,20 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Save where it is time; stop where that was asked for."""
         self._restore(trainer, pl_module)
-        step, stop = trainer.global_step, self._signal
-        if trainer.world_size > 1 and batch_idx % _AGREE_EVERY:  # all processes stop together
-            stop = 0
-        elif trainer.world_size > 1:
+        step = trainer.global_step
+        stop = self._signal if trainer.world_size == 1 else 0
+        if trainer.world_size > 1 and batch_idx % _AGREE_EVERY == 0:  # all processes stop together
             number = torch.tensor(self._signal, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            stop = self._signal = int(number)
+            stop = int(trainer.strategy.reduce(number, reduce_op="max"))
+            self._signal = self._signal or stop  # one that came meanwhile counts the next time
         due = stop or step - max(self._saved, 0) >= self._every
-        # Not from an epoch's first batch, nor behind a validation, nor in the middle of an accumulation.
+        # Not from an epoch's first batch, nor in the middle of an accumulation, nor behind a validation: of one without
+        # any batch Lightning calls no hook, and it would take the step for one whose validation is to come.
         total = trainer.fit_loop.epoch_loop.batch_progress.total.completed
         since = batch_idx if trainer.check_val_every_n_epoch is not None else total
         validated = since % (trainer.val_check_batch or math.inf) == 0
-        exact = batch_idx > 0 and not validated and batch_idx % trainer.accumulate_grad_batches == 0
-        if due and exact and self._mid_epoch and step != self._saved:
+        exact = self._mid_epoch and batch_idx > 0 and not validated and batch_idx % trainer.accumulate_grad_batches == 0
+        if due and exact and step != self._saved:
             self._save(trainer, "batch")
         if stop and (step in (0, self._saved) or not self._mid_epoch):  # else the next batch will do
             raise self._interrupted()
@@ -180,10 +180,6 @@ class ExactResume(Callback):
         kept = self._saved == trainer.global_step or not self._mid_epoch
         if self._signal and kept and trainer.world_size == 1:
             raise self._interrupted()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let plateau schedulers step: Lightning leaves them out in an epoch that it resumed into."""
-        trainer.fit_loop._restarting = False  # its setter would say True where max_steps is set
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Save the end."""
@@ -260,6 +256,9 @@ class ExactResume(Callback):
             self._moment, trainer.strategy.checkpoint_io = "", before
 
     def _restore(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning leaves plateau schedulers out in an epoch that it resumed into. Where max_steps is set, the property
+        # would be True whatever it is given.
+        trainer.fit_loop._restarting = False
         state, self._state = self._state, None
         if state is None:
             return

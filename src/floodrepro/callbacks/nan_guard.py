@@ -29,15 +29,14 @@ class NaNGuard(Callback):
           callbacks:
             - class_path: floodrepro.callbacks.NaNGuard
 
-    A training step never waits for the device: losses are read every ten batches, and before any validation or
-    checkpoint, where weights and buffers are looked at too. A step that GradScaler leaves out is no incident, its loss
-    is finite. One class in all predictions of a validation is a warning.
+    A training step never waits for the device: losses, weights and buffers are read every ten batches, and before any
+    validation or checkpoint. A step that GradScaler leaves out is no incident, its loss is finite. One class in all
+    predictions of a validation is a warning.
     """
 
     def __init__(self) -> None:
         self._step, self._largest = 0, torch.empty(0)  # of the batch that is being trained
         self._steps: list[tuple[int, list[str], Tensor]] = []  # step, chips, loss and the largest input of each chip
-        self._bad_input: tuple[int, list[str]] | None = None  # step and chips of the first
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stand before every checkpoint; of weights alone Lightning tells no callback."""
@@ -45,7 +44,7 @@ class NaNGuard(Callback):
 
         def save_if_good(*args: Any, **kwargs: Any) -> None:
             if trainer.training or trainer.validating:
-                self._look(trainer, pl_module, at_weights=True)
+                self._look(trainer, pl_module)
             save(*args, **kwargs)
 
         trainer.save_checkpoint = save_if_good
@@ -55,18 +54,18 @@ class NaNGuard(Callback):
         self._step, self._largest = trainer.global_step, largest_values(batch)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss; look at the last ones every N batches."""
+        """Keep the loss; look at the last ones, and at the state, every N batches."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             values = torch.cat([loss.detach().float().mean().view(1), self._largest.to(loss.device)])
             self._steps.append((self._step, chips_of(batch), values))
         if (batch_idx + 1) % _LOOK_EVERY == 0:
-            self._look(trainer, pl_module, at_weights=False)
+            self._look(trainer, pl_module)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure nothing with a bad state, and end no epoch with one."""
         if not trainer.sanity_checking:
-            self._look(trainer, pl_module, at_weights=True)
+            self._look(trainer, pl_module)
 
     on_train_epoch_end = on_validation_start
 
@@ -77,17 +76,17 @@ class NaNGuard(Callback):
         counts = next((one for one in matrices if isinstance(one, Tensor) and one.ndim == 2), None)
         if counts is None or trainer.sanity_checking:
             return
-        predicted = counts.sum(dim=0)
-        if trainer.world_size > 1:  # also where this process had no pixel: the others wait for it
-            torch.distributed.all_reduce(predicted)
+        # Also where this process had no pixel: the others wait for it.
+        predicted = trainer.strategy.reduce(counts.sum(dim=0), reduce_op="sum")
         classes = torch.nonzero(predicted).flatten().tolist()
         if len(classes) == 1 and trainer.is_global_zero:
             what = f"epoch {trainer.current_epoch + 1}: validation predicted class {classes[0]} for every pixel"
             print(f"floodrepro: warning: {what}", file=sys.stderr, flush=True)
 
-    def _look(self, trainer: Any, pl_module: Any, *, at_weights: bool) -> None:
+    def _look(self, trainer: Any, pl_module: Any) -> None:
         """Raise `Incident` if a loss since the last look, a weight or a buffer is not finite; all processes call it."""
-        found: dict[str, Any] | None = None
+        found: dict[str, Any] = {}
+        bad_input: tuple[int, list[str]] | None = None
         seen: list[str] = []
         steps, self._steps = self._steps, []
         for step, chips, values in steps:
@@ -95,28 +94,25 @@ class NaNGuard(Callback):
             seen = chips + seen  # the last first
             names = chips if len(chips) == len(inputs) else [f"number {i} of the batch" for i in range(len(inputs))]
             bad = [name for name, value in zip(names, inputs, strict=True) if not value < _BEYOND_DATA]
-            self._bad_input = self._bad_input or ((step, bad) if bad else None)
+            bad_input = bad_input or ((step, bad) if bad else None)
             if not math.isfinite(loss):
                 found = {"kind": "loss", "detail": f"the loss is {loss}", "step": step, "chips": seen}
                 break
-        tensors = not_finite(pl_module) if found or at_weights else []
-        if tensors and found is None:
+        tensors = not_finite(pl_module)
+        if tensors and not found:
             what = "weights or buffers are not finite"
             found = {"kind": "state", "detail": what, "step": trainer.global_step, "chips": []}
-        if found is not None:
-            found |= {"epoch": trainer.current_epoch, "tensors": tensors}
-        if found is not None and self._bad_input is not None:
-            step, chips = self._bad_input
+        if found and bad_input:  # one that does no harm is none
+            step, chips = bad_input
             what = f"the input of step {step} is not finite or far too large; {found['detail']}"
             found |= {"kind": "input", "detail": what, "chips": chips}
+        found = found and found | {"epoch": trainer.current_epoch, "tensors": tensors}
         if trainer.world_size > 1:  # one that stopped alone would let the others wait for it
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, found)
-            found = min((one for one in everyone if one), key=lambda one: one["kind"], default=None)  # "input" first
-        if found is not None:
+            found = min((one for one in everyone if one), key=lambda one: one["kind"], default={})  # "input" first
+        if found:
             raise Incident(found)
-        if at_weights:
-            self._bad_input = None  # it did no harm
 
 
 def not_finite(root: nn.Module) -> list[str]:
