@@ -114,9 +114,12 @@ def test_a_sound_scene_has_no_problems_and_with_a_baseline_or_dark_pixels_it_nee
         (lambda c: c["S1RTC"]["event"].update(time="in August"), "'in August' is no time"),
         (lambda c: c["S1RTC"]["event"].update(files=[{"vv": "s1_event.tif"}]), "no file for band vh"),
         (lambda c: c.update(area={"file": "none.geojson"}), "the polygons cannot be read"),
+        (lambda c: c.update(area={"file": "nan.geojson"}), "the polygons cannot be read"),
     ],
 )
 def test_a_scene_that_nobody_understands_is_bad_usage(scene, change, said):
+    nowhere = '{"type": "Polygon", "coordinates": [[[NaN, 1], [2, 1], [2, 2], [NaN, 1]]]}'
+    (scene.parent / "nan.geojson").write_text(nowhere)
     edit(scene, change)
     with pytest.raises(UsageError, match=said):
         read_scene(scene)

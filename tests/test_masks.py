@@ -112,7 +112,7 @@ def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, e
     table = tabulate_masks(recipe, [folder], events, name="GFM", values="5=flood, 7=rest")
     assert np.array_equal(table.counts, expected(chips, events))
     assert parse_values("1=1,0=none", ["rest", "flood"]) == {1: 1, 0: -1}
-    for text in ("1=water", "flood", "a=flood"):
+    for text in ("1=water", "flood", "a=flood", "1=flood,1=rest"):
         with pytest.raises(UsageError, match="--values"):
             parse_values(text, ["rest", "flood"])
 

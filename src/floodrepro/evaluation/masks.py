@@ -87,12 +87,15 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
     """What ``--values 1=flood,0=rest,255=none`` says: the class of each value, -1 for no data.
 
     Raises:
-        UsageError: It does not parse, or names a class that the recipe does not have.
+        UsageError: It does not parse, says two things of a value, or names a class that the recipe does not have.
     """
     classes = {_NONE: -1} | {str(k): k for k in range(len(class_names))} | {n: k for k, n in enumerate(class_names)}
     try:
         pairs = [part.split("=") for part in text.split(",")]
-        return {int(value): classes[label.strip()] for value, label in pairs}
+        found = {int(value): classes[label.strip()] for value, label in pairs}
+        if len(found) < len(pairs):
+            raise ValueError("a value is there twice")
+        return found
     except (ValueError, KeyError) as error:
         known = ", ".join([*class_names, _NONE])
         what = f"--values has {text!r}, expected VALUE=CLASS with commas; the classes are {known}"

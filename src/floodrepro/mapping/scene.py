@@ -33,6 +33,7 @@ SCL = "SCL"  # Sen2Cor's scene classification, optional
 BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("data",)}
 LAYERS = BANDS | {"S2L2A": (*S2_BANDS, SCL)}  # what files may have
 PIXEL = 10  # metres
+_UNREADABLE = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError)
 _GDAL = {"GDAL_CACHEMAX": 128, "GDAL_HTTP_MAX_RETRY": 5, "GDAL_HTTP_RETRY_DELAY": 1, "VSI_CACHE": True}
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
 # What may stand in a scene.yaml; the last line has notes for its reader.
@@ -177,7 +178,7 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
         if not shapely.area(parts).any():
             raise ValueError("the file holds no polygon")
         return to_crs(parts[shapely.area(parts) > 0], meta["crs"] or DEGREES, crs)
-    except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, ValueError, CPLE_BaseError) as error:
+    except (*_UNREADABLE, ValueError, CPLE_BaseError) as error:
         raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
 
 
