@@ -282,7 +282,7 @@ def _sample(a: Acquisition, bands: Bands, scene: Scene) -> Array:
 
 
 def _radar(values: Array, said: dict[str, Any]) -> str | None:
-    strange = (values < _NO_RADAR[0]) | (values > _NO_RADAR[1])
+    strange = (values < _NO_RADAR[0]) | (values > _NO_RADAR[1]) | (values == 0)  # that dB hit 0 by chance is as rare
     if (share := strange.any(axis=0).mean()) > 0.001:  # less may be speckle
         odd = values[strange]
         return f"{share:.1%} of the pixels are no radar (such as {odd[abs(odd).argmax()]:g}): say 'nodata: [...]'"
@@ -299,15 +299,14 @@ def _radar(values: Array, said: dict[str, Any]) -> str | None:
 
 def _optical(values: Array, said: dict[str, Any]) -> str | None:
     lowest, offset = np.quantile(values, 0.01), said["offset"]
-    if not 20 < np.quantile(values, 0.99) <= 30_000:  # clouds and snow reach 20,000
+    if not 255 < np.quantile(values, 0.99) <= 30_000:  # of a picture in 8 bits; clouds and snow reach 20,000
         return f"values up to {values.max():.4g} are no reflectance x 10,000"
     if offset is None and lowest > 0.9 * _OFFSET:
         fix = f"say 'offset: -{_OFFSET}' (baseline 04.00 and later) or 'offset: 0'"
         return f"neither offset nor baseline is given, and the darkest pixels have {lowest:.0f}: {fix}"
-    values = values + (offset or 0)
-    if offset and (below := (values < 0).mean()) > 0.2:
-        return f"an offset of {offset:g} leaves {below:.0%} of the values below 0: was it taken off already?"
-    level = {name: max(np.median(values[S2_BANDS.index(name)]), 1) for name in ("B07", "B08", "B8A")}
+    if offset and lowest + offset < -0.25 * _OFFSET:  # where it belongs, the darkest pixels come near 0
+        return f"an offset of {offset:g} leaves {lowest + offset:.0f} in the darkest pixels: was it taken off already?"
+    level = {name: max(np.median(values[S2_BANDS.index(name)]) + (offset or 0), 1) for name in ("B07", "B08", "B8A")}
     for name in ("B08", "B07"):
         if abs(np.log(level["B8A"] / level[name])) > 0.4:
             return f"B8A and {name}, neighbours in the spectrum, differ by half: is the order of bands {S2_BANDS}?"
