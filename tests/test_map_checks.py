@@ -61,8 +61,7 @@ NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "
         (None, lambda c: c["S2L2A"]["event"]["files"][0].update(offset=-1000), "was it taken off already?"),
         (
             ("s1_before.tif", lambda db: np.where(np.arange(80) < 10, -9999, db)),
-            None,
-            "12.5% of the pixels are no radar",
+            *(None, "12.5% of the pixels are no radar (such as -9999)"),
         ),
         (("s1_event.tif", lambda db: np.where(np.arange(80) < 10, 0, db)), None, "12.5% of the pixels are no radar"),
         (("s2_event.tif", lambda bands: np.clip(bands / 40, 1, 255)), None, "no reflectance x 10,000"),
