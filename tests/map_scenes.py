@@ -1,5 +1,9 @@
 """Scenes and a network for the tests of `floodrepro map` that need no TerraMind: they map a scene in a second."""
 
+import multiprocessing
+import resource
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +13,7 @@ import yaml
 from rasterio import Affine
 
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
+from floodrepro.errors import RunFolderError
 from floodrepro.mapping.mapper import map_scene
 from floodrepro.mapping.scene import STEPS, read_scene
 
@@ -79,3 +84,20 @@ class RadarNetwork:
 def run(scene: Path, output: Path, network=None, **options):
     """Map a scene with the network above."""
     return map_scene(network or RadarNetwork(), read_scene(scene), PLAN | options, output, {"weights": "none"})
+
+
+def run_without_room(scene: Path, output: Path, rooms: Sequence[int]):
+    """Map with one limit on the size of a file after the other, as a full disk has it; each time that is the error."""
+
+    def run_with(room: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        try:
+            run(scene, output)
+        except RunFolderError as error:
+            sys.exit(7 if "cannot be written" in str(error) else 1)
+
+    for room in rooms:
+        process = multiprocessing.get_context("fork").Process(target=run_with, args=(room,))
+        process.start()
+        process.join()
+        assert process.exitcode == 7, room

@@ -2,9 +2,7 @@
 
 import json
 import multiprocessing
-import resource
 import signal
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from floodrepro.mapping import mapper
 from floodrepro.mapping.mapper import starts, strips
 from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene, to_crs
-from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, save
+from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, run_without_room, save
 
 
 def read(folder: Path, name: str):
@@ -264,18 +262,13 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(made, tm
 
 @pytest.mark.faults
 def test_a_full_disk_is_an_error_and_with_room_the_same_command_ends_with_the_same_bytes(made, tmp_path, monkeypatch):
-    def run_with(room):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-        with pytest.raises(RunFolderError, match="cannot be written"):
-            run(made[0], tmp_path / "m")
-        sys.exit(7)
-
     def fails_with(*rooms):
-        for room in rooms:
-            process = multiprocessing.get_context("fork").Process(target=run_with, args=(room,))
-            process.start()
-            process.join()
-            assert process.exitcode == 7, room
+        # A thread of GDAL that ends here may hold a lock, which would stay shut in a process that is forked meanwhile.
+        given = (made[0], tmp_path / "m", rooms)
+        process = multiprocessing.get_context("spawn").Process(target=run_without_room, args=given)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
 
     fails_with(50, 20_000, 150_000)  # what was begun, the first strip and a later one
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
