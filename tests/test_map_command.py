@@ -11,7 +11,8 @@ import yaml
 from floodrepro import recipe as recipes
 from floodrepro.cli.model import parse
 from floodrepro.data.chips import Chips
-from floodrepro.data.synth import write_scene
+from floodrepro.data.protocols import NO_DATA
+from floodrepro.data.synth import draw_event, generate, write_scene
 from floodrepro.evaluation import chip_table
 from floodrepro.mapping.reader import Reader
 from floodrepro.mapping.scene import read_scene
@@ -36,12 +37,6 @@ def random_weights(chips, tmp_path_factory):
     return folder / "net.ckpt"
 
 
-def event_chips(chips, event=0):
-    ids = sorted(p.name.removesuffix("_DEM.tif") for p in (chips / "data" / "DEM").glob("*.tif"))
-    events = sorted({chip.split("_")[0] for chip in ids})
-    return [chip for chip in ids if chip.split("_")[0] == events[event]]
-
-
 def class_of(folder, name="class"):
     with rasterio.open(folder / f"{name}.tif") as file:
         return file.read(1).astype(int)
@@ -59,20 +54,28 @@ def made(cli, random_weights):
 
 
 @pytest.fixture(scope="session")
-def mapped(chips, made, tmp_path_factory):
-    """A generated event of three chips, mapped; the scene lies in ../scene."""
+def drawn():
+    """An event, its number is 1, two chips wide and high; of the fourth one nothing was seen."""
+    scene = draw_event(seed=1, event=1, chips=4, size=32, values=2)
+    for part, missing in {"S1RTC": np.nan, "S2L2A": NO_DATA, "SCL": 0, "DEM": NO_DATA, "MASK": -1}.items():
+        scene[part][..., 32:, 32:] = missing
+    return scene
+
+
+@pytest.fixture(scope="session")
+def mapped(drawn, made, tmp_path_factory):
+    """The drawn event, mapped; the scene lies in ../scene."""
     root = tmp_path_factory.mktemp("mapped")
-    scene = write_scene(Chips(chips), event_chips(chips, 1), root / "scene")
-    made("--scene", scene, "--output", root / "map", *FLAGS)
+    made("--scene", write_scene(drawn, 1, root / "scene"), "--output", root / "map", *FLAGS)
     return root / "map"
 
 
-def test_a_scene_of_one_chip_gives_the_classes_of_predict(chips, made, random_weights, tmp_path):
-    chip = event_chips(chips)[0]
-    (tmp_path / "one.txt").write_text(chip)
-    flags = ("--data.init_args.predict_split", tmp_path / "one.txt")
+def test_a_scene_of_one_chip_gives_the_classes_of_predict(made, random_weights, tmp_path):
+    generate(tmp_path, events=3, chips=3, size=32, protocol="v0", seed=1, scenes=True)
+    (tmp_path / "one.txt").write_text(next(chip for chip in Chips(tmp_path).having("DEM") if "EMSR9001" in chip))
+    flags = ("--data.init_args.predict_split", tmp_path / "one.txt", "--data.init_args.predict_data_root", tmp_path)
     made("predict", "--ckpt", random_weights, "--output", tmp_path / "masks", *flags)
-    made("--scene", write_scene(Chips(chips), [chip], tmp_path / "scene"), "--output", tmp_path / "map")
+    made("--scene", tmp_path / "scenes" / "EMSR9001" / "scene.yaml", "--output", tmp_path / "map")
     with (
         rasterio.open(next((tmp_path / "masks").glob("*.tif"))) as one,
         rasterio.open(tmp_path / "map" / "class.tif") as other,
@@ -129,9 +132,8 @@ def test_bf16_maps_nearly_as_fp32_on_a_cpu_one_tile_at_a_time(made, mapped, tmp_
     assert np.array_equal(seen, other != 255) and 0 < abs(one - other)[seen].max() <= 10  # 4 points of 250
 
 
-def test_optical_bands_of_20_m_in_degrees_map_nearly_the_same(chips, made, mapped, tmp_path):
-    scene = write_scene(Chips(chips), event_chips(chips, 1), tmp_path / "scene", mixed=True)
-    made("--scene", scene, "--output", tmp_path / "map", *FLAGS)
+def test_optical_bands_of_20_m_in_degrees_map_nearly_the_same(drawn, made, mapped, tmp_path):
+    made("--scene", write_scene(drawn, 1, tmp_path / "scene", mixed=True), "--output", tmp_path / "map", *FLAGS)
     one, other = class_of(mapped), class_of(tmp_path / "map")
     both = (one != 255) & (other != 255)
     assert both.mean() > 0.7 and (one == other)[both].mean() > 0.8

@@ -14,7 +14,7 @@ import math
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,29 +25,30 @@ import rasterio
 import yaml
 import zarr
 from numcodecs import Blosc, Zlib
+from rasterio.transform import from_origin, xy
 from rasterio.warp import reproject
 from scipy import ndimage
 
 from floodrepro import console
 from floodrepro.data import protocols
-from floodrepro.data.chips import Array, Chips
+from floodrepro.data.chips import Array
 from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PARTS, PROTOCOLS, S1_BANDS, S2_BANDS, SPLITS
 from floodrepro.data.splits import SYNTH_NOTE, data_in
 from floodrepro.errors import DataError, UsageError
 
 _CRS, _DEGREES = "EPSG:4326", 0.00018  # about 20 m: of a scene that is not like its chips
-_MISSING = {"S1RTC": np.nan, "S2L2A": NO_DATA, "DEM": NO_DATA, "MASK": IGNORE_INDEX}
 FIRST_EVENT = 9001
 EPSG, TILE = 32630, "30TXM"
 DAYS = {"S1RTC": (-30, -12, 0, 12), "S2L2A": (-33, -8, 1, 13)}  # from the event, as the satellites might pass
 LOOKS = 4.4  # equivalent number of looks of Sentinel-1 IW GRDH: ESA, S1-RS-MDA-52-7440, table 5-1
 CLOUDY, NOT_SEEN = 9, 0  # Sen2Cor's scene classification: Sentinel-2 Products Specification Document, table of SCL
-# Surface reflectance x 10,000, in the order of S2_BANDS.
-SOIL = np.array((850, 980, 1300, 1650, 1850, 2000, 2120, 2250, 2400, 2450, 2950, 2450))
-CROP = np.array((330, 400, 720, 440, 1020, 2650, 3300, 3500, 3700, 3750, 1850, 920))
-WATER = np.array((380, 420, 480, 330, 290, 230, 210, 200, 180, 170, 110, 80))
-TURBID = np.array((640, 780, 1050, 1120, 1150, 860, 820, 760, 620, 480, 230, 160))
-CLOUD = np.array((6300, 6200, 6000, 5900, 6100, 6200, 6300, 6400, 6500, 6600, 4300, 3200))
+_MISSING = {"S1RTC": np.nan, "S2L2A": NO_DATA, "DEM": NO_DATA, "MASK": IGNORE_INDEX}
+# Surface reflectance x 10,000 (C, 1, 1), in the order of S2_BANDS.
+SOIL = np.array((850, 980, 1300, 1650, 1850, 2000, 2120, 2250, 2400, 2450, 2950, 2450))[:, None, None]
+CROP = np.array((330, 400, 720, 440, 1020, 2650, 3300, 3500, 3700, 3750, 1850, 920))[:, None, None]
+WATER = np.array((380, 420, 480, 330, 290, 230, 210, 200, 180, 170, 110, 80))[:, None, None]
+TURBID = np.array((640, 780, 1050, 1120, 1150, 860, 820, 760, 620, 480, 230, 160))[:, None, None]
+CLOUD = np.array((6300, 6200, 6000, 5900, 6100, 6200, 6300, 6400, 6500, 6600, 4300, 3200))[:, None, None]
 
 # How chips may be stored: a zarr chunk as a share of (T, C, H, W), rounded up, its compressor and byte order where
 # it is another than this machine's, and GDAL's options for the TIFFs.
@@ -117,12 +118,12 @@ def generate(
         with TemporaryDirectory(prefix=".synth-", dir=root) as hidden, console.progress("chips") as progress:
             made = Path(hidden)
             for event, split in enumerate(np.repeat(SPLITS, list(counts.values())).tolist()):
-                share, ids = chips // events + (event < chips % events), list[str]()
-                drawn = _event_chips(seed, event, share, size, rules, [VARIANTS[name] for name in variants])
-                for number, (chip, files) in enumerate(drawn):
-                    for name, content in files.items():
-                        _write(made / "data" / name, content)
-                    ids.append(chip)
+                share = chips // events + (event < chips % events)
+                scene = draw_event(seed, event, share, size, len(rules.label_map))
+                for number in range(share):
+                    chip, files = _cut_chip(scene, event, number, size, VARIANTS[variants[number % len(variants)]])
+                    for part, content in files.items():
+                        _write(made / "data" / part / f"{chip}{protocols.suffix_of(rules, part)}", content)
                     # Version 1 tests on its training events as well, on chips of theirs that it does not train on.
                     seen = like_v1 and split == "train" and number == 1
                     lists["test" if seen else split].append(chip)
@@ -130,9 +131,7 @@ def generate(
                         lists["test_seen_events" if seen else "test_holdout"].append(chip)
                     progress(sum(len(lists[name]) for name in SPLITS), chips)
                 if scenes:
-                    write_scene(
-                        Chips(made, rules), ids, made / "scenes" / protocols.event_of(chip), mixed=bool(event % 2)
-                    )
+                    write_scene(scene, event, made / "scenes" / protocols.event_of(chip), mixed=event % 2 == 1)
             if layout == "hub":
                 _pack(made, lists, rules)
             for name, listed in lists.items():
@@ -150,15 +149,14 @@ def generate(
     return {"root": str(root), "events": counts, "chips": {split: len(lists[split]) for split in SPLITS}}
 
 
-def write_scene(source: Chips, chips: Sequence[str], output: Path, *, mixed: bool = False) -> Path:
-    """Put the chips of an event together as rasters for `floodrepro map`, with truth.tif and a scene.yaml.
+def write_scene(scene: Mapping[str, Array], event: int, output: Path, *, mixed: bool = False) -> Path:
+    """Write an event that `draw_event` drew as rasters for `floodrepro map`, with truth.tif and a scene.yaml.
 
-    A generated event is one scene that was cut into neighbouring chips: put together again it has its river, its clouds
-    and the edge of its radar swath, and `map` over it can be compared with `predict` over its chips.
+    `map` over it can be compared with `predict` over the chips that are cut from it.
 
     Args:
-        source: Where the chips lie.
-        chips: Ids of one event's; places between them stay without data.
+        scene: Its images.
+        event: Its number, which says where and when it was.
         output: Folder to write.
         mixed: Write what a map has to undo: optical bands in EPSG:4326 with pixels of 20 m, each in a file of its own,
             1000 added as from baseline 04.00 on, and radar as linear power.
@@ -166,56 +164,46 @@ def write_scene(source: Chips, chips: Sequence[str], output: Path, *, mixed: boo
     Returns:
         The scene.yaml.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    offset, bands = 1000 if mixed else 0, [*S2_BANDS, "SCL"]
-    x, y = np.array([[int(word[1:]) for word in chip.split("_")[-2:]] for chip in chips]).T  # see `_event_chips`
-    images: dict[str, Array] = {}
-    for chip, row, column in zip(chips, (y.max() - y) // 10, (x - x.min()) // 10, strict=True):
-        optical, classes = source.bands(chip, "S2L2A"), source.extras(chip, "S2L2A", "SCL")[1]["SCL"]
-        optical[optical != NO_DATA] += offset
-        read = {part: source.raster(chip, part)[None] for part in ("DEM", "MASK")}
-        read["S1RTC"] = source.bands(chip, "S1RTC").astype(np.float32)
-        read["S2L2A"] = np.concatenate([optical, classes[:, None]], axis=1)
-        size = optical.shape[-1]
-        shape = (np.ptp(y) // 10 + size, np.ptp(x) // 10 + size)
-        for part, image in read.items():
-            whole = images.setdefault(part, np.full((*image.shape[:-2], *shape), _MISSING[part], image.dtype))
-            whole[..., row : row + size, column : column + size] = image
-    place = {"crs": f"EPSG:{EPSG}", "transform": rasterio.Affine(10, 0, x.min() - 5, 0, -10, y.max() + 5)}
+    offset, bands, place, times = 1000 if mixed else 0, [*S2_BANDS, "SCL"], _place(event), _times(event)
+    optical = np.where(scene["S2L2A"] == NO_DATA, NO_DATA, scene["S2L2A"] + offset)
+    optical = np.concatenate([optical, scene["SCL"][:, None]], axis=1)
+    radar: Array = scene["S1RTC"].astype(np.float32)
+    radar = 10 ** (radar / 10) if mixed else radar
 
     def save(name: str, part: str, values: Array, described: Sequence[str], **where: Any) -> dict[str, Any]:
         """Write a raster (C, H, W) and return a scene's entry of it."""
         options = {"compress": "deflate", "tiled": True} | place | where
-        (output / name).write_bytes(_geotiff(values, _MISSING[part], described, **options))
+        _write(output / name, _geotiff(values, _MISSING[part], described, **options))
         return {"raster": name, "bands": list(described)}
 
-    radar = 10 ** (images["S1RTC"] / 10) if mixed else images["S1RTC"]
-    scene: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
-    times = {sensor: source.extras(chips[0], sensor)[0]["datetime"].split(";") for sensor in scene}
+    listed: dict[str, Any] = {"S1RTC": {"unit": "power" if mixed else "dB"}, "S2L2A": {"nodata": [NO_DATA]}}
     for step, key in enumerate(protocols.STEPS):
         file = save(f"s1_{key}.tif", "S1RTC", radar[step], S1_BANDS)
-        scene["S1RTC"][key] = {"time": times["S1RTC"][step], "orbit": 66, "files": [file]}
+        listed["S1RTC"][key] = {"time": times["S1RTC"][step], "orbit": 66, "files": [file]}
         if mixed:
             given = {"src_crs": place["crs"], "src_transform": place["transform"], "src_nodata": NO_DATA}
-            warped, grid = reproject(images["S2L2A"][step], **given, dst_crs=_CRS, dst_resolution=_DEGREES)
+            warped, grid = reproject(optical[step], **given, dst_crs=_CRS, dst_resolution=_DEGREES)
             file = {band: f"s2_{key}_{band}.tif" for band in bands}
             for band, image in zip(bands, warped, strict=True):
                 save(file[band], "S2L2A", image[None], [band], crs=_CRS, transform=grid)
         else:
-            file = save(f"s2_{key}.tif", "S2L2A", images["S2L2A"][step], bands)
-        scene["S2L2A"][key] = {"time": times["S2L2A"][step], "files": [file | {"offset": -offset}]}
-    save("dem.tif", "DEM", images["DEM"], ["data"])
-    scene["DEM"] = {"files": [{"data": "dem.tif"}]}
-    save("truth.tif", "MASK", images["MASK"], ["class"])
-    (output / "scene.yaml").write_text(yaml.safe_dump(scene, sort_keys=False), encoding="utf-8")
+            file = save(f"s2_{key}.tif", "S2L2A", optical[step], bands)
+        listed["S2L2A"][key] = {"time": times["S2L2A"][step], "files": [file | {"offset": -offset}]}
+    save("dem.tif", "DEM", scene["DEM"][None], ["data"])
+    listed["DEM"] = {"files": [{"data": "dem.tif"}]}
+    save("truth.tif", "MASK", scene["MASK"][None], ["class"])
+    _write(output / "scene.yaml", yaml.safe_dump(listed, sort_keys=False).encode())
     return output / "scene.yaml"
 
 
-def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], values: int, edge: str) -> dict[str, Array]:
-    """A whole event as the satellites (DEM, S1RTC, S2L2A, SCL) and the mappers (MASK of so many values) saw it.
+def draw_event(seed: int, event: int, chips: int, size: int, values: int) -> dict[str, Array]:
+    """An event as the satellites (DEM, S1RTC, S2L2A, SCL) and the mappers (MASK of so many values) saw it.
 
-    `edge` is the sensor whose swath ends inside: NaN or NO_DATA lie beyond.
+    The images have room for so many chips of `size` pixels, about as many in a row as in a column.
     """
+    rng, across = np.random.default_rng([seed, event]), math.ceil(math.sqrt(chips))
+    shape = (math.ceil(chips / across) * size, across * size)
+    edge = ("", "S1RTC", "S2L2A")[event % 3]  # the sensor whose swath ends inside: each is in the smallest data set
     rows, columns = np.mgrid[: shape[0], : shape[1]] / min(shape)
     river = 0.25 * shape[1] / min(shape) + 0.1 * np.sin(4 * rows + 6 * rng.random())
     height = np.abs(columns - river) + 0.06 * _field(rng, shape, 6)
@@ -225,24 +213,23 @@ def _draw_scene(rng: np.random.Generator, shape: tuple[int, int], values: int, e
     green, rough = _field(rng, shape, 5), _field(rng, shape, 3)
     woods = green > 1
     dry = (_field(rng, shape, 4) > 1.1) & ~woods  # fields that lose backscatter at the event, and no water comes
+    wet, cover = hit & ~woods, np.clip(0.5 + 0.3 * green, 0, 1)
+    ground = np.where(permanent, WATER, SOIL * (1 - cover) + CROP * cover)
     s1, s2 = np.empty((4, 2, *shape)), np.empty((4, 12, *shape))
     scl = np.full((4, *shape), 4, np.uint8)
-    cover = np.clip(0.5 + 0.3 * green, 0, 1)
     for step in range(4):
-        struck = hit & (step == EVENT)
-        open_water = permanent | (struck & ~woods)
-        land = np.stack((-9.8 + 0.9 * rough, -15.2 + 0.9 * rough)) + 1.2 * woods - 4.0 * (dry & (step == EVENT))
+        at_event = step == EVENT
+        open_water = permanent | (wet & at_event)
+        land = np.stack((-9.8 + 0.9 * rough, -15.2 + 0.9 * rough)) + 1.2 * woods - 4.0 * (dry & at_event)
         wind = np.clip(_field(rng, shape, 5) - 1, 0, 1)
         water = np.stack((-17.5 + 4 * wind, -23.5 + 2 * wind))
         decibels = np.where(open_water, water, land + rng.normal(0, 0.3))
         # Speckle: a gamma law of mean 1 (Oliver and Quegan, Understanding Synthetic Aperture Radar Images, chapter 4).
         s1[step] = decibels + 10 * np.log10(rng.gamma(LOOKS, 1 / LOOKS, decibels.shape))
-        surface = SOIL[:, None, None] * (1 - cover) + CROP[:, None, None] * cover
-        surface = np.where(permanent, WATER[:, None, None], surface)
-        surface = np.where(struck & ~woods, TURBID[:, None, None], surface)
+        surface = np.where(wet & at_event, TURBID, ground)
         thickness = _field(rng, shape, 7)
-        haze = np.clip(3 * (thickness - np.quantile(thickness, 0.5 if step == EVENT else 0.85)), 0, 1)
-        s2[step] = surface + haze * (CLOUD[:, None, None] - surface) + rng.normal(0, 40, surface.shape)
+        haze = np.clip(3 * (thickness - np.quantile(thickness, 0.5 if at_event else 0.85)), 0, 1)
+        s2[step] = surface + haze * (CLOUD - surface) + rng.normal(0, 40, surface.shape)
         scl[step, open_water], scl[step, haze > 0.5] = 6, CLOUDY
     s2 = np.rint(np.clip(s2, 1, 16000)).astype(np.int16)
     beyond = rows * rng.uniform(-1, 1) + columns
@@ -263,33 +250,35 @@ def _field(rng: np.random.Generator, shape: tuple[int, int], smooth: float) -> A
     return np.asarray((surface - surface.mean()) / surface.std())
 
 
-def _event_chips(
-    seed: int, event: int, chips: int, size: int, protocol: protocols.Protocol, variants: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The neighbouring chips of an event: id, and content of each of its files by name."""
-    rng = np.random.default_rng([seed, event])
-    columns = int(np.ceil(np.sqrt(chips)))
-    shape = (-(-chips // columns) * size, columns * size)
-    # In turn, so that the smallest data set has both kinds of missing pixels and an event without any.
-    scene = _draw_scene(rng, shape, len(protocol.label_map), edge=("", "S1RTC", "S2L2A")[event % 3])
+def _cut_chip(
+    scene: Mapping[str, Array], event: int, number: int, size: int, variant: Mapping[str, Any]
+) -> tuple[str, dict[str, bytes]]:
+    """A chip of an event, counted row by row from the upper left: its id, and the content of each part's file."""
+    row, column = (size * place for place in divmod(number, scene["DEM"].shape[1] // size))
+    cut = {name: image[..., row : row + size, column : column + size] for name, image in scene.items()}
+    masks = {
+        "S2L2A": {"SCL": cut["SCL"], "cloud_mask": cut["SCL"] == CLOUDY},
+        "S1RTC": {"nan_mask": np.isnan(cut["S1RTC"][:, 0])},
+    }
+    known = {sensor: {"datetime": ";".join(dates)} for sensor, dates in _times(event).items()}
+    known["S1RTC"] |= {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
+    contents = {part: zarr_zip(cut[part], masks[part], known[part], variant) for part in masks}
+    place = _place(event, row, column)
+    for part in ("DEM", "MASK"):
+        contents[part] = _geotiff(cut[part][None], _MISSING[part], **place, **variant["tiff"])
+    x, y = xy(place["transform"], 0, 0)  # of the first pixel's centre
+    return f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{x:.0f}_y{y:.0f}", contents
+
+
+def _place(event: int, row: int = 0, column: int = 0) -> dict[str, Any]:
+    """Where an image lies that begins at this pixel of an event."""
+    west, north = 400_000 + 10 * column, 4_500_010 + 100_000 * (event % 9) - 10 * row
+    return {"crs": f"EPSG:{EPSG}", "transform": from_origin(west, north, 10, 10)}
+
+
+def _times(event: int) -> dict[str, list[str]]:
     time = np.datetime64("2016-01-01", "s") + np.timedelta64(7 + 30 * event, "D")
-    times = {s: ";".join(np.datetime_as_string(time + np.array(days, "m8[D]"), "s")) for s, days in DAYS.items()}
-    orbits = {"sat_orbit_state": ";".join(["descending"] * 4), "sat_relative_orbit": ";".join(["81"] * 4)}
-    for number in range(chips):
-        row, column = (place * size for place in divmod(number, columns))
-        east, north = 400_005 + 10 * column, 4_500_005 + 100_000 * (event % 9) - 10 * row  # of the first pixel's centre
-        cut = {part: image[..., row : row + size, column : column + size] for part, image in scene.items()}
-        variant = variants[number % len(variants)]
-        place = {"crs": f"EPSG:{EPSG}", "transform": rasterio.Affine(10, 0, east - 5, 0, -10, north + 5)}
-        masks = {"SCL": cut["SCL"], "cloud_mask": cut["SCL"] == CLOUDY}, {"nan_mask": np.isnan(cut["S1RTC"][:, 0])}
-        contents = {
-            "S2L2A": zarr_zip(cut["S2L2A"], masks[0], {"datetime": times["S2L2A"]}, variant),
-            "S1RTC": zarr_zip(cut["S1RTC"], masks[1], {"datetime": times["S1RTC"]} | orbits, variant),
-        }
-        for part in ("DEM", "MASK"):
-            contents[part] = _geotiff(cut[part][None], _MISSING[part], **place, **variant["tiff"])
-        chip = f"EMSR{FIRST_EVENT + event}_1_{TILE}_x{east}_y{north}"
-        yield chip, {f"{part}/{chip}{protocols.suffix_of(protocol, part)}": contents[part] for part in PARTS}
+    return {sensor: [str(time + np.timedelta64(day, "D")) for day in days] for sensor, days in DAYS.items()}
 
 
 def zarr_zip(
