@@ -84,11 +84,10 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _weights(args: argparse.Namespace) -> None:
-    from floodrepro.data.weights import REFERENCE, backbone_weights, fetch_file
+    from floodrepro.data.weights import REFERENCE, backbone_weights, fetch_file, model_args
 
-    recipe = recipes.read_yaml(recipes.find(args.config))
-    model, found = (recipe.get("model") or {}).get("init_args", {}).get("model_args") or {}, {}
-    if backbone := backbone_weights(model):
+    found = {}
+    if backbone := backbone_weights(model_args(recipes.read_yaml(recipes.find(args.config)))):
         found["backbone"] = str(fetch_file(backbone))
     if args.reference is not None:
         if not args.reference.exists():
@@ -106,8 +105,7 @@ def _audit(args: argparse.Namespace) -> None:
         raise UsageError("say what the data should be", fix=f"--protocol {'|'.join(PROTOCOLS)}, or --config YAML")
     recipe = recipes.read_yaml(recipes.find(args.config)) if args.config else {}
     rules = protocol_of(recipe) if args.protocol in (None, "custom") else PROTOCOLS[args.protocol]
-    chosen = {"splits": args.split, "limit": args.limit, "fraction": args.fraction}
-    manifest = audit(args.root, rules, jobs=args.jobs, **chosen)
+    manifest = audit(args.root, rules, splits=args.split, limit=args.limit, fraction=args.fraction, jobs=args.jobs)
     rows = [["split", "chips", "events"]]
     rows += [[split, f"{c['chips']:,}", f"{c['events']:,}"] for split, c in manifest["splits"].items()]
     lines = [f"{f['severity']}: {f['check']} ({f['count']}): {f['message']}" for f in manifest["findings"]]

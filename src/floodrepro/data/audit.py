@@ -4,9 +4,9 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import zip_longest
+from itertools import product, zip_longest
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from floodrepro.run_folder import write_atomically
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
 
 Finding = tuple[str, str, str]  # severity, kind, what was found
-Sums = dict[str, Any]  # by figure: number, sum and sum of squares of its pixels, for each timestep (3, T)
+Sums = dict[str, Array]  # by figure: number, sum and sum of squares of its pixels, for each timestep (3, T)
+Totals = dict[tuple[str | None, str | None], Sums]  # by split and event; None: of all of them
 
 _BANDS = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM": ("elevation",)}
 _UNSEEN = {"S2L2A": "no_optical", "S1RTC": "no_radar"}  # share of pixels without a value in some band
@@ -35,6 +36,7 @@ _DTYPES = {"S2L2A": "int16", "S1RTC": "float16 float32", "DEM": "int16 float32",
 _CLOUDY = (8, 9, 10)  # Sen2Cor's scene classification: medium and high probability of cloud, thin cirrus
 _DAYS = 5  # between the radar and the optical image of the event
 _OFFSET = 900  # of 1000: what processing baseline 04.00 of Sentinel-2 adds to every pixel, from 2022-01-25 on
+_DARK, _RARE = "share_of_dark_B11", 0.0001  # pixels of B11 up to that, as water has them; fewer are strays
 _FALL = 0.5  # dB that VV falls under flood, at least; on version 1 it falls by about 5
 _FEW = 1000  # pixels that are too few for a mean
 _SHOWN = ("datetime", "sat_orbit_state", "sat_relative_orbit", "eo_cloud_cover")
@@ -80,23 +82,25 @@ def audit(
     lacking = {chip: [part for part in PARTS if chip not in source.having(part)] for chip in keys}
     findings += [("error", f"no {', '.join(missing)}", chip) for chip, missing in lacking.items() if missing]
     ordered = [chip for chip in source.having(PARTS[0]) if lacking.get(chip) == []]  # as they lie in a tar
-    totals: dict[tuple[str, str], Sums] = {keys[chip]: defaultdict(float) for chip in ordered}  # by split and event
-    darkest: dict[str, float] = defaultdict(lambda: np.inf)  # by event
+    totals: Totals = defaultdict(lambda: defaultdict(lambda: np.zeros((3, _T))))
     workers = max(jobs or min(len(os.sched_getaffinity(0)), 16), 1)
-    pool = ThreadPoolExecutor(workers)  # decoding and numpy let other threads run
-    try:
-        with console.progress("chips read") as progress:
-            checked = pool.map(partial(check_chip, source), ordered)
-            for done, (chip, (found, facts, dark)) in enumerate(zip(ordered, checked, strict=True), start=1):
-                findings += [(one, kind, f"{chip}: {what}".removesuffix(": ")) for one, kind, what in found]
-                darkest[keys[chip][1]] = min(darkest[keys[chip][1]], dark)
-                for name, sums in facts.items():
-                    totals[keys[chip]][name] += sums
-                progress(done, len(ordered))
-    finally:
-        pool.shutdown(cancel_futures=True)  # at Ctrl-C: it would wait for all chips
+    # Decoding and numpy let other threads run. Unlike an executor, this pool waits for no chip at Ctrl-C.
+    with ThreadPool(workers) as pool, console.progress("chips read") as progress:
+        checked = pool.imap(partial(check_chip, source), ordered)
+        for done, (chip, (found, facts)) in enumerate(zip(ordered, checked, strict=True), start=1):
+            findings += [(one, kind, f"{chip}: {what}".removesuffix(": ")) for one, kind, what in found]
+            split, event = keys[chip]
+            for group, (name, sums) in product(product((split, None), (event, None)), facts.items()):
+                totals[group][name] += sums
+            progress(done, len(ordered))
+    rows, read = [], Counter(keys[chip] for chip in ordered)
+    for ((split, event), chips), (step, timestep) in product(sorted(read.items()), enumerate(TIMESTEPS)):
+        figures = {name: totals[split, event][name][:2, step] for name in totals[None, None]}
+        means = {name: total / count if count else None for name, (count, total) in figures.items()}
+        rows.append({"split": split, "event": event, "timestep": timestep, "chips": chips} | means)
+    pq.write_table(pa.Table.from_pylist(rows), root / FIGURES)
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for severity, kind, what in [*findings, *_compare_events(totals, darkest, protocol)]:
+    for severity, kind, what in [*findings, *_compare_events(totals, protocol)]:
         groups[severity, kind].append(what)
     manifest = {
         "protocol": protocol.name,
@@ -106,17 +110,9 @@ def audit(
             {"severity": severity, "check": kind, "count": len(texts), "message": name_three("", texts, "; ")}
             for (severity, kind), texts in sorted(groups.items())
         ],
-        "bands": {split: _statistics(totals, split) for split in listed},
+        "bands": {split: _statistics(totals[split, None]) for split in listed},
     }
     write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    rows, chips = [], Counter(keys[chip] for chip in ordered)
-    names = list(dict.fromkeys(name for facts in totals.values() for name in facts))
-    for (split, event), facts in sorted(totals.items()):
-        for step, timestep in enumerate(TIMESTEPS):
-            row = {"split": split, "event": event, "timestep": timestep, "chips": chips[split, event]}
-            figures = {name: facts[name][:2, step] if name in facts else (0, 0) for name in names}
-            rows.append(row | {name: total / count if count else None for name, (count, total) in figures.items()})
-    pq.write_table(pa.Table.from_pylist(rows), root / FIGURES)
     return manifest
 
 
@@ -162,16 +158,11 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
     return facts
 
 
-def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Sums, float]:
-    """What is wrong with a chip, its sums, and the first percentile of its optical band B11 (inf where it has none).
-
-    Nothing is raised for a chip that is wrong.
-    """
+def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Sums]:
+    """What is wrong with a chip, and its sums; nothing is raised for a chip that is wrong."""
     arrays, attributes, found = _read_chip(source, chip)
     facts = _sum_up(arrays, range(len(source.protocol.label_map)))
     found += _check_dates(attributes)
-    band = arrays["S2L2A"][:, S2_BANDS.index("B11")] if "S2L2A" in arrays else np.empty(0)
-    dark = float(np.percentile(band[band != NO_DATA], 1)) if (band != NO_DATA).any() else np.inf
     if "S1RTC" in arrays:
         if faults := radar_faults(arrays["S1RTC"]):
             found.append(("error" if "infinite" in faults else "warning", "radar values that become inputs", faults))
@@ -181,7 +172,7 @@ def check_chip(source: Chips, chip: str) -> tuple[list[Finding], Sums, float]:
     if "MASK" in arrays and (strange := sorted(set(np.unique(arrays["MASK"]).tolist()) - set(source.known))):
         hint = "; 255 is often -1 saved as uint8" if 255 in strange else ""
         found.append(("error", "mask values", f"{strange}, expected {source.known}{hint}"))
-    return found, facts, dark
+    return found, facts
 
 
 def _read_chip(source: Chips, chip: str) -> tuple[dict[str, Array], dict[str, dict[str, Any]], list[Finding]]:
@@ -247,6 +238,8 @@ def _sum_up(arrays: Mapping[str, Array], classes: Sequence[int]) -> Sums:
         valid = np.isfinite(values) & (values > NO_DATA)
         for number, band in enumerate(_BANDS[part]):
             facts[f"mean_{band}"] = _sums(values[:, number], valid[:, number])
+            if band == "B11":
+                facts[_DARK] = _sums(values[:, number] <= _OFFSET, valid[:, number])
         if part in _UNSEEN:
             facts[_UNSEEN[part]] = _sums(np.logical_not(valid.all(axis=1)))
         if part == "S1RTC" and "MASK" in arrays:
@@ -268,30 +261,20 @@ def _sums(values: Array, among: Array | bool = True) -> Array:
     return np.stack([np.broadcast_to(layer, _T) for layer in layers]).astype(np.float64)
 
 
-def _total(totals: Mapping[tuple[str, str], Sums], name: str, split: str | None = None) -> Array:
-    """Number, sum and sum of squares (3,) of a figure over all events and timesteps of a split, or of all."""
-    return sum(
-        (facts[name].sum(axis=1) for (one, _), facts in totals.items() if name in facts and split in (None, one)),
-        start=np.zeros(3),
-    )
-
-
-def _statistics(totals: Mapping[tuple[str, str], Sums], split: str) -> dict[str, dict[str, list[float]]]:
-    """Mean and standard deviation of the valid pixels of a split, by modality and band."""
+def _statistics(sums: Sums) -> dict[str, dict[str, list[float]]]:
+    """Mean and standard deviation of the valid pixels, by modality and band."""
     found = {}
     for part, bands in _BANDS.items():
-        count, total, squares = np.stack([_total(totals, f"mean_{band}", split) for band in bands], axis=1)
+        count, total, squares = np.stack([sums[f"mean_{band}"].sum(axis=1) for band in bands], axis=1)
         if count.all():
             std = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0))
             found[part] = {"mean": (total / count).round(3).tolist(), "std": std.round(3).tolist()}
     return found
 
 
-def _compare_events(
-    totals: Mapping[tuple[str, str], Sums], darkest: Mapping[str, float], protocol: protocols.Protocol
-) -> Iterator[Finding]:
+def _compare_events(totals: Totals, protocol: protocols.Protocol) -> Iterator[Finding]:
     """What only many chips together show: classes swapped, and an offset between the optical images of events."""
-    changes = {v: _total(totals, f"vv_change_of_mask_{v}") for v in range(len(protocol.label_map))}
+    changes = {v: totals[None, None][f"vv_change_of_mask_{v}"].sum(axis=1) for v in range(len(protocol.label_map))}
     falls = {value: total / count for value, (count, total, _) in changes.items() if count >= _FEW * _T}
     struck = protocol.label_map.index(protocol.positive_class)
     if protocol.hazard.startswith("flood") and struck in falls and len(falls) > 1 and falls[struck] > -_FALL:
@@ -299,7 +282,8 @@ def _compare_events(
         swapped = f"; it falls most where the mask is {lowest}: are classes swapped?" if lowest != struck else ""
         text = f"VV changes by {falls[struck]:+.2f} dB from before to event where the mask says flood{swapped}"
         yield "error" if swapped else "warning", "no flood signature", text
-    lifted = sorted(event for event, value in darkest.items() if _OFFSET < value < np.inf)
-    if 0 < len(lifted) < len(darkest):
-        text = f"{name_three('', lifted)}: darkest B11 above {_OFFSET}, in other events below"
+    dark = {event: sums[_DARK].sum(axis=1) for (split, event), sums in totals.items() if event and not split}
+    lifted = sorted(event for event, (count, total, _) in dark.items() if total < _RARE * count)
+    if 0 < len(lifted) < len(dark):
+        text = f"{name_three('', lifted)}: hardly a pixel of B11 up to {_OFFSET}, unlike in other events"
         yield "warning", "optical offset of 1000 in some events", text

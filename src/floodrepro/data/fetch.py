@@ -1,13 +1,14 @@
 """Fetch a data set from the Hugging Face hub: one commit a folder. huggingface_hub transfers the files."""
 
+import fnmatch
 import json
 import re
 import shutil
 import tarfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,11 @@ def fetch(
             raise DataError(what, where=root, fix=f"--revision {held}, or another --root")
         tree = hub.list_repo_tree(repo, repo_type=kind, revision=commit, recursive=True)
         sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-        wanted: list[str] = []
-        for start in (f"{split}/{part}" for split in splits for part in parts):
-            found = [path for path in sizes if path.startswith(start) and path.endswith(".tar")]
-            if not found:
-                what = f"the commit has no {start}*.tar"
-                raise DataError(what, where=f"{repo}@{commit}", fix="--split, --modality, --repo")
-            wanted += found
-        lists = [path for path in sizes if path.startswith("split/") and path.endswith(".txt")]
+        tars = {(split, part): fnmatch.filter(sizes, f"{split}/{part}*.tar") for split in splits for part in parts}
+        if lacking := [f"{split}/{part}*.tar" for (split, part), found in tars.items() if not found]:
+            what = f"the commit has no {', '.join(lacking)}"
+            raise DataError(what, where=f"{repo}@{commit}", fix="--split, --modality, --repo")
+        wanted, lists = list(chain(*tars.values())), fnmatch.filter(sizes, "split/*.txt")
         root.mkdir(parents=True, exist_ok=True)
         needed, free = sum(sizes[path] for path in wanted if not (root / path).is_file()), shutil.disk_usage(root).free
         if sample is None and needed > free:
@@ -104,7 +102,7 @@ def fetch(
                 raise DataError(what, where=root, fix="delete what is named, then fetch again")
             files = {path: sizes[path] for path in [*lists, *wanted]}
         else:
-            files = _extract_sample(root, f"datasets/{repo}@{commit}", wanted, splits, parts, sample)
+            files = _extract_sample(root, f"datasets/{repo}@{commit}", tars, sample)
             if not (here := set(map(_chip_of, files))):
                 what = "no chip was found in the first members of the archives"
                 raise DataError(what, where=f"{repo}@{commit}", fix="check --repo and --revision")
@@ -123,18 +121,19 @@ def fetch(
 
 
 def _extract_sample(
-    root: Path, where: str, wanted: Sequence[str], splits: Sequence[str], parts: Sequence[str], sample: int
+    root: Path, where: str, tars: Mapping[tuple[str, str], Sequence[str]], sample: int
 ) -> dict[str, int]:
-    """Copy chips out of remote tars by range reads into `data/<PART>/`, and return the bytes of each file."""
+    """Copy chips out of remote tars, by split and part, into `data/<PART>/` by range reads; the bytes of each file."""
     from huggingface_hub import HfFileSystem
 
+    splits, parts = (list(dict.fromkeys(names)) for names in zip(*tars, strict=True))
     files: dict[str, int] = {}
     for number, split in enumerate(splits):
         count, chosen = (sample + len(splits) - 1 - number) // len(splits), list[str]()
         contents: dict[str, dict[str, bytes]] = defaultdict(dict)  # by chip, the content of each path
         for part in sorted(parts, key=lambda part: part != LABEL_DIR):  # small masks tell what chips there are
             left = count
-            for path in sorted(path for path in wanted if path.startswith(f"{split}/{part}")):
+            for path in sorted(tars[split, part]):
                 # A header has 512 bytes, and what is read beyond it is lost where a large member follows.
                 remote = HfFileSystem().open(f"{where}/{path}", "rb", block_size=_BLOCK, cache_type="readahead")
                 with remote, tarfile.open(fileobj=remote, mode="r:") as archive:

@@ -52,7 +52,7 @@ def describe_weights(model_args: Mapping[str, Any]) -> str | None:
 
 def model_args(recipe: Recipe) -> dict[str, Any]:
     """What a recipe says of backbone and decoder; empty where it says nothing."""
-    return (recipe["model"].get("init_args") or {}).get("model_args") or {}
+    return ((recipe.get("model") or {}).get("init_args") or {}).get("model_args") or {}
 
 
 def describe_model(recipe: Recipe, record: Mapping[str, Any]) -> list[str]:
