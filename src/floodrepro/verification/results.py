@@ -122,9 +122,9 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
         sentence = f"Required checks did not pass: {named}. {sentence}"
         word = "failed" if any(check["status"] == "fail" for check in broken) else "incomplete"
     limits = [] if len(evidence.seeds) > 1 else ["another seed"]
-    limits.append("other events, regions and chips")
+    limits.append("other regions, and events unlike these")
     if (evidence.record.get("data") or {}).get("generated"):
-        limits.append("real events or IBM's model: the chips are generated")
+        limits.append("real events, or IBM's model on them: the chips are generated")
     numbered = ", ".join(f"({n}) {limit}" for n, limit in enumerate(limits, 1))
     return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {numbered}."}
 
@@ -183,7 +183,8 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     models = [(own, "this run", table)]
     models += [(f"{own}, {split}", "this run", part) for split, part in evidence.subsets.items()]
     if evidence.reference is not None:
-        models.append((evidence.reference_name or "the reference", "the reference", evidence.reference))
+        detail = evidence.reference.metadata.get("detail") or "its table does not say what it is"
+        models.append((evidence.reference_name or "the reference", f"the reference: {detail}", evidence.reference))
     models += [(label, f"baseline: {one.metadata.get('detail')}", one) for label, one in evidence.baselines.items()]
     columns, figures = [], list[Mapping[str, float | None]]()
     for label, what, one in models:

@@ -28,7 +28,7 @@ def convergence(evidence: Evidence) -> Check:
     fall = losses[first] - losses[best]
     values += [
         figure("fall of val/loss to the best epoch", fall, at_least=CRITERIA["convergence"]["min_fall"]),
-        figure("best epoch in run.json", recorded, expected=best if by_loss else None),
+        figure("best epoch by run.json, from 1", recorded, expected=best if by_loss else None),
     ]
     plot = {
         "name": "loss",

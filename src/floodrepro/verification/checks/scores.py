@@ -42,7 +42,7 @@ def head_to_head(evidence: Evidence) -> Check:
     if len(gaps) < 2:
         raise Unanswered("skip", f"{len(gaps)} events have {least} pixels of {evidence.class_name}, two are needed")
     mean = intervals.mean_over_events(ours, other=theirs, positive=k)
-    notes.append(f"Events with fewer than {least} pixels of it in the truth are left out.")
+    notes.append(f"Events with fewer than {least} pixels of {evidence.class_name} in the truth are left out.")
     values = [_difference(f"{evidence.iou_name}, mean over events", mean, chips)]
     more = f"; {(gaps > 0).sum()} of {len(gaps)} events won, {(gaps < 0).sum()} lost"
     return _decide(mean, "events", more, values=values, notes=notes)
