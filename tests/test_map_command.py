@@ -149,9 +149,10 @@ def test_a_lacking_date_and_problems_stop_a_map_and_are_recorded_on_request(cli,
     outcome = cli(*command, "--missing", "zero")
     assert outcome.code == 1 and "problems of the scene, listed above: 3" in outcome.err
     assert not (tmp_path / "m").exists()
-    made(*command, "--missing", "zero", "--anyway")  # negative power is no power: nothing of the radar is left
+    done = made(*command, "--missing", "zero", "--anyway")  # negative power is no power: nothing of the radar is left
     record = json.loads((tmp_path / "m" / "map.json").read_text())
-    assert record["filled"] == ["S1RTC.after"] and len(record["problems"]) == 3
+    assert record["filled"] == ["S1RTC.after"] and "lacks S1RTC.after, filled" in done.err
+    assert len(record["problems"]) == 3
 
 
 def test_too_little_seen_is_exit_code_1_with_the_share(cli, random_weights, mapped):

@@ -88,6 +88,8 @@ def _map_scene(args: argparse.Namespace) -> None:
     missing = [name_of(*key) for key in wanted if key not in scene.acquisitions]
     if missing and args.missing == "refuse":
         raise DataError(f"the scene lacks {', '.join(missing)}", where=args.scene, fix="add them, or --missing zero")
+    if missing:
+        console.warn(f"the scene lacks {', '.join(missing)}, filled as training fills what is missing")
     record = {"weights": {"file": args.ckpt.name, "sha256": sha256_of(args.ckpt)}, "device": str(network.device)}
     record |= {"recipe_sha256": recipes.fingerprint(cli.recipe), "filled": missing, "problems": problems}
     record["versions"] = {"floodrepro": __version__, "torch": torch.__version__}

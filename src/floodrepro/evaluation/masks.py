@@ -98,7 +98,7 @@ def parse_values(text: str, class_names: Sequence[str]) -> dict[int, int]:
         return found
     except (ValueError, KeyError) as error:
         known = ", ".join([*class_names, _NONE])
-        what = f"--values has {text!r}, expected VALUE=CLASS with commas; the classes are {known}"
+        what = f"--values has {text!r}, expected VALUE=CLASS with commas, each value once; the classes are {known}"
         raise UsageError(what, fix="--values 1=flood,0=rest") from error
 
 

@@ -34,6 +34,7 @@ BANDS: dict[str, tuple[str, ...]] = {"S2L2A": S2_BANDS, "S1RTC": S1_BANDS, "DEM"
 LAYERS = BANDS | {"S2L2A": (*S2_BANDS, SCL)}  # what files may have
 PIXEL = 10  # metres
 _UNREADABLE = (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError, shapely.errors.ShapelyError)
+_RASTERS = (".tif", ".tiff", ".jp2", ".vrt")  # of a folder of bands: other programs leave more beside them
 _GDAL = {"GDAL_CACHEMAX": 128, "GDAL_HTTP_MAX_RETRY": 5, "GDAL_HTTP_RETRY_DELAY": 1, "VSI_CACHE": True}
 _UNITS = {"S2L2A": ("reflectance x 10000",), "S1RTC": ("dB", "power"), "DEM": ("m",)}  # the first is the default
 # What may stand in a scene.yaml; the last line has notes for its reader.
@@ -119,7 +120,8 @@ def read_scene(path: Path) -> Scene:
             if said["unit"] not in _UNITS[sensor]:
                 raise ValueError(f"the unit '{said['unit']}' is not known: say {' or '.join(_UNITS[sensor])}")
             # 0 is no power: it would be mixed into its neighbours.
-            said["nodata"] = [float(value) for value in (*said["nodata"], *([0] if said["unit"] == "power" else []))]
+            gaps = [*np.atleast_1d(said["nodata"]), *([0] if said["unit"] == "power" else [])]
+            said["nodata"] = [float(value) for value in gaps]
             files = [said["files"]] if isinstance(said["files"], str) else said["files"]
             sources = [_source(file, said, sensor, path.absolute().parent) for file in files]
             time = None if sensor == "DEM" else parse_time(said.get("time"), where)
@@ -139,7 +141,12 @@ def _source(file: Any, said: dict[str, Any], sensor: str, folder: Path) -> tuple
     bands = {name: (path, 1) for name, path in paths.items()}
     if raster and Path(raster).is_dir():
         of_band = {name: re.compile(rf"(^|[_.-]){name}([_.-]|$)", re.IGNORECASE) for name in names}
-        bands = {name: (str(f), 1) for name in names for f in Path(raster).iterdir() if of_band[name].search(f.stem)}
+        files = [file for file in sorted(Path(raster).iterdir()) if file.suffix.lower() in _RASTERS]
+        found = [(name, str(file)) for name in names for file in files if of_band[name].search(file.stem)]
+        bands = {name: (file, 1) for name, file in found}
+        if twice := [(name, file) for name, file in found if bands[name][0] != file]:
+            name, file = twice[0]
+            raise ValueError(f"two files are named after {name}: {file} and {bands[name][0]}; a folder is for one date")
     elif raster:
         bands = {name: (raster, number) for number, name in enumerate(entry.get("bands", BANDS[sensor]), 1)}
     if missing := [name for name in BANDS[sensor] if name not in bands]:
