@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import shutil
 import signal
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyogrio
@@ -19,10 +21,10 @@ from rasterio.windows import Window
 from scipy import ndimage
 
 from conftest import files_of
-from floodrepro.errors import RunFolderError
+from floodrepro.errors import DataError, RunFolderError
 from floodrepro.mapping import mapper
 from floodrepro.mapping.mapper import starts, strips
-from floodrepro.mapping.reader import NO_OPTICAL, NO_RADAR, OUTSIDE, Reader, read_window
+from floodrepro.mapping.reader import NO_OPTICAL, NO_OTHER, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene, to_crs
 from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, run_without_room, save
 
@@ -152,11 +154,14 @@ def test_the_first_source_with_a_pixel_wins_and_gaps_are_told_from_dry(tmp_path)
         values = raster.read()
         values[:, 50:] = 0
         raster.write(values)
+    with rasterio.open(tmp_path / "s" / "s1_after.tif", "r+") as raster:
+        raster.write(np.where(np.arange(60) < 15, np.nan, raster.read()))
     scene.write_text(scene.read_text().replace("- s1_event.tif", "- s1_event.tif\n    - rest.tif"))
     record = run(scene, tmp_path / "m")
     classes, quality = read(tmp_path / "m", "class"), read(tmp_path / "m", "quality")
     assert (quality[:, 40:] & NO_RADAR).all() and not (quality[:, :40] & NO_RADAR).any()
     assert (quality[50:] & NO_OPTICAL).all() and not (quality[:50] & NO_OPTICAL).any()
+    assert (quality[:, :15] & NO_OTHER).all() and not (quality[:, 15:] & NO_OTHER).any()
     assert (classes[50:, 40:] == 255).all() and (classes[:50] != 255).all() and (classes[:, :40] != 255).all()
     assert record["shares_of_area"]["no radar at the event"] == pytest.approx(1 / 3)
     assert record["shares_of_area"]["seen"] == pytest.approx(1 - 200 / 3600)
@@ -234,6 +239,9 @@ def test_permanent_water_is_kept_apart(tmp_path):
     assert (read(tmp_path / "m", "class")[:, 77:84] == 2).all()
     assert record["km2"]["permanent water"] == pytest.approx(0.07)
     assert set(pyogrio.raw.read(tmp_path / "m" / "water.gpkg")[3][0]) == {"flood"}
+    save(tmp_path / "river.tif", river * 255)
+    with pytest.raises(DataError, match="255 may be water or no data"):
+        run(scene, tmp_path / "other", permanent_file=str(tmp_path / "river.tif"), **options)
 
 
 def test_a_threshold_moves_the_class_and_small_polygons_are_left_out_on_request(made, tmp_path):
@@ -317,7 +325,7 @@ def test_another_area_or_permanent_water_under_the_same_name_is_another_map(tmp_
         run(scene, tmp_path / "m", **options)
 
 
-def test_another_process_and_a_file_in_the_way_are_errors(tmp_path):
+def test_another_process_a_file_in_the_way_and_too_small_a_disk_are_errors(tmp_path, monkeypatch):
     scene, work = make_scene(tmp_path / "s", 40, 40), tmp_path / "m" / ".map-in-progress"
     work.mkdir(parents=True)
     with FileLock(work / "lock"), pytest.raises(RunFolderError, match="another map is being made"):
@@ -330,6 +338,9 @@ def test_another_process_and_a_file_in_the_way_are_errors(tmp_path):
     assert run(scene, tmp_path / "m") == run(scene, tmp_path / "fresh")
     with pytest.raises(RunFolderError, match="cannot be written"):
         run(scene, scene)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * 40 * 40 - 1))
+    with pytest.raises(RunFolderError, match="40 x 40 pixels take"):
+        run(scene, tmp_path / "large")
 
 
 def test_the_quicklook_is_a_picture_of_the_event_and_map_json_says_what_was_made_of_what(made):

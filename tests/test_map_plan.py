@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import planetary_computer.sas
@@ -229,7 +230,8 @@ def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypa
         monkeypatch.setattr(planetary_computer.settings.Settings.get(), "sas_url", f"{api.root}/sas/v1/token")
         monkeypatch.setattr(planetary_computer.sas, "TOKEN_CACHE", {})
         tried = []
-        monkeypatch.setattr("floodrepro.mapping.scene.rasterio.open", lambda place: nullcontext(tried.append(place)))
+        raster = SimpleNamespace(crs="EPSG:4326")
+        monkeypatch.setattr("floodrepro.mapping.scene.rasterio.open", lambda p: tried.append(p) or nullcontext(raster))
         link = radar(EVENT, SWATH)["assets"]["vv"]["href"]
         for place in (link, f"{api.root}/data/vv.tif"):
             with opened(place):

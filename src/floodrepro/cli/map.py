@@ -34,11 +34,11 @@ def _map(parser: main.Parser) -> None:
     add("--missing", choices=("refuse", "zero"), default="refuse", help="what to do about missing dates and sensors")
     add("--anyway", action="store_true", help="map a scene with problems, and record them")
     add("--max-gap", type=amount, default=5, metavar="DAYS", help="radar to optical event (default: 5)")
-    add("--min-seen", type=share, default=0.5, metavar="SHARE", help="exit 1 below it (default: 0.5)")
+    add("--min-seen", type=share, default=0.5, metavar="SHARE", help="of the area; exit 1 below it (default: 0.5)")
     add("--threshold", type=share, metavar="P", help="probability of the positive class (default: argmax)")
     add("--permanent", type=main.existing_file, metavar="FILE", help="raster or polygons of permanent water")
     add("--min-hectares", type=amount, default=0.1, metavar="HA", help="smallest polygon (default: 0.1)")
-    add("--crop", type=int, metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
+    add("--crop", type=main.between(32, 4096, int), metavar="PX", help="edge of a tile (default: the recipe's, or 256)")
     actions = parser.add_subparsers(dest="action", metavar="check|plan")
     check = actions.add_parser("check", help="compare a map with a truth")
     add = check.add_argument
@@ -71,7 +71,7 @@ def _map_scene(args: argparse.Namespace) -> None:
     scene = read_scene(args.scene)  # what is wrong with it is answered before the slow import
     [args.ckpt] = weights
     files, overrides, _ = model.read_recipe(args)
-    problems = list_problems(scene, args.max_gap)
+    problems = list_problems(scene, args.max_gap, args.min_seen)
     for problem in problems:
         console.warn(problem)
     if problems and not args.anyway:
@@ -96,8 +96,11 @@ def _map_scene(args: argparse.Namespace) -> None:
     record["precision"] = cli.recipe.get("trainer", {}).get("precision")
     result = map_scene(network, scene, _plan_of(args, cli.recipe), args.output, record)
     shares = result["shares_of_area"]
-    text = "\n".join(f"{name:<16} {value:10.3f} km²" for name, value in result["km2"].items())
-    console.emit(result, f"{text}\n{args.output}", args.format)
+    lines = [f"{name:<25} {value:10.3f} km²" for name, value in result["km2"].items()]
+    lines += [f"{name:<25} {part:10.1%} of the area" for name, part in shares.items() if part]
+    console.emit(result, "\n".join([*lines, str(args.output)]), args.format)
+    if args.permanent and not result["km2"][result["names"][result["permanent"]]]:
+        console.warn(f"{args.permanent} shows no water that the map has seen")
     if shares["seen"] < args.min_seen:
         why = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "seen")
         what = f"only {shares['seen']:.0%} of the area was seen (--min-seen {args.min_seen:g}; {why})"
@@ -133,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
     from floodrepro.evaluation.metrics import class_scores
     from floodrepro.mapping.mapper import compare_map
 
+    if args.output and args.output.suffix != ".parquet":
+        raise UsageError(f"{args.output} would be a Parquet file", where="--output", fix="name it .parquet")
     table = compare_map(args.map, args.truth, args.truth_value)
     counts, unseen = table.counts.sum(axis=0), int(table.unseen.sum())
     result = {name: class_scores(counts)[name] for name in ("iou", "precision", "recall")}

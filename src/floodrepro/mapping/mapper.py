@@ -173,6 +173,9 @@ def map_scene(
             raise RunFolderError("the folder is not empty and nothing in it is overwritten", where=output)
         try:
             work.mkdir(parents=True, exist_ok=True)
+            there = (work / _RAW).stat().st_size if (work / _RAW).is_file() else 0
+            if (needed := (_LAYERS + 3) * scene.height * scene.width - there) > shutil.disk_usage(work).free:
+                raise OSError(f"{scene.height:,} x {scene.width:,} pixels take up to {needed / 1e9:,.0f} GB")
             # MB, by default 5 % of the memory; and TerraTorch lets GDAL look for no file beside a raster: our header.
             options = {"GDAL_CACHEMAX": 128, "GDAL_DISABLE_READDIR_ON_OPEN": "FALSE"}
             with FileLock(work / "lock", timeout=0), rasterio.Env(**options):
@@ -232,23 +235,11 @@ def _map_rows(network: Network, scene: Scene, plan: Mapping[str, Any], work: Pat
                 classes[water(Window(0, row, scene.width, len(bits))) == 1] = plan["permanent"]
             classes[~seen] = percent[~seen] = NOT_SEEN
             file.truncate(row * row_bytes)  # what was written of a strip when it was killed
-            layers = [classes, percent, bits, classes == positive, *_colours(reader, len(bits))]
+            layers = [classes, percent, bits, classes == positive, *reader.picture(len(bits))]
             file.write(np.stack(layers, axis=1, dtype=np.uint8, casting="unsafe").tobytes())
             file.flush()
             os.fsync(file.fileno())
             show(row + len(bits), scene.height)
-
-
-def _colours(reader: Reader, height: int) -> Array:
-    """The event in red, green and blue (3, h, W), 0 to 255: optical where there is some, else VV in grey."""
-    colours = np.zeros((3, height, reader.bits.shape[1]), np.float32)
-    if "S1RTC" in reader.steps:
-        vv = reader.event("S1RTC")[:, :height].astype(np.float32)
-        colours[:] = np.nan_to_num((vv + 25) * 10.2)  # -25 dB is black, 0 dB white
-    if "S2L2A" in reader.steps:
-        values = reader.event("S2L2A", np.s_[3:0:-1])[:, :height]  # B04, B03, B02
-        np.copyto(colours, values * np.float32(0.085), where=values != NO_DATA)  # 3000 is white
-    return np.clip(colours, 0, 255, out=colours)
 
 
 def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[str, Any]) -> None:
@@ -271,7 +262,7 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
                     raise OSError(f"{name}.tif is not what was written")
         km2, shares = _areas(layers, plan["names"])
         shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT]
-        titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
+        titles = f"event: {', '.join(shown)} (grey)", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
         polygons = _write_polygons(layers, work / "water.gpkg", hazard, plan["min_hectares"])
         _write_quicklook(layers, work / "quicklook.png", titles)
     for name in ("quicklook.png", "water.gpkg", *(f"{name}.tif" for name in _RESAMPLING)):

@@ -27,14 +27,14 @@ from rasterio.windows import Window
 
 from floodrepro.console import public
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, S1_BANDS, S2_BANDS
-from floodrepro.errors import UsageError
+from floodrepro.errors import DataError, UsageError
 from floodrepro.mapping import scene as scenes
-from floodrepro.mapping.scene import BANDS, SCL, Acquisition, Array, Bands, Grid, Scene
+from floodrepro.mapping.scene import BANDS, DEGREES, SCL, Acquisition, Array, Bands, Grid, Scene
 
 RESAMPLING = {"S2L2A": "bilinear", "S1RTC": "bilinear", "DEM": "bilinear", SCL: "nearest"}  # radar: in the file's unit
 _NAMES = ("no radar at the event", "no optical at the event", "cloud", "cloud shadow", "snow", "no elevation")
-QUALITY = {name: 1 << bit for bit, name in enumerate([*_NAMES, "outside the area"])}
-NO_RADAR, NO_OPTICAL, CLOUD, SHADOW, SNOW, NO_ELEVATION, OUTSIDE = QUALITY.values()
+QUALITY = {name: 1 << bit for bit, name in enumerate([*_NAMES, "outside the area", "another date missing"])}
+NO_RADAR, NO_OPTICAL, CLOUD, SHADOW, SNOW, NO_ELEVATION, OUTSIDE, NO_OTHER = QUALITY.values()
 # Sen2Cor's classes: Sentinel-2 Products Specification Document, S2-PDGS-TAS-DI-PSD, table of SCL values.
 _SCL_BITS = np.zeros(256, np.uint8)
 _SCL_BITS[[8, 9, 10]], _SCL_BITS[3], _SCL_BITS[11] = CLOUD, SHADOW, SNOW
@@ -158,15 +158,29 @@ class Reader:
         self.bits = self.cut("clouds")[0, 0]
         self.bits |= np.uint8(OUTSIDE) * geometry_mask(self._scene.polygons, self.bits.shape, place)
         for modality, bit in _MISSING.items():
-            self.bits |= np.uint8(bit) * (modality not in self.steps or _is_missing(self.event(modality)))
+            if modality not in self.steps:
+                self.bits |= np.uint8(bit)
+                continue
+            for step, values in zip(self.steps[modality], self.cut(modality, part=np.s_[:, :1]), strict=True):
+                of_event = step == EVENT or modality == "DEM"
+                self.bits |= np.uint8(bit if of_event else NO_OTHER) * _is_missing(values)
 
     def cut(self, modality: str, columns: slice = np.s_[:], part: Any = ...) -> Array:
         """Values of a modality, or *part* of its T and C, in the rows that are held, (T, C, H, W)."""
         return np.concatenate([block[modality][part][..., rows, columns] for block, rows in self._held], axis=-2)
 
-    def event(self, modality: str, bands: slice = np.s_[:1]) -> Array:
-        """Some bands of a modality at the event, or of the terrain model, in the rows that are held, (C, H, W)."""
-        return self.cut(modality, part=np.s_[self.steps[modality].index(0 if modality == "DEM" else EVENT), bands])
+    def picture(self, height: int) -> Array:
+        """The event in red, green and blue (3, H, W), 0 to 255: optical where it is clear, else VV in grey."""
+        bits = self.bits[:height]
+        colours, hidden = np.zeros((3, *bits.shape), np.float32), bits & (NO_OPTICAL | CLOUD | SHADOW) > 0
+        if "S2L2A" in self.steps:
+            rgb = np.s_[self.steps["S2L2A"].index(EVENT), 3:0:-1]  # B04, B03, B02
+            colours[:] = 0.085 * self.cut("S2L2A", part=rgb)[:, :height]  # 3000 is white
+        if "S1RTC" in self.steps:
+            vv = self.cut("S1RTC", part=np.s_[self.steps["S1RTC"].index(EVENT), 0])[:height].astype(np.float32)
+            np.copyto(colours, 10.2 * (vv + 25), where=hidden & (bits & NO_RADAR == 0))  # -25 dB is black, 0 dB white
+        colours[:, bits & OUTSIDE > 0] = 211  # light grey
+        return np.clip(colours, 0, 255, out=colours)
 
     def _begin(self, index: int) -> tuple[dict[str, Array], list[Future[None]]]:
         """Start reading a row of blocks; what no file has, or no polygon meets, stays missing."""
@@ -214,25 +228,33 @@ def water_of(path: Path, grid: Grid, value: int | None = None) -> Callable[[Wind
             return np.asarray(geometry_mask(polygons, size, place, invert=True).astype(np.int8))
         with scenes.opened(str(path)) as raster:
             values = read_window(raster, [1], grid, window, (), "nearest")[0]
+            if value is None and raster.nodata is None and (values == 255).any():
+                fix = "gdal_edit.py -a_nodata 255 says that it is no data; else give water another value"
+                raise DataError("255 may be water or no data, and the file does not say so", where=path, fix=fix)
         return np.where(values >= 0, values > 0 if value is None else values == value, IGNORE_INDEX)  # NaN is not >= 0
 
     return find
 
 
-def list_problems(scene: Scene, max_gap: float) -> list[str]:
-    """All problems of a scene: dates, orbits, and what a sample of windows says of units, orders and offsets.
+def list_problems(scene: Scene, max_gap: float, min_seen: float) -> list[str]:
+    """All problems of a scene: dates, orbits, places, and what a sample of windows says of units, orders and offsets.
 
-    The event passes of radar and optical may lie *max_gap* days apart.
+    The event passes of radar and optical may lie *max_gap* days apart; the files of each date have to reach a share
+    *min_seen* of the area.
     """
     problems, check = list(_dates(scene, max_gap)), {"S1RTC": _radar, "S2L2A": _optical, "DEM": _terrain}
+    area = shapely.union_all(scene.polygons)
     for a in scene.acquisitions.values():
         found = [_bands(a, bands) for bands, _ in a.sources]
         if not any(found):
-            samples = [(_sample(a, bands, scene), a.said | {"offset": offset}) for bands, offset in a.sources]
-            # One source may show a corner only; the shares of map.json tell.
-            found = [check[a.sensor](values, said) for values, said in samples if values.shape[1] >= _FEW]
-            if not any(values.size for values, _ in samples):
-                found = ["its files show nothing of the area"]
+            parts = [(_reached(a, bands, scene), bands, {"offset": offset}) for bands, offset in a.sources]
+            if not (share := shapely.union_all([part for part, *_ in parts]).area / area.area) or share < min_seen:
+                edges = ", ".join(f"{edge:.2f}" for edge in shapely.bounds(scenes.to_crs(area, scene.crs, DEGREES)))
+                told = f"its files reach {share:.0%} of the area (--min-seen {min_seen:g})"
+                found.append(f"{told}, which lies at {edges}")
+            samples = [(_sample(a, bands, scene, part), a.said | said) for part, bands, said in parts if part.area]
+            # Fewer pixels are a corner, of which the shares of map.json tell.
+            found += [check[a.sensor](values, said) for values, said in samples if values.shape[1] >= _FEW]
         problems += [f"{a.name}: {public(problem)}" for problem in found if problem]
     return problems
 
@@ -242,6 +264,14 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
     for a, b in itertools.pairwise(timed):  # by sensor, each in order of steps
         if a.sensor == b.sensor and a.time >= b.time:
             yield f"{a.name} ({a.time:%F}) is not before {b.name} ({b.time:%F}): are the dates swapped?"
+    used = [(a, {entry for bands, _ in a.sources for entry in bands.values()}) for a in timed]
+    for (a, some), (b, others) in itertools.combinations(used, 2):
+        if same := some & others:
+            yield f"{a.name} and {b.name} are the same file: {min(same)[0]}"
+    for a, entries in used:  # products are named after the time of sensing; 180 degrees from Greenwich days differ
+        stamps = re.findall(r"(?<!\d)20\d{6}T\d{6}", " ".join(Path(place).name for place, _ in entries))
+        if stamps and all(abs(scenes.parse_time(stamp, a.name) - a.time).days for stamp in stamps):
+            yield f"{a.name} is said to be of {a.time:%F}, and its files' names say {stamps[0]}"
     radar, optical = (scene.acquisitions.get((sensor, EVENT)) for sensor in ("S1RTC", "S2L2A"))
     before = scene.acquisitions.get(("S1RTC", BEFORE))
     was, now = (a.said.get("orbit") if a else None for a in (before, radar))
@@ -268,14 +298,26 @@ def _bands(a: Acquisition, bands: Bands) -> str | None:
     return None
 
 
-def _sample(a: Acquisition, bands: Bands, scene: Scene) -> Array:
-    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over the grid and within polygons."""
-    width, height = min(_WINDOW, scene.width), min(_WINDOW, scene.height)
-    room = np.array([scene.width - width, scene.height - height])
-    columns, rows = np.linspace(0, room, _ALONG, dtype=int).T.tolist()
-    points = shapely.get_coordinates(shapely.point_on_surface(scene.polygons[: _ALONG**2]))
-    inside = np.clip([~scene.transform * tuple(xy) for xy in points] - np.array(_WINDOW / 2), 0, room).astype(int)
-    places = {*itertools.product(columns, rows), *map(tuple, inside.tolist())}
+def _reached(a: Acquisition, bands: Bands, scene: Scene) -> Any:
+    """The part of the area, in the grid's CRS, within the outline of a source, whatever its pixels are."""
+    with scenes.opened(bands[BANDS[a.sensor][0]][0]) as raster:
+        try:
+            area = shapely.make_valid(scenes.to_crs(scene.polygons, scene.crs, raster.crs))
+            part = shapely.intersection(area, scenes.footprint(raster))
+            part = scenes.to_crs(part[shapely.area(part) > 0], raster.crs, scene.crs)
+            return shapely.union_all(shapely.make_valid(part))
+        except ValueError:  # the area has no place in the raster's CRS, or nothing is in both
+            return shapely.Polygon()
+
+
+def _sample(a: Acquisition, bands: Bands, scene: Scene, part: Any) -> Array:
+    """Pixels (C, N) that miss no band, in the file's unit, of windows spread over a part of the area."""
+    size = width, height = min(_WINDOW, scene.width), min(_WINDOW, scene.height)
+    west, south, east, north = shapely.bounds(part)
+    spread = itertools.product(np.linspace(west, east, _ALONG), np.linspace(south, north, _ALONG))
+    inside = shapely.get_coordinates(shapely.point_on_surface(shapely.get_parts(part)[: _ALONG**2]))
+    corners = np.array([~scene.transform * tuple(xy) for xy in [*spread, *inside]]) - np.array(size) / 2
+    places = np.unique(np.clip(corners, 0, (scene.width - width, scene.height - height)).astype(int), axis=0).tolist()
     parts = [read_source(a, bands, BANDS[a.sensor], scene, Window(*place, width, height)) for place in places]
     values = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
     return values[:, ~np.isnan(values).any(axis=0)]
@@ -283,7 +325,7 @@ def _sample(a: Acquisition, bands: Bands, scene: Scene) -> Array:
 
 def _radar(values: Array, said: dict[str, Any]) -> str | None:
     strange = (values < _NO_RADAR[0]) | (values > _NO_RADAR[1]) | (values == 0)  # that dB hit 0 by chance is as rare
-    if (share := strange.any(axis=0).mean()) > 0.001:  # less may be speckle
+    if 0.001 < (share := strange.any(axis=0).mean()) < 0.5:  # less may be speckle, more another unit
         odd = values[strange]
         return f"{share:.1%} of the pixels are no radar (such as {odd[abs(odd).argmax()]:g}): say 'nodata: [...]'"
     middle = float(np.median(values[0]))
@@ -300,7 +342,7 @@ def _radar(values: Array, said: dict[str, Any]) -> str | None:
 def _optical(values: Array, said: dict[str, Any]) -> str | None:
     lowest, offset = np.quantile(values, 0.01), said["offset"]
     if not 255 < np.quantile(values, 0.99) <= 30_000:  # of a picture in 8 bits; clouds and snow reach 20,000
-        return f"values up to {values.max():.4g} are no reflectance x 10,000"
+        return f"values up to {values.max():.5g} are no reflectance x 10,000; if one is no data, say 'nodata: [0, ...]'"
     if offset is None and lowest > 0.9 * _OFFSET:
         fix = f"say 'offset: -{_OFFSET}' (baseline 04.00 and later) or 'offset: 0'"
         return f"neither offset nor baseline is given, and the darkest pixels have {lowest:.0f}: {fix}"
@@ -315,4 +357,5 @@ def _optical(values: Array, said: dict[str, Any]) -> str | None:
 
 def _terrain(values: Array, _: dict[str, Any]) -> str | None:
     lowest, highest = values.min(), values.max()
-    return f"heights from {lowest:.0f} to {highest:.0f} are no metres" if lowest < -500 or highest > 9000 else None
+    told = f"heights from {lowest:.0f} to {highest:.0f} are no metres; if one is no data, say 'nodata: [...]'"
+    return told if lowest < -500 or highest > 9000 else None

@@ -93,6 +93,8 @@ def opened(place: str) -> Iterator[DatasetReader]:
         link = planetary_computer.sign_url(place)
     try:
         with rasterio.Env(**_GDAL), rasterio.open(link) as raster:
+            if not raster.crs:
+                raise CRSError("it has no CRS; 'gdal_edit.py -a_srs EPSG:32633 FILE' sets one")
             yield raster
     except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
         what = f"the raster cannot be read: {public(str(error).replace(link, place))[:200]}"
@@ -122,7 +124,7 @@ def read_scene(path: Path) -> Scene:
             # 0 is no power: it would be mixed into its neighbours.
             gaps = [*np.atleast_1d(said["nodata"]), *([0] if said["unit"] == "power" else [])]
             said["nodata"] = [float(value) for value in gaps]
-            files = [said["files"]] if isinstance(said["files"], str) else said["files"]
+            files = said["files"] if isinstance(said["files"], list) else [said["files"]]
             sources = [_source(file, said, sensor, path.absolute().parent) for file in files]
             time = None if sensor == "DEM" else parse_time(said.get("time"), where)
             found[sensor, number] = Acquisition(name_of(sensor, number), sensor, number, time, said, sources)
@@ -152,9 +154,10 @@ def _source(file: Any, said: dict[str, Any], sensor: str, folder: Path) -> tuple
     if missing := [name for name in BANDS[sensor] if name not in bands]:
         raise ValueError(f"no file for band {', '.join(missing)}")
     # From baseline 04.00 on, 1000 is added to every pixel but no-data (microsoft/PlanetaryComputer#134).
-    by_baseline = None if "baseline" not in entry else -1000 if float(entry["baseline"]) >= 4 else 0
+    baseline = float(re.sub(r"^N(\d\d)(?=\d\d$)", r"\1.", str(entry.get("baseline", 0))))  # names of products: N0511
+    by_baseline = None if "baseline" not in entry else -1000 if baseline >= 4 else 0
     offset = float(entry["offset"]) if "offset" in entry else by_baseline
-    if not (-2000 <= (offset or 0) <= 0 and 0 <= float(entry.get("baseline", 0)) < 100):  # NaN is not either
+    if not (-2000 <= (offset or 0) <= 0 and 0 <= baseline < 100):  # NaN is not either
         raise ValueError(f"offset {offset}, baseline {entry.get('baseline')}: from -2000 to 0, and such as 05.11")
     return bands, offset
 
@@ -162,7 +165,7 @@ def _source(file: Any, said: dict[str, Any], sensor: str, folder: Path) -> tuple
 def to_crs(geometry: Any, source: Any, target: Any) -> Any:
     """Geometries, an array of them, brought from one CRS to another; edges stay where they were.
 
-    Raises `UsageError` where they lie nowhere on Earth.
+    Raises `ValueError` where they lie nowhere on Earth.
     """
     if source != target:
         close = shapely.segmentize(geometry, shapely.length(geometry) / 400)
@@ -170,7 +173,7 @@ def to_crs(geometry: Any, source: Any, target: Any) -> Any:
         geometry = shapely.transform(close, move, interleaved=False)
     west, south, east, north = bounds = shapely.total_bounds(geometry)
     if not (np.isfinite(bounds).all() and west < east and (target != DEGREES or -90 <= south < north <= 90)):
-        raise UsageError(f"the area lies nowhere on Earth: {bounds}", fix="a box is west, south, east, north")
+        raise ValueError(f"it lies nowhere on Earth: {', '.join(f'{edge:g}' for edge in bounds)}")
     if target == DEGREES and east - west > 180:  # on both sides of 180
         geometry = shapely.transform(geometry, lambda x, y: (x % 360, y), interleaved=False)
     return geometry
@@ -179,6 +182,8 @@ def to_crs(geometry: Any, source: Any, target: Any) -> Any:
 def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
     """The polygons of a GeoJSON, GeoPackage or other vector file as an array in *crs*; raises `UsageError` for none."""
     try:
+        if len(layers := pyogrio.list_layers(path)) > 1:
+            raise ValueError(f"there are several layers ({', '.join(layers[:, 0])}), and one is needed")
         meta, _, wkb, _ = pyogrio.raw.read(path, columns=[], force_2d=True)
         parts = shapely.make_valid(shapely.from_wkb(wkb))
         parts = shapely.get_parts(shapely.get_parts(parts))  # twice: a MultiPolygon may lie in a collection
@@ -186,14 +191,26 @@ def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
             raise ValueError("the file holds no polygon")
         return to_crs(parts[shapely.area(parts) > 0], meta["crs"] or DEGREES, crs)
     except (*_UNREADABLE, ValueError, CPLE_BaseError) as error:
-        raise UsageError(f"the polygons cannot be read: {error}", where=path) from error
+        fix = "give polygons in one layer of a GeoJSON, GeoPackage, Shapefile or FlatGeobuf"
+        raise UsageError(f"the polygons cannot be read: {error}", where=path, fix=fix) from error
 
 
 def read_area(area: Any, folder: Path) -> Any:
     """The polygons, an array of them in degrees, of what stands at `area`; paths begin in *folder*."""
-    if "file" in area:
+    if isinstance(area, dict) and "file" in area:
         return read_polygons(folder / area["file"])
-    return to_crs(np.array([shapely.box(*area["box"])]), DEGREES, DEGREES)
+    try:
+        west, south, east, north = area["box"]
+        return to_crs(np.array([shapely.box(west, south, east, north)]), DEGREES, DEGREES)
+    except (KeyError, TypeError, ValueError) as error:
+        fix = "{file: A.geojson}, or {box: [west, south, east, north]} in degrees"
+        raise UsageError(f"this is no area: {area} ({error})", fix=fix) from error
+
+
+def footprint(raster: DatasetReader) -> Any:
+    """The outline of a raster in its CRS, which may be turned."""
+    (height, width), place = raster.shape, raster.transform
+    return shapely.Polygon([place * corner for corner in ((0, 0), (width, 0), (width, height), (0, height))])
 
 
 def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Acquisition]) -> tuple[Any, ...]:
@@ -203,7 +220,7 @@ def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Ac
     else:
         sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT), key[0]))
         with opened(found[sensor, step].sources[0][0][BANDS[sensor][0]][0]) as raster:
-            parts, crs = np.array([shapely.box(*raster.bounds)]), CRS.from_user_input(raster.crs)
+            parts, crs = np.array([footprint(raster)]), raster.crs
     epsg = crs.to_epsg() or 0
     if epsg // 100 not in (326, 327):  # WGS 84 / UTM, north and south: elsewhere 10 m x 10 m are not 100 m² of ground
         west, south, east, north = shapely.total_bounds(to_crs(parts, crs, DEGREES))
