@@ -242,7 +242,7 @@ def test_mask_value_and_size_of_a_chip_that_do_not_fit_are_named(own_chips):
     assert "v1-binary" in error.value.fix
 
 
-def test_custom_label_map_and_events_of_a_csv_travel_with_the_batch_but_not_as_arguments_of_the_model(own_chips):
+def test_custom_label_map_and_split_with_events_give_a_batch_without_further_arguments_of_the_model(own_chips):
     reference = batches(ours(own_chips))
     split(own_chips, "test").write_text("".join(f"{chip},storm\n" for chip in ids_of(own_chips, "test")))
     own = {"protocol": "custom", "class_names": ["wet", "dry"], "label_map": [1, 0]}
@@ -250,8 +250,6 @@ def test_custom_label_map_and_events_of_a_csv_travel_with_the_batch_but_not_as_a
         assert torch.equal(mine["mask"], torch.where(plain["mask"] == -1, -1, 1 - plain["mask"]))
         assert set(mine) == {"image", "mask", "filename"}
         assert [Path(name).name for name in mine["filename"]] == [f"{chip}_DEM.tif" for chip in mine.chips]
-        assert set(mine.events) == {"storm"}
-        assert plain.events == tuple(chip.split("_")[0] for chip in plain.chips)
 
 
 @pytest.mark.parametrize("changes", [{"means": None}, {"stds": DATA["stds"] | {"DEM": [0.0]}}])

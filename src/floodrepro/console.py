@@ -1,4 +1,4 @@
-"""The one place that prints: data on stdout, everything else on stderr."""
+"""What commands print: data on stdout, everything else on stderr."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Every exception that floodrepro raises on purpose, and the exit code that each one means."""
+"""The exceptions that floodrepro raises on purpose, and their exit codes; `mapping.plan` has one more."""
 
 import signal
 from collections.abc import Mapping, Sequence

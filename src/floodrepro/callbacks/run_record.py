@@ -91,7 +91,7 @@ class RunRecord(Callback):
         self._publish(trainer, pl_module)
         if trainer.is_global_zero:
             known = trainer.callback_metrics
-            names = ["train/loss", "val/loss", "val/mIoU", *[n for n in known if n.startswith("val/IoU_")][-1:]]
+            names = ["train/loss", "val/loss", "val/mIoU", *[n for n in known if n.startswith("val/IoU_")]]
             shown = "  ".join(f"{name} {float(known[name]):.4f}" for name in names if name in known)
             of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             line = f"epoch {trainer.current_epoch + 1}{of}  {shown}  {time.perf_counter() - self._began:.1f} s"

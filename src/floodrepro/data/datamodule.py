@@ -35,11 +35,10 @@ _NAMED = 10  # chips with odd radar values that are named; all are in `odd_chips
 class Batch(dict[str, Any]):
     """What the model is given: `image` (by modality), `mask` and `filename`.
 
-    Chip ids and the event of each are attributes: TerraTorch passes every further key to the model as an argument.
+    Chip ids are an attribute: TerraTorch passes every further key to the model as an argument.
     """
 
     chips: tuple[str, ...] = ()
-    events: tuple[str, ...] = ()
 
 
 def draw_symmetry(seed: int, epoch: int, chip: str) -> int:
@@ -212,7 +211,6 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         self.skip_damaged, self.prefetch_factor = skip_damaged, prefetch_factor
         self.failed_chips: dict[str, str] = {}
         self.odd_chips: dict[str, str] = {}
-        self._events: dict[str, str] = {}
         self._datasets: dict[str, list[ChipDataset]] = {}
 
     def setup(self, stage: str) -> None:
@@ -226,7 +224,6 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             read = [*self.modalities, *([LABEL_DIR] if split != "predict" else [])]
             self._datasets[split] = []
             for events in read_splits(keys, split).values():
-                self._events |= events
                 self._datasets[split].append(ChipDataset(self.source, list(events), read))
             setattr(self, f"{split}_dataset", self._datasets[split][0])
 
@@ -263,7 +260,7 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
         ready = Batch(image=images, filename=names)
         if LABEL_DIR in batch:
             ready["mask"] = torch.stack(list(map(apply_symmetry, symmetries, batch[LABEL_DIR]))).long()
-        ready.chips, ready.events = chips, tuple(self._events[chip] for chip in chips)
+        ready.chips = chips
         return ready
 
     def _seed(self) -> int:

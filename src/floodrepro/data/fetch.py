@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import re
 import shutil
 import tarfile
 from collections import defaultdict
@@ -13,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from floodrepro import console
-from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, event_of
+from floodrepro.data.protocols import LABEL_DIR, PARTS, PROTOCOLS, SPLITS, chip_of, event_of
 from floodrepro.data.splits import FETCH_NOTE, data_in, read_commit, read_events, split_files
 from floodrepro.errors import DataError
 from floodrepro.run_folder import write_atomically
 
 _BLOCK = 2**12  # bytes that are read ahead of a remote tar
 _SEEN_A_CHIP = 20  # members of a remote tar whose headers are read for each chip of a sample, at most
-_CHIP = re.compile(r"(?:.*/)?(.+)_(?:S2L2A\.zarr\.zip|S1RTC\.zarr\.zip|DEM\.tif|annotation_\w+\.tif)")
 
 
 def fetch(
@@ -103,7 +101,7 @@ def fetch(
             files = {path: sizes[path] for path in [*lists, *wanted]}
         else:
             files = _extract_sample(root, f"datasets/{repo}@{commit}", tars, sample)
-            if not (here := set(map(_chip_of, files))):
+            if not (here := set(map(chip_of, files))):
                 what = "no chip was found in the first members of the archives"
                 raise DataError(what, where=f"{repo}@{commit}", fix="check --repo and --revision")
             chips = {name: [chip for chip in ids if chip in here] for name, ids in chips.items()}
@@ -137,8 +135,8 @@ def _extract_sample(
                 # A header has 512 bytes, and what is read beyond it is lost where a large member follows.
                 remote = HfFileSystem().open(f"{where}/{path}", "rb", block_size=_BLOCK, cache_type="readahead")
                 with remote, tarfile.open(fileobj=remote, mode="r:") as archive:
-                    chosen = chosen or _spread([_chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
-                    members = ((_chip_of(member.name), member) for member in archive)
+                    chosen = chosen or _spread([chip_of(m.name) for m in islice(archive, count * _SEEN_A_CHIP)], count)
+                    members = ((chip_of(member.name), member) for member in archive)
                     for chip, member in islice((pair for pair in members if pair[0] in chosen), left):
                         file = archive.extractfile(member)
                         contents[chip][f"data/{part}/{Path(member.name).name}"] = file.read() if file else b""
@@ -150,12 +148,6 @@ def _extract_sample(
             (root / name).write_bytes(content)
             files[name] = len(content)
     return files
-
-
-def _chip_of(name: str) -> str:
-    """The chip that a file is of; empty for another file."""
-    found = _CHIP.fullmatch(name)
-    return found[1] if found else ""
 
 
 def _spread(chips: Sequence[str], count: int) -> list[str]:

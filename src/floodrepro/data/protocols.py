@@ -6,6 +6,7 @@ A protocol says what the chips of a recipe are: which data, which classes. A rec
 Nothing here imports numpy or torch, so that every command can afford this module.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +28,7 @@ IGNORE_INDEX = -1
 SPLITS = ("train", "val", "test")
 DATA_MODULE = "floodrepro.data.datamodule.FloodDataModule"
 
+_CHIP = re.compile(r"(?:.*/)?(.+)_(?:S2L2A\.zarr\.zip|S1RTC\.zarr\.zip|DEM\.tif|annotation_\w+\.tif)")
 _SUFFIXES = {"S2L2A": "_S2L2A.zarr.zip", "S1RTC": "_S1RTC.zarr.zip", "DEM": "_DEM.tif"}
 
 
@@ -161,3 +163,9 @@ def suffix_of(protocol: Protocol, part: str) -> str:
 def event_of(chip: str) -> str:
     """The event of a chip: what stands before the first `_`, such as `EMSR686`."""
     return chip.split("_", 1)[0]
+
+
+def chip_of(file: str) -> str:
+    """The chip that a file is of, by its name; empty for another file."""
+    found = _CHIP.fullmatch(file)
+    return found[1] if found else ""

@@ -33,7 +33,6 @@ from floodrepro.training.terratorch_cli import RecipeCLI, without_files
 _UNSEEN = -1  # class of a pixel where neither Sentinel-1 nor Sentinel-2 has data at the event; no-data in the file
 # The values that mean 1 and nothing seen.
 _PROBABILITY_TYPES = {"float32": (1, np.nan), "uint8": (protocols.PROBABILITY_STEPS, 255)}
-_SUFFIXES = [protocols.suffix_of(p, part) for p in protocols.PROTOCOLS.values() for part in protocols.PARTS]
 _INPUTS = ("modalities", "means", "stds", "timesteps", "no_data_value", "no_data_replace")
 
 
@@ -48,6 +47,9 @@ class ChipPass(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Listen where a task makes logits, tiled or whole; predict has them too (terratorch 1.2.7: int16 zeros)."""
+        if "logits" not in getattr(pl_module, "operation_map", ()):
+            what = f"{type(pl_module).__name__} predicts no classes"
+            raise UsageError(what, where="model.class_path", fix="name a task of semantic segmentation")
         infer = pl_module.handle_full_or_tiled_inference
 
         def listen(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +71,7 @@ class ChipPass(Callback):
             numbers = range(seen.stop)
             names = (getattr(loader.dataset, "image_files", None) or [f"chip-{n:06d}" for n in numbers])[seen]
         files = [str(name) for name in (next(iter(names.values())) if isinstance(names, dict) else names)]
-        chips = list(getattr(batch, "chips", ())) or [chip_of(file) for file in files]
+        chips = list(getattr(batch, "chips", ())) or [protocols.chip_of(file) or Path(file).stem for file in files]
         finite = logits.flatten(1).isfinite().all(dim=1).tolist()
         if bad := [chip for chip, fine in zip(chips, finite, strict=True) if not fine]:
             what = f"the model predicts values that are not finite for {len(bad)} chips, the first is {bad[0]}"
@@ -312,9 +314,3 @@ def _describe(recipe: Recipe, run: RunFolder | None) -> str:
         how = f"trained on {chips} for {epochs} epochs with seed {record['seed']}"
         return "; ".join([*describe_model(recipe, record), how])
     return f"{describe_model(recipe, {})[0]}; how it was trained is not recorded here"
-
-
-def chip_of(file: str) -> str:
-    """The chip id that a file is named after: its name without a part's suffix, or any other."""
-    name = Path(file).name
-    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), Path(file).stem)

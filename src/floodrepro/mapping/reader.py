@@ -248,7 +248,8 @@ def list_problems(scene: Scene, max_gap: float, min_seen: float) -> list[str]:
         found = [_bands(a, bands) for bands, _ in a.sources]
         if not any(found):
             parts = [(_reached(a, bands, scene), bands, {"offset": offset}) for bands, offset in a.sources]
-            if not (share := shapely.union_all([part for part, *_ in parts]).area / area.area) or share < min_seen:
+            share = shapely.union_all([part for part, *_ in parts]).area / area.area
+            if not share or round(share, 2) < min_seen:  # edges that were brought to another CRS differ a little
                 edges = ", ".join(f"{edge:.2f}" for edge in shapely.bounds(scenes.to_crs(area, scene.crs, DEGREES)))
                 told = f"its files reach {share:.0%} of the area (--min-seen {min_seen:g})"
                 found.append(f"{told}, which lies at {edges}")

@@ -1,1 +1,1 @@
-"""The machine: benchmarks, and what they were measured on."""
+"""The machine: what it is, whether it can do what a recipe needs, and how fast it is."""

@@ -7,7 +7,6 @@ training batches with both data modules. `StepClock`, a callback that the recipe
 import copy
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from floodrepro import console
-from floodrepro.callbacks.run_record import percentiles
+from floodrepro.callbacks.run_record import peak_memory, percentiles
 from floodrepro.errors import FloodreproError
 from floodrepro.publishing.export import with_stock_data
 from floodrepro.recipe import Recipe, to_yaml
@@ -92,13 +91,11 @@ class StepClock(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule, scores: dict[str, float]) -> None:
         seconds = self._now(module) - self._start
-        memory = {"process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux gives KiB
-        if module.device.type == "cuda":
-            memory["gpu_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         batches = self._done - self._warm_up
         rate = batches * trainer.datamodule.batch_size / seconds  # type: ignore[attr-defined]
-        found = {"chips_per_second": rate, "batches": batches, "memory": memory, "scores": scores}
-        self._output.write_text(json.dumps(found | {"environment": environment(str(trainer.precision))}))
+        found = {"chips_per_second": rate, "batches": batches, "scores": scores}
+        found |= {"memory": peak_memory(module.device), "environment": environment(str(trainer.precision))}
+        self._output.write_text(json.dumps(found))
 
 
 def _in_order(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
@@ -168,7 +165,7 @@ def describe(found: Mapping[str, Any]) -> str:
     """What `bench` returned, as a table and a few lines."""
     rows = [["", "chips/s", "p10", "p90", "peak GiB"]]
     for side, rate in found["chips_per_second"].items():
-        peaks = [f"{kind.removesuffix('_gib')} {value:.2f}" for kind, value in found["peak_memory"][side].items()]
+        peaks = [f"{kind} {value:.2f}" for kind, value in found["peak_memory"][side].items()]
         rows.append([side, *(f"{rate[q]:.2f}" for q in ("median", "p10", "p90")), ", ".join(peaks)])
     text = "times as fast: {median:.3f} (p10 {p10:.3f}, p90 {p90:.3f} of the rounds)\n".format(**found["ratio"])
     if found["score_difference"] is not None:

@@ -64,7 +64,6 @@ def environment(precision: str | None = None, *, root: Path = Path("/")) -> dict
             "count": len(devices),
             "name": devices[0].name if devices else None,
             "memory_gib": round(devices[0].total_memory / 2**30, 1) if devices else None,
-            "names": [device.name for device in devices],
             "drivers": gpu_drivers(root),
         },
         "numerics": {

@@ -111,7 +111,10 @@ class RecipeCLI(MyLightningCLI):  # type: ignore[misc]  # terratorch ships no ty
         """Merge files and overrides into ``recipe``, then let the parser add its defaults in ``config``."""
         contents = [recipes.read_yaml(path) for path in self._configs]
         folded = recipes.fold(contents, self._overrides)
-        import_custom_modules(folded.get("custom_modules_path"))  # TerraTorch looks below a subcommand only
+        code = folded.get("custom_modules_path")
+        if code and not Path(str(code)).is_dir():
+            raise UsageError("there is no such folder of modules", where=f"custom_modules_path: {code}")
+        import_custom_modules(code)  # TerraTorch looks below a subcommand only
         if "--trainer.help" in self._overrides:  # the parser has such help for classes that can be chosen only
             trainer = ArgumentParser(prog="floodrepro fit")
             trainer.add_class_arguments(MyTrainer, "trainer")

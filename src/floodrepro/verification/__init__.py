@@ -1,1 +1,1 @@
-"""The battery: what is claimed of a run, each claim with its figure, threshold and evidence. Needs no torch."""
+"""The battery: what is claimed of a run, each claim with its figure and evidence. Only `measure` needs torch."""

@@ -10,7 +10,6 @@ from typing import Any
 import matplotlib.style
 import numpy as np
 import numpy.typing as npt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -149,7 +148,6 @@ def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positi
 
 
 def _encode(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})  # neither time nor version
     return file.getvalue()

@@ -180,6 +180,8 @@ def panels(cli: RecipeCLI, checkpoint: Path, table_file: Path, folder: Path) -> 
         TableError: The table is missing or damaged, or has no chip to show.
         UsageError, DataError, CheckpointError: As `floodrepro.evaluation.passes.run_pass`.
     """
+    if not protocols.uses_flood_data_module(cli.recipe):
+        raise UsageError("the files of another data module are not drawn")
     table = chip_table.read_table(table_file)
     positive, shown = table.positive, choose_chips_to_show(table)
     name = table.metadata["class_names"][positive]
