@@ -18,6 +18,27 @@ from conftest import SMALL
 from floodrepro import recipe as recipes
 from processes import Command
 
+GENERIC = """
+seed_everything: 7
+trainer: {accelerator: cpu, devices: 1, max_epochs: 2, num_sanity_val_steps: 0}
+data:
+  class_path: GenericNonGeoSegmentationDataModule
+  init_args: {batch_size: 2, num_workers: 0, num_classes: 2, means: [0.0, 0.0, 0.0], stds: [1.0, 1.0, 1.0],
+    img_grep: "*_image.tif", label_grep: "*_mask.tif", no_data_replace: 0}
+model:
+  class_path: terratorch.tasks.SemanticSegmentationTask
+  init_args:
+    model_factory: EncoderDecoderFactory
+    model_args: {backbone: timm_mobilenetv3_small_050, backbone_pretrained: false, backbone_in_chans: 3,
+      decoder: FCNDecoder, decoder_channels: 8, head_dropout: 0.2, num_classes: 2}
+    loss: ce
+    ignore_index: -1
+optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
+lr_scheduler:
+  class_path: lightning.pytorch.cli.ReduceLROnPlateau
+  init_args: {monitor: val/loss, patience: 0, threshold: 1.0, factor: 0.5}
+"""
+
 
 @TERRATORCH_BACKBONE_REGISTRY.register
 def thin_terramind(**kwargs: Any) -> torch.nn.Module:
@@ -56,28 +77,6 @@ def demo(chips: Path, **data: Any) -> dict[str, Any]:
     changes += ["--trainer.accelerator=cpu", "--lr_scheduler.init_args.patience=0"]
     changes += ["--lr_scheduler.init_args.threshold=1.0"]
     return recipes.fold([recipe], [*changes, *(f"--data.init_args.{key}={value}" for key, value in data.items())])
-
-
-GENERIC = """
-seed_everything: 7
-trainer: {accelerator: cpu, devices: 1, max_epochs: 2, num_sanity_val_steps: 0}
-data:
-  class_path: GenericNonGeoSegmentationDataModule
-  init_args: {batch_size: 2, num_workers: 0, num_classes: 2, means: [0.0, 0.0, 0.0], stds: [1.0, 1.0, 1.0],
-    img_grep: "*_image.tif", label_grep: "*_mask.tif", no_data_replace: 0}
-model:
-  class_path: terratorch.tasks.SemanticSegmentationTask
-  init_args:
-    model_factory: EncoderDecoderFactory
-    model_args: {backbone: timm_mobilenetv3_small_050, backbone_pretrained: false, backbone_in_chans: 3,
-      decoder: FCNDecoder, decoder_channels: 8, head_dropout: 0.2, num_classes: 2}
-    loss: ce
-    ignore_index: -1
-optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-3}}
-lr_scheduler:
-  class_path: lightning.pytorch.cli.ReduceLROnPlateau
-  init_args: {monitor: val/loss, patience: 0, threshold: 1.0, factor: 0.5}
-"""
 
 
 def generic(folder: Path, **data: Any) -> dict[str, Any]:

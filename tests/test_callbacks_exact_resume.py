@@ -33,6 +33,18 @@ SETTINGS = {
     "a foreign sampler": {"max_epochs": 3},
     "a plugin for checkpoints": {},
 }
+# One after the other on one run of plain `terratorch fit`, with real signals: the exit code, and the step of the state.
+KILL, TERM, INT = -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT
+STRIKES = {
+    "demo": [
+        ({"at": "step", "count": 4, "number": signal.SIGINT, "group": True}, INT, 3),
+        ({"at": "validation", "count": 1}, KILL, 6),
+    ],
+    "generic": [
+        ({"at": "step", "count": 10}, KILL, 6),
+        ({"at": "step", "count": 3, "number": signal.SIGTERM, "group": True}, TERM, 6),
+    ],
+}
 
 
 def fit(folder: Path, name: str, *more, resume=None):
@@ -173,20 +185,6 @@ def test_a_loader_worker_obeys_its_training_process_alone_and_dies_with_it():
     with pytest.raises(EOFError):  # of a pipe that nobody writes to any more
         for _ in range(100):
             reader.recv()
-
-
-# One after the other on one run of plain `terratorch fit`, with real signals: the exit code, and the step of the state.
-KILL, TERM, INT = -signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT
-STRIKES = {
-    "demo": [
-        ({"at": "step", "count": 4, "number": signal.SIGINT, "group": True}, INT, 3),
-        ({"at": "validation", "count": 1}, KILL, 6),
-    ],
-    "generic": [
-        ({"at": "step", "count": 10}, KILL, 6),
-        ({"at": "step", "count": 3, "number": signal.SIGTERM, "group": True}, TERM, 6),
-    ],
-}
 
 
 @pytest.mark.parametrize("kind", [pytest.param("demo", marks=pytest.mark.slow), "generic"])

@@ -15,6 +15,15 @@ from floodrepro.errors import CheckpointError
 from floodrepro.publishing.export import export
 from floodrepro.training.checkpoint import check_finite, load_weights, read_checkpoint
 
+LAYOUTS = {  # where a file keeps its state dict, and how names begin there: Lightning's, IBM's, DDP's, compiled, timm's
+    "lightning.ckpt": ("state_dict", "model."),
+    "ibm.pt": ("", "model."),
+    "ddp.pt": ("model_state_dict", "module."),
+    "compiled.pt": ("state_dict", "model._orig_mod."),
+    "timm.pth": ("model", ""),
+    "torch.safetensors": ("", ""),
+}
+
 
 class Payload:
     """Runs code when it is unpickled."""
@@ -24,16 +33,6 @@ class Payload:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.trace,)
-
-
-LAYOUTS = {  # where a file keeps its state dict, and how names begin there: Lightning's, IBM's, DDP's, compiled, timm's
-    "lightning.ckpt": ("state_dict", "model."),
-    "ibm.pt": ("", "model."),
-    "ddp.pt": ("model_state_dict", "module."),
-    "compiled.pt": ("state_dict", "model._orig_mod."),
-    "timm.pth": ("model", ""),
-    "torch.safetensors": ("", ""),
-}
 
 
 def model() -> nn.Sequential:

@@ -28,6 +28,11 @@ from floodrepro.errors import DataError
 
 FLIPS = 1000
 MADE = {"events": 4, "chips": 8, "size": 32, "protocol": "v0", "seed": 3, "variants": tuple(VARIANTS)}
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
+codecs = st.sampled_from(
+    [None, Zlib(1), numcodecs.GZip(1), numcodecs.LZ4(), numcodecs.Zstd(1), numcodecs.BZ2(1)]
+    + [Blosc(name, 3, shuffle) for name in ("lz4", "zstd", "zlib") for shuffle in (0, 1, 2)]
+)
 
 
 @pytest.fixture(scope="session")
@@ -63,13 +68,6 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     """Equal to the bit, whatever the byte order."""
     other = other.astype(other.dtype.newbyteorder("="))
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-
-
-shapes = st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(1, 40), st.integers(1, 40))
-codecs = st.sampled_from(
-    [None, Zlib(1), numcodecs.GZip(1), numcodecs.LZ4(), numcodecs.Zstd(1), numcodecs.BZ2(1)]
-    + [Blosc(name, 3, shuffle) for name in ("lz4", "zstd", "zlib") for shuffle in (0, 1, 2)]
-)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

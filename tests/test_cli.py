@@ -42,6 +42,8 @@ for argv in json.loads(sys.argv[1]):
     heavy = [name for name in ("torch", "terratorch", "lightning", "numpy") if name in sys.modules]
     print(json.dumps([code, err.getvalue(), heavy]))
 """
+BOMB = "a0: &0 [x, y]" + "".join(f"\na{n}: &{n} [{f'*{n - 1}, ' * 9}]" for n in range(1, 12))
+ODD = ("[1]", "data: [1]", "model: 5", "trainer: x", "data: {init_args: 3}")
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +64,6 @@ def test_cheap_mistakes_are_answered_before_torch_is_imported(answers, number):
     code, err, heavy = answers[len(LISTINGS) + number]
     assert (code, says in err, "torch" in heavy) == (2, True, False), err
     assert 1 <= len(err.splitlines()) <= 3
-
-
-BOMB = "a0: &0 [x, y]" + "".join(f"\na{n}: &{n} [{f'*{n - 1}, ' * 9}]" for n in range(1, 12))
-
-
-ODD = ("[1]", "data: [1]", "model: 5", "trainer: x", "data: {init_args: 3}")
 
 
 @pytest.mark.parametrize("text", [*ODD, "trainer:\n  max_epochs: [1, 2\nmodel: x", "a: &a [*a]", "[" * 9000, BOMB])

@@ -28,6 +28,27 @@ CUDA = {"torch": "2.14.1+cu130", "cuda": "13.0", "hip": None, "nms": True, "devi
 CPU = CUDA | {"torch": "2.14.1+cpu", "cuda": None}
 HELD = {"name": "NVIDIA H100", "memory": 80 * GIB, "error": "CUDA error: all CUDA-capable devices are busy"}
 BF16 = fold([BASE], ["--trainer.precision", "bf16-mixed"])
+INSTINCT = {"dev/kfd": "", "dev/dri/renderD128": ""}
+NVIDIA = {"dev/nvidiactl": "", "sys/module/nvidia/version": "535.5\n"}
+HIDDEN = {  # files, what torch answers, why it sees none, the repair
+    "AMD GPU and a torch for CUDA": (INSTINCT, CUDA, "built for NVIDIA", "--torch-backend=auto"),
+    "AMD driver too old": (INSTINCT, ROCM, "may not fit ROCm 7.2", "dmesg"),
+    "NVIDIA GPU and a torch for CPUs": (NVIDIA, CPU, "built for the CPU", "--force-reinstall"),
+    "NVIDIA driver too old": (NVIDIA, CUDA, "535.5): it may be too old for CUDA 13", "--torch-backend=auto"),
+    "WSL": ({"dev/dxg": ""}, CUDA, "it may be too old", "--torch-backend=auto"),
+    "ROCm image without devices": ({".dockerenv": ""}, ROCM, "was given none", "--device=/dev/kfd"),
+    "none": ({}, CUDA, "none is here", ""),
+}
+SLURM = {"slurm/job_1/memory.max": "64000\n", "slurm/job_1/memory.current": "1000\n"}
+CACHED = {"memory.max": "64000\n", "memory.current": "63800\n", "memory.stat": "anon 2800\ninactive_file 61000\n"}
+V1 = {"memory/memory.limit_in_bytes": "8000\n", "memory/memory.usage_in_bytes": "3000\n"}
+V1 |= {"memory/memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n"}
+CGROUPS = {
+    "v2, the limit of a Slurm job lies above": ("0::/slurm/job_1/step_0/task_0\n", SLURM, 63_000),
+    "v2, page cache counts as free": ("0::/\n", CACHED, 61_200),
+    "v1, the container's own folder at the top": ("5:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n", V1, 6_000),
+    "no limit": ("0::/\n", {"memory.max": "max\n", "memory.current": "5\n"}, 1_536_000_000),
+}
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -129,19 +150,6 @@ def test_memory_precision_and_a_gpu_that_is_held_are_judged(tmp_path, answer, re
     assert (found.status, words in f"{found.detail}\n{found.fix}") == (status, True), found
 
 
-INSTINCT = {"dev/kfd": "", "dev/dri/renderD128": ""}
-NVIDIA = {"dev/nvidiactl": "", "sys/module/nvidia/version": "535.5\n"}
-HIDDEN = {  # files, what torch answers, why it sees none, the repair
-    "AMD GPU and a torch for CUDA": (INSTINCT, CUDA, "built for NVIDIA", "--torch-backend=auto"),
-    "AMD driver too old": (INSTINCT, ROCM, "may not fit ROCm 7.2", "dmesg"),
-    "NVIDIA GPU and a torch for CPUs": (NVIDIA, CPU, "built for the CPU", "--force-reinstall"),
-    "NVIDIA driver too old": (NVIDIA, CUDA, "535.5): it may be too old for CUDA 13", "--torch-backend=auto"),
-    "WSL": ({"dev/dxg": ""}, CUDA, "it may be too old", "--torch-backend=auto"),
-    "ROCm image without devices": ({".dockerenv": ""}, ROCM, "was given none", "--device=/dev/kfd"),
-    "none": ({}, CUDA, "none is here", ""),
-}
-
-
 @pytest.mark.parametrize(("files", "answer", "words", "fix"), HIDDEN.values(), ids=HIDDEN)
 def test_gpu_that_torch_cannot_see_gets_the_repair_of_its_vendor(tmp_path, monkeypatch, files, answer, words, fix):
     for name in ("CUDA", "HIP", "ROCR"):
@@ -172,18 +180,6 @@ def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch)
 def test_devices_are_counted_as_lightning_does():
     for given, count in (("auto", 8), (-1, 8), (2, 2), ("1", 1), ([0, 1, 5], 3), ("0,", 1), (None, 8)):
         assert doctor._devices_used({"trainer": {"devices": given}}, 8) == count, given
-
-
-SLURM = {"slurm/job_1/memory.max": "64000\n", "slurm/job_1/memory.current": "1000\n"}
-CACHED = {"memory.max": "64000\n", "memory.current": "63800\n", "memory.stat": "anon 2800\ninactive_file 61000\n"}
-V1 = {"memory/memory.limit_in_bytes": "8000\n", "memory/memory.usage_in_bytes": "3000\n"}
-V1 |= {"memory/memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n"}
-CGROUPS = {
-    "v2, the limit of a Slurm job lies above": ("0::/slurm/job_1/step_0/task_0\n", SLURM, 63_000),
-    "v2, page cache counts as free": ("0::/\n", CACHED, 61_200),
-    "v1, the container's own folder at the top": ("5:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n", V1, 6_000),
-    "no limit": ("0::/\n", {"memory.max": "max\n", "memory.current": "5\n"}, 1_536_000_000),
-}
 
 
 @pytest.mark.parametrize(("own", "files", "free"), CGROUPS.values(), ids=CGROUPS)

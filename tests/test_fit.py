@@ -16,6 +16,16 @@ from floodrepro.run_folder import RunFolder, sha256_of
 from test_splits import ids_of
 
 ONE_STEP = ("--trainer.max_epochs", 1, "--trainer.limit_train_batches=1", "--trainer.limit_val_batches", 1)
+CALLBACKS = """
+from lightning.pytorch.callbacks import Callback
+class Faulty(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        {}["my_missing_key"]
+class Overflow(Callback):
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        if trainer.global_step == 3 and trainer.precision == "32-true":
+            next(pl_module.parameters()).data.fill_(float("inf"))
+"""
 
 
 @pytest.fixture
@@ -134,18 +144,6 @@ def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips
     assert outcome.report[0] in run.log.read_text()
     fit("--skip-damaged", 2, root=own_chips, steps=epoch).ok()
     assert sorted(run.read_record()["failed_chips"]) == sorted(damaged)
-
-
-CALLBACKS = """
-from lightning.pytorch.callbacks import Callback
-class Faulty(Callback):
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        {}["my_missing_key"]
-class Overflow(Callback):
-    def on_train_batch_start(self, trainer, pl_module, *args):
-        if trainer.global_step == 3 and trainer.precision == "32-true":
-            next(pl_module.parameters()).data.fill_(float("inf"))
-"""
 
 
 @pytest.fixture

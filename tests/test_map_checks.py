@@ -14,6 +14,9 @@ from floodrepro.mapping.reader import list_problems, water_of
 from floodrepro.mapping.scene import read_scene
 from map_scenes import CRS, LEFT, TOP, make_scene, save
 
+ORDER = [1, 2, 3, 7, 4, 5, 6, 8, 10, 11, 0, 9]  # all of 10 m first
+NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"]
+
 
 @pytest.fixture
 def scene(tmp_path):
@@ -39,10 +42,6 @@ def swap(content):
 
 def take_offset(content):
     del content["S2L2A"]["event"]["files"][0]["offset"]
-
-
-ORDER = [1, 2, 3, 7, 4, 5, 6, 8, 10, 11, 0, 9]  # all of 10 m first
-NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"]
 
 
 @pytest.mark.parametrize(

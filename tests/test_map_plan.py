@@ -30,6 +30,7 @@ SWATH = (10.5, 46.9, 13.9, 48.9)
 TILE = (11.6, 47.7, 13.1, 48.7)
 RADAR_DAYS = (-70, -58, -46, -34, -22, -10, 2, 14)
 OPTICAL_DAYS = range(-64, 25, 5)
+VALUES = {"vv.rtc.tiff": 0.1, "vh.rtc.tiff": 0.02, "SCL.tif": 4}
 
 
 def at(days, hour=5.2):
@@ -238,9 +239,6 @@ def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypa
                 pass
     assert tried[0].startswith(f"{link}?se=") and "sig=sentinel1-grd-rtc" in tried[0]
     assert tried[1:] == [f"{api.root}/data/vv.tif"]
-
-
-VALUES = {"vv.rtc.tiff": 0.1, "vh.rtc.tiff": 0.02, "SCL.tif": 4}
 
 
 def test_a_planned_scene_of_local_cogs_is_mapped_over_http(ask, tmp_path):

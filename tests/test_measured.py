@@ -24,6 +24,15 @@ from verification_fixtures import gather, make_run, make_table
 
 VARIANCE = "decoder.decoder.blocks.2.conv1.1.running_var"
 FILTERS = "decoder.decoder.blocks.2.conv1.0.weight"
+# Runs in the process that exported_pair starts, after its own work: no floodrepro, and torch's precision as here.
+THERE_TOO = """
+import os
+os.chdir({folder!r})
+exec(open("example.py").read())
+import runpy
+sys.argv = ["run_inference", "--config", "trained.yaml", "--ckpt", "trained.safetensors", "--output_dir", "stock"]
+runpy.run_module("impactmesh.run_inference", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +83,6 @@ def test_export_holds_the_checkpoint_is_of_no_machine_and_is_not_overwritten(tra
         export(*again)
     private = export(*again[:3], "private")
     assert "/home/me" not in private.config.read_text() + str(private.metadata)
-
-
-# Runs in the process that exported_pair starts, after its own work: no floodrepro, and torch's precision as here.
-THERE_TOO = """
-import os
-os.chdir({folder!r})
-exec(open("example.py").read())
-import runpy
-sys.argv = ["run_inference", "--config", "trained.yaml", "--ckpt", "trained.safetensors", "--output_dir", "stock"]
-runpy.run_module("impactmesh.run_inference", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,16 @@ from floodrepro.publishing.export import with_stock_data
 
 SHORT = ("--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
 TINY = ("--model.init_args.model_args.backbone_pretrained=false", "--precision=fp32", "--data.init_args.batch_size=2")
+FIRE = Protocol(
+    name="fire",
+    title="ImpactMesh-Fire, two classes",
+    class_names=("rest", "burned"),
+    label_map=(0, 1),
+    mask_suffix="_annotation_wildfire.tif",
+    hazard="fire",
+    repo="ibm-esa-geospatial/ImpactMesh-Fire",
+    recipe="burn.yaml",
+)
 
 
 def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: Path):
@@ -30,18 +40,6 @@ def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: 
         assert {f"{name.replace('_', '/', 1)}/IoU_{k}" for k in range(3)} <= set(metrics)
         listed = read_events(chips / "split" / f"impactmesh_flood_{name}.txt")
         assert set(table.events) == set(listed.values())
-
-
-FIRE = Protocol(
-    name="fire",
-    title="ImpactMesh-Fire, two classes",
-    class_names=("rest", "burned"),
-    label_map=(0, 1),
-    mask_suffix="_annotation_wildfire.tif",
-    hazard="fire",
-    repo="ibm-esa-geospatial/ImpactMesh-Fire",
-    recipe="burn.yaml",
-)
 
 
 def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeypatch):

@@ -18,34 +18,6 @@ BINARY = {size: f"{name}_binary" for size, name in V1.items()}
 NAMES = [BASE, TINY, "demo", *V1.values(), *BINARY.values()]
 RANDOM_WEIGHTS = "--model.init_args.model_args.backbone_pretrained=false"
 ON_CPU = "--trainer.precision=32-true"
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters", "tensors"),
-    [
-        (BASE, 167_800_450, 180),
-        (V1["tiny"], 13_992_066 + 32 + 1, 216),  # one class more than v0: 32 weights and a bias in the head
-    ],
-)
-def test_every_shipped_recipe_builds_the_model_it_claims(name, parameters, tensors):
-    cli = RecipeCLI([recipes.find(name)], [RANDOM_WEIGHTS, ON_CPU])
-    cli.build()
-    assert sum(p.numel() for p in cli.model.parameters()) == parameters
-    assert all(p.requires_grad for p in cli.model.parameters())
-    assert len(cli.model.state_dict()) == tensors
-    assert cli.trainer.max_epochs == cli.recipe["trainer"]["max_epochs"]
-
-
-def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
-    assert set(recipes.shipped()) == set(NAMES)
-    for name in NAMES:
-        recipe = RecipeCLI([recipes.find(name)]).recipe
-        assert recipe == recipes.read_yaml(recipes.find(name))  # merging adds no library default and loses nothing
-        assert recipe["trainer"]["devices"] == 1
-        assert protocol_of(recipe).name != "custom"
-        assert recipe["model"]["init_args"]["model_args"]["num_classes"] == len(protocol_of(recipe).class_names)
-
-
 PUBLISHED = """
 seed_everything: 42
 trainer: {precision: 16-mixed, max_epochs: 50}
@@ -75,6 +47,32 @@ model:
       head_dropout: 0.1
       num_classes: 2
 """
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors"),
+    [
+        (BASE, 167_800_450, 180),
+        (V1["tiny"], 13_992_066 + 32 + 1, 216),  # one class more than v0: 32 weights and a bias in the head
+    ],
+)
+def test_every_shipped_recipe_builds_the_model_it_claims(name, parameters, tensors):
+    cli = RecipeCLI([recipes.find(name)], [RANDOM_WEIGHTS, ON_CPU])
+    cli.build()
+    assert sum(p.numel() for p in cli.model.parameters()) == parameters
+    assert all(p.requires_grad for p in cli.model.parameters())
+    assert len(cli.model.state_dict()) == tensors
+    assert cli.trainer.max_epochs == cli.recipe["trainer"]["max_epochs"]
+
+
+def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
+    assert set(recipes.shipped()) == set(NAMES)
+    for name in NAMES:
+        recipe = RecipeCLI([recipes.find(name)]).recipe
+        assert recipe == recipes.read_yaml(recipes.find(name))  # merging adds no library default and loses nothing
+        assert recipe["trainer"]["devices"] == 1
+        assert protocol_of(recipe).name != "custom"
+        assert recipe["model"]["init_args"]["model_args"]["num_classes"] == len(protocol_of(recipe).class_names)
 
 
 def test_base_recipe_is_the_published_one():

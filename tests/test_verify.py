@@ -31,6 +31,14 @@ code = main(["verify", *sys.argv[2:]])
 Path(sys.argv[1], "report.html").rename(Path(sys.argv[1], "before.html"))
 sys.exit(code or main(["verify", *sys.argv[2:4], "--report-only"]))
 """
+DAMAGED = {
+    "evaluation/test/best.parquet": "events",
+    "evaluation/val/best.parquet": "identities",
+    "metrics.csv": "convergence",
+    MEASURED: "weights",
+    "run.json": "provenance",
+    "../declared.json": "variance",
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +110,6 @@ def test_exit_code_is_1_where_a_required_check_is_not_met(judge):
     assert "variance" in json.loads(everything.out)["summary"]["not_met"]  # skipped, and asked for by name
     unknown = judge("--require", "parity,magic")
     assert (unknown.code, "no check 'magic'" in unknown.err) == (2, True)
-
-
-DAMAGED = {
-    "evaluation/test/best.parquet": "events",
-    "evaluation/val/best.parquet": "identities",
-    "metrics.csv": "convergence",
-    MEASURED: "weights",
-    "run.json": "provenance",
-    "../declared.json": "variance",
-}
 
 
 def test_damaged_files_fail_their_checks(judge, own_run: RunFolder):
