@@ -93,8 +93,9 @@ class _Log:
 
     def write(self, text: str) -> int:
         if "\r" not in text and "\x1b" not in text:
-            self._file.write(text)
-            self._file.flush()
+            with contextlib.suppress(OSError):  # of a full disk, whose first error is the one to tell
+                self._file.write(text)
+                self._file.flush()
         return self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -109,7 +110,8 @@ def log_to(path: Path) -> Iterator[None]:
             yield
         except BaseException as error:
             ours = isinstance(error, FloodreproError)
-            file.write(f"floodrepro: error: {error}\n" if ours else traceback.format_exc())
+            with contextlib.suppress(OSError):
+                file.write(f"floodrepro: error: {error}\n" if ours else traceback.format_exc())
             raise
 
 

@@ -56,7 +56,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.close(folder)
         except (OSError, RuntimeError) as error:  # torch's own, in whose context stands what the disk says
             partial.unlink(missing_ok=True)
-            what = f"the checkpoint cannot be written: {error.__context__ or error}"
+            said = error if isinstance(error, OSError) else error.__context__ or error
+            what = f"the checkpoint cannot be written: {said}"
             fix = "free some disk, if it is full, and resume: the one before is whole"
             raise CheckpointError(what, where=target, fix=fix) from error
 

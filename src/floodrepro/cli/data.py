@@ -12,7 +12,7 @@ from floodrepro import console, recipe as recipes
 from floodrepro.cli import main
 from floodrepro.data.protocols import PARTS, PROTOCOLS, SPLITS, protocol_of
 from floodrepro.errors import DataError, UsageError
-from floodrepro.run_folder import replacing
+from floodrepro.run_folder import replacing, write_atomically
 
 _EPILOG = """\
 examples:
@@ -99,7 +99,7 @@ def _weights(args: argparse.Namespace) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from floodrepro.data.audit import FIGURES, audit
+    from floodrepro.data.audit import audit
 
     if args.protocol in (None, "custom") and not args.config:
         raise UsageError("say what the data should be", fix=f"--protocol {'|'.join(PROTOCOLS)}, or --config YAML")
@@ -109,7 +109,7 @@ def _audit(args: argparse.Namespace) -> None:
     rows = [["split", "chips", "events"]]
     rows += [[split, f"{c['chips']:,}", f"{c['events']:,}"] for split, c in manifest["splits"].items()]
     lines = [f"{f['severity']}: {f['check']} ({f['count']}): {f['message']}" for f in manifest["findings"]]
-    tail = f"figures by split, event and timestep: {args.root / FIGURES}"
+    tail = f"figures by split, event and timestep: {args.root / manifest['figures']}"
     console.emit(manifest, "\n".join([console.columns(rows), *(lines or ["nothing found"]), tail]), args.format)
     if errors := [finding for finding in manifest["findings"] if finding["severity"] == "error"]:
         raise DataError(f"the audit found {len(errors)} kinds of errors", where=args.root, fix="see the list above")
@@ -128,7 +128,7 @@ def _stats(args: argparse.Namespace) -> None:
         fix = f"floodrepro data audit --root {args.root} --protocol NAME"
         raise UsageError(f"there is no audit of chips of {args.split}", where=path, fix=fix) from error
     layer = {"data": {"init_args": values}}
-    args.output.write_text(yaml.safe_dump(layer, sort_keys=False, default_flow_style=None, width=200), encoding="utf-8")
+    write_atomically(args.output, yaml.safe_dump(layer, sort_keys=False, default_flow_style=None, width=200))
     console.emit(layer, f"{args.output}: use it as floodrepro fit --config RECIPE --config {args.output}", args.format)
 
 

@@ -1,6 +1,7 @@
 """The commands that take a recipe: fit makes a checkpoint; validate, test and predict use one."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,8 +111,9 @@ def _validate(parser: main.Parser) -> None:
     from floodrepro.evaluation.passes import ChipPass, run_pass
 
     data, metrics = run_pass(cli, "validate", ChipPass(args.ckpt), "val")
-    result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": metrics}
-    console.emit(result, console.columns([*metrics.items()]), args.format)
+    shown = {name: None if math.isnan(value) else value for name, value in metrics.items()}  # NaN is no JSON
+    result = {"stage": "validate", "checkpoint": str(args.ckpt), "chips": data.chips, "metrics": shown}
+    console.emit(result, console.columns([*shown.items()]), args.format)
 
 
 def _test(parser: main.Parser) -> None:

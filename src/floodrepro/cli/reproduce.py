@@ -33,7 +33,7 @@ def _reproduce(parser: main.Parser) -> int:
     add("--demo", action="store_true", help="generated chips and TerraMind tiny, on a CPU in minutes")
     add("--protocol", choices=published, default="v1-binary", help="whose base recipe is run (default: v1-binary)")
     add("--config", metavar="YAML", help="another recipe, and the protocol that it names")
-    add("--seeds", type=whole_numbers, metavar="S,S,…", help="declared runs (default: the recipe's seed)")
+    add("--seeds", type=whole_numbers, metavar="S,S,...", help="declared runs (default: the recipe's seed)")
     add("--precision", choices=recipes.PRECISIONS, help="the trainer's precision; fp16 needs a GPU")
     add("--data-root", type=Path, metavar="DIR", help="default: the data set's name; the demo's lies in its --run-dir")
     add("--run-dir", type=Path, metavar="DIR", help="default: runs/RECIPE-reproduction, or demo")
@@ -42,9 +42,16 @@ def _reproduce(parser: main.Parser) -> int:
     add("--from", dest="first", choices=STAGES, metavar="STAGE", help=f"one of {', '.join(STAGES)}")
     add("--until", dest="last", choices=STAGES, metavar="STAGE", help="the last stage to run")
     add("--dry-run", action="store_true", help="print the commands and stop")
-    parser.epilog = "Overrides as in fit. A stage is skipped while its command, version and outputs stay the same.\n"
+    parser.epilog = (
+        "Overrides as in fit. A stage is skipped while its command, version, weights and outputs stay the same.\n"
+    )
     args = parser.read(overrides=True)
     stages, run_dir, seeds = _stages_of(args)
+    trained = list[Path]()
+    inputs = {}  # of a stage: the weights that those before it have trained
+    for name, _, outputs in stages:
+        inputs[name] = list(trained)
+        trained += outputs if name.startswith("fit") else []
     wanted = STAGES[STAGES.index(args.first or STAGES[0]) : STAGES.index(args.last or STAGES[-1]) + 1]
     stages = [stage for stage in stages if stage[0].partition("-")[0] in wanted]
     if args.dry_run:
@@ -55,7 +62,7 @@ def _reproduce(parser: main.Parser) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     _declare(run_dir, seeds, [command for name, command, _ in stages if name.startswith("fit")])
     for number, stage in enumerate(stages, 1):
-        if code := _run(stage, run_dir, f"[{number}/{len(stages)}] {stage[0]}"):
+        if code := _run(stage, inputs[stage[0]], run_dir, f"[{number}/{len(stages)}] {stage[0]}"):
             console.say(f"stage {stage[0]} ended with exit code {code}; run the same command again to resume")
             return code
     if "card" in wanted:
@@ -139,10 +146,11 @@ def _declare(run_dir: Path, seeds: list[int], fits: list[Any]) -> None:
         write_atomically(file, json.dumps(declared, indent=2) + "\n")
 
 
-def _run(stage: Stage, run_dir: Path, heading: str) -> int:
+def _run(stage: Stage, inputs: list[Path], run_dir: Path, heading: str) -> int:
     """The exit code of a stage, which is run unless its record says that it is done."""
     name, command, outputs = stage
-    file, asked = run_dir / f".done-{name}.json", {"command": command, "floodrepro": __version__}
+    file = run_dir / f".done-{name}.json"
+    asked = {"command": command, "floodrepro": __version__, "inputs": _sizes(inputs)}
     if _read(file) == asked | {"outputs": _sizes(outputs)}:
         console.say(f"{heading}: done already")
         return 0

@@ -21,7 +21,7 @@ from floodrepro.data.chips import Array, Chips, radar_faults
 from floodrepro.data.protocols import BEFORE, EVENT, IGNORE_INDEX, NO_DATA, PARTS, S1_BANDS, S2_BANDS, SPLITS, TIMESTEPS
 from floodrepro.data.splits import choose_chips, digest_of, read_events, shared_events, split_files
 from floodrepro.errors import DataError, UsageError, name_three
-from floodrepro.run_folder import write_atomically
+from floodrepro.run_folder import replacing, write_atomically
 
 MANIFEST, FIGURES = "data-manifest.json", "data-audit.parquet"
 
@@ -98,7 +98,8 @@ def audit(
         figures = {name: totals[split, event][name][:2, step] for name in totals[None, None]}
         means = {name: total / count if count else None for name, (count, total) in figures.items()}
         rows.append({"split": split, "event": event, "timestep": timestep, "chips": chips} | means)
-    pq.write_table(pa.Table.from_pylist(rows), root / FIGURES)
+    prefix = "" if limit is None and fraction is None else "part-"  # what is known of the whole data stays
+    pq.write_table(pa.Table.from_pylist(rows), root / f"{prefix}{FIGURES}")
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for severity, kind, what in [*findings, *_compare_events(totals, protocol)]:
         groups[severity, kind].append(what)
@@ -111,8 +112,9 @@ def audit(
             for (severity, kind), texts in sorted(groups.items())
         ],
         "bands": {split: _statistics(totals[split, None]) for split in listed},
+        "figures": f"{prefix}{FIGURES}",
     }
-    write_atomically(root / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(root / f"{prefix}{MANIFEST}", json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -154,7 +156,8 @@ def draw_chip(source: Chips, chip: str, path: Path) -> dict[str, dict[str, str]]
         axes.imshow(image, interpolation="nearest", **options)
         axes.set_title(title, fontsize=8)
         axes.set_axis_off()
-    figure.savefig(path, dpi=100, format="png")
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     return facts
 
 

@@ -190,6 +190,10 @@ class FloodDataModule(ImpactMeshDataModule):  # type: ignore[misc]  # impactmesh
             raise ValueError(f"means or stds lack {', '.join(absent)}: take them from a shipped recipe, or data stats")
         if any(std <= 0 for name in modalities for std in stds[name]):
             raise ValueError("stds hold a value that is not above 0: every pixel would become infinite")
+        if odd := [name for name in modalities if len(means[name]) != len(stds[name])]:
+            raise ValueError(f"means and stds of {', '.join(odd)} are of different length")
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size {batch_size}, num_workers {num_workers}: at least 1, and at least 0")
         super().__init__(
             data_root=data_root,
             batch_size=batch_size,

@@ -59,6 +59,8 @@ def fetch(
     if held is None and (others := data_in(root)):
         what = f"the folder holds a data set ({', '.join(others)}) and no note of its commit; nothing is overwritten"
         raise DataError(what, where=root, fix="--root of a new folder")
+    if sample and held and json.loads((root / FETCH_NOTE).read_text(encoding="utf-8")).get("sample") is None:
+        raise DataError("the folder is for the whole data set, and no sample", where=root, fix="--root of a new folder")
     hub, kind = HfApi(), "dataset"
     try:
         commit = hub.list_repo_commits(repo, repo_type=kind, revision=revision)[0].commit_id
@@ -106,7 +108,7 @@ def fetch(
                 raise DataError(what, where=f"{repo}@{commit}", fix="check --repo and --revision")
             chips = {name: [chip for chip in ids if chip in here] for name, ids in chips.items()}
             (root / "split").mkdir(exist_ok=True)
-            for name, file in files_of.items():
+            for name, file in [item for item in files_of.items() if chips[item[0]]]:
                 write_atomically(root / "split" / file.name, "".join(f"{chip}\n" for chip in chips[name]))
     except (OSError, tarfile.TarError) as error:  # an answer of the hub is an OSError as well
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"

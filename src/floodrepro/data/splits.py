@@ -15,6 +15,7 @@ from floodrepro import console
 from floodrepro.data import protocols
 from floodrepro.data.chips import Chips
 from floodrepro.data.protocols import LABEL_DIR, MODALITIES, SPLITS
+from floodrepro.data.weights import model_args
 from floodrepro.errors import DataError, UsageError, name_three
 
 FETCH_NOTE = "floodrepro-fetch.json"  # beside `split/`: repository, commit and what was asked for
@@ -33,6 +34,7 @@ class DataState:
     commit: str | None = None  # the hub's, that the data was fetched from; None where it is not known
     generated: str | None = None  # the command that generated the chips
     events: dict[str, int] = field(default_factory=dict)  # by split, of all splits that are there
+    listed: dict[str, str] = field(default_factory=dict)  # sha256 over the chip ids of the same
 
 
 def read_events(path: Path) -> dict[str, str]:
@@ -123,6 +125,10 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
     protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
     if not protocols.uses_flood_data_module(recipe):
         return DataState(protocol.name)
+    count = model_args(dict(recipe)).get("num_classes")
+    if count not in (None, len(protocol.class_names)):
+        what = f"the model has {count} classes, protocol {protocol.name} {len(protocol.class_names)}"
+        raise UsageError(what, where="model.init_args.model_args.num_classes", fix="change one of the two")
     root = Path(arguments["data_root"])
     there: dict[str, dict[str, str]] = {}
     for split in SPLITS:
@@ -130,7 +136,9 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
             found = read_splits(arguments, split)
             there |= {name if name == split else f"{split}/{name}": chips for name, chips in found.items()}
     events = {name: len(set(chips.values())) for name, chips in there.items()}
-    state = DataState(protocol.name, commit=read_commit(root), generated=_read_note(root, SYNTH_NOTE), events=events)
+    ids = {name: hashlib.sha256("\n".join(sorted(chips)).encode()).hexdigest() for name, chips in there.items()}
+    made = _read_note(root, SYNTH_NOTE)
+    state = DataState(protocol.name, commit=read_commit(root), generated=made, events=events, listed=ids)
     for split in splits:
         source = Chips(Path((split == "predict" and arguments.get("predict_data_root")) or root), protocol)
         parts = [*(arguments.get("modalities") or MODALITIES), *([LABEL_DIR] if split != "predict" else [])]

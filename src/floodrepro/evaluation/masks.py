@@ -169,7 +169,7 @@ def _interpret(
         share = found / scale
         layers = [np.select([share > 0.5, seen], [positive, 1 - positive], -1), share]
         odd, expected = share[(share < 0) | (share > 1)], "0 to 1"
-        fix = "--probability 100 or --probability 255 says which value means 1"
+        fix = "--probability SCALE says which value means 1, as 100, 250 (of floodrepro predict) or 255"
     if odd.size:
         raise DataError(f"the mask over {chip} holds {odd[0]:g}, expected {expected}", fix=fix)
     return layers

@@ -220,7 +220,10 @@ def tabulate_checkpoint(
     protocol, arguments = protocols.protocol_of(recipe), protocols.data_arguments(recipe)
     counter, given = ChipCounts(checkpoint, protocol.positive_class), arguments.get(f"{kind}_split")
     file = given[name] if isinstance(given, Mapping) else given
+    digest = sha256_of(checkpoint)
     data, metrics = run_pass(cli, "test", counter, kind, file=file)
+    if sha256_of(checkpoint) != digest:
+        raise CheckpointError("the checkpoint was replaced while it was tested", where=checkpoint, fix="test it again")
     failed: dict[str, str] = dict(getattr(cli.datamodule, "failed_chips", {}))  # left out by --skip-damaged
     precision = str(cli.trainer.precision)
     metadata = {
@@ -230,7 +233,7 @@ def tabulate_checkpoint(
         "protocol": protocol.name,
         "predictor": {"kind": "model", "name": checkpoint.name},
         "detail": _describe(recipe, run),
-        "checkpoint": {"name": checkpoint.name, "sha256": sha256_of(checkpoint)},
+        "checkpoint": {"name": checkpoint.name, "sha256": digest},
         "recipe_sha256": recipes.fingerprint(recipe),
         "recipe_changes": changes,
         "inputs": {key: arguments[key] for key in _INPUTS if key in arguments},

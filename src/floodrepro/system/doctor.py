@@ -227,7 +227,7 @@ def _devices_used(recipe: Recipe, available: int) -> int:
     devices = str((recipe.get("trainer") or {}).get("devices", "auto"))
     if devices.startswith("[") or "," in devices:
         return len(re.findall(r"\d+", devices))
-    return int(devices) if devices.isdigit() else max(1, available)
+    return max(1, int(devices) if devices.isdigit() else available)
 
 
 def check_machine(recipe: Recipe, devices: int, runs: Path = Path("runs"), root: Path = Path("/")) -> list[Finding]:

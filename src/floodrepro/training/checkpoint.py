@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ _SHAPELESS = ("backbone_pretrained", "backbone_ckpt_path", "pretrained", "head_d
 # What downloads leave in place of weights, by its first bytes.
 _DOWNLOADED = {b"version https://git-lfs": "a Git LFS pointer", b"<": "a web page, such as one to log in"}
 _UNREADABLE: tuple[type[Exception], ...] = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError)
+_UNREADABLE += (zipfile.BadZipFile,)
 # The others come of a file in torch's old format that was cut short.
 _UNREADABLE += (ValueError, LookupError, struct.error, TypeError, AssertionError, AttributeError)
 _STRIP = """if you trust its author, keep its tensors only, where its code is installed: python -c "import torch;
@@ -59,6 +61,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
                 content: Any = {"state_dict": weights, "hyper_parameters": remembered}
         else:
+            if first[:2] == b"PK" and (bad := zipfile.ZipFile(path).testzip()):  # torch compares no checksums
+                raise OSError(f"the checksum of {bad} is wrong")
             with path.open("rb") as file:  # of a path, torch 2.13 believes the suffix
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:

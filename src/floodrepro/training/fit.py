@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import re
 import sys
 import zipfile
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,15 +97,19 @@ def fit(
             record = run.read_record()  # again: another fit may have trained until now
             finished, wanted = record.get("status") == "finished", cli.recipe["trainer"]
             length = recipes.read_yaml(run.recipe)["trainer"] if finished else wanted
-            finished &= all((wanted.get(key) or 0) <= (length.get(key) or 0) for key in ("max_epochs", "max_steps"))
-            now, state, changes = _choose_state(cli.recipe, data, run, ckpt_path, allow_changes=allow_changes)
+            finished &= all(_limit(wanted, key) <= _limit(length, key) for key in ("max_epochs", "max_steps"))
+            finished &= wanted.get("max_time") == length.get("max_time")
+            common = {"chosen_by": chosen_by, "data": dict(data.digests)}
+            now, state, changes = _choose_state(cli.recipe, common, run, ckpt_path, allow_changes=allow_changes)
             if state is None and record.get("status") == "finished" and not finished:
                 what = "the full state that this run ended with is gone: it cannot be extended"
                 raise errors.UsageError(what, where=run.checkpoints, fix="give another --name")
             trainer.callbacks += [_WeightedMeans(), _RunState(run, now), NaNGuard(), RunRecord(write=run.update_record)]
             trainer.callbacks += [ExactResume(str(run.checkpoints), save_every)]
             entries: dict[str, Any] = {"started": record.get("started") or timestamp(), **chosen_by}
-            if state is not None:
+            if state is None:
+                entries["started_from"] = None  # what a fit that was killed before its first state has noted
+            else:
                 resumed = {"when": timestamp(), "from": state.name, "changes": changes}
                 entries["resumes"] = [*record.get("resumes", []), resumed]
             source = sha256_of(weights) if weights is not None else None
@@ -120,7 +126,8 @@ def fit(
             return record
         try:
             _train(cli, state)
-            return _finish(trainer, run) if trainer.is_global_zero else {}
+            chips = {name: _of_all(trainer, name) for name in ("failed_chips", "odd_chips")}
+            return _finish(run, chips) if trainer.is_global_zero else {}
         except BaseException as failure:
             if trainer.is_global_zero:
                 _record_failure(run, failure)
@@ -139,8 +146,14 @@ def fit(
     return fit(cli, path, ckpt_path=ckpt_path, weights=weights, allow_changes=allow_changes, save_every=save_every)
 
 
+def _limit(trainer: recipes.Recipe, key: str) -> float:
+    return math.inf if trainer.get(key) in (None, -1) else float(trainer[key])
+
+
 def _build(cli: terratorch_cli.RecipeCLI, data: DataState) -> None:
     cli.build()
+    if data.chips.get("val", cli.trainer.world_size) < cli.trainer.world_size:
+        raise errors.UsageError("there are fewer validation chips than devices", fix="--trainer.devices 1")
     batch = (getattr(cli.datamodule, "batch_size", None) or 1) * cli.trainer.world_size
     if data.chips.get("train", batch) < batch:  # the last batch is left out where it is not full
         what = f"{data.chips['train']} training chips do not fill one batch of {batch}"
@@ -169,11 +182,11 @@ def _agreeing(trainer: Any, run: RunFolder) -> Iterator[None]:
 
 
 def _choose_state(
-    recipe: recipes.Recipe, data: DataState, run: RunFolder, ckpt_path: str | None, *, allow_changes: bool
+    recipe: recipes.Recipe, common: dict[str, Any], run: RunFolder, ckpt_path: str | None, *, allow_changes: bool
 ) -> tuple[dict[str, Any], Path | None, list[str]]:
     """What all parts of a run have in common, the state to resume from, and what changed since: by files alone."""
     kept = {key: value for key, value in recipes.leaves(recipe) if not _MAY_CHANGE.fullmatch(key)}
-    now = {"recipe": kept, "data": dict(data.digests), "packages": {name: version(name) for name in _PACKAGES}}
+    now = common | {"recipe": kept, "packages": {name: version(name) for name in _PACKAGES}}
     state = newest_state(run.checkpoints) or (Path(ckpt_path) if ckpt_path else None)
     if state is None:
         return now, None, []
@@ -238,6 +251,8 @@ def _train(cli: terratorch_cli.RecipeCLI, state: Path | None) -> None:
     try:
         with console.stdout_to_stderr(), attention:
             trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=str(state) if state else None)
+    except MisconfigurationException as error:
+        raise errors.UsageError(str(error), where="trainer") from error
     except SystemExit as error:  # Lightning's answer to Ctrl-C before ExactResume listens
         raise error if isinstance(error, errors.Interrupted) else KeyboardInterrupt from error
 
@@ -252,7 +267,15 @@ def _record_failure(run: RunFolder, failure: BaseException) -> None:
         run.update_record(**found)
 
 
-def _finish(trainer: Any, run: RunFolder) -> dict[str, Any]:
+def _of_all(trainer: Any, name: str) -> dict[str, str]:
+    """Chips that the data modules of all processes have named, and why."""
+    everyone = [dict(getattr(trainer.datamodule, name, {}))] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(everyone, everyone[0])
+    return {chip: why for chips in everyone for chip, why in chips.items()}
+
+
+def _finish(run: RunFolder, chips: dict[str, dict[str, str]]) -> dict[str, Any]:
     """Write what came out; the mark of a finished run is the last thing that happens."""
     found: dict[str, Any] = {"best_epoch": None}
     if run.best.is_file():
@@ -261,9 +284,7 @@ def _finish(trainer: Any, run: RunFolder) -> dict[str, Any]:
         rows = [row for row in run.read_metrics() if row.get("step") == str(best["global_step"] - 1)]
         scores = {key: float(text) for row in rows for key, text in row.items() if key.startswith("val/") and text}
         found |= {"best_epoch": best["epoch"], "best_metrics": scores, "checkpoint_sha256": sha256_of(run.best)}
-    for name in ("failed_chips", "odd_chips"):  # left out by --skip-damaged; with odd radar values
-        if chips := getattr(trainer.datamodule, name, None):
-            found[name] = dict(chips)
+    found |= {name: named for name, named in chips.items() if named}
     run.update_record(status="finished", ended=timestamp(), **found)
     return run.read_record()
 

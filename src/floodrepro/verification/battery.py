@@ -13,7 +13,7 @@ from floodrepro.data.audit import MANIFEST
 from floodrepro.data.protocols import data_arguments, protocol_of
 from floodrepro.errors import FloodreproError, UsageError
 from floodrepro.evaluation import chip_table
-from floodrepro.evaluation.chip_table import ChipTable
+from floodrepro.evaluation.chip_table import ChipTable, refuse_to_compare
 from floodrepro.run_folder import DECLARATION, RunFolder, sha256_of
 from floodrepro.verification.checks import CRITERIA, Check, Evidence, SeedRun, Status, Unanswered, run, scores
 
@@ -92,6 +92,7 @@ def gather(
         return {path: one for path, one in read.items() if one}
 
     parts = tables(path for path in home.evaluation.glob(f"*/{home.best.stem}.parquet") if path.parent.name != split)
+    mine = {path.parent.name: one for path, one in parts.items() if table and one.weights == table.weights}
     baselines = tables((home.evaluation / "baselines" / split).glob("*.parquet"))
     kept = _read(measured / MEASURED, MEASURED, absent) or {}
     if kept and weights and kept.get("measured_on") != weights:
@@ -113,10 +114,10 @@ def gather(
         positive=positive,
         metrics=_read(home.metrics, "metrics", absent, _logged_rows) or [],
         table=table,
-        subsets={path.parent.name: one for path, one in parts.items() if one.metadata.get("subset_of") == split},
+        subsets={name: one for name, one in mine.items() if one.metadata.get("subset_of") == split},
         reference=other,
         reference_name=name,
-        baselines={path.stem: one for path, one in baselines.items()},
+        baselines={path.stem: one for path, one in baselines.items() if table and not refuse_to_compare(table, one)},
         measured=kept.get("checks") or {},
         seeds=runs,
         audit=next((_read(path, "audit", absent) or {} for path in manifests if path.is_file()), {}),

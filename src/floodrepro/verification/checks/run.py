@@ -62,6 +62,9 @@ def data(evidence: Evidence) -> Check:
         known = {name: each[split] for name, each in digests.items() if split in each}
         if len(known) > 1:
             values.append(_same(f"{split} chips of {', '.join(known)}", *known.values()))
+    listed = ours.get("listed") or {}, theirs.get("listed") or {}
+    for split in sorted(listed[0].keys() & listed[1].keys()):
+        values.append(_same(f"list of {split} at training and test", listed[1][split], listed[0][split]))
     for key in ("protocol", "commit"):
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
@@ -95,6 +98,8 @@ def provenance(evidence: Evidence) -> Check:
         changed = [key for key in changes if not (key.startswith(_HARMLESS) or recipes.PLACE.fullmatch(key))]
         same = _same("recipe of table and run", tested, recorded)
         values.append(tally("changes of the table's recipe", changed) if tested != recorded and changes else same)
+        if trained := record.get("checkpoint_sha256"):
+            values.append(_same("weights of table and run", table.weights, trained))
         ours, theirs = (one.metadata.get("inputs") if one else None for one in (table, evidence.reference))
         if ours and theirs:
             other = list(recipes.differences(ours, theirs))
