@@ -73,8 +73,7 @@ def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified
     assert found["reference"]["checkpoint"]["name"] == "reference.ckpt"
     assert all(check["code"].endswith(f".{check['id']}") for check in found["checks"])
     assert "twin" not in str(found["checks"])  # the safetensors themselves were loaded
-    names = {path.name for path in verified.verification.iterdir()}
-    assert {"report.md", "report.html", "figures", "evidence"} <= names
+    assert {"report.md", "report.html", "figures", "evidence"} <= {one.name for one in verified.verification.iterdir()}
     assert (verified.verification / "figures" / "panels.png").is_file()
 
 
@@ -104,14 +103,8 @@ def test_exit_code_is_1_where_a_required_check_is_not_met(judge):
     assert (unknown.code, "no check 'magic'" in unknown.err) == (2, True)
 
 
-DAMAGED = {
-    "evaluation/test/best.parquet": "events",
-    "evaluation/val/best.parquet": "identities",
-    "metrics.csv": "convergence",
-    MEASURED: "weights",
-    "run.json": "provenance",
-    "../declared.json": "variance",
-}
+DAMAGED = {"evaluation/test/best.parquet": "events", "evaluation/val/best.parquet": "identities"}
+DAMAGED |= {"metrics.csv": "convergence", "run.json": "provenance", "../declared.json": "variance", MEASURED: "weights"}
 
 
 def test_damaged_files_fail_their_checks(judge, own_run: RunFolder):
