@@ -83,12 +83,9 @@ def test_record_that_does_not_say_where_the_weights_come_from_fails(evidence: Ev
 
 
 def test_table_of_another_recipe_fails_and_another_data_root_does_not(evidence: Evidence):
-    harmless, harmful = ["data_root", "batch_size"], "data.init_args.means.DEM"
-    for changes, says in (
-        ([], "recipe of table and run"),
-        (["trainer.devices", *(f"data.init_args.{key}" for key in harmless)], ""),
-        ([harmful], f"recipe ({harmful})"),
-    ):
+    harmless = ["trainer.devices", "data.init_args.data_root", "data.init_args.batch_size"]
+    harmful = "data.init_args.means.DEM"
+    for changes, says in (([], "recipe of table and run"), (harmless, ""), ([harmful], f"recipe ({harmful})")):
         answer = ask("provenance", with_metadata(evidence, recipe_sha256="0" * 64, recipe_changes=changes))
         assert (answer["status"], says in answer["finding"]) == ("fail" if says else "pass", True)
 

@@ -20,8 +20,7 @@ from verification_fixtures import OTHER, declared, figure_of, make_table, missed
 @pytest.fixture(scope="module")
 def published(evidence: Evidence) -> dict:
     """What is published of the reference."""
-    counts = evidence.reference.counts.sum(axis=0)
-    found = metrics.scores(counts)
+    found = metrics.scores(evidence.reference.counts.sum(axis=0))
     figures = {name: round(found[name], 4) for name in ("IoU_1", "mIoU", "Class_Accuracy_1")}
     about = {"name": "IBM", "protocol": "v0", "split": "test", "chips": 96, "source": "a page"}
     return about | {"sha256": OTHER["sha256"], "decimals": 4, "figures": figures}
@@ -61,15 +60,11 @@ def test_difference_is_that_of_the_scores_and_its_interval_is_over_events(eviden
     assert "rough: 12 events" in answer["finding"]
 
 
-@pytest.mark.parametrize(
-    ("lost", "events", "outcome", "status"),
-    [
-        (0.0, None, "equivalent", "pass"),
-        (0.2, None, "different (worse)", "fail"),
-        (-0.2, None, "different (better)", "pass"),
-        (0.3, ["EMSR9001"], "undecided", "undecided"),
-    ],
-)
+OUTCOMES = [(0.0, None, "equivalent", "pass"), (0.3, ["EMSR9001"], "undecided", "undecided")]
+OUTCOMES += [(0.2, None, "different (worse)", "fail"), (-0.2, None, "different (better)", "pass")]
+
+
+@pytest.mark.parametrize(("lost", "events", "outcome", "status"), OUTCOMES)
 def test_comparison_ends_in_one_of_three_words(evidence: Evidence, lost, events, outcome, status):
     changed = missed(evidence.reference if lost < 0 else evidence.table, abs(lost), events)
     found = replace(evidence, **{"reference" if lost < 0 else "table": changed})
@@ -147,6 +142,14 @@ def test_known_reference_that_misses_its_figures_fails_and_another_is_not_compar
     answer = ask("reference", found)
     assert (answer["status"], answer["finding"].split(":")[0]) == ("fail", "IoU_1")
     assert "reference" in summarise(found)["summary"]["not_met"]
+    sound = replace(evidence, published={"published_ibm": published})
+    rough = replace(sound, table=missed(evidence.table, 0.3, ["EMSR9001"]), seeds=())
+    reasons = {"Reference's published figures": found, "no figures of": evidence, 'the verdict is "undecided"': rough}
+    for reason, case in reasons.items():
+        assert f"(1) that a published result is reproduced: {reason}" in summarise(case)["verdict"]["not_shown"]
+    verdict = summarise(sound)["verdict"]
+    assert verdict["sentence"].endswith("The published figures of IBM's model came out here.")
+    assert "published result" not in verdict["not_shown"]
     for changed in ({"chips": 14_556}, {"sha256": "0" * 64}, {"protocol": "v1"}):  # another split, model or task
         assert ask("reference", replace(evidence, published={"a": off | changed}))["status"] == "skip"
 

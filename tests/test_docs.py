@@ -13,6 +13,7 @@ import pytest
 from conftest import FAULTS, ROOT
 from floodrepro import recipe as recipes
 from floodrepro.cli.main import COMMANDS, Parser, main
+from floodrepro.verification.report import run_facts
 
 DOCUMENTS = {  # text by path relative to the repository
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -49,6 +50,10 @@ def commands_of(document: str, text: str) -> list[Command]:
 
 
 ALL = [command for document, text in DOCUMENTS.items() for command in commands_of(document, text)]
+REPORTED = {"name": "a run", "split": "val", "protocol": "v0", "command": ["floodrepro", "fit", "--config=demo"]}
+for data in ({"commit": "da7a" * 10}, {"generated": "floodrepro data synth --events 16"}):
+    facts = run_facts(REPORTED | {"data": data}, {"name": "IBM's model"})
+    ALL += [Command("report", tuple(shlex.split(text)[1:])) for label, text in facts.items() if "command" in label]
 README = [c for c in ALL if c.document == "README.md"]
 # map needs a scene (tests/test_map_command.py); fit is what the fixture has run; verify: tests/test_verify.py
 LEFT_OUT = ("map", "fit", "verify")

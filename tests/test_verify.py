@@ -81,8 +81,7 @@ def test_verify_tests_both_checkpoints_measures_and_answers_every_check(verified
     assert found["reference"]["checkpoint"]["name"] == "reference.ckpt"
     assert all(check["code"].endswith(f".{check['id']}") for check in found["checks"])
     assert "twin" not in str(found["checks"])  # the safetensors themselves were loaded
-    names = {path.name for path in verified.verification.iterdir()}
-    assert {"report.md", "report.html", "figures", "evidence"} <= names
+    assert {"report.md", "report.html", "figures", "evidence"} <= {one.name for one in verified.verification.iterdir()}
     assert (verified.verification / "figures" / "panels.png").is_file()
 
 

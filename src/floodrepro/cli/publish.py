@@ -80,8 +80,7 @@ def _verify(parser: main.Parser) -> int:
     rows += [[check["title"], check["outcome"] or check["status"], check["finding"]] for check in found["checks"]]
     verdict, summary = found["verdict"], found["summary"]
     lines = [console.columns(rows, right_from=3), "", f"{verdict['word']}: {verdict['sentence']}", verdict["not_shown"]]
-    lines += [f"warning: {warning}" for warning in found["warnings"]]
-    lines += [summary["text"], f"report  {page}"]
+    lines += [*(f"warning: {warning}" for warning in found["warnings"]), summary["text"], f"report  {page}"]
     console.emit(found, "\n".join(lines), args.format)
     return 0 if summary["ok"] else 1
 

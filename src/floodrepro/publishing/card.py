@@ -1,7 +1,4 @@
-"""The model card: what run.json, results.json and the recipe say, for a reader of the hub. Its words are README.md.j2.
-
-A card is its author's from then on: another one never replaces it, the old one is set aside.
-"""
+"""The model card, from run.json, results.json and the recipe. It is its author's then: a new one sets it aside."""
 
 import contextlib
 import itertools
@@ -52,7 +49,7 @@ def write_card(
         hub, pretrained = REFERENCE if start["sha256"] == REFERENCE.sha256 else None, start["file"]
     base, other = hub.repo if hub else None, () if backbone.startswith("terramind") else ("terramind",)
     about = (found["run"] if found else results.without_folders(record)) | source | {"protocol": protocol.name}
-    facts, (energy, emissions) = report.run_facts(about), energy_of(record, factors)
+    facts, (energy, emissions) = report.run_facts(about, (found or {}).get("reference")), energy_of(record, factors)
     used = record.get("data") or {}
     whole = all((used.get("chips") or {}).get(split) == protocol.counts.get(split) for split in ("train", "val"))
     published = bool(protocol.repo and whole and not used.get("generated"))

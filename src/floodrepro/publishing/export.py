@@ -1,7 +1,4 @@
-"""Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled.
-
-torch is imported when weights are read: recipes can be rewritten for plain TerraTorch without it.
-"""
+"""Export a checkpoint as safetensors and a YAML that TerraTorch loads with floodrepro uninstalled."""
 
 import copy
 import json
@@ -45,7 +42,7 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
         CheckpointError: The checkpoint cannot be read, or holds values that are not finite.
         UsageError: The recipe is another model's, or another export has that name already.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # here, as recipes can be rewritten for plain TerraTorch without torch
 
     from floodrepro.training.checkpoint import check_finite, list_differences, read_checkpoint
 

@@ -1,7 +1,4 @@
-"""The pictures of a report: its plots, and the chips that it shows. The same input gives the same bytes.
-
-Shape suffixes: T = timesteps, C = bands, H, W = pixels.
-"""
+"""The pictures of a report: its plots, and the chips that it shows. The same input gives the same bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -22,7 +19,7 @@ from floodrepro.evaluation.metrics import iou
 MIN_SHARE = 0.01
 """Share of counted pixels of the class from which a chip's IoU says something: on fewer, one field decides it."""
 
-_DPI, _WIDTH = 110, 7.6  # of plots, in inches
+_DPI, _WIDTH = 110, 5.4  # of plots, in inches: on a phone's screen their labels can still be read
 # Okabe and Ito, Color Universal Design (2008): told apart with every common colour blindness, as are the markers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -30,7 +27,7 @@ _FAINT, _POSITIVE, _LAND, _IGNORED, _NO_DATA = "#888888", "#0072B2", "#eeece6", 
 _ERRORS = {"neither": _LAND, "hit": _POSITIVE, "miss": "#D55E00", "false alarm": "#F0E442", "ignored": _IGNORED}
 _DB = (-25.0, 0.0)  # VV backscatter of land and water lies within
 _METRES = 10.0  # width of ImpactMesh's pixels
-_STYLE = {"font.size": 9, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4", "legend.frameon": False}
+_STYLE = {"font.size": 10, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4", "legend.frameon": False}
 
 
 def png(plot: Mapping[str, Any]) -> bytes:
@@ -46,7 +43,8 @@ def png(plot: Mapping[str, Any]) -> bytes:
     with matplotlib.style.context(["default", _STYLE]):  # whatever the user's own is
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
-        axes.set(xlabel=plot["x_label"], ylabel=plot.get("y_label", ""))
+        axes.set_xlabel(plot["x_label"], loc="right")  # it may be wider than the axes
+        axes.set_ylabel(plot.get("y_label", ""))
         for n, one in enumerate(series):
             # None becomes NaN, where matplotlib leaves a gap
             x, y = (np.array(range(len(labels)) if labels and axis == "y" else one[axis], float) for axis in "xy")
@@ -100,7 +98,7 @@ def choose_chips_to_show(table: ChipTable) -> dict[str, int]:
 def take_pictures(optical: npt.NDArray[Any], radar: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
     """True colour (H, W, 3) uint8 and VV (H, W) in dB before and at the event, as they are on disk.
 
-    `optical` and `radar` (T, C, H, W) are all bands of a chip's Sentinel-2 and Sentinel-1.
+    `optical` and `radar` (timesteps, bands, H, W) are all bands of a chip's Sentinel-2 and Sentinel-1.
     """
     colours = [protocols.S2_BANDS.index(band) for band in ("B04", "B03", "B02")]
     times = [protocols.BEFORE, protocols.EVENT]
@@ -117,11 +115,11 @@ def panels_png(panels: Sequence[Mapping[str, Any]], names: Sequence[str], positi
     A chip has `title`, `before_rgb` and `event_rgb` (H, W, 3) uint8, `before_vv` and `event_vv` (H, W) in dB, NaN is
     missing, `truth` and `prediction` (H, W), -1 is ignored.
     """
-    palette = ["#56B4E9" if k else _LAND for k in range(len(names))]
-    palette[positive] = _POSITIVE
+    palette = [_POSITIVE if k == positive else "#56B4E9" if k else _LAND for k in range(len(names))]
     classes, errors = ListedColormap([_IGNORED, *palette]), ListedColormap(list(_ERRORS.values()))
     grey = matplotlib.colormaps["gray"].with_extremes(bad=_NO_DATA)
-    legend = dict(zip(names, palette, strict=True)) | _ERRORS | {"S1 no data": _NO_DATA}
+    legend = dict(zip(names, palette, strict=True)) | {name: c for name, c in _ERRORS.items() if c not in palette}
+    legend |= {"S1 no data": _NO_DATA}
     with matplotlib.style.context(["default", _STYLE]):  # whatever the user's own is
         figure = Figure(figsize=(12, 1.95 * len(panels) + 0.5), layout="constrained")
         for panel, axes in zip(panels, figure.subplots(len(panels), 7, squeeze=False), strict=True):

@@ -1,7 +1,4 @@
-"""What needs torch: chip tables that are missing, and the checks of weights, exported pair and pictures.
-
-Shape suffixes: N = chips, C = bands, T = timesteps, H, W = pixels.
-"""
+"""What needs torch: chip tables that are missing, and the checks of weights, exported pair and pictures."""
 
 import contextlib
 import json
@@ -237,7 +234,7 @@ def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor], bits: Cal
 
 
 def _raw_chips(recipe: recipes.Recipe) -> dict[str, Tensor]:
-    """Raw values (2, C, T, H, W) by modality: noise around the recipe's means, of the second chip a half is zero."""
+    """Raw values (2, bands, timesteps, H, W) by modality: noise around the means; of the second chip a half is zero."""
     arguments, generator, chips = protocols.data_arguments(recipe), torch.Generator().manual_seed(0), {}
     for name, means in (arguments.get("means") or {}).items():
         shape = (2, len(means), len(arguments.get("timesteps") or range(4)), 64, 64)

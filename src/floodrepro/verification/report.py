@@ -1,10 +1,10 @@
-"""The report: report.md, report.html and figures, from results.json and nothing else.
+"""The report: report.md, report.html and figures, from results.json and, for the chips, `evidence/panels.png` alone.
 
-The HTML is the Markdown in a page that loads nothing. Only the picture of chips is taken from `evidence/panels.png`.
-The same input gives the same bytes, and neither torch nor a GPU is needed.
+The HTML is the Markdown in a page that loads nothing. The same input gives the same bytes; torch is not needed.
 """
 
 import base64
+import itertools
 import json
 import re
 import shlex
@@ -17,6 +17,7 @@ from typing import Any
 import markdown
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from floodrepro.data.protocols import PROTOCOLS
 from floodrepro.run_folder import replacing
 from floodrepro.verification.checks import NOTHING, number
 from floodrepro.verification.figures import png
@@ -34,10 +35,11 @@ def write_report(results: Mapping[str, Any], folder: Path) -> Path:
     """
     figures = draw(results, folder / "evidence" / PICTURE)
     text = render(results, figures)
+    title = "Verification of {name}, a model that maps {class_name}".format(**results["run"])
     pages = {
         "results.json": json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": text,
-        "report.html": to_html(text, figures, f"Verification of {results['run']['name']}"),
+        "report.html": to_html(text, figures, title),
     }
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, content in (figures | {name: page.encode() for name, page in pages.items()}).items():
@@ -56,10 +58,6 @@ def draw(results: Mapping[str, Any], picture: Path) -> dict[str, bytes]:
 def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """report.md as text, with the figures that are given."""
     checks = sorted(results["checks"], key=lambda check: _WORST_FIRST.index(check["status"]))
-    facts = run_facts(results["run"])
-    if other := results["reference"]:
-        facts["reference"] = f"{other['name']}: {other.get('detail') or 'its table does not say what it is'}"
-        facts["reference sha256"] = (other.get("checkpoint") or {}).get("sha256") or "not known"
     return fill_in(
         _FOLDER / "report.md.j2",
         results=results,
@@ -67,7 +65,7 @@ def render(results: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
         plots={plot["name"]: plot for check in checks for plot in check["plots"]},
         figures=figures,
         figure_path=figure_path,
-        facts=list(facts.items()),
+        facts=list(run_facts(results["run"], results["reference"]).items()),
     )
 
 
@@ -115,9 +113,10 @@ def md(text: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ("", ""), rule: str = "---") -> str:
-    """A Markdown table; `rule` aligns all columns but the first."""
-    lines = [[md(number(cell)) for cell in line] for line in (head, *rows)]
-    lines.insert(1, ["---", *[rule] * (len(head) - 1)])
+    """A Markdown table without the columns, from the third on, that are empty; `rule` aligns all but the first."""
+    kept = [n for n in range(len(head)) if n < 2 or any(row[n] != "" for row in rows)]
+    lines = [[md(number(line[n])) for n in kept] for line in (head, *rows)]
+    lines.insert(1, ["---", *[rule] * (len(kept) - 1)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -126,21 +125,18 @@ def score_table(scores: Mapping[str, Any]) -> str:
     if not scores["rows"]:
         return "There is no chip table, so there are no scores."
     rows = [[row["label"], *map(score, row["values"])] for row in scores["rows"]]
-    head = ["score", *(column["label"] for column in scores["columns"])]
     sources = [f"- {md(column['label'])}: {md(column['source'])}" for column in scores["columns"]]
     made = f"- all scores are made by `{scores['code']}`; a dash: undefined (0/0)"
-    return "\n".join([table(rows, head, "---:"), "", *sources, made])
+    return "\n".join([table(rows, ["score", *(one["label"] for one in scores["columns"])], "---:"), "", *sources, made])
 
 
-def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
+def run_facts(run: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What a run was and how to repeat it, text by label, as far as results.json or run.json has it."""
     environment, progress, data = (run.get(key) or {} for key in ("environment", "progress", "data"))
     code, loss = environment.get("code") or {}, (run.get("best_metrics") or {}).get("val/loss")
     packages, memory = environment.get("packages") or {}, (run.get("memory_gib") or {}).get("after_warm_up") or {}
     named = ("python", "torch", "terratorch", "lightning", "impactmesh", "torchgeo", "floodrepro")
-    chips, events = (
-        ", ".join(f"{count:,} {split}" for split, count in (data.get(key) or {}).items()) for key in ("chips", "events")
-    )
+    held = {key: ", ".join(f"{n:,} {of}" for of, n in (data.get(key) or {}).items()) for key in ("chips", "events")}
     started, ended = (datetime.fromisoformat(run[key]) if run.get(key) else None for key in ("started", "ended"))
     apart = "; no event of test is in train" if {"train", "test"} <= (data.get("events") or {}).keys() else ""
     rate, waiting = run.get("chips_per_second"), run.get("share_waiting_for_data") or 0
@@ -150,13 +146,27 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
     device, processes = part.get("name") or part.get("model") or "", run.get("processes") or 1
     commit = f"commit {code['commit']}" if code.get("commit") else f"source sha256 {code.get('source_sha256')}"
     commit += " with changes" if code.get("dirty") else ""
-    origin = f"generated by {data['generated']}" if data.get("generated") else data.get("commit") or "not recorded"
+    protocol, split = PROTOCOLS.get(run.get("protocol") or ""), run.get("split") or "test"
+    # A flag's value follows it. The folders of absolute paths are not told.
+    given = dict(itertools.pairwise(part for word in run.get("command") or [] for part in word.split("=", 1)))
+    root, judged = shlex.quote(given.get("--data-root", "ImpactMesh-Flood")), f" --split {shlex.quote(split)}"
+    name = "" if split == "map" else run.get("name")  # docs/verification.md has the commands of maps
+    home = shlex.quote(f"{given.get('--runs-root', 'runs')}/{name}")
+    source = f"floodrepro data fetch --revision {data['commit']}" if data.get("commit") else data.get("generated")
+    compare = f" --reference FILE --reference-name {shlex.quote(other['name'])}" if other else ""
     facts = {
+        "command: data": f"{source} --root {root}" if source else "",
+        "command: fit": shlex.join(run.get("command") or []),
+        "command: test": f"floodrepro test --ckpt {home}/checkpoints/best.ckpt{judged}" if name else "",
+        "command: export": f"floodrepro export --run {home} --no-card" if name else "",
+        "command: verify": f"floodrepro verify --run {home}{judged}{compare}" if name else "",
+        "reference (FILE)": other and f"{other['name']}: {other.get('detail') or 'its table does not say what it is'}",
+        "reference sha256": other and ((other.get("checkpoint") or {}).get("sha256") or "not known"),
         "model": "; ".join(run.get("model") or []),
         "device": f"{processes} x {device}" if processes > 1 else device,
         "precision": (environment.get("numerics") or {}).get("precision"),
-        "chips": chips,
-        "events": events + ("" if data.get("warnings") else apart),
+        "chips": held["chips"],
+        "events": held["events"] + ("" if data.get("warnings") else apart),
         "epochs": progress.get("epochs"),
         "epoch of the weights": run["best_epoch"] + 1 if run.get("best_epoch") is not None else "",
         "val/loss of that epoch": score(loss),
@@ -168,9 +178,9 @@ def run_facts(run: Mapping[str, Any]) -> dict[str, str]:
         "peak memory": ", ".join(f"{name} {value:g} GiB" for name, value in memory.items()),
         "versions": ", ".join(f"{name} {packages[name]}" for name in named if name in packages),
         "code": f"floodrepro {code.get('floodrepro')}, {commit}" if code else "",
-        "data revision": f"{origin}, protocol {run.get('protocol')}",
+        "data revision": data.get("commit") or ("" if source else "not recorded"),
+        "protocol": f"{protocol.name} (layout and classes: {protocol.title.partition(':')[0]})" if protocol else "",
         **{f"data digest, {split}": digest for split, digest in (data.get("digests") or {}).items()},
-        "command": shlex.join(run.get("command") or []),
         "recipe sha256": run.get("recipe_sha256"),
         "checkpoint sha256": (run.get("checkpoint") or {}).get("sha256"),
     }

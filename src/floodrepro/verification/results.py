@@ -1,7 +1,4 @@
-"""results.json: what the checks found, in JSON types, and the only source of the report and the model card.
-
-`docs/verification.md` documents every key.
-"""
+"""results.json: what the checks found, the only source of report and card (docs/verification.md has every key)."""
 
 import json
 import re
@@ -87,41 +84,48 @@ def _summary(by_id: Mapping[str, Check], require: str | None) -> dict[str, Any]:
     not_met = [name for name in required if not is_met(by_id[name])]
     left_out = [name for name in required_checks(None) if name not in required]
     met = [by_id[name] for name in required if name not in not_met]
-    compared = [check for check in met if check["outcome"] or check["status"] != "pass"]
     counted = {word: sum(check["status"] == status for check in by_id.values()) for status, word in _WORDS.items()}
-    failed = [check for check in by_id.values() if check["status"] == "fail"]
     against = say("Required and not met", [titles[name] for name in not_met])
     against += say("The list of required checks was shortened; not asked for", [titles[name] for name in left_out])
+    compared = [check for check in met if check["outcome"] or check["status"] != "pass"]
     outcomes = [f"{check['title']} ({check['outcome'] or 'not made'})" for check in compared]
     others = say("Comparisons, where they could be made", outcomes)
     others += say("All checks", [f"{number} {word}" for word, number in counted.items() if number])
-    others += say("Failed", [f"{check['title']} ({check['finding']})" for check in failed])
+    others += say("Failed", [f"{one['title']} ({one['finding']})" for one in by_id.values() if one["status"] == "fail"])
     about = {"required": required, "left_out": left_out, "not_met": not_met, "ok": not not_met}
     return counted | about | {"objection": against.strip(), "text": f"{against}{others}".strip()}
 
 
 def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[str]) -> dict[str, Any]:
     """One word (docs/verification.md lists them) and one sentence, and what was not shown."""
-    parity, seeds, mean = (by_id[key] for key in ("parity", "variance", "head_to_head"))
+    parity, seeds, mean, published = (by_id[key] for key in ("parity", "variance", "head_to_head", "reference"))
     outcome, name = parity["outcome"], evidence.reference_name or "the reference"
-    word = "not compared"
-    sentence = "There was no comparison with a reference; the run itself was checked."
+    word, sentence = "not compared", "There was no comparison with a reference; the run itself was checked."
     if outcome:
         sentence = f"Against {name}: {evidence.iou_name} {parity['finding']}."
         doubts = [seeds] if seeds["status"] in ("fail", "undecided") else []
-        doubts += [mean] if mean["status"] == "fail" else []
+        doubts += [mean] if "different" in str(mean["outcome"]) else []
         # Equivalence is refused its name where the declared seeds, or the mean over events, stand against it.
-        if doubts and (outcome == "equivalent" or doubts[0]["outcome"] == "different (worse)"):
+        doubts = [one for one in doubts if outcome == "equivalent" or one["outcome"] == "different (worse)"]
+        if doubts and outcome != "different (worse)":
             outcome = "different (worse)" if seeds["outcome"] == "different (worse)" else "undecided"
             sentence = f"{sentence[:-1]}. But {doubts[0]['title'].lower()}: {doubts[0]['finding']}."
         word = outcome
     elif evidence.reference is not None:
         sentence = f"The run was not compared with {name}: {parity['finding']}."
+    if published["status"] == "pass":
+        sentence += f" The published figures of {name} came out here."
     if broken := [by_id[key] for key in not_met if not CRITERIA[key].get("comparison")]:
         named = "; ".join(f"{check['title']} ({check['finding']})" for check in broken)
         sentence = f"Required checks did not pass: {named}. {sentence}"
         word = "failed" if any(check["status"] == "fail" for check in broken) else "incomplete"
-    limits = [] if len(evidence.seeds) > 1 else ["another seed"]
+    # Of a published result, the reference has to come out as published, and this run as the reference.
+    reasons = {"pass": "" if word == "equivalent" else f'the verdict is "{word}"', "skip": published["finding"]}
+    reason = reasons.get(published["status"], f"{published['title']} did not come out")
+    limits = [f"that a published result is reproduced: {reason}"] if reason else []
+    if better := _better_baseline(evidence):
+        limits.append(f"that the model is better than simple rules: the baseline {better[0]} scores higher")
+    limits += [] if len(evidence.seeds) > 1 else ["another seed"]
     limits.append("other regions, and events unlike these")
     if (evidence.record.get("data") or {}).get("generated"):
         limits.append("real events, or IBM's model on them: the chips are generated")
@@ -140,7 +144,7 @@ def _forest(evidence: Evidence, by_id: Mapping[str, Check]) -> dict[str, Any]:
     return {
         "name": "forest",
         "kind": "forest",
-        "x_label": f"this run less {evidence.reference_name or 'the reference'}, percentage points",
+        "x_label": "this run less the reference, percentage points",
         "series": [{"label": "difference", "x": x, "y": named, "low": low, "high": high}] if values else [],
         "caption": f"Differences over {n} events with {level:.0%} intervals; the margin of ±{margin:g} pp is shaded.",
         "margin": margin,
@@ -189,8 +193,7 @@ def _score_table(evidence: Evidence) -> dict[str, Any]:
     columns, figures = [], list[Mapping[str, float | None]]()
     for label, what, one in models:
         pooled, (_, chips, floods) = one.counts.sum(axis=0), which_iou(one.counts, one.events, k)
-        source = f"{what}; {len(one):,} chips of {len(set(one.events)):,} events"
-        columns.append({"label": label, "source": source})
+        columns.append({"label": label, "source": f"{what}; {len(one):,} chips of {len(set(one.events)):,} events"})
         means = {"iou_chips": chips["iou"], "iou_events": floods["iou"]}
         figures.append(class_scores(pooled, k) | scores(pooled) | means)  # TerraTorch's names, where it has one
     for stem, entry in evidence.published.items():
@@ -227,19 +230,23 @@ def _banner(evidence: Evidence) -> str:
     return f"Not the published data: {here}. The published split has {whole:,} chips." if whole != len(table) else ""
 
 
+def _better_baseline(evidence: Evidence) -> tuple[str, str] | None:
+    """The best baseline, and its score against the model's, if it is the better one."""
+    tables = {"": evidence.table, **evidence.baselines} if evidence.table else {}
+    pooled = {name: float(iou(one.counts.sum(axis=0), evidence.positive)) for name, one in tables.items()}
+    best = max(pooled, key=pooled.__getitem__, default="")
+    return (best, f"{evidence.iou_name} {pooled[best]:.3f} against {pooled['']:.3f}") if best else None
+
+
 def _warnings(evidence: Evidence) -> list[str]:
     """Which baseline is better, how the run ended, and what went wrong or was changed on the way."""
-    record, table, k = evidence.record, evidence.table, evidence.positive
+    record = evidence.record
     found = [f"Data: {text}." for text in (record.get("data") or {}).get("warnings") or []]
-    if table:
-        pooled = {name: float(iou(one.counts.sum(axis=0), k)) for name, one in evidence.baselines.items()}
-        own, best = float(iou(table.counts.sum(axis=0), k)), max(pooled, key=lambda name: pooled[name], default="")
-        if best and pooled[best] > own:
-            rule = str(evidence.baselines[best].metadata.get("detail")).split(";")[0]
-            gap = f"{evidence.iou_name} {pooled[best]:.3f} against {own:.3f}"
-            found.append(f"The baseline {best} ({rule}) scores higher than this model: {gap}.")
-        if (split := table.metadata.get("split")) in ("train", "val"):
-            found.append(f"The scores are of the split {split}, which training used: this is no test.")
+    if better := _better_baseline(evidence):
+        rule = str(evidence.baselines[better[0]].metadata.get("detail")).split(";")[0]
+        found.append(f"The baseline {better[0]} ({rule}) scores higher than this model: {better[1]}.")
+    if evidence.table and (split := evidence.table.metadata.get("split")) in ("train", "val"):
+        found.append(f"The scores are of the split {split}, which training used: this is no test.")
     for one in record.get("incidents") or []:
         found.append(f"The guard stopped at step {one.get('step')} ({one.get('kind')}): {one.get('detail')}.")
     if back := record.get("rollback"):

@@ -1,7 +1,4 @@
-"""What a check is given, what it answers, and how its figures are written.
-
-An answer has one shape from the check to the page: that of results.json, whose keys docs/verification.md explains.
-"""
+"""What a check is given, what it answers, in the shape of results.json, whose keys docs/verification.md explains."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,4 @@
-"""The scores: against a reference, event by event, as probabilities, and recomputed from the chip table's counts.
-
-The primary score is the IoU of the positive class over all pixels of the split ("pooled").
-"""
+"""The scores, first the positive class's IoU over all pixels ("pooled"): compared, by event, calibrated, recomputed."""
 
 import itertools
 from typing import Any
