@@ -57,15 +57,10 @@ def terratorch_fit(recipe: dict[str, Any], folder: Path, *overrides: object, str
 
 def with_callbacks(recipe: dict[str, Any]) -> dict[str, Any]:
     """A copy of a recipe with the three callbacks of floodrepro and a ModelCheckpoint, no logger, no progress bar."""
-    callbacks = [
-        {"class_path": "floodrepro.callbacks.NaNGuard"},
-        {"class_path": "floodrepro.callbacks.ExactResume", "init_args": {"every_n_steps": 2}},
-        {"class_path": "floodrepro.callbacks.RunRecord"},
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"monitor": "val/loss", "filename": "best-{epoch}", "save_weights_only": True},
-        },
-    ]
+    best = {"monitor": "val/loss", "filename": "best-{epoch}", "save_weights_only": True}
+    callbacks = [{"class_path": f"floodrepro.callbacks.{name}"} for name in ("NaNGuard", "ExactResume", "RunRecord")]
+    callbacks[1]["init_args"] = {"every_n_steps": 2}
+    callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best})
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks}
     return recipe | {"trainer": {**recipe["trainer"], **quiet}}
 

@@ -166,6 +166,7 @@ def test_only_the_splits_that_are_asked_for_are_read_and_a_chip_in_two_stops_all
     manifest = audit(mine, PROTOCOLS["v1"], splits=["val"], jobs=1)
     assert (manifest["findings"], list(manifest["splits"])) == ([], ["val"])
     assert audit(mine, PROTOCOLS["v1"], splits=["val"], limit=1, jobs=1)["splits"]["val"]["chips"] == 1
+    assert json.loads((mine / "data-manifest.json").read_text()) == manifest  # that of a part lies beside it
     with split(mine, "train").open("a") as file:
         file.write(f"{ids_of(mine, 'val')[0]}\n")
     with pytest.raises(DataError, match="the same chips are in"):

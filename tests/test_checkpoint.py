@@ -113,11 +113,12 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("name", "content", "says", "fix"),
-    [  # what it holds, or where a whole one is cut
+    [  # what it holds, or what becomes of a whole one
         ("w.safetensors", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer", "git lfs pull"),
         ("w.pt", b"\n <!DOCTYPE html><html>Sign in</html>", "a web page", "hf download"),
-        ("w.safetensors", -20, "cut short", "copy it again"),
-        ("w.pt", -200, "damaged or cut short", "copy it again"),
+        ("w.safetensors", lambda whole: whole[:-20], "cut short", "copy it again"),
+        ("w.pt", lambda whole: whole[:-200], "damaged or cut short", "copy it again"),
+        ("w.pt", lambda whole: whole.replace(b"\0\0\x80\x3f", b"\0\0\x80\x7f", 1), "checksum of", "copy it again"),
         ("w.pt", b"", "0 bytes", "copy it again"),
         ("notes.txt", b"no weights here", "no checkpoint", "copy it again"),
         ("w.pt", {"epoch": 3}, "without a state dict", ""),
@@ -127,8 +128,8 @@ def test_weights_that_are_not_finite_are_neither_used_nor_exported(tmp_path: Pat
 def test_file_that_is_no_checkpoint_is_named_for_what_it_is(name, content, says, fix, tmp_path: Path):
     path = tmp_path / name
     (torch.save if name == "w.pt" else save_file)(model().state_dict(), path)
-    if isinstance(content, int | bytes):
-        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    if callable(content) or isinstance(content, bytes):
+        path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     else:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match=says) as error:

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from floodrepro.evaluation.chip_table import read_table, write_table
+from floodrepro.run_folder import RunFolder
 from floodrepro.verification import battery
 from floodrepro.verification.battery import ask
 from floodrepro.verification.checks import Evidence
-from verification_fixtures import CHIPS, DIGESTS, LOSSES, demo_recipe, figure_of, gather, make_run, make_table
+from verification_fixtures import CHIPS, DIGESTS, LOSSES, OTHER, demo_recipe, figure_of, gather, make_run, make_table
 
 SAME = "test chips of training, test, reference"
 
@@ -46,9 +48,21 @@ def test_only_splits_that_both_sides_have_are_compared(evidence: Evidence):
     assert ask("data", with_record(evidence, data={}))["status"] == "skip"
     other = with_metadata(evidence, data={"digests": DIGESTS, "commit": "0" * 40})
     assert "commit of training and test" in ask("data", other)["finding"]
+    mine = with_record(evidence, data=evidence.record["data"] | {"listed": {"test": "1" * 64}})
+    answer = ask("data", with_metadata(mine, data={"digests": DIGESTS, "listed": {"test": "2" * 64}}))
+    assert "list of test at training and test: 222222222222 and 111111111111" in answer["finding"]
     for chips, status in ((len(evidence.table), "pass"), (14_556, "fail")):  # the table is of a part of the split
         data = evidence.record["data"] | {"chips": CHIPS | {"test": chips}}
         assert ask("data", with_record(evidence, data=data))["status"] == status
+
+
+def test_table_of_other_weights_or_chips_stands_in_no_column(tmp_path: Path):
+    evaluation = make_run(tmp_path / "mine").evaluation
+    write_table(make_table(6, 3, checkpoint=OTHER, subset_of="test"), evaluation / "part" / "best.parquet")
+    write_table(make_table(5, 3), evaluation / "baselines" / "test" / "other.parquet")
+    write_table(read_table(evaluation / "test" / "best.parquet"), evaluation / "baselines" / "test" / "same.parquet")
+    found = gather(RunFolder(tmp_path / "mine"))
+    assert (found.subsets, list(found.baselines)) == ({}, ["same"])
 
 
 def test_error_of_the_audit_and_other_chips_in_it_fail(evidence: Evidence):
@@ -77,6 +91,7 @@ def test_record_that_does_not_say_where_the_weights_come_from_fails(evidence: Ev
         ({"environment": {"code": {"commit": "4f" * 20, "dirty": True}}}, "working tree: with changes"),
         ({"environment": {}}, "source of the code: unknown"),
         ({"seed": 7}, "the seed was declared: no"),
+        ({"checkpoint_sha256": "0" * 64}, "weights of table and run"),
     ):
         answer = ask("provenance", with_record(evidence, **planted))
         assert (answer["status"], says in answer["finding"]) == ("fail", True)

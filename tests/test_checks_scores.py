@@ -71,6 +71,7 @@ def test_comparison_ends_in_one_of_three_words(evidence: Evidence, lost, events,
     answer = ask("parity", found)
     assert (answer["outcome"], answer["status"]) == (outcome, status)
     assert ("parity" in summarise(found)["summary"]["not_met"]) is (status == "fail")
+    assert summarise(replace(found, seeds=()))["verdict"]["outcome"] == outcome
     assert bool(re.search(r"about [\d,]+ events like these would decide", answer["finding"])) is (status == "undecided")
 
 

@@ -252,10 +252,13 @@ def test_custom_label_map_and_split_with_events_give_a_batch_without_further_arg
         assert [Path(name).name for name in mine["filename"]] == [f"{chip}_DEM.tif" for chip in mine.chips]
 
 
-@pytest.mark.parametrize("changes", [{"means": None}, {"stds": DATA["stds"] | {"DEM": [0.0]}}])
-def test_statistics_that_are_missing_or_zero_are_refused(chips, changes):
+@pytest.mark.parametrize("change", [{"means": None}, {"stds": {"DEM": [0.0]}}, {"stds": {"DEM": [1.0, 1.0]}}])
+def test_statistics_that_are_missing_or_zero_or_of_other_bands_are_refused(chips, change):
+    changes = {key: values and DATA[key] | values for key, values in change.items()}
     with pytest.raises(ValueError, match=r"means|stds"):
         ours(chips, **changes)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        ours(chips, batch_size=0)
 
 
 @pytest.mark.slow

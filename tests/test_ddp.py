@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from conftest import SMALL
 from floodrepro.data.samplers import EachOnce, ShuffledByEpoch
 from floodrepro.run_folder import RunFolder
+from floodrepro.training.fit import _of_all
 from processes import Command
 from terratorch_runs import different
 from tiny_training import train
@@ -85,6 +87,20 @@ def test_each_step_sees_the_chips_that_one_process_would_see():
         assert joined == one[4 * step : 4 * step + 4]
 
 
+def _gather(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    module = SimpleNamespace(failed_chips={f"chip{rank}": "cut short"})
+    (folder / f"{rank}").write_text(str(_of_all(SimpleNamespace(world_size=2, datamodule=module), "failed_chips")))
+
+
+def test_chips_that_any_process_left_out_are_in_the_record(tmp_path: Path):
+    run = functools.partial(_gather, tmp_path)
+    both = [Command(log=tmp_path / "log.txt", program=run, environment=one) for one in environments()]
+    assert [process.wait(timeout=60) for process in both] == [0, 0], both[0].log
+    assert (tmp_path / "0").read_text() == "{'chip0': 'cut short', 'chip1': 'cut short'}"
+
+
 @pytest.mark.parametrize("count", [2, 7, 8])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_repeats_no_chip(count, world):
@@ -144,6 +160,7 @@ def test_refusal_of_one_process_ends_those_that_a_cluster_started_within_seconds
     [
         (("--data.init_args.batch_size", 6, "--on-overflow", "rollback"), "a rollback needs a run of one process"),
         (("--data.init_args.batch_size", 8), "12 training chips do not fill one batch of 16"),
+        (("--limit", 1, "--data.init_args.batch_size", 1), "fewer validation chips than devices"),
     ],
 )
 def test_what_two_processes_cannot_do_is_refused_before_the_second_one_starts(chips, tmp_path: Path, cli, flags, says):

@@ -1,6 +1,7 @@
 """The README's first command, whole: generate, train, test, export, verify, card, and what it prints."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -69,3 +70,6 @@ def test_demo_again_skips_every_stage(demo, cli):
     again = cli("reproduce", "--demo", "--run-dir", run.path.parents[1])
     assert (again.code, again.err.count("done already")) == (0, 7), again.err
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    os.utime(run.best)  # as if it were trained on: what was made of the weights is made again
+    once_more = cli("reproduce", "--demo", "--run-dir", run.path.parents[1], "--from", "export", "--until", "export")
+    assert (once_more.code, "done already" in once_more.err) == (0, False), once_more.err

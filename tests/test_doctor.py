@@ -178,7 +178,7 @@ def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch)
 
 
 def test_devices_are_counted_as_lightning_does():
-    for given, count in (("auto", 8), (-1, 8), (2, 2), ("1", 1), ([0, 1, 5], 3), ("0,", 1), (None, 8)):
+    for given, count in (("auto", 8), (-1, 8), (2, 2), ("1", 1), ([0, 1, 5], 3), ("0,", 1), (None, 8), (0, 1)):
         assert doctor._devices_used({"trainer": {"devices": given}}, 8) == count, given
 
 

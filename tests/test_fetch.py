@@ -175,7 +175,11 @@ def test_sample_reads_only_the_chips_that_it_extracts(hub, run, tmp_path):
     for chip in [chip for chips in listed.values() for chip in chips]:
         for part in ("S2L2A", "S1RTC"):
             assert source.bands(chip, part).tobytes() == Chips(made).bands(chip, part).tobytes()
-    assert json.loads((root / FETCH_NOTE).read_text())["sample"] == 6
+    note = json.loads((root / FETCH_NOTE).read_text())
+    run(root, "--protocol", "v1", "--sample", "2", "--split", "val")
+    assert (note["sample"], ids_of(root, "train")) == (6, listed["train"])
+    (root / FETCH_NOTE).write_text(json.dumps(note | {"sample": None}))
+    assert "the folder is for the whole data set" in run(root, "--sample", "2", code=1).err
 
 
 def test_weights_are_fetched_and_another_content_than_the_published_one_is_refused(hub, cli, tmp_path, monkeypatch):

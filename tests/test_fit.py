@@ -44,7 +44,7 @@ def test_run_folder_holds_what_was_run_and_its_best_epoch(trained, chips):
     assert record["recipe_sha256"] == recipes.fingerprint(recipe)
     assert record["recipe_sha256"] in trained.recipe.read_text().splitlines()[0]
     assert (record["status"], record["progress"]["epochs"], record["seed"]) == ("finished", 2, 42)
-    assert set(record["data"]["digests"]) == {"train", "val"}
+    assert (set(record["data"]["digests"]), len(record["data"]["listed"])) == ({"train", "val"}, 3)
     assert record["environment"]["packages"]["terratorch"]
     assert sorted(path.name for path in trained.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
     assert "epoch 2/2" in trained.log.read_text()
@@ -78,8 +78,8 @@ def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path, monkeypatch):
     forget = "floodrepro.training.terratorch_cli.forget_pretrained_weights"
     with monkeypatch.context() as patch:  # "last" of a run without a state is none: it needs its pretrained weights
         patch.setattr(forget, lambda _: pytest.fail("forgotten"))
-        fit("--ckpt_path", "last").ok()
-    fit("--ckpt_path", "last", "--trainer.max_epochs", 2).ok()
+        fit("--ckpt_path", "last", "--trainer.max_epochs", 2, "--trainer.max_steps", 1).ok()
+    fit("--ckpt_path", "last", "--trainer.max_epochs", 2).ok()  # no longer a limit of steps
     run = RunFolder(tmp_path / "run")
     assert [row["epoch"] for row in run.read_metrics() if row.get("val/loss")] == ["0", "1"]
     record = run.read_record()
@@ -91,6 +91,11 @@ def test_more_epochs_extend_a_finished_run(fit, tmp_path: Path, monkeypatch):
 
 def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tmp_path: Path):
     start = ("--weights", trained.best, "--optimizer.init_args.lr", 0.0)
+    (tmp_path / "run").mkdir()  # of a fit that was killed before its first state
+    (tmp_path / "run" / "run.json").write_text('{"status": "running", "started_from": {"file": "x", "sha256": "y"}}')
+    fit().ok()
+    assert RunFolder(tmp_path / "run").read_record()["started_from"] is None
+    shutil.rmtree(tmp_path / "run")
     fit(*start, size=()).ok()
     assert "finished already" in fit(*start, size=()).ok().err  # as every command that is given again
     assert "this one has trained" in fit(*start, "--weights", tmp_path / "run/checkpoints/best.ckpt", size=()).err
@@ -126,6 +131,7 @@ def test_fast_dev_run_leaves_no_run_folder(fit, tmp_path: Path, monkeypatch):
 def test_fp16_on_a_cpu_is_refused_with_the_alternative(fit, tmp_path: Path):
     outcome = fit("--trainer.precision", "16-mixed")
     assert (outcome.code, "--precision fp32" in outcome.err, list(tmp_path.iterdir())) == (2, True, [])
+    assert fit("--trainer.logger", "false").code == 2  # Lightning's refusal: LearningRateMonitor needs one
 
 
 def test_damaged_chip_ends_the_fit_with_what_where_and_what_to_do(fit, own_chips, tmp_path: Path):

@@ -17,6 +17,7 @@ import zarr
 from conftest import CHIPS
 from floodrepro import console
 from floodrepro.data.protocols import EVENT, NO_DATA
+from floodrepro.evaluation import passes
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
 from floodrepro.evaluation.intervals import jackknife
 from floodrepro.evaluation.metrics import iou, scores
@@ -112,6 +113,14 @@ def test_text_says_which_iou_is_which_and_batches_change_no_count(cli, tested, t
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "test" / "best.parquet"]
     alone = read_table(tmp_path / "test" / "best.parquet")
     assert np.abs(alone.counts - table_of(tested).counts).sum() <= 4  # sums of other lengths may round a pixel over
+
+
+def test_checkpoint_that_is_replaced_while_it_is_tested_leaves_no_table(cli, trained, tmp_path: Path, monkeypatch):
+    best, run_pass = Path(shutil.copy(trained.best, tmp_path / "best.ckpt")), passes.run_pass
+    monkeypatch.setattr(passes, "run_pass", lambda *a, **k: (run_pass(*a, **k), best.open("ab").write(b"0"))[0])
+    outcome = cli("test", "--ckpt", best, "--config", trained.recipe, "--output", tmp_path, "--no-baselines")
+    assert (outcome.code, "was replaced while it was tested" in outcome.err) == (1, True), outcome.err
+    assert not list(tmp_path.rglob("*.parquet"))
 
 
 def test_predicted_masks_are_named_after_chips_and_lie_on_their_grids(predicted, chips):

@@ -183,6 +183,7 @@ def test_changed_run_is_refused_before_training(workshop, broken, cli):
     mask, last = next((workshop.chips / "data" / "MASK").iterdir()), broken.checkpoints / LAST
     whole, state = mask.read_bytes(), load(last)
     state["floodrepro"]["identity"]["packages"]["torch"] = "1.13.1"
+    state["floodrepro"]["identity"]["chosen_by"]["mode"] = "max"
     torch.save(state, last)
     mask.write_bytes(whole + b"\0")
     try:
@@ -191,7 +192,11 @@ def test_changed_run_is_refused_before_training(workshop, broken, cli):
     finally:
         mask.write_bytes(whole)
     changes = " ".join(broken.read_record()["resumes"][0]["changes"])
-    assert all(change in text for change in ("data.", "packages.torch: '1.13.1' became") for text in (told, changes))
+    assert all(
+        change in text
+        for change in ("data.", "packages.torch: '1.13.1' became", "chosen_by.mode")
+        for text in (told, changes)
+    )
 
 
 def test_workers_loggers_paths_and_log_intervals_may_change(workshop, broken, straight, tmp_path):

@@ -143,11 +143,13 @@ def test_commit_of_the_fetch_or_the_command_that_generated_chips_is_in_the_state
         ({"label_map": [0, 0, 1]}, "label_map"),
         ({"class_names": ["a", "b"]}, "class_names"),
         ({"val_split": None}, "names no val split"),
+        ({}, "the model has 4 classes, protocol v0 2"),
     ],
 )
 def test_recipe_without_a_split_or_with_keys_of_another_protocol_is_refused(chips, changes, named):
+    model = {} if changes else {"model": {"init_args": {"model_args": {"num_classes": 4}}}}
     with pytest.raises(UsageError, match=named):
-        check_data(recipe_of(chips, **changes), ("val",))
+        check_data(recipe_of(chips, **changes) | model, ("val",))
 
 
 def test_every_protocol_fits_together():

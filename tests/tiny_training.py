@@ -110,11 +110,7 @@ def train(
     best = ModelCheckpoint(folder / "checkpoints", "best-{epoch}", monitor=monitor)
     ours = [NaNGuard(), ExactResume(str(folder / "checkpoints"), trainer.pop("every", 2)), RunRecord()]
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    fitting = Trainer(
-        default_root_dir=folder,
-        callbacks=[*more, *ours, best],
-        num_sanity_val_steps=0,
-        **quiet | {"max_epochs": 2, "devices": 1} | trainer,
-    )
+    quiet |= {"num_sanity_val_steps": 0, "max_epochs": 2, "devices": 1}
+    fitting = Trainer(default_root_dir=folder, callbacks=[*more, *ours, best], **quiet | trainer)
     fitting.fit(Task(schedule), datamodule=data or Data(), ckpt_path=resume)
     return fitting

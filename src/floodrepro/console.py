@@ -105,7 +105,8 @@ class _Log:
 @contextlib.contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Append what goes to stderr to a file as well, and the traceback of an error that ends the block."""
-    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(_Log(sys.stderr, file)):
+    file = path.open("a", encoding="utf-8")
+    with contextlib.redirect_stderr(_Log(sys.stderr, file)):
         try:
             yield
         except BaseException as error:
@@ -113,6 +114,9 @@ def log_to(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 file.write(f"floodrepro: error: {error}\n" if ours else traceback.format_exc())
             raise
+        finally:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _is_follower() -> bool:
