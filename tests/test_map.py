@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import tracemalloc
@@ -12,6 +13,7 @@ import numpy as np
 import pyogrio
 import pytest
 import rasterio
+import rasterio.shutil
 import shapely
 import yaml
 from filelock import FileLock
@@ -190,13 +192,23 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     squares = [shapely.box(LEFT + x, TOP - y - 300, LEFT + x + 300, TOP - y) for x, y in ((100, 100), (1000, 900))]
     wkb, kind = shapely.to_wkb(np.array(squares)), {"crs": CRS, "geometry_type": "Polygon"}
     pyogrio.raw.write(tmp_path / "area.gpkg", wkb, [], [], **kind)
+    pyogrio.raw.write(tmp_path / "one.gpkg", wkb[:1], [], [], **kind)
+    pyogrio.raw.write(
+        tmp_path / "area.gpkg",
+        None,
+        [np.array(["x"], object)],
+        ["style"],
+        layer="layer_styles",
+        append=True,
+        geometry_type=None,
+    )
     scene = make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"})
     record = run(scene, tmp_path / "m")
     quality = read(tmp_path / "m", "quality")
     assert quality.shape == (110, 120) and record["km2"]["area"] == pytest.approx(0.18, abs=0.001)
     assert (read(tmp_path / "m", "class") == 255).sum() == (quality & OUTSIDE > 0).sum() == 110 * 120 - 1800
     (tmp_path / "m" / "map.json").write_text(json.dumps(record | {"weights": {"file": "w.pt"}}))
-    table = mapper.compare_map(tmp_path / "m", tmp_path / "area.gpkg", None)  # all of the area was seen
+    table = mapper.compare_map(tmp_path / "m", tmp_path / "one.gpkg", None)  # all of the area was seen
     assert (table.counts.sum(), table.unseen.sum(), table.ignored.sum()) == (1800, 0, 110 * 120 - 1800)
 
 
@@ -211,6 +223,13 @@ def test_the_grid_of_a_large_raster_has_no_row_more_than_its_footprint(tmp_path)
     save(tmp_path / "s1.tif", np.zeros((2, 20, 20), np.float32), transform=Affine(10_000, 0, LEFT, 0, -10_000, TOP))
     (tmp_path / "scene.yaml").write_text("S1RTC: {event: {time: 2026-08-28, files: s1.tif}}")
     assert read_scene(tmp_path / "scene.yaml")[-2:] == (20_000, 20_000)
+    save(
+        tmp_path / "s2.tif",
+        np.zeros((2, 20, 9), np.float32),
+        transform=Affine(10_000, 0, LEFT, 0, -10_000, TOP + 50_000),
+    )
+    (tmp_path / "scene.yaml").write_text("S1RTC: {event: {time: 2026-08-28, files: [s1.tif, s2.tif]}}")
+    assert read_scene(tmp_path / "scene.yaml")[-2:] == (25_000, 20_000)
 
 
 def water(folder: Path):
@@ -242,6 +261,7 @@ def test_permanent_water_is_kept_apart(tmp_path):
     save(tmp_path / "river.tif", river * 255)
     with pytest.raises(DataError, match="255 may be water or no data"):
         run(scene, tmp_path / "other", permanent_file=str(tmp_path / "river.tif"), **options)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_threshold_moves_the_class_and_small_polygons_are_left_out_on_request(made, tmp_path):
@@ -320,9 +340,12 @@ def test_another_area_or_permanent_water_under_the_same_name_is_another_map(tmp_
     with pytest.raises(RunFolderError, match="other files"):
         run(scene, tmp_path / "m", **options)
     draw(300)
-    save(river, np.zeros((1, 40, 40), np.uint8))
+    rasterio.shutil.copy(tmp_path / "s" / "dem.tif", tmp_path / "s" / "dem.vrt", driver="VRT")
+    scene.write_text(scene.read_text().replace("dem.tif", "dem.vrt"))
+    run(scene, tmp_path / "vrt", **options)
+    os.utime(tmp_path / "s" / "dem.tif", (1, 1))  # what a VRT is made of
     with pytest.raises(RunFolderError, match="other files"):
-        run(scene, tmp_path / "m", **options)
+        run(scene, tmp_path / "vrt", **options)
 
 
 def test_another_process_a_file_in_the_way_and_too_small_a_disk_are_errors(tmp_path, monkeypatch):

@@ -15,12 +15,13 @@ from floodrepro.mapping.scene import read_scene
 from map_scenes import CRS, LEFT, TOP, make_scene, save
 
 ORDER = [1, 2, 3, 7, 4, 5, 6, 8, 10, 11, 0, 9]  # all of 10 m first
+SORTED = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 8]  # by file name
 NAMES = ["B02", "B01", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B09", "B11", "B12"]
 
 
 @pytest.fixture
 def scene(tmp_path):
-    return make_scene(tmp_path, 90, 80)
+    return make_scene(tmp_path / "s", 90, 80)
 
 
 def edit(scene: Path, change):
@@ -65,10 +66,20 @@ def take_offset(content):
         (("s2_event.tif", lambda bands: bands / 200), None, "no reflectance x 10,000"),
         (("dem.tif", lambda metres: np.where(np.arange(80) < 10, -9998, metres)), None, "if one is no data, say"),
         (("s1_event.tif", lambda db: db * 100), None, "look like neither dB nor linear power"),
-        (None, lambda c: c["S1RTC"]["after"].update(files="s1_event.tif"), "event and S1RTC.after are the same file: "),
+        (
+            ("s1_before.tif", lambda db: db * np.nan),
+            None,
+            "S1RTC.before: its files have no value in a sample of the area",
+        ),
+        (("s2_event.tif", lambda bands: bands[SORTED]), None, "B12 is brighter than B11"),
         (
             None,
-            lambda c: c["S1RTC"]["after"].update(files="20260828T051212.tif"),
+            lambda c: c["S1RTC"]["after"].update(files="../s/s1_event.tif"),
+            "event and S1RTC.after are the same file: ",
+        ),
+        (
+            None,
+            lambda c: c["S1RTC"]["after"].update(files="s1a_iw_20260828t051212.tif"),
             "S1RTC.after is said to be of 2026-09-09, and",
         ),
         (None, lambda c: c.update(area={"box": [40, 40, 40.01, 40.01]}), "S1RTC.event: its files reach 0% of the area"),
@@ -76,7 +87,7 @@ def take_offset(content):
     ],
 )
 def test_a_wrong_scene_is_named(scene, pixels, change, said):
-    (scene.parent / "20260828T051212.tif").symlink_to("s1_after.tif")
+    (scene.parent / "s1a_iw_20260828t051212.tif").symlink_to("s1_after.tif")
     save(scene.parent / "corner.tif", np.ones((1, 9, 9), np.float32))
     if pixels:
         edit_pixels(scene, *pixels)
@@ -104,6 +115,10 @@ def test_heights_that_their_file_says_are_in_feet_are_named(scene, unit, problem
 def test_a_sound_scene_has_no_problems_and_with_a_baseline_or_dark_pixels_it_needs_no_offset(scene):
     assert list_problems(read_scene(scene), 5, 0.3) == []
     edit(scene, lambda c: (take_offset(c), c["S1RTC"].update(nodata=-32768)))
+    dates = {"before": ["vv", "vh", "x", "y"], "event": ["x", "y", "vv", "vh"]}  # in one file
+    bands = [rasterio.open(scene.with_name(f"s1_{step}.tif")).read() for step in dates]
+    file = save(scene.with_name("stack.tif"), np.concatenate(bands), nodata=np.nan)
+    edit(scene, lambda c: [c["S1RTC"][k].update(files=[{"raster": file, "bands": b}]) for k, b in dates.items()])
     assert list_problems(read_scene(scene), 5, 0.3) == []  # dark pixels have 300
     edit_pixels(scene, "s2_event.tif", lambda bands: bands + 1000)
     edit(scene, lambda c: c["S2L2A"]["event"]["files"][0].update(baseline="N0511"))
@@ -116,11 +131,12 @@ def test_a_sound_scene_has_no_problems_and_with_a_baseline_or_dark_pixels_it_nee
         (lambda c: c.update(S1=c.pop("S1RTC")), "unknown name 'S1'"),
         (lambda c: c["S1RTC"].update(event=["s1_event.tif"]), "S1RTC.event"),
         (lambda c: c["S2L2A"]["event"]["files"][0].update(baseline="newest"), "could not convert string to float"),
-        (lambda c: c["S2L2A"]["event"]["files"][0].update(offset=1000), "from -2000 to 0"),
+        (lambda c: c["S2L2A"]["event"]["files"][0].update(offset=1000), "0 or from -2000 to -1"),
+        (lambda c: c["S1RTC"]["event"].update(files=None, raster="s1_event.tif"), "it has no 'files'"),
         (lambda c: c.update(area={"box": [350_000, 5_199_500, 350_500, 5_200_000]}), "it lies nowhere on Earth"),
         (lambda c: c.update(area={"box": [13.0, 46.9, 13.1]}), "expected 4, got 3"),
         (lambda c: c.update(area="A.geojson"), "this is no area: A.geojson"),
-        (lambda c: c.update(area={"file": "layers.gpkg"}), r"several layers \(one, two\)"),
+        (lambda c: c.update(area={"file": "layers.gpkg"}), r"2 layers \(one, two\)"),
         (lambda c: c.update(area={"file": "metres.geojson"}), "it lies nowhere on Earth(.|\n)*metres.geojson"),
         (lambda c: c.update(area={"fiel": "A.geojson"}), "unknown name 'fiel'"),
         (lambda c: c["S1RTC"].update(unit="amplitude"), "the unit 'amplitude' is not known"),

@@ -184,7 +184,10 @@ def test_what_cannot_be_compared_is_an_error(cli, mapped, tmp_path):
     save(tmp_path / "elsewhere.tif", np.ones((1, 40, 40), np.uint8), transform=rasterio.Affine(10, 0, 6e5, 0, -10, 9e6))
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "map.json").write_text((mapped / "map.json").read_text())
+    with rasterio.open(truth) as file:
+        save(tmp_path / "wet.tif", file.read(), transform=file.transform, crs=file.crs, nodata=0)  # as QGIS declares it
     cases = [(tmp_path / "none", truth), (tmp_path / "alone", truth), (mapped, tmp_path / "elsewhere.tif")]
+    cases.append((mapped, tmp_path / "wet.tif"))
     for folder, known, *flags in [*cases, (mapped, truth, "--truth-value", 77)]:
         outcome = cli("map", "check", "--map", folder, "--truth", known, *flags)
         assert outcome.code == 1 and len(outcome.report) >= 2 and "Traceback" not in outcome.err, (folder, known)

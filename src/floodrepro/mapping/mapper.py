@@ -34,7 +34,7 @@ from floodrepro.data.protocols import EVENT, IGNORE_INDEX, NO_DATA, PROBABILITY_
 from floodrepro.errors import CheckpointError, DataError, RunFolderError
 from floodrepro.evaluation.chip_table import ChipTable
 from floodrepro.evaluation.counting import count
-from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, is_seen, water_of
+from floodrepro.mapping.reader import OUTSIDE, QUALITY, RESAMPLING, Reader, Water, is_seen, water_of
 from floodrepro.mapping.scene import BANDS, PIXEL, Array, Scene, opened
 from floodrepro.run_folder import write_atomically
 from floodrepro.training.checkpoint import Checkpoint, load_strictly
@@ -162,7 +162,11 @@ def map_scene(
     of weights, recipe, problems and versions. The whole content of map.json is returned. Raises `RunFolderError` where
     the folder holds something else, is in use or cannot be written.
     """
+    water = water_of(Path(plan["permanent_file"]), scene) if plan["permanent_file"] else None
     places = {place for a in scene.acquisitions.values() for bands, _ in a.sources for place, _ in bands.values()}
+    for place in sorted(places):
+        with opened(place) as raster:
+            places |= set(raster.files if raster.driver == "VRT" else ())
     files = [Path(place) for place in sorted(places | {plan["permanent_file"]} - {None})]
     dates = [(str(file), file.is_file() and file.stat().st_mtime_ns) for file in files]
     area = shapely.to_wkb(scene.polygons, hex=True).tolist()
@@ -184,7 +188,7 @@ def map_scene(
                     batch = network.fitting_batch(plan["crop"])
                     write_atomically(work / _BEGUN, json.dumps({"identity": identity, "batch": batch}))
                 begun = _read_record(work / _BEGUN, identity)
-                _map_rows(network, scene, plan, work, begun["batch"])
+                _map_rows(network, scene, plan, water, work, begun["batch"])
                 _finish(scene, plan, output, begun | record)
         except Timeout as error:
             raise RunFolderError("another map is being made here", where=output, fix="wait for it") from error
@@ -209,10 +213,11 @@ def _read_record(path: Path, identity: str | None = None) -> dict[str, Any]:
     return content
 
 
-def _map_rows(network: Network, scene: Scene, plan: Mapping[str, Any], work: Path, batch: int) -> None:
+def _map_rows(
+    network: Network, scene: Scene, plan: Mapping[str, Any], water: Water | None, work: Path, batch: int
+) -> None:
     """Append the layers strip by strip to their file, whose length tells how far it has come."""
-    crop, positive, permanent = plan["crop"], plan["positive"], plan["permanent_file"]
-    reader, water = Reader(scene, network.steps, crop), water_of(Path(permanent), scene) if permanent else None
+    crop, positive, reader = plan["crop"], plan["positive"], Reader(scene, network.steps, plan["crop"])
 
     def predict(row: int) -> Iterator[tuple[int, Array]]:
         reader.hold(row)
@@ -262,7 +267,8 @@ def _finish(scene: Scene, plan: Mapping[str, Any], output: Path, record: dict[st
                     raise OSError(f"{name}.tif is not what was written")
         km2, shares = _areas(layers, plan["names"])
         shown = [f"{a.sensor} of {a.time:%F}" for a in scene.acquisitions.values() if a.step == EVENT]
-        titles = f"event: {', '.join(shown)} (grey)", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
+        shown = [f"{text} (grey)" if text.startswith("S1RTC") else text for text in shown]
+        titles = f"event: {', '.join(shown)}", f"probability of {hazard}", f"{hazard}: {km2[hazard]:.2f} km²"
         polygons = _write_polygons(layers, work / "water.gpkg", hazard, plan["min_hectares"])
         _write_quicklook(layers, work / "quicklook.png", titles)
     for name in ("quicklook.png", "water.gpkg", *(f"{name}.tif" for name in _RESAMPLING)):
@@ -351,9 +357,10 @@ def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
             called = np.where(found == NOT_SEEN, -1, found == record["positive"])
             rows.append((f"row{window.row_off:06d}_column{window.col_off:06d}", f"row{window.row_off:06d}"))
             counted.append(count(wet, called, steps / PROBABILITY_STEPS, classes=2))
-    if not sum(counts["counts"][0, 1].sum() for counts in counted):
-        fix = "look at the place of the truth, and at --truth-value"
-        raise DataError("no flood of the truth lies where the map has seen something", where=truth, fix=fix)
+    fix = "look at its place, at --truth-value, and whether its 0 is declared as no data (gdal_edit.py -unsetnodata)"
+    for kind, name in ((1, "flood"), (0, "dry land")):
+        if not sum(counts["counts"][0, kind].sum() for counts in counted):
+            raise DataError(f"no {name} of the truth lies where the map has seen something", where=truth, fix=fix)
     metadata = {"split": "map", "protocol": "custom", "recipe_sha256": record.get("recipe_sha256")}
     metadata |= {"class_names": ["rest", record["names"][record["positive"]]], "positive_class": 1}
     metadata["checkpoint"] = {"name": record["weights"]["file"]} | record["weights"]

@@ -40,6 +40,7 @@ _SCL_BITS = np.zeros(256, np.uint8)
 _SCL_BITS[[8, 9, 10]], _SCL_BITS[3], _SCL_BITS[11] = CLOUD, SHADOW, SNOW
 # GDAL says so of the arrays in memory that rasterio 1.4 hands to it.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+Water = Callable[[Window], Array]
 _MISSING = {"S1RTC": NO_RADAR, "S2L2A": NO_OPTICAL, "DEM": NO_ELEVATION}
 _GAP = {"S1RTC": np.float16(np.nan), "S2L2A": np.int16(NO_DATA), "DEM": np.int16(NO_DATA)}  # a missing chip value
 _COLUMNS, _THREADS = 1024, 8  # of a block; a thread holds about 70 MB
@@ -49,6 +50,7 @@ _WINDOW, _ALONG, _FEW = 256, 3, 1000
 # Gamma naught of land and water in VV: the data set's mean is -10 dB, calm water -25, cities above 0.
 _DB = (-32.0, 4.0)
 _NO_RADAR = (-60.0, 1e6)  # what lies outside is neither dB nor linear power
+_PRODUCT = re.compile(r"\b(?:S[12][A-D]|T\d\d[A-Z]{3})[_-]\S*?(20\d{6}T\d{6})", re.IGNORECASE)  # sensing comes first
 _OFFSET = 1000  # baseline 04.00 of Sentinel-2 adds it (microsoft/PlanetaryComputer#134)
 
 
@@ -179,7 +181,8 @@ class Reader:
         if "S1RTC" in self.steps:
             vv = self.cut("S1RTC", part=np.s_[self.steps["S1RTC"].index(EVENT), 0])[:height].astype(np.float32)
             np.copyto(colours, 10.2 * (vv + 25), where=hidden & (bits & NO_RADAR == 0))  # -25 dB is black, 0 dB white
-        colours[:, bits & OUTSIDE > 0] = 211  # light grey
+        unknown = NO_RADAR | NO_OPTICAL
+        colours[:, (bits & OUTSIDE > 0) | (bits & unknown == unknown)] = 211  # light grey
         return np.clip(colours, 0, 255, out=colours)
 
     def _begin(self, index: int) -> tuple[dict[str, Array], list[Future[None]]]:
@@ -212,10 +215,11 @@ class Reader:
                 break
 
 
-def water_of(path: Path, grid: Grid, value: int | None = None) -> Callable[[Window], Array]:
+def water_of(path: Path, grid: Grid, value: int | None = None) -> Water:
     """A function that finds water that someone else has mapped in a window of a grid, (H, W).
 
     It gives 1 for water (*value*, or all but 0), 0 for none, `IGNORE_INDEX` where a raster has no data or is negative.
+    Raises `DataError` where a raster without a *value* does not say what 255 is.
     """
     is_vector = path.suffix.lower() in (".geojson", ".json", ".gpkg", ".shp", ".fgb")
     if is_vector and value is not None:
@@ -233,6 +237,9 @@ def water_of(path: Path, grid: Grid, value: int | None = None) -> Callable[[Wind
                 raise DataError("255 may be water or no data, and the file does not say so", where=path, fix=fix)
         return np.where(values >= 0, values > 0 if value is None else values == value, IGNORE_INDEX)  # NaN is not >= 0
 
+    if polygons is None and value is None:  # what is wrong is told before a model runs
+        for window in windows.subdivide(Window(0, 0, grid.width, grid.height), _COLUMNS, _COLUMNS):
+            find(window)
     return find
 
 
@@ -255,6 +262,8 @@ def list_problems(scene: Scene, max_gap: float, min_seen: float) -> list[str]:
                 found.append(f"{told}, which lies at {edges}")
             samples = [(_sample(a, bands, scene, part), a.said | said) for part, bands, said in parts if part.area]
             # Fewer pixels are a corner, of which the shares of map.json tell.
+            if samples and not any(values.size for values, _ in samples):
+                found.append("its files have no value in a sample of the area")
             found += [check[a.sensor](values, said) for values, said in samples if values.shape[1] >= _FEW]
         problems += [f"{a.name}: {public(problem)}" for problem in found if problem]
     return problems
@@ -265,18 +274,19 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
     for a, b in itertools.pairwise(timed):  # by sensor, each in order of steps
         if a.sensor == b.sensor and a.time >= b.time:
             yield f"{a.name} ({a.time:%F}) is not before {b.name} ({b.time:%F}): are the dates swapped?"
-    used = [(a, {entry for bands, _ in a.sources for entry in bands.values()}) for a in timed]
+    used = [(a, [bands[name] for bands, _ in a.sources for name in BANDS[a.sensor]]) for a in timed]
     for (a, some), (b, others) in itertools.combinations(used, 2):
-        if same := some & others:
+        files = [{(os.path.realpath(place), number) for place, number in entries} for entries in (some, others)]
+        if same := files[0] & files[1]:
             yield f"{a.name} and {b.name} are the same file: {min(same)[0]}"
     for a, entries in used:  # products are named after the time of sensing; 180 degrees from Greenwich days differ
-        stamps = re.findall(r"(?<!\d)20\d{6}T\d{6}", " ".join(Path(place).name for place, _ in entries))
+        stamps = _PRODUCT.findall(" ".join(Path(place).name for place, _ in entries))
         if stamps and all(abs(scenes.parse_time(stamp, a.name) - a.time).days for stamp in stamps):
             yield f"{a.name} is said to be of {a.time:%F}, and its files' names say {stamps[0]}"
     radar, optical = (scene.acquisitions.get((sensor, EVENT)) for sensor in ("S1RTC", "S2L2A"))
     before = scene.acquisitions.get(("S1RTC", BEFORE))
     was, now = (a.said.get("orbit") if a else None for a in (before, radar))
-    if was and now and was != now:
+    if was and now and str(was) != str(now):
         yield f"S1RTC: orbit {was} before and {now} at the event: what changed may be the view alone"
     if radar and optical and (gap := abs((radar.time - optical.time).total_seconds()) / 86_400) > max_gap:
         yield f"the event passes of radar and optical are {gap:.1f} days apart (limit {max_gap:g}, --max-gap)"
@@ -288,7 +298,8 @@ def _bands(a: Acquisition, bands: Bands) -> str | None:
         listed = {name: number for name, (where, number) in bands.items() if where == place}
         with scenes.opened(place) as raster:
             if raster.count != max(listed.values()):
-                return f"{place} has {raster.count} bands, {max(listed.values())} are named ({', '.join(listed)})"
+                named = f"{max(listed.values())} are named ({', '.join(listed)})"
+                return f"{place} has {raster.count} bands, {named}: name all of them in 'bands'"
             for name, number in listed.items():
                 said = (raster.descriptions[number - 1] or "").lower()
                 if said in (band.lower() for band in BANDS[a.sensor]) and said != name.lower():
@@ -304,7 +315,10 @@ def _reached(a: Acquisition, bands: Bands, scene: Scene) -> Any:
     with scenes.opened(bands[BANDS[a.sensor][0]][0]) as raster:
         try:
             area = shapely.make_valid(scenes.to_crs(scene.polygons, scene.crs, raster.crs))
-            part = shapely.intersection(area, scenes.footprint(raster))
+            outline = scenes.footprint(raster)
+            if raster.crs.is_geographic:  # an area across 180 degrees goes on to 181
+                outline |= shapely.transform(outline, lambda xy: xy + np.array([360, 0]))
+            part = shapely.intersection(area, outline)
             part = scenes.to_crs(part[shapely.area(part) > 0], raster.crs, scene.crs)
             return shapely.union_all(shapely.make_valid(part))
         except ValueError:  # the area has no place in the raster's CRS, or nothing is in both
@@ -351,8 +365,11 @@ def _optical(values: Array, said: dict[str, Any]) -> str | None:
         return f"an offset of {offset:g} leaves {lowest + offset:.0f} in the darkest pixels: was it taken off already?"
     level = {name: max(np.median(values[S2_BANDS.index(name)]) + (offset or 0), 1) for name in ("B07", "B08", "B8A")}
     for name in ("B08", "B07"):
-        if abs(np.log(level["B8A"] / level[name])) > 0.4:
+        if abs(np.log(level["B8A"] / level[name])) > 0.7:
             return f"B8A and {name}, neighbours in the spectrum, differ by half: is the order of bands {S2_BANDS}?"
+    short, long = (max(np.median(values[S2_BANDS.index(name)]) + (offset or 0), 100) for name in ("B11", "B12"))
+    if long > 1.3 * short:
+        return f"B12 is brighter than B11, which it hardly is on any ground: is the order of bands {S2_BANDS}?"
     return None
 
 

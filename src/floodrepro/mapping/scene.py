@@ -94,7 +94,8 @@ def opened(place: str) -> Iterator[DatasetReader]:
     try:
         with rasterio.Env(**_GDAL), rasterio.open(link) as raster:
             if not raster.crs:
-                raise CRSError("it has no CRS; 'gdal_edit.py -a_srs EPSG:32633 FILE' sets one")
+                cure = "gdalwarp brings it to one" if raster.gcps[0] else "gdal_edit.py -a_srs EPSG:N sets one"
+                raise CRSError(f"it has no CRS; {cure}")
             yield raster
     except (RasterioError, CRSError, CPLE_BaseError, IndexError) as error:  # IndexError: there is no such band
         what = f"the raster cannot be read: {public(str(error).replace(link, place))[:200]}"
@@ -117,6 +118,8 @@ def read_scene(path: Path) -> Scene:
             where = f"{path}: {name_of(sensor, number)}"
             said = {"unit": _UNITS[sensor][0], "nodata": [0] if sensor == "S2L2A" else []} | content.get(sensor, {})
             said |= {} if sensor == "DEM" else said.get(STEPS[number], {})
+            if not said.get("files") and said.keys() & {"raster", *LAYERS[sensor]}:
+                raise ValueError("it has no 'files'")
             if not said.get("files") or said.get("missing"):
                 continue
             if said["unit"] not in _UNITS[sensor]:
@@ -148,17 +151,18 @@ def _source(file: Any, said: dict[str, Any], sensor: str, folder: Path) -> tuple
         bands = {name: (file, 1) for name, file in found}
         if twice := [(name, file) for name, file in found if bands[name][0] != file]:
             name, file = twice[0]
-            raise ValueError(f"two files are named after {name}: {file} and {bands[name][0]}; a folder is for one date")
+            both = f"{file} and {bands[name][0]}"
+            raise ValueError(f"two files are named after {name}: {both}; a folder has one date, and a file a band")
     elif raster:
         bands = {name: (raster, number) for number, name in enumerate(entry.get("bands", BANDS[sensor]), 1)}
     if missing := [name for name in BANDS[sensor] if name not in bands]:
         raise ValueError(f"no file for band {', '.join(missing)}")
     # From baseline 04.00 on, 1000 is added to every pixel but no-data (microsoft/PlanetaryComputer#134).
-    baseline = float(re.sub(r"^N(\d\d)(?=\d\d$)", r"\1.", str(entry.get("baseline", 0))))  # names of products: N0511
+    baseline = float(re.sub(r"^N?(\d\d)\.?(\d\d)$", r"\1.\2", str(entry.get("baseline", 0))))  # as in N0511
     by_baseline = None if "baseline" not in entry else -1000 if baseline >= 4 else 0
     offset = float(entry["offset"]) if "offset" in entry else by_baseline
-    if not (-2000 <= (offset or 0) <= 0 and 0 <= baseline < 100):  # NaN is not either
-        raise ValueError(f"offset {offset}, baseline {entry.get('baseline')}: from -2000 to 0, and such as 05.11")
+    if not (-2000 <= (offset or -1) <= -1 and 0 <= baseline < 100):  # NaN is not either; -0.1 is of reflectances
+        raise ValueError(f"offset {offset}, baseline {entry.get('baseline')}: 0 or from -2000 to -1, and such as 05.11")
     return bands, offset
 
 
@@ -168,7 +172,8 @@ def to_crs(geometry: Any, source: Any, target: Any) -> Any:
     Raises `ValueError` where they lie nowhere on Earth.
     """
     if source != target:
-        close = shapely.segmentize(geometry, shapely.length(geometry) / 400)
+        west, south, east, north = shapely.total_bounds(geometry)
+        close = shapely.segmentize(geometry, (east - west + north - south) / 200)
         move = functools.partial(rasterio.warp.transform, source, target)
         geometry = shapely.transform(close, move, interleaved=False)
     west, south, east, north = bounds = shapely.total_bounds(geometry)
@@ -182,16 +187,17 @@ def to_crs(geometry: Any, source: Any, target: Any) -> Any:
 def read_polygons(path: Path, crs: Any = DEGREES) -> Any:
     """The polygons of a GeoJSON, GeoPackage or other vector file as an array in *crs*; raises `UsageError` for none."""
     try:
-        if len(layers := pyogrio.list_layers(path)) > 1:
-            raise ValueError(f"there are several layers ({', '.join(layers[:, 0])}), and one is needed")
-        meta, _, wkb, _ = pyogrio.raw.read(path, columns=[], force_2d=True)
+        layers = [name for name, kind in pyogrio.list_layers(path) if kind]  # QGIS keeps styles in a table beside them
+        if len(layers) != 1:
+            raise ValueError(f"there are {len(layers)} layers ({', '.join(layers)}), and one is needed")
+        meta, _, wkb, _ = pyogrio.raw.read(path, layer=layers[0], columns=[], force_2d=True)
         parts = shapely.make_valid(shapely.from_wkb(wkb))
         parts = shapely.get_parts(shapely.get_parts(parts))  # twice: a MultiPolygon may lie in a collection
         if not shapely.area(parts).any():
             raise ValueError("the file holds no polygon")
         return to_crs(parts[shapely.area(parts) > 0], meta["crs"] or DEGREES, crs)
     except (*_UNREADABLE, ValueError, CPLE_BaseError) as error:
-        fix = "give polygons in one layer of a GeoJSON, GeoPackage, Shapefile or FlatGeobuf"
+        fix = "give polygons in one layer of a GeoJSON, GeoPackage, Shapefile or FlatGeobuf; without a CRS, in degrees"
         raise UsageError(f"the polygons cannot be read: {error}", where=path, fix=fix) from error
 
 
@@ -219,8 +225,12 @@ def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Ac
         parts, crs = read_area(content["area"], folder), CRS.from_user_input(DEGREES)
     else:
         sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT), key[0]))
-        with opened(found[sensor, step].sources[0][0][BANDS[sensor][0]][0]) as raster:
-            parts, crs = np.array([footprint(raster)]), raster.crs
+        outlines, crs = [], None
+        for bands, _ in found[sensor, step].sources:
+            with opened(bands[BANDS[sensor][0]][0]) as raster:
+                crs = crs or raster.crs  # of the first
+                outlines.append(to_crs(footprint(raster), raster.crs, crs))
+        parts = np.array(outlines)
     epsg = crs.to_epsg() or 0
     if epsg // 100 not in (326, 327):  # WGS 84 / UTM, north and south: elsewhere 10 m x 10 m are not 100 m² of ground
         west, south, east, north = shapely.total_bounds(to_crs(parts, crs, DEGREES))
