@@ -104,8 +104,10 @@ def _map_scene(args: argparse.Namespace) -> None:
     if shares["seen"] < args.min_seen:
         why = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if name != "seen")
         what = f"only {shares['seen']:.0%} of the area was seen (--min-seen {args.min_seen:g}; {why})"
-        what = what if result["km2"]["area"] else "no pixel of 10 m has its middle within the area"
-        raise DataError(what, where=args.output, fix="find a pass that shows it; the map is there all the same")
+        fix = "find a pass that shows it; the map is there all the same"
+        if not result["km2"]["area"]:
+            what, fix = "no pixel of 10 m has its middle within the area", "give a larger area"
+        raise DataError(what, where=args.output, fix=fix)
 
 
 def _plan_of(args: argparse.Namespace, recipe: recipes.Recipe) -> dict[str, Any]:

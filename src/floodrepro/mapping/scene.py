@@ -223,6 +223,8 @@ def _grid(content: dict[str, Any], folder: Path, found: dict[tuple[str, int], Ac
     """Polygons, CRS, transform, height, width; without `area`, the polygon is the footprint of the event's raster."""
     if content.get("area"):
         parts, crs = read_area(content["area"], folder), CRS.from_user_input(DEGREES)
+    elif not found:
+        raise ValueError("it names neither an area nor files")
     else:
         sensor, step = min(found, key=lambda key: (abs(key[1] - EVENT), key[0]))
         outlines, crs = [], None
