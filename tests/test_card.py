@@ -123,7 +123,7 @@ def test_generated_chips_a_better_rule_and_comparisons_not_made_are_named_in_rep
     report, card = render(results, {}), card_of(run)
     figures = [f"{results['scores']['rows'][0]['values'][n]:.3f}" for n in (1, 0)]
     better = f"(VV falls by more than 5 dB) scores higher than this model: flood IoU {' against '.join(figures)}"
-    simple = "that the model is better than simple rules: the baseline vv-drop scores higher"
+    simple = "a model better than simple rules: the baseline vv-drop scores higher"
     made = "Against the reference (not made), Spread over seeds (not made)"
     for text in (report[: report.index("## Scores")], card[: card.index("## Intended use")]):
         for says in (better, simple, "Generated data", made):

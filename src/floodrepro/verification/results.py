@@ -101,8 +101,10 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
     parity, seeds, mean, published = (by_id[key] for key in ("parity", "variance", "head_to_head", "reference"))
     outcome, name = parity["outcome"], evidence.reference_name or "the reference"
     word, sentence = "not compared", "There was no comparison with a reference; the run itself was checked."
-    if outcome:
-        sentence = f"Against {name}: {evidence.iou_name} {parity['finding']}."
+    generated = (evidence.record.get("data") or {}).get("generated")
+    if outcome and evidence.table:
+        on = f"{len(evidence.table):,} {'generated ' if generated else ''}chips"
+        sentence = f"Against {name}, on {on}: {evidence.iou_name} {parity['finding']}."
         doubts = [seeds] if seeds["status"] in ("fail", "undecided") else []
         doubts += [mean] if "different" in str(mean["outcome"]) else []
         # Equivalence is refused its name where the declared seeds, or the mean over events, stand against it.
@@ -122,12 +124,12 @@ def _verdict(evidence: Evidence, by_id: Mapping[str, Check], not_met: Sequence[s
     # Of a published result, the reference has to come out as published, and this run as the reference.
     reasons = {"pass": "" if word == "equivalent" else f'the verdict is "{word}"', "skip": published["finding"]}
     reason = reasons.get(published["status"], f"{published['title']} did not come out")
-    limits = [f"that a published result is reproduced: {reason}"] if reason else []
+    limits = [f"a published result reproduced: {reason}"] if reason else []
     if better := _better_baseline(evidence):
-        limits.append(f"that the model is better than simple rules: the baseline {better[0]} scores higher")
+        limits.append(f"a model better than simple rules: the baseline {better[0]} scores higher")
     limits += [] if len(evidence.seeds) > 1 else ["another seed"]
     limits.append("other regions, and events unlike these")
-    if (evidence.record.get("data") or {}).get("generated"):
+    if generated:
         limits.append("real events, or IBM's model on them: the chips are generated")
     numbered = ", ".join(f"({n}) {limit}" for n, limit in enumerate(limits, 1))
     return {"word": word, "outcome": outcome, "sentence": sentence, "not_shown": f"Not shown: {numbered}."}

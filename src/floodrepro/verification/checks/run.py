@@ -39,7 +39,7 @@ def convergence(evidence: Evidence) -> Check:
         "caption": f"val/loss by epoch: {losses[first]:.4f} at first, {losses[best]:.4f} at best, in epoch {best}.",
     }
     notes = [f"The best epoch, {best}, is the last one: more epochs might have helped."] if best == last else []
-    found = f"val/loss {losses[first]:.3f} to {losses[best]:.3f}, best epoch {best}"
+    found = f"val/loss {losses[first]:.3f} to {losses[best]:.3f}, best epoch {best}{', the last one' * (best == last)}"
     return judge(values, found, plots=[plot], notes=notes)
 
 
@@ -69,8 +69,8 @@ def data(evidence: Evidence) -> Check:
         if ours.get(key) and theirs.get(key):
             values.append(_same(f"{key} of training and test", theirs[key], ours[key]))
     compared = bool(values and digests["training"] and digests["test"])
-    read = "no error in the audit" if audit else "without an audit (floodrepro data audit), so no pixel was read"
-    found = f"the same: {', '.join(value['name'] for value in values)}; {read}"
+    read = "no error in the audit" if audit else "no pixel was audited (floodrepro data audit)"
+    found = f"{len(values)} comparisons of chips, lists and protocol agree; {read}"
     if audit:
         errors = [one["message"] for one in audit["findings"] if one["severity"] == "error"]
         values.append(tally("errors of the audit", errors))

@@ -27,7 +27,7 @@ def parity(evidence: Evidence) -> Check:
     printed = intervals.jackknife(ours, metrics.mean_iou, other=theirs, positive=k)
     labels = {f"{evidence.iou_name}, pooled": primary, "mIoU, pooled (printed, not tested)": printed}
     values = [_difference(label, result, chips) for label, result in labels.items()]
-    notes.append("The interval holds for these weights and events like these: a missing kind can hide any difference.")
+    notes.append("The interval holds for these weights and events like these, and says nothing of missing kinds.")
     return _decide(primary, "events", values=values, notes=notes)
 
 
