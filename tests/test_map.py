@@ -22,13 +22,13 @@ from rasterio import Affine
 from rasterio.windows import Window
 from scipy import ndimage
 
-from conftest import files_of
+from conftest import files_of, save
 from floodrepro.errors import DataError, RunFolderError
 from floodrepro.mapping import mapper
 from floodrepro.mapping.mapper import starts, strips
 from floodrepro.mapping.reader import NO_OPTICAL, NO_OTHER, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene, to_crs
-from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, run_without_room, save
+from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, run_without_room
 
 
 def read(folder: Path, name: str):
@@ -330,7 +330,7 @@ def test_another_area_or_permanent_water_under_the_same_name_is_another_map(tmp_
         (tmp_path / "a.geojson").write_text(shapely.to_geojson(area))
 
     draw(300)
-    river = tmp_path / save(tmp_path / "river.tif", np.ones((1, 40, 40), np.uint8))
+    river = save(tmp_path / "river.tif", np.ones((1, 40, 40), np.uint8))
     scene = make_scene(tmp_path / "s", 40, 40, area={"file": "../a.geojson"})
     options = {"names": ["rest", "flood", "water"], "permanent": 2, "permanent_file": str(river)}
     run(scene, tmp_path / "m", **options)

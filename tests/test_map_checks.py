@@ -9,10 +9,11 @@ import rasterio
 import shapely
 import yaml
 
+from conftest import save
 from floodrepro.errors import DataError, UsageError
 from floodrepro.mapping.reader import list_problems, water_of
 from floodrepro.mapping.scene import read_scene
-from map_scenes import CRS, LEFT, TOP, make_scene, save
+from map_scenes import CRS, LEFT, TOP, make_scene
 
 ORDER = [1, 2, 3, 7, 4, 5, 6, 8, 10, 11, 0, 9]  # all of 10 m first
 SORTED = [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 8]  # by file name
@@ -117,7 +118,7 @@ def test_a_sound_scene_has_no_problems_and_with_a_baseline_or_dark_pixels_it_nee
     edit(scene, lambda c: (take_offset(c), c["S1RTC"].update(nodata=-32768)))
     dates = {"before": ["vv", "vh", "x", "y"], "event": ["x", "y", "vv", "vh"]}  # in one file
     bands = [rasterio.open(scene.with_name(f"s1_{step}.tif")).read() for step in dates]
-    file = save(scene.with_name("stack.tif"), np.concatenate(bands), nodata=np.nan)
+    file = save(scene.with_name("stack.tif"), np.concatenate(bands), nodata=np.nan).name
     edit(scene, lambda c: [c["S1RTC"][k].update(files=[{"raster": file, "bands": b}]) for k, b in dates.items()])
     assert list_problems(read_scene(scene), 5, 0.3) == []  # dark pixels have 300
     edit_pixels(scene, "s2_event.tif", lambda bands: bands + 1000)

@@ -8,6 +8,7 @@ import rasterio
 import torch
 import yaml
 
+from conftest import save
 from floodrepro import recipe as recipes
 from floodrepro.cli.model import parse
 from floodrepro.data.chips import Chips
@@ -16,7 +17,7 @@ from floodrepro.data.synth import draw_event, generate, write_scene
 from floodrepro.evaluation import chip_table
 from floodrepro.mapping.reader import Reader
 from floodrepro.mapping.scene import read_scene
-from map_scenes import make_scene, save
+from map_scenes import make_scene
 
 FLAGS = ("--crop", 32, "--max-gap", 9)
 

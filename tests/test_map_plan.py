@@ -16,6 +16,7 @@ import rasterio.warp
 import yaml
 
 import stac_server
+from conftest import save
 from floodrepro.data.protocols import S2_BANDS
 from floodrepro.errors import DataError
 from floodrepro.mapping import plan
@@ -251,12 +252,10 @@ def test_a_planned_scene_of_local_cogs_is_mapped_over_http(ask, tmp_path):
     hrefs = [v for step in steps for file in step["files"] for v in file.values() if str(v).startswith("http")]
     assert len(hrefs) == 4 * 2 + 4 * 13 + 1
     left, top = rasterio.warp.transform("EPSG:4326", "EPSG:32633", [12.199], [47.903])
-    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, round(left[0], -1), 0, -10, round(top[0], -1))}
+    corner = rasterio.Affine(10, 0, round(left[0], -1), 0, -10, round(top[0], -1))
     for path in (tmp_path / href.removeprefix(base) for href in hrefs):
-        path.parent.mkdir(parents=True, exist_ok=True)
         value = next((value for end, value in VALUES.items() if path.name.endswith(end)), 1200)
-        with rasterio.open(path, "w", driver="COG", width=60, height=60, count=1, dtype="float32", **place) as out:
-            out.write(np.full((1, 60, 60), value, "float32"))
+        save(path, np.full((60, 60), value, "float32"), transform=corner, driver="COG")
     assert len(read_scene(tmp_path / "scene.yaml").acquisitions) == 9
     record = run(tmp_path / "scene.yaml", tmp_path / "map")
     files.communicate(timeout=10)
