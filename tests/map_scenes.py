@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import rasterio
 import yaml
 
 from conftest import PLACE, save
@@ -48,6 +49,19 @@ def make_scene(folder: Path, height: int, width: int, **changes) -> Path:
     path = folder / "scene.yaml"
     path.write_text(yaml.safe_dump(scene | {"DEM": {"files": dem}} | changes))
     return path
+
+
+def edit_pixels(scene: Path, pattern: str, change) -> None:
+    """Change the values of the files beside a scene.yaml whose names match."""
+    for file in scene.parent.glob(pattern):
+        with rasterio.open(file, "r+") as raster:
+            raster.write(change(raster.read()).astype(raster.dtypes[0]))
+
+
+def read(folder: Path, name: str = "class"):
+    """A layer of a map as whole numbers, (H, W)."""
+    with rasterio.open(folder / f"{name}.tif") as file:
+        return file.read(1).astype(int)
 
 
 class RadarNetwork:

@@ -18,15 +18,12 @@ def of_equal_size(right: np.ndarray | list[int]) -> np.ndarray:
     return np.array([[[0, 0], [100 - hits, hits]] for hits in right])
 
 
-def test_jackknife_error_by_hand():
+def test_jackknife_is_as_by_hand_and_its_interval_of_equal_events_and_of_seeds_is_students_of_their_mean():
     counts = np.array([[[0, 1], [1, 2]], [[0, 0], [2, 6]], [[0, 3], [0, 1]]])  # flood IoU 2/4, 6/8, 1/4; pooled 9/16
     found = jackknife(counts, iou)
     without = np.array([7 / 12, 3 / 8, 8 / 12])
     assert found.estimate == 9 / 16
     assert found.error == pytest.approx(np.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum()))
-
-
-def test_interval_of_equal_events_and_of_seeds_is_students_of_their_mean():
     right = [90, 80, 85, 60, 95, 70, 75]
     expected = stats.ttest_1samp(np.array(right) / 100, 0.5).confidence_interval(0.9)
     events, seeds = jackknife(of_equal_size(right), accuracy), over_seeds(np.array(right) / 100, 0.5)

@@ -28,12 +28,7 @@ from floodrepro.mapping import mapper
 from floodrepro.mapping.mapper import starts, strips
 from floodrepro.mapping.reader import NO_OPTICAL, NO_OTHER, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene, to_crs
-from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, run_without_room
-
-
-def read(folder: Path, name: str):
-    with rasterio.open(folder / f"{name}.tif") as file:
-        return file.read(1)
+from map_scenes import CRS, LEFT, TOP, RadarNetwork, edit_pixels, lake, make_scene, read, run, run_without_room
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +131,8 @@ def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):
     plain, other = make_scene(tmp_path / "a", 40, 40), make_scene(tmp_path / "b", 40, 40)
     text = other.read_text().replace("unit: dB", "unit: power\n  nodata: [0]").replace("offset: 0", "baseline: '05.11'")
     other.write_text(text)
-    for file in (tmp_path / "b").glob("s[12]_*.tif"):
-        with rasterio.open(file, "r+") as raster:
-            values = raster.read()
-            raster.write(10 ** (values / 10) if file.name.startswith("s1") else values + 1000)
+    edit_pixels(other, "s1_*.tif", lambda db: 10 ** (db / 10))
+    edit_pixels(other, "s2_*.tif", lambda bands: bands + 1000)
     run(plain, tmp_path / "m1")
     run(other, tmp_path / "m2")
     assert np.array_equal(read(tmp_path / "m1", "class"), read(tmp_path / "m2", "class"))
@@ -147,17 +140,12 @@ def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):
 
 def test_the_first_source_with_a_pixel_wins_and_gaps_are_told_from_dry(tmp_path):
     scene = make_scene(tmp_path / "s", 60, 60)
-    with rasterio.open(tmp_path / "s" / "s1_event.tif", "r+") as raster:
-        values = raster.read()
-        save(tmp_path / "s" / "rest.tif", values[:, :, 20:40], transform=Affine(10, 0, LEFT + 200, 0, -10, TOP))
-        values[:, :, 20:] = np.nan
-        raster.write(values)
-    with rasterio.open(tmp_path / "s" / "s2_event.tif", "r+") as raster:
-        values = raster.read()
-        values[:, 50:] = 0
-        raster.write(values)
-    with rasterio.open(tmp_path / "s" / "s1_after.tif", "r+") as raster:
-        raster.write(np.where(np.arange(60) < 15, np.nan, raster.read()))
+    with rasterio.open(tmp_path / "s" / "s1_event.tif") as raster:
+        rest = raster.read()[:, :, 20:40]
+    save(tmp_path / "s" / "rest.tif", rest, transform=Affine(10, 0, LEFT + 200, 0, -10, TOP))
+    edit_pixels(scene, "s1_event.tif", lambda db: np.where(np.arange(60) < 20, db, np.nan))
+    edit_pixels(scene, "s2_event.tif", lambda bands: np.where(np.arange(60)[:, None] < 50, bands, 0))
+    edit_pixels(scene, "s1_after.tif", lambda db: np.where(np.arange(60) < 15, np.nan, db))
     scene.write_text(scene.read_text().replace("- s1_event.tif", "- s1_event.tif\n    - rest.tif"))
     record = run(scene, tmp_path / "m")
     classes, quality = read(tmp_path / "m", "class"), read(tmp_path / "m", "quality")
@@ -193,15 +181,8 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     wkb, kind = shapely.to_wkb(np.array(squares)), {"crs": CRS, "geometry_type": "Polygon"}
     pyogrio.raw.write(tmp_path / "area.gpkg", wkb, [], [], **kind)
     pyogrio.raw.write(tmp_path / "one.gpkg", wkb[:1], [], [], **kind)
-    pyogrio.raw.write(
-        tmp_path / "area.gpkg",
-        None,
-        [np.array(["x"], object)],
-        ["style"],
-        layer="layer_styles",
-        append=True,
-        geometry_type=None,
-    )
+    styles = {"layer": "layer_styles", "append": True, "geometry_type": None}
+    pyogrio.raw.write(tmp_path / "area.gpkg", None, [np.array(["x"], object)], ["style"], **styles)
     scene = make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"})
     record = run(scene, tmp_path / "m")
     quality = read(tmp_path / "m", "quality")
@@ -212,22 +193,16 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     assert (table.counts.sum(), table.unseen.sum(), table.ignored.sum()) == (1800, 0, 110 * 120 - 1800)
 
 
-def test_a_box_in_degrees_chooses_its_utm_zone(tmp_path):
+def test_a_box_in_degrees_chooses_its_utm_zone_and_a_large_raster_gets_no_row_more_than_its_footprint(tmp_path):
     scene = read_scene(make_scene(tmp_path, 20, 20, area={"box": [13.0, 46.9, 13.1, 47.0]}))
     assert scene.crs == CRS and scene.transform.c % 10 == scene.transform.f % 10 == 0
     south = read_scene(make_scene(tmp_path, 20, 20, area={"box": [179.9, -17.0, 180.1, -16.9]}))
     assert south.crs.to_epsg() in (32760, 32701) and south.width < 2500
-
-
-def test_the_grid_of_a_large_raster_has_no_row_more_than_its_footprint(tmp_path):
-    save(tmp_path / "s1.tif", np.zeros((2, 20, 20), np.float32), transform=Affine(10_000, 0, LEFT, 0, -10_000, TOP))
+    for name, width, top in (("s1", 20, TOP), ("s2", 9, TOP + 50_000)):
+        place = Affine(10_000, 0, LEFT, 0, -10_000, top)
+        save(tmp_path / f"{name}.tif", np.zeros((2, 20, width), np.float32), transform=place)
     (tmp_path / "scene.yaml").write_text("S1RTC: {event: {time: 2026-08-28, files: s1.tif}}")
     assert read_scene(tmp_path / "scene.yaml")[-2:] == (20_000, 20_000)
-    save(
-        tmp_path / "s2.tif",
-        np.zeros((2, 20, 9), np.float32),
-        transform=Affine(10_000, 0, LEFT, 0, -10_000, TOP + 50_000),
-    )
     (tmp_path / "scene.yaml").write_text("S1RTC: {event: {time: 2026-08-28, files: [s1.tif, s2.tif]}}")
     assert read_scene(tmp_path / "scene.yaml")[-2:] == (25_000, 20_000)
 
