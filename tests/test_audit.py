@@ -51,8 +51,7 @@ def retouch(root: Path, chip: str, part: str, change) -> None:
 
 
 def found_in(root: Path, **options) -> dict[str, dict]:
-    manifest = audit(root, PROTOCOLS["v1"], jobs=1, **options)
-    return {finding["check"]: finding for finding in manifest["findings"]}
+    return {finding["check"]: finding for finding in audit(root, PROTOCOLS["v1"], jobs=1, **options)["findings"]}
 
 
 @pytest.fixture(scope="session")

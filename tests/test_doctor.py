@@ -169,9 +169,7 @@ def test_closed_device_file_gets_the_repair_of_the_place(tmp_path, monkeypatch):
         assert fix in found.fix
 
 
-def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault_and_devices_count_as_lightning_does(
-    tmp_path, monkeypatch
-):
+def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault_and_devices_count_as_lightning_does(tmp_path, monkeypatch):
     plant(tmp_path, INSTINCT)
     asks_cpu = fold([DEMO], ["--trainer.accelerator=cpu"])
     assert check_gpus(ROCM | {"devices": [MI300X]}, asks_cpu, tmp_path)[0].status == "ok"

@@ -56,8 +56,7 @@ def test_effective_events_are_all_of_them_when_alike_and_one_when_one_is_everyth
 
 def test_positive_class_need_not_be_the_last():
     counts = np.array([[[300, 5], [2, 90]], [[100, 3], [4, 500]], [[90, 1], [9, 40]]])
-    other = counts[:, ::-1, ::-1]
-    assert jackknife(counts, lambda c: iou(c, 0), positive=0) == jackknife(other, iou)
+    assert jackknife(counts, lambda c: iou(c, 0), positive=0) == jackknife(counts[:, ::-1, ::-1], iou)
     found = mean_over_events(counts, positive=0)  # 305, 103 and 91 pixels: the last is too small
     assert (found.estimate, found.n) == (pytest.approx((300 / 307 + 100 / 107) / 2), 2)
 

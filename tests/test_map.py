@@ -118,10 +118,9 @@ def test_a_raster_much_finer_than_the_grid_is_not_read_pixel_by_pixel(tmp_path, 
     grid = read_scene(make_scene(tmp_path, 50, 40))
     heights = np.tile(np.arange(0, 80, 0.1, dtype=np.float32), (1, 1000, 1))  # 1 m to the east is 0.2 m up
     save(tmp_path / "dem.tif", heights, transform=Affine(0.5, 0, LEFT, 0, -0.5, TOP), nodata=-9999, compress="deflate")
-    window = Window(0, 0, 40, 50)
     with rasterio.open(tmp_path / "dem.tif") as raster:
         tracemalloc.start()
-        out = read_window(raster, [1], grid, window, no_data, "bilinear")
+        out = read_window(raster, [1], grid, Window(0, 0, 40, 50), no_data, "bilinear")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert abs(out[0, :, 1:-1] - (np.arange(1, 39) * 2 + 1)).max() < 0.6 and peak < heights.nbytes / 10
@@ -183,8 +182,7 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     pyogrio.raw.write(tmp_path / "one.gpkg", wkb[:1], [], [], **kind)
     styles = {"layer": "layer_styles", "append": True, "geometry_type": None}
     pyogrio.raw.write(tmp_path / "area.gpkg", None, [np.array(["x"], object)], ["style"], **styles)
-    scene = make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"})
-    record = run(scene, tmp_path / "m")
+    record = run(make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"}), tmp_path / "m")
     quality = read(tmp_path / "m", "quality")
     assert quality.shape == (110, 120) and record["km2"]["area"] == pytest.approx(0.18, abs=0.001)
     assert (read(tmp_path / "m", "class") == 255).sum() == (quality & OUTSIDE > 0).sum() == 110 * 120 - 1800

@@ -165,8 +165,7 @@ def test_an_area_without_polygons_is_bad_usage(ask, tmp_path):
 def test_what_cannot_be_searched_is_bad_usage_before_a_server_is_asked(cli, tmp_path, flags):
     given = {"--box": BOX, "--event": ["2026-08-26"], "--stac": ["http://127.0.0.1:9"], "--output": [tmp_path / "s"]}
     given[flags[0]] = flags[1:]
-    outcome = cli("map", "plan", *(word for name, words in given.items() for word in (name, *words)))
-    assert outcome.code == 2
+    assert cli("map", "plan", *(word for name, words in given.items() for word in (name, *words))).code == 2
 
 
 def test_no_password_or_signature_gets_into_a_scene(ask):
