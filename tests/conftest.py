@@ -8,14 +8,16 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import rasterio
 
-# Before any library is imported: no test may reach for the network.
+# Before any library that could is imported: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from floodrepro.cli.main import main
@@ -26,6 +28,23 @@ from floodrepro.system import environment
 ROOT = Path(__file__).parents[1]
 ASK_TORCH = functools.cache(environment.ask_torch)
 CHIPS = {"events": 6, "chips": 18, "size": 32, "protocol": "v0", "seed": 1}
+PLACE = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, 350_000, 0, -10, 5_200_000)}  # of GeoTIFFs
+# Flags of fit for a smaller demo: half of the time, and a state of 8 MB, not 169. terratorch_runs.py has the backbone.
+SMALL = (
+    *("--data.init_args.batch_size", 2, "--data.init_args.timesteps", "[1,2]"),
+    *("--model.init_args.model_args.backbone", "thin_terramind"),
+    *("--model.init_args.model_args.backbone_temporal_n_timestamps", 2),
+    *("--model.init_args.model_args.backbone_temporal_pooling", "mean"),
+    *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
+)
+# Files that one process takes together, for what is dear to make: a fork server, or the trained run. They come first,
+# so that no process is left alone with them at the end.
+TOGETHER = (
+    ("resume", "callbacks_exact_resume", "ddp", "bench", "environment", "callbacks_nan_guard"),
+    ("demo",),
+    ("verify", "measured", "fit", "passes", "docs", "doctor", "cli"),
+)
+FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 
 @dataclass(frozen=True)
@@ -47,24 +66,6 @@ class Outcome:
         """Itself, if the command succeeded."""
         assert self.code == 0, self.err
         return self
-
-
-# Flags of fit for a smaller demo: half of the time, and a state of 8 MB, not 169. terratorch_runs.py has the backbone.
-SMALL = (
-    *("--data.init_args.batch_size", 2, "--data.init_args.timesteps", "[1,2]"),
-    *("--model.init_args.model_args.backbone", "thin_terramind"),
-    *("--model.init_args.model_args.backbone_temporal_n_timestamps", 2),
-    *("--model.init_args.model_args.backbone_temporal_pooling", "mean"),
-    *("--model.init_args.model_args.decoder_channels", "[32,16,8,8]"),
-)
-# Files that one process takes together, for what is dear to make: a fork server, or the trained run. They come first,
-# so that no process is left alone with them at the end.
-TOGETHER = (
-    ("resume", "callbacks_exact_resume", "ddp", "bench", "environment", "callbacks_nan_guard"),
-    ("demo",),
-    ("verify", "measured", "fit", "passes", "docs", "doctor", "cli"),
-)
-FAULTS = set(re.findall(r"`(test_\w+)` \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M))
 
 
 @pytest.hookimpl(tryfirst=True)  # -m chooses in the same hook
@@ -101,6 +102,18 @@ def call(*argv: object) -> Outcome:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in argv])
     return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def save(path: Path, pixels: np.ndarray, names: Sequence[str] = (), **profile: Any) -> Path:
+    """A GeoTIFF of (C, H, W) or (H, W), 10 m pixels in UTM unless the profile says otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = pixels.reshape(-1, *pixels.shape[-2:])
+    size = dict(zip(("count", "height", "width"), bands.shape, strict=True))
+    with rasterio.open(path, "w", **PLACE | size | {"driver": "GTiff", "dtype": pixels.dtype} | profile) as file:
+        file.write(bands)
+        if names:
+            file.descriptions = tuple(names)
+    return path
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -10,29 +10,18 @@ from typing import ClassVar
 import numpy as np
 import rasterio
 import yaml
-from rasterio import Affine
 
+from conftest import PLACE, save
 from floodrepro.data.protocols import S1_BANDS, S2_BANDS
 from floodrepro.errors import RunFolderError
 from floodrepro.mapping.mapper import map_scene
 from floodrepro.mapping.scene import STEPS, read_scene
 
-LEFT, TOP, CRS = 350_000, 5_200_000, "EPSG:32633"
+LEFT, TOP, CRS = PLACE["transform"].c, PLACE["transform"].f, PLACE["crs"]
 DAYS = {"S1RTC": ("2026-07-11", "2026-08-16", "2026-08-28", "2026-09-09")}
 DAYS["S2L2A"] = ("2026-07-12", "2026-08-17", "2026-08-27", "2026-09-08")
 PLAN = {"names": ["rest", "flood"], "positive": 1, "permanent": None, "permanent_file": None, "threshold": None}
 PLAN |= {"crop": 64, "stride": 48, "min_hectares": 0.0}
-
-
-def save(path, values, names=(), crs=CRS, transform=None, **profile):
-    """Write (C, H, W)."""
-    transform = transform or Affine(10, 0, LEFT, 0, -10, TOP)
-    size = {"count": len(values), "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype.name}
-    with rasterio.open(path, "w", driver="GTiff", crs=crs, transform=transform, **size | profile) as file:
-        file.write(values)
-        if names:
-            file.descriptions = tuple(names)
-    return path.name
 
 
 def lake(height: int, width: int):
@@ -51,15 +40,28 @@ def make_scene(folder: Path, height: int, width: int, **changes) -> Path:
         db = np.stack([np.full((height, width), -10.0), np.full((height, width), -16.0)])
         db -= 9.0 * (lake(height, width) & (number == 2))
         db += rng.normal(0, 1, db.shape)
-        name = save(folder / f"s1_{step}.tif", db.astype(np.float32), S1_BANDS, nodata=np.nan)
+        name = save(folder / f"s1_{step}.tif", db.astype(np.float32), S1_BANDS, nodata=np.nan).name
         scene["S1RTC"][step] = {"time": DAYS["S1RTC"][number], "orbit": 66, "files": [name]}
         optical = green + rng.integers(-90, 90, (12, height, width))
-        name = save(folder / f"s2_{step}.tif", optical.astype(np.uint16), S2_BANDS, nodata=0)
+        name = save(folder / f"s2_{step}.tif", optical.astype(np.uint16), S2_BANDS, nodata=0).name
         scene["S2L2A"][step] = {"time": DAYS["S2L2A"][number], "files": [{"raster": name, "offset": 0}]}
-    dem = save(folder / "dem.tif", (100 + np.mgrid[:height, :width][0] // 9)[None].astype(np.float32), nodata=-9999)
+    dem = save(folder / "dem.tif", (100 + np.mgrid[:height, :width][0] // 9).astype(np.float32), nodata=-9999).name
     path = folder / "scene.yaml"
     path.write_text(yaml.safe_dump(scene | {"DEM": {"files": dem}} | changes))
     return path
+
+
+def edit_pixels(scene: Path, pattern: str, change) -> None:
+    """Change the values of the files beside a scene.yaml whose names match."""
+    for file in scene.parent.glob(pattern):
+        with rasterio.open(file, "r+") as raster:
+            raster.write(change(raster.read()).astype(raster.dtypes[0]))
+
+
+def read(folder: Path, name: str = "class"):
+    """A layer of a map as whole numbers, (H, W)."""
+    with rasterio.open(folder / f"{name}.tif") as file:
+        return file.read(1).astype(int)
 
 
 class RadarNetwork:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 import torch
 import yaml
 from terratorch.models.backbones.terramind.model.terramind_vit import TerraMindViT
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 
-from conftest import SMALL
+from conftest import SMALL, save
 from floodrepro import recipe as recipes
 from processes import Command
 
@@ -82,10 +81,10 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
     images, draw = folder / "tiffs", np.random.default_rng(3)
     for number in range(12):
         image = draw.normal(size=(3, 32, 32)).astype("float32")
-        write_tiff(images / f"chip{number}_mask.tif", (image[:1] > 0).astype("int16"))
+        save(images / f"chip{number}_mask.tif", (image[0] > 0).astype("int16"), nodata=-9999)
         if number == 0:
             image[:, 3, 5] = -9999
-        write_tiff(images / f"chip{number}_image.tif", image)
+        save(images / f"chip{number}_image.tif", image, nodata=-9999)
     recipe: dict[str, Any] = yaml.safe_load(GENERIC)
     for split in ("train", "val", "test", "predict"):
         recipe["data"]["init_args"][f"{split}_data_root"] = str(images)
@@ -93,16 +92,6 @@ def generic(folder: Path, **data: Any) -> dict[str, Any]:
             recipe["data"]["init_args"][f"{split}_label_data_root"] = str(images)
     recipe["data"]["init_args"] |= data
     return recipe
-
-
-def write_tiff(path: Path, pixels: np.ndarray) -> None:
-    """Bands of 10 m pixels in UTM; -9999 is no data."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, height, width = pixels.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": pixels.dtype}
-    place = {"crs": "EPSG:32630", "transform": rasterio.Affine(10, 0, 500000, 0, -10, 1000000)}
-    with rasterio.open(path, "w", **profile, **place, nodata=-9999) as file:
-        file.write(pixels)
 
 
 def different(one: Path, other: Path) -> tuple[list[str], int]:

@@ -11,6 +11,7 @@ import pytest
 import rasterio
 import yaml
 
+from conftest import save
 from floodrepro.data import audit as auditing
 from floodrepro.data.audit import FIGURES, MANIFEST, audit
 from floodrepro.data.chips import Chips
@@ -46,13 +47,11 @@ def retouch(root: Path, chip: str, part: str, change) -> None:
     with rasterio.open(path) as file:
         values, profile = file.read(1), dict(file.profile)
     values, profile = change(values, profile)
-    with rasterio.open(path, "w", **profile) as file:
-        file.write(values, 1)
+    save(path, values, **profile)
 
 
 def found_in(root: Path, **options) -> dict[str, dict]:
-    manifest = audit(root, PROTOCOLS["v1"], jobs=1, **options)
-    return {finding["check"]: finding for finding in manifest["findings"]}
+    return {finding["check"]: finding for finding in audit(root, PROTOCOLS["v1"], jobs=1, **options)["findings"]}
 
 
 @pytest.fixture(scope="session")

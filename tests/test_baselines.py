@@ -7,6 +7,7 @@ import pytest
 import rasterio
 import zarr
 
+from conftest import save
 from floodrepro.data.protocols import IGNORE_INDEX, LABEL_DIR, PROTOCOLS, suffix_of
 from floodrepro.evaluation.baselines import write_baselines
 from floodrepro.evaluation.chip_table import ChipTable, read_table, refuse_to_compare
@@ -27,11 +28,7 @@ def write_chip(root: Path, chip: str, falls: list, mask: list) -> None:
         zarr.group(store).array("bands", bands)
         zarr.consolidate_metadata(store)
     path = root / "data" / LABEL_DIR / f"{chip}{suffix_of(PROTOCOLS['v0'], LABEL_DIR)}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profile = {"driver": "GTiff", "count": 1, "height": 1, "width": len(mask), "dtype": "int8"}
-    transform = rasterio.Affine(10, 0, 413900, 0, -10, 4537590)
-    with rasterio.open(path, "w", **profile, crs="EPSG:32635", transform=transform) as target:
-        target.write(np.array([mask], np.int8), 1)
+    save(path, np.array([mask], np.int8), crs="EPSG:32635", transform=rasterio.Affine(10, 0, 413900, 0, -10, 4537590))
 
 
 def model_on(chip: str, truth: list) -> ChipTable:

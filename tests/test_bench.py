@@ -26,8 +26,7 @@ def forked(command: list[str], cwd: Path, env: dict[str, str], **_: object) -> S
 def test_both_sides_are_measured_in_turn_and_agree(cli, tmp_path, monkeypatch, asked_once, action):
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=forked))
     flags = ("--size", 32, "--steps", 2, "--rounds", 1, "--output", tmp_path, "--format", "json")
-    told = cli("bench", action, *flags).ok()
-    found = json.loads(told.out)["fp32"]
+    found = json.loads(cli("bench", action, *flags).ok().out)["fp32"]
     assert json.loads((tmp_path / f"{action}-fp32.json").read_text()) == found
     assert set(found["chips_per_second"]) == set(SIDES)
     assert found["ratio"]["median"] > 0

@@ -80,24 +80,18 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path: Path):
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one_but_not_one_that_stopped_early(tmp_path: Path):
     train(tmp_path / "long", max_epochs=3)
     train(tmp_path / "short", max_epochs=2)
     train(tmp_path / "short", max_epochs=3, resume=tmp_path / "short" / LAST)
     assert different(tmp_path / "long" / LAST, tmp_path / "short" / LAST)[0] == []
+    stopped = fit(tmp_path / "early", "early stopping").global_step  # and was killed before its mark
+    assert fit(tmp_path / "early", "early stopping", resume=tmp_path / "early" / LAST).global_step == stopped < 9 * 6
 
 
-def test_a_run_that_stopped_early_does_not_train_on_when_it_was_killed_before_its_mark(tmp_path: Path):
-    stopped = fit(tmp_path, "early stopping").global_step
-    assert fit(tmp_path, "early stopping", resume=tmp_path / LAST).global_step == stopped < 9 * 6
-
-
-def test_a_trial_run_leaves_no_file(tmp_path: Path):
+def test_a_trial_run_leaves_no_file_and_what_would_be_overwritten_or_mixed_is_refused(tmp_path: Path):
     train(tmp_path, fast_dev_run=True)
     assert list(tmp_path.rglob("*")) == []
-
-
-def test_what_would_be_overwritten_or_mixed_is_refused_before_training(tmp_path: Path):
     train(tmp_path)
     before = (tmp_path / LAST).stat()
     with pytest.raises(UsageError, match="there already"):

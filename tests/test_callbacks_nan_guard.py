@@ -9,10 +9,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from conftest import save
 from floodrepro.callbacks import NaNGuard
 from floodrepro.callbacks.nan_guard import chips_of, largest_values
 from floodrepro.errors import Incident
-from terratorch_runs import generic, terratorch_fit, with_callbacks, write_tiff
+from terratorch_runs import generic, terratorch_fit, with_callbacks
 from tiny_training import Data, Task, train
 
 
@@ -157,7 +158,7 @@ def test_plain_terratorch_names_the_file_with_the_bad_pixel(tmp_path: Path):
     recipe = generic(tmp_path)
     pixels = np.zeros((3, 32, 32), "float32")
     pixels[0, 3, 3] = -np.inf
-    write_tiff(tmp_path / "tiffs" / "chip4_image.tif", pixels)
+    save(tmp_path / "tiffs" / "chip4_image.tif", pixels, nodata=-9999)
     run = terratorch_fit(with_callbacks(recipe), tmp_path / "run", "--trainer.limit_val_batches", 0)
     assert run.wait() == 1
     assert "floodrepro.errors.Incident: NaNGuard stopped the run" in run.log

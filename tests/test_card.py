@@ -30,8 +30,7 @@ def verified(run: RunFolder) -> dict:
 
 def card_of(run: RunFolder, **options) -> str:
     shutil.rmtree(run.export, ignore_errors=True)
-    pair = write_pair(run)
-    return write_card(pair, run.best, recipes.read_yaml(run.recipe), run, **options).read_text()
+    return write_card(write_pair(run), run.best, recipes.read_yaml(run.recipe), run, **options).read_text()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings, strategies as st
 from numcodecs import Blosc, Zlib
 
+from conftest import save
 from floodrepro.data import chips as reading
 from floodrepro.data.chips import Chips, read_bands, read_raster, tar_index
 from floodrepro.data.protocols import PARTS, suffix_of
@@ -114,10 +115,7 @@ def test_any_tiff_layout_is_read_as_gdal_reads_it(tmp_path, data):
     if data.draw(st.booleans()):
         options |= {"tiled": True, "blockxsize": 16, "blockysize": 16}
     options |= data.draw(st.sampled_from([{}, {"bigtiff": "yes"}, {"endianness": "big"}]))
-    path = tmp_path / "chip.tif"
-    shape = {"height": size, "width": size, "count": 1, "dtype": dtype}
-    with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32630", **shape, **options) as file:
-        file.write(values, 1)
+    path = save(tmp_path / "chip.tif", values, **options)
     assert same(ours(path), stock(path))
     assert same(ours(path), values)
 

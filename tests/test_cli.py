@@ -100,8 +100,7 @@ def test_other_systems_than_linux_are_refused_in_one_line(cli, monkeypatch):
 
 
 def test_shipped_recipes_are_listed_and_shown_as_they_are(cli):
-    listed = json.loads(cli("configs", "ls", "--format", "json").out)
-    assert set(listed) == set(recipes.shipped())
+    assert set(json.loads(cli("configs", "ls", "--format", "json").out)) == set(recipes.shipped())
     assert cli("configs", "show", "demo").out == (ROOT / "configs" / "demo.yaml").read_text()
 
 

@@ -15,7 +15,7 @@ import zarr
 from albumentations.augmentations.geometric import functional as geometric
 from impactmesh.impactmesh_datamodule import ImpactMeshDataModule
 
-from conftest import CHIPS
+from conftest import CHIPS, save
 from floodrepro import recipe as recipes
 from floodrepro.data.datamodule import FloodDataModule, apply_symmetry, draw_symmetry
 from floodrepro.data.samplers import ShuffledByEpoch
@@ -228,9 +228,7 @@ def test_optical_and_radar_work_without_elevation(tars, tmp_path):
 
 def test_mask_value_and_size_of_a_chip_that_do_not_fit_are_named(own_chips):
     odd, small = ids_of(own_chips, "test")[:2]
-    shape = {"height": 16, "width": 32, "count": 1, "dtype": "int16"}
-    with rasterio.open(own_chips / "data" / "DEM" / f"{small}_DEM.tif", "w", driver="GTiff", **shape) as file:
-        file.write(np.zeros((16, 32), np.int16), 1)
+    save(own_chips / "data" / "DEM" / f"{small}_DEM.tif", np.zeros((16, 32), np.int16))
     with pytest.raises(DataError, match=rf"DEM of {small} is \(16, 32\) int16, of other chips \(32, 32\)"):
         batches(ours(own_chips))
     with rasterio.open(own_chips / "data" / "MASK" / f"{odd}_annotation_flood.tif", "r+") as file:

@@ -169,15 +169,12 @@ def test_closed_device_file_gets_the_repair_of_the_place(tmp_path, monkeypatch):
         assert fix in found.fix
 
 
-def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault(tmp_path, monkeypatch):
+def test_hiding_the_gpu_or_asking_for_the_cpu_is_no_fault_and_devices_count_as_lightning_does(tmp_path, monkeypatch):
     plant(tmp_path, INSTINCT)
     asks_cpu = fold([DEMO], ["--trainer.accelerator=cpu"])
     assert check_gpus(ROCM | {"devices": [MI300X]}, asks_cpu, tmp_path)[0].status == "ok"
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
     assert "HIP_VISIBLE_DEVICES hides it" in check_gpus(ROCM, DEMO, tmp_path)[0].detail
-
-
-def test_devices_are_counted_as_lightning_does():
     for given, count in (("auto", 8), (-1, 8), (2, 2), ("1", 1), ([0, 1, 5], 3), ("0,", 1), (None, 8), (0, 1)):
         assert doctor._devices_used({"trainer": {"devices": given}}, 8) == count, given
 

@@ -36,12 +36,14 @@ def counting(*values: float):
     return read
 
 
-def test_the_counters_of_all_devices_are_added_up():
+def test_the_counters_of_all_devices_are_added_up_and_without_a_gpu_or_close_readings_there_is_no_figure():
     counters = {"A": counting(100, 700), "B": counting(50, 250)}
     reading = measured(*(PowerSource(name, counter, lambda: 9.0) for name, counter in counters.items()))
     assert (reading["joules"], reading["method"]) == (800, "counter")
     assert reading["note"] == "energy counter of A + B"
     assert reading["kWh"] == pytest.approx(800 / 3.6e6, abs=1e-9)
+    assert measured()["note"] == "no counter, power or rated power: no GPU"
+    assert measured(PowerSource("A", None, lambda: 300.0), step=61)["method"] == "none"
 
 
 @pytest.mark.parametrize("counter", [None, counting(100), counting(100, 50), counting(None, 700), counting(100, None)])
@@ -56,11 +58,6 @@ def test_rated_power_is_an_upper_estimate_and_without_it_there_is_no_figure(powe
     assert "upper estimate: 750 W" in measured(source)["note"]
     both = [measured(source), measured(source, PowerSource("other", None, power))]
     assert [(one["joules"], one["method"]) for one in both] == [(75_000, "tdp"), (None, "none")]
-
-
-def test_without_a_gpu_or_readings_close_together_there_is_no_figure():
-    assert measured()["note"] == "no counter, power or rated power: no GPU"
-    assert measured(PowerSource("A", None, lambda: 300.0), step=61)["method"] == "none"
 
 
 @pytest.fixture

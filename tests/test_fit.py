@@ -108,7 +108,10 @@ def test_weights_start_a_new_run_and_what_does_not_fit_is_named(fit, trained, tm
     assert (other.code, "do not fit" in other.err, "decoder" in other.err) == (0, True, True), other.err
 
 
-def test_print_config_shows_layers_overrides_and_defaults_and_makes_nothing(fit, tmp_path: Path):
+def test_fast_dev_run_leaves_no_file_and_print_config_shows_all_layers_and_makes_nothing(fit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit("--trainer.fast_dev_run", "true", steps=()).ok()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     layer = tmp_path / "mine.yaml"
     layer.write_text("data: {init_args: {batch_size: 4}}\ntrainer: {max_epochs: 7}\n")
     outcome = fit("--config", layer, "--print_config", "--precision", "bf16", size=(), steps=()).ok()
@@ -119,12 +122,6 @@ def test_print_config_shows_layers_overrides_and_defaults_and_makes_nothing(fit,
     assert "gradient_clip_val" in recipe["trainer"]  # a default that the recipe does not name
     assert list(tmp_path.iterdir()) == [layer]
     assert "--trainer.max_epochs" in fit("--trainer.help").out
-
-
-def test_fast_dev_run_leaves_no_run_folder(fit, tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fit("--trainer.fast_dev_run", "true", steps=()).ok()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: fp16 is fine")

@@ -18,15 +18,12 @@ def of_equal_size(right: np.ndarray | list[int]) -> np.ndarray:
     return np.array([[[0, 0], [100 - hits, hits]] for hits in right])
 
 
-def test_jackknife_error_by_hand():
+def test_jackknife_is_as_by_hand_and_its_interval_of_equal_events_and_of_seeds_is_students_of_their_mean():
     counts = np.array([[[0, 1], [1, 2]], [[0, 0], [2, 6]], [[0, 3], [0, 1]]])  # flood IoU 2/4, 6/8, 1/4; pooled 9/16
     found = jackknife(counts, iou)
     without = np.array([7 / 12, 3 / 8, 8 / 12])
     assert found.estimate == 9 / 16
     assert found.error == pytest.approx(np.sqrt(2 / 3 * ((without - without.mean()) ** 2).sum()))
-
-
-def test_interval_of_equal_events_and_of_seeds_is_students_of_their_mean():
     right = [90, 80, 85, 60, 95, 70, 75]
     expected = stats.ttest_1samp(np.array(right) / 100, 0.5).confidence_interval(0.9)
     events, seeds = jackknife(of_equal_size(right), accuracy), over_seeds(np.array(right) / 100, 0.5)
@@ -59,8 +56,7 @@ def test_effective_events_are_all_of_them_when_alike_and_one_when_one_is_everyth
 
 def test_positive_class_need_not_be_the_last():
     counts = np.array([[[300, 5], [2, 90]], [[100, 3], [4, 500]], [[90, 1], [9, 40]]])
-    other = counts[:, ::-1, ::-1]
-    assert jackknife(counts, lambda c: iou(c, 0), positive=0) == jackknife(other, iou)
+    assert jackknife(counts, lambda c: iou(c, 0), positive=0) == jackknife(counts[:, ::-1, ::-1], iou)
     found = mean_over_events(counts, positive=0)  # 305, 103 and 91 pixels: the last is too small
     assert (found.estimate, found.n) == (pytest.approx((300 / 307 + 100 / 107) / 2), 2)
 

@@ -22,18 +22,13 @@ from rasterio import Affine
 from rasterio.windows import Window
 from scipy import ndimage
 
-from conftest import files_of
+from conftest import files_of, save
 from floodrepro.errors import DataError, RunFolderError
 from floodrepro.mapping import mapper
 from floodrepro.mapping.mapper import starts, strips
 from floodrepro.mapping.reader import NO_OPTICAL, NO_OTHER, NO_RADAR, OUTSIDE, Reader, read_window
 from floodrepro.mapping.scene import read_scene, to_crs
-from map_scenes import CRS, LEFT, TOP, RadarNetwork, lake, make_scene, run, run_without_room, save
-
-
-def read(folder: Path, name: str):
-    with rasterio.open(folder / f"{name}.tif") as file:
-        return file.read(1)
+from map_scenes import CRS, LEFT, TOP, RadarNetwork, edit_pixels, lake, make_scene, read, run, run_without_room
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +118,9 @@ def test_a_raster_much_finer_than_the_grid_is_not_read_pixel_by_pixel(tmp_path, 
     grid = read_scene(make_scene(tmp_path, 50, 40))
     heights = np.tile(np.arange(0, 80, 0.1, dtype=np.float32), (1, 1000, 1))  # 1 m to the east is 0.2 m up
     save(tmp_path / "dem.tif", heights, transform=Affine(0.5, 0, LEFT, 0, -0.5, TOP), nodata=-9999, compress="deflate")
-    window = Window(0, 0, 40, 50)
     with rasterio.open(tmp_path / "dem.tif") as raster:
         tracemalloc.start()
-        out = read_window(raster, [1], grid, window, no_data, "bilinear")
+        out = read_window(raster, [1], grid, Window(0, 0, 40, 50), no_data, "bilinear")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert abs(out[0, :, 1:-1] - (np.arange(1, 39) * 2 + 1)).max() < 0.6 and peak < heights.nbytes / 10
@@ -136,10 +130,8 @@ def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):
     plain, other = make_scene(tmp_path / "a", 40, 40), make_scene(tmp_path / "b", 40, 40)
     text = other.read_text().replace("unit: dB", "unit: power\n  nodata: [0]").replace("offset: 0", "baseline: '05.11'")
     other.write_text(text)
-    for file in (tmp_path / "b").glob("s[12]_*.tif"):
-        with rasterio.open(file, "r+") as raster:
-            values = raster.read()
-            raster.write(10 ** (values / 10) if file.name.startswith("s1") else values + 1000)
+    edit_pixels(other, "s1_*.tif", lambda db: 10 ** (db / 10))
+    edit_pixels(other, "s2_*.tif", lambda bands: bands + 1000)
     run(plain, tmp_path / "m1")
     run(other, tmp_path / "m2")
     assert np.array_equal(read(tmp_path / "m1", "class"), read(tmp_path / "m2", "class"))
@@ -147,17 +139,12 @@ def test_power_is_read_as_decibels_and_an_offset_is_taken_off(tmp_path):
 
 def test_the_first_source_with_a_pixel_wins_and_gaps_are_told_from_dry(tmp_path):
     scene = make_scene(tmp_path / "s", 60, 60)
-    with rasterio.open(tmp_path / "s" / "s1_event.tif", "r+") as raster:
-        values = raster.read()
-        save(tmp_path / "s" / "rest.tif", values[:, :, 20:40], transform=Affine(10, 0, LEFT + 200, 0, -10, TOP))
-        values[:, :, 20:] = np.nan
-        raster.write(values)
-    with rasterio.open(tmp_path / "s" / "s2_event.tif", "r+") as raster:
-        values = raster.read()
-        values[:, 50:] = 0
-        raster.write(values)
-    with rasterio.open(tmp_path / "s" / "s1_after.tif", "r+") as raster:
-        raster.write(np.where(np.arange(60) < 15, np.nan, raster.read()))
+    with rasterio.open(tmp_path / "s" / "s1_event.tif") as raster:
+        rest = raster.read()[:, :, 20:40]
+    save(tmp_path / "s" / "rest.tif", rest, transform=Affine(10, 0, LEFT + 200, 0, -10, TOP))
+    edit_pixels(scene, "s1_event.tif", lambda db: np.where(np.arange(60) < 20, db, np.nan))
+    edit_pixels(scene, "s2_event.tif", lambda bands: np.where(np.arange(60)[:, None] < 50, bands, 0))
+    edit_pixels(scene, "s1_after.tif", lambda db: np.where(np.arange(60) < 15, np.nan, db))
     scene.write_text(scene.read_text().replace("- s1_event.tif", "- s1_event.tif\n    - rest.tif"))
     record = run(scene, tmp_path / "m")
     classes, quality = read(tmp_path / "m", "class"), read(tmp_path / "m", "quality")
@@ -193,17 +180,9 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     wkb, kind = shapely.to_wkb(np.array(squares)), {"crs": CRS, "geometry_type": "Polygon"}
     pyogrio.raw.write(tmp_path / "area.gpkg", wkb, [], [], **kind)
     pyogrio.raw.write(tmp_path / "one.gpkg", wkb[:1], [], [], **kind)
-    pyogrio.raw.write(
-        tmp_path / "area.gpkg",
-        None,
-        [np.array(["x"], object)],
-        ["style"],
-        layer="layer_styles",
-        append=True,
-        geometry_type=None,
-    )
-    scene = make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"})
-    record = run(scene, tmp_path / "m")
+    styles = {"layer": "layer_styles", "append": True, "geometry_type": None}
+    pyogrio.raw.write(tmp_path / "area.gpkg", None, [np.array(["x"], object)], ["style"], **styles)
+    record = run(make_scene(tmp_path / "s", 150, 150, area={"file": "../area.gpkg"}), tmp_path / "m")
     quality = read(tmp_path / "m", "quality")
     assert quality.shape == (110, 120) and record["km2"]["area"] == pytest.approx(0.18, abs=0.001)
     assert (read(tmp_path / "m", "class") == 255).sum() == (quality & OUTSIDE > 0).sum() == 110 * 120 - 1800
@@ -212,22 +191,16 @@ def test_an_area_of_several_polygons_is_mapped_and_nothing_else(tmp_path):
     assert (table.counts.sum(), table.unseen.sum(), table.ignored.sum()) == (1800, 0, 110 * 120 - 1800)
 
 
-def test_a_box_in_degrees_chooses_its_utm_zone(tmp_path):
+def test_a_box_in_degrees_chooses_its_utm_zone_and_a_large_raster_gets_no_row_more_than_its_footprint(tmp_path):
     scene = read_scene(make_scene(tmp_path, 20, 20, area={"box": [13.0, 46.9, 13.1, 47.0]}))
     assert scene.crs == CRS and scene.transform.c % 10 == scene.transform.f % 10 == 0
     south = read_scene(make_scene(tmp_path, 20, 20, area={"box": [179.9, -17.0, 180.1, -16.9]}))
     assert south.crs.to_epsg() in (32760, 32701) and south.width < 2500
-
-
-def test_the_grid_of_a_large_raster_has_no_row_more_than_its_footprint(tmp_path):
-    save(tmp_path / "s1.tif", np.zeros((2, 20, 20), np.float32), transform=Affine(10_000, 0, LEFT, 0, -10_000, TOP))
+    for name, width, top in (("s1", 20, TOP), ("s2", 9, TOP + 50_000)):
+        place = Affine(10_000, 0, LEFT, 0, -10_000, top)
+        save(tmp_path / f"{name}.tif", np.zeros((2, 20, width), np.float32), transform=place)
     (tmp_path / "scene.yaml").write_text("S1RTC: {event: {time: 2026-08-28, files: s1.tif}}")
     assert read_scene(tmp_path / "scene.yaml")[-2:] == (20_000, 20_000)
-    save(
-        tmp_path / "s2.tif",
-        np.zeros((2, 20, 9), np.float32),
-        transform=Affine(10_000, 0, LEFT, 0, -10_000, TOP + 50_000),
-    )
     (tmp_path / "scene.yaml").write_text("S1RTC: {event: {time: 2026-08-28, files: [s1.tif, s2.tif]}}")
     assert read_scene(tmp_path / "scene.yaml")[-2:] == (25_000, 20_000)
 
@@ -330,7 +303,7 @@ def test_another_area_or_permanent_water_under_the_same_name_is_another_map(tmp_
         (tmp_path / "a.geojson").write_text(shapely.to_geojson(area))
 
     draw(300)
-    river = tmp_path / save(tmp_path / "river.tif", np.ones((1, 40, 40), np.uint8))
+    river = save(tmp_path / "river.tif", np.ones((1, 40, 40), np.uint8))
     scene = make_scene(tmp_path / "s", 40, 40, area={"file": "../a.geojson"})
     options = {"names": ["rest", "flood", "water"], "permanent": 2, "permanent_file": str(river)}
     run(scene, tmp_path / "m", **options)

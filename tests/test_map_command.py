@@ -8,6 +8,7 @@ import rasterio
 import torch
 import yaml
 
+from conftest import save
 from floodrepro import recipe as recipes
 from floodrepro.cli.model import parse
 from floodrepro.data.chips import Chips
@@ -16,7 +17,7 @@ from floodrepro.data.synth import draw_event, generate, write_scene
 from floodrepro.evaluation import chip_table
 from floodrepro.mapping.reader import Reader
 from floodrepro.mapping.scene import read_scene
-from map_scenes import make_scene, save
+from map_scenes import make_scene, read
 
 FLAGS = ("--crop", 32, "--max-gap", 9)
 
@@ -35,11 +36,6 @@ def random_weights(chips, tmp_path_factory):
     state["model.head.head.2.bias"] = state["model.head.head.2.bias"] + torch.tensor([0.0, 0.05])
     torch.save({"state_dict": state}, folder / "net.ckpt")
     return folder / "net.ckpt"
-
-
-def class_of(folder, name="class"):
-    with rasterio.open(folder / f"{name}.tif") as file:
-        return file.read(1).astype(int)
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +60,9 @@ def drawn():
 
 @pytest.fixture(scope="session")
 def mapped(drawn, made, tmp_path_factory):
-    """The drawn event, mapped; the scene lies in ../scene."""
+    """The drawn event, mapped; scene.yaml lies beside it."""
     root = tmp_path_factory.mktemp("mapped")
-    made("--scene", write_scene(drawn, 1, root / "scene"), "--output", root / "map", *FLAGS)
+    made("--scene", write_scene(drawn, 1, root), "--output", root / "map", *FLAGS)
     return root / "map"
 
 
@@ -93,7 +89,7 @@ def test_over_the_same_tiles_the_classes_are_those_of_terratorchs_tiled_inferenc
     from floodrepro.mapping.mapper import Network
     from floodrepro.training.checkpoint import read_checkpoint
 
-    scene = read_scene(mapped.parent / "scene" / "scene.yaml")
+    scene = read_scene(mapped.with_name("scene.yaml"))
     network = Network(parse([random_weights.with_suffix(".yaml")], []), read_checkpoint(random_weights))
     reader = Reader(scene, network.steps, scene.height)
     reader.hold(0)
@@ -102,7 +98,7 @@ def test_over_the_same_tiles_the_classes_are_those_of_terratorchs_tiled_inferenc
         images = network._data.aug({"image": whole})["image"]
         tiles = {"crop": 32, "stride": 26, "delta": 0, "padding": False}
         logits = tiled_inference(lambda batch: network._task(batch).output, images, **tiles)[0]
-    classes, seen = class_of(mapped), class_of(mapped) != 255
+    classes, seen = read(mapped), read(mapped) != 255
     assert (classes == logits.argmax(dim=0).numpy())[seen].mean() >= 0.99
     record = json.loads((mapped / "map.json").read_text())
     assert record["names"] == ["rest", "flood"] and record["filled"] == record["problems"] == []
@@ -115,26 +111,25 @@ def test_an_export_of_a_fire_recipe_maps_as_its_checkpoint_and_says_so(made, ran
     (tmp_path / "fire.yaml").write_text(yaml.safe_dump(recipe))
     export = ("export", "--ckpt", random_weights, "--config", tmp_path / "fire.yaml", "--output", tmp_path / "pair")
     made(*export, "--no-card")
-    scene = mapped.parent / "scene" / "scene.yaml"
-    made("map", "--export", tmp_path / "pair", "--scene", scene, "--output", tmp_path / "map", "--min-seen", 0, *FLAGS)
-    assert np.array_equal(class_of(tmp_path / "map"), class_of(mapped))
+    where = ("--scene", mapped.with_name("scene.yaml"), "--output", tmp_path / "map")
+    made("map", "--export", tmp_path / "pair", *where, "--min-seen", 0, *FLAGS)
+    assert np.array_equal(read(tmp_path / "map"), read(mapped))
     record = json.loads((tmp_path / "map" / "map.json").read_text())
     assert (record["names"], record["positive"]) == (["burned", "rest"], 0) and record["polygons"]
 
 
 def test_bf16_maps_nearly_as_fp32_on_a_cpu_one_tile_at_a_time(made, mapped, tmp_path):
-    scene = mapped.parent / "scene" / "scene.yaml"
-    made("--scene", scene, "--output", tmp_path / "map", "--precision", "bf16", *FLAGS)
+    made("--scene", mapped.with_name("scene.yaml"), "--output", tmp_path / "map", "--precision", "bf16", *FLAGS)
     record = json.loads((tmp_path / "map" / "map.json").read_text())
     assert (record["precision"], record["batch"]) == ("bf16-mixed", 1)
-    one, other = (class_of(folder, "probability") for folder in (mapped, tmp_path / "map"))
+    one, other = (read(folder, "probability") for folder in (mapped, tmp_path / "map"))
     seen = one != 255
     assert np.array_equal(seen, other != 255) and 0 < abs(one - other)[seen].max() <= 10  # 4 points of 250
 
 
 def test_optical_bands_of_20_m_in_degrees_map_nearly_the_same(drawn, made, mapped, tmp_path):
     made("--scene", write_scene(drawn, 1, tmp_path / "scene", mixed=True), "--output", tmp_path / "map", *FLAGS)
-    one, other = class_of(mapped), class_of(tmp_path / "map")
+    one, other = read(mapped), read(tmp_path / "map")
     both = (one != 255) & (other != 255)
     assert both.mean() > 0.7 and (one == other)[both].mean() > 0.8
 
@@ -156,19 +151,18 @@ def test_a_lacking_date_and_problems_stop_a_map_and_are_recorded_on_request(cli,
 
 
 def test_too_little_seen_is_exit_code_1_with_the_share(cli, random_weights, mapped):
-    scene = mapped.parent / "scene" / "scene.yaml"
-    flags = ("--scene", scene, "--output", mapped, "--min-seen", 0.8, *FLAGS)
+    flags = ("--scene", mapped.with_name("scene.yaml"), "--output", mapped, "--min-seen", 0.8, *FLAGS)
     outcome = cli("map", "--ckpt", random_weights, *flags)
     assert outcome.code == 1 and "% of the area was seen (--min-seen 0.8; " in outcome.err
 
 
 def test_a_map_is_compared_with_a_truth_as_a_chip_table(made, mapped, tmp_path):
-    truth = mapped.parent / "scene" / "truth.tif"
+    truth = mapped.with_name("truth.tif")
     check = ("map", "check", "--map", mapped, "--format", "json")
     result = json.loads(made(*check, "--truth", truth, "--truth-value", 1, "--output", tmp_path / "t.parquet").out)
     with rasterio.open(truth) as file:
         water = file.read(1)
-    classes = class_of(mapped)
+    classes = read(mapped)
     counted = (water >= 0) & (classes != 255)
     hits = ((water == 1) & (classes == 1) & counted).sum()
     assert result["iou"] == pytest.approx(hits / (((water == 1) | (classes == 1)) & counted).sum())
@@ -180,7 +174,7 @@ def test_a_map_is_compared_with_a_truth_as_a_chip_table(made, mapped, tmp_path):
 
 
 def test_what_cannot_be_compared_is_an_error(cli, mapped, tmp_path):
-    truth = mapped.parent / "scene" / "truth.tif"
+    truth = mapped.with_name("truth.tif")
     save(tmp_path / "elsewhere.tif", np.ones((1, 40, 40), np.uint8), transform=rasterio.Affine(10, 0, 6e5, 0, -10, 9e6))
     (tmp_path / "alone").mkdir()
     (tmp_path / "alone" / "map.json").write_text((mapped / "map.json").read_text())
@@ -204,10 +198,9 @@ def test_a_network_that_predicts_nan_maps_nothing(cli, random_weights, tmp_path)
 
 
 def test_flags_that_cannot_be_carried_out_are_bad_usage(cli, random_weights, mapped):
-    scene = mapped.parent / "scene" / "scene.yaml"
+    flags = ("--scene", mapped.with_name("scene.yaml"), "--output", "x", "--crop", 33, "--max-gap", 9)
     assert cli("map", "--ckpt", random_weights).code == 2
-    assert cli("map", "--scene", scene, "--output", "x").code == 2
-    flags = ("--scene", scene, "--output", "x", "--crop", 33, "--max-gap", 9)
+    assert cli("map", *flags[:4]).code == 2
     assert cli("map", "--ckpt", random_weights, *flags).code == 2
     outcome = cli("map", "--ckpt", random_weights, *flags[:4], "--permanent", "none.tif")
     assert outcome.code == 2 and "none.tif" in outcome.err and "loading" not in outcome.err

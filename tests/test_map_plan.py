@@ -4,7 +4,6 @@ import copy
 import subprocess
 import sys
 from contextlib import nullcontext
-from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,33 +15,34 @@ import rasterio.warp
 import yaml
 
 import stac_server
+from conftest import save
 from floodrepro.data.protocols import S2_BANDS
 from floodrepro.errors import DataError
 from floodrepro.mapping import plan
 from floodrepro.mapping.scene import STEPS, opened, read_scene
 from map_scenes import run
-from stac_server import StacServer, optical, radar, terrain
+from stac_server import OPTICAL_DAYS, RADAR_DAYS, StacServer, at, optical, optical_series, radar, radar_series, terrain
 
-EVENT = datetime(2026, 8, 26, tzinfo=UTC)
-TODAY = datetime(2026, 9, 20, tzinfo=UTC)
+TODAY = at(25, hour=0)
 BOX = (12.0, 47.8, 12.4, 48.1)
-SWATH = (10.5, 46.9, 13.9, 48.9)
-TILE = (11.6, 47.7, 13.1, 48.7)
-RADAR_DAYS = (-70, -58, -46, -34, -22, -10, 2, 14)
-OPTICAL_DAYS = range(-64, 25, 5)
+WEST, EAST = (11.0, 47.7, 12.2, 48.7), (12.2, 47.7, 13.5, 48.7)
 VALUES = {"vv.rtc.tiff": 0.1, "vh.rtc.tiff": 0.02, "SCL.tif": 4}
-
-
-def at(days, hour=5.2):
-    return EVENT + timedelta(days=days, hours=hour)
-
-
-def radar_series(days=RADAR_DAYS, where=SWATH, **more):
-    return [radar(at(d), where, **more) for d in days]
-
-
-def optical_series(days=OPTICAL_DAYS, where=TILE, **more):
-    return [optical(at(d, 10.1), where, **more) for d in days]
+NORMAL = [*radar_series(), *optical_series(), terrain(12, 47), terrain(12, 48)]
+USUAL = optical_series()
+NO_RADAR, OPTICAL_BEFORE = radar_series(RADAR_DAYS[:-2]), optical_series(range(-64, 0, 5))
+TWO = radar_series(RADAR_DAYS[:-2], satellite="C") + radar_series((-52, -40, -28, -16, -4), satellite="D")
+GONE = radar_series((-70, -58, -46), satellite="A") + radar_series((-64, -52, -40, -28, -16, -4), satellite="C")
+CORNER = radar_series((-71, -59, -47, -35, -23, -11, 1), where=(12.33, 46.9, 15, 48.9), orbit=143)  # 18 %
+LATE = radar_series((-58, -34, -10, 14))
+OTHER_NAMES = optical_series()
+for _item in OTHER_NAMES:
+    _item["assets"]["coastal"] = _item["assets"].pop("B01")
+PARTIAL = radar_series((-71, -59, -47, -35, -23, -11, 1, 13), where=(12.12, 46.9, 15, 48.9), orbit=143)  # 70 %
+ONE_SLICE = [i for i in radar_series() if "20260816" not in i["id"]] + [radar(at(-10), (10.5, 46.0, 13.9, 47.9))]
+SINGLE = [radar(at(0), bands="vv"), radar(at(1), bands="hh hv")]
+CLOUDS = [optical(at(d, 10.1), cloud={-4: 90, -9: 10, 1: 95, 6: 8}.get(d, 12)) for d in OPTICAL_DAYS]
+ONE_CLEAR = [optical(at(d, 10.1), cloud=5 if d == 11 else 60) for d in OPTICAL_DAYS]
+HALF = optical_series(where=WEST) + optical_series({*OPTICAL_DAYS} - {1}, EAST, tile="33UVP")
 
 
 @pytest.fixture
@@ -66,9 +66,6 @@ def days_of(scene, sensor):
     return [days and round(days) for days in (scene[sensor][step].get("days") for step in STEPS)]
 
 
-NORMAL = [*radar_series(), *optical_series(), terrain(12, 47), terrain(12, 48)]
-
-
 def test_four_dates_for_both_sensors_with_unsigned_links(ask):
     scene, _, _ = ask(NORMAL)
     assert days_of(scene, "S1RTC") == [-46, -10, 2, 14]
@@ -78,17 +75,6 @@ def test_four_dates_for_both_sensors_with_unsigned_links(ask):
     assert [k for k in scene["S2L2A"]["event"]["files"][0] if k.startswith("B")] == list(S2_BANDS)
     assert scene["S1RTC"]["event"]["coverage"] == scene["S2L2A"]["event"]["coverage"] == 1
     assert len(scene["DEM"]["files"]) == 2
-
-
-USUAL = optical_series()
-NO_RADAR, OPTICAL_BEFORE = radar_series(RADAR_DAYS[:-2]), optical_series(range(-64, 0, 5))
-TWO = radar_series(RADAR_DAYS[:-2], satellite="C") + radar_series((-52, -40, -28, -16, -4), satellite="D")
-GONE = radar_series((-70, -58, -46), satellite="A") + radar_series((-64, -52, -40, -28, -16, -4), satellite="C")
-CORNER = radar_series((-71, -59, -47, -35, -23, -11, 1), where=(12.33, 46.9, 15, 48.9), orbit=143)  # 18 %
-LATE = radar_series((-58, -34, -10, 14))
-OTHER_NAMES = optical_series()
-for _item in OTHER_NAMES:
-    _item["assets"]["coastal"] = _item["assets"].pop("B01")
 
 
 @pytest.mark.parametrize(
@@ -112,15 +98,6 @@ for _item in OTHER_NAMES:
 )
 def test_a_plan_that_cannot_be_made_says_why(ask, items, days, code, words):
     assert words in ask(items, today=at(days), code=code)[1]
-
-
-WEST, EAST = (11.0, 47.7, 12.2, 48.7), (12.2, 47.7, 13.5, 48.7)
-PARTIAL = radar_series((-71, -59, -47, -35, -23, -11, 1, 13), where=(12.12, 46.9, 15, 48.9), orbit=143)  # 70 %
-ONE_SLICE = [i for i in radar_series() if "20260816" not in i["id"]] + [radar(at(-10), (10.5, 46.0, 13.9, 47.9))]
-SINGLE = [radar(at(0), SWATH, bands="vv"), radar(at(1), SWATH, bands="hh hv")]
-CLOUDS = [optical(at(d, 10.1), TILE, cloud={-4: 90, -9: 10, 1: 95, 6: 8}.get(d, 12)) for d in OPTICAL_DAYS]
-ONE_CLEAR = [optical(at(d, 10.1), TILE, cloud=5 if d == 11 else 60) for d in OPTICAL_DAYS]
-HALF = optical_series(where=WEST) + optical_series({*OPTICAL_DAYS} - {1}, EAST, tile="33UVP")
 
 
 @pytest.mark.parametrize(
@@ -159,20 +136,17 @@ def test_slices_and_tiles_of_one_pass_are_one_step(ask):
     assert radars["coverage"] == opticals["coverage"] == 1 and opticals["cloud"] == pytest.approx(12, abs=0.2)
 
 
-def test_all_pages_are_read_and_in_any_order_give_the_same_scene(ask):
+def test_all_pages_are_read_in_any_order_for_the_same_scene_and_a_busy_server_is_asked_again(ask):
     scene, _, api = ask(NORMAL[::-1], page=7)
     pages = [body for body in api.asked if body["collections"] == ["sentinel-2-l2a"]]
     assert [p.get("token") for p in pages] == [None, "7", "14"]
     assert scene | {"stac": None} == ask(NORMAL)[0] | {"stac": None}
+    assert len(ask(NORMAL, refusals=[504, 429])[2].asked) == 5
 
 
 def test_the_newer_processing_of_a_tile_is_taken(ask):
     scene, _, _ = ask([*radar_series(), *optical_series(baseline="05.00"), *optical_series(baseline="02.14")])
     assert {scene["S2L2A"][step]["files"][0]["baseline"] for step in STEPS} == {"05.00"}
-
-
-def test_a_busy_server_is_asked_again(ask):
-    assert len(ask(NORMAL, refusals=[504, 429])[2].asked) == 5
 
 
 def test_an_area_without_polygons_is_bad_usage(ask, tmp_path):
@@ -191,8 +165,7 @@ def test_an_area_without_polygons_is_bad_usage(ask, tmp_path):
 def test_what_cannot_be_searched_is_bad_usage_before_a_server_is_asked(cli, tmp_path, flags):
     given = {"--box": BOX, "--event": ["2026-08-26"], "--stac": ["http://127.0.0.1:9"], "--output": [tmp_path / "s"]}
     given[flags[0]] = flags[1:]
-    outcome = cli("map", "plan", *(word for name, words in given.items() for word in (name, *words)))
-    assert outcome.code == 2
+    assert cli("map", "plan", *(word for name, words in given.items() for word in (name, *words))).code == 2
 
 
 def test_no_password_or_signature_gets_into_a_scene(ask):
@@ -233,7 +206,7 @@ def test_links_are_signed_only_in_blob_storage_and_right_before_opening(monkeypa
         tried = []
         raster = SimpleNamespace(crs="EPSG:4326")
         monkeypatch.setattr("floodrepro.mapping.scene.rasterio.open", lambda p: tried.append(p) or nullcontext(raster))
-        link = radar(EVENT, SWATH)["assets"]["vv"]["href"]
+        link = radar(at(0))["assets"]["vv"]["href"]
         for place in (link, f"{api.root}/data/vv.tif"):
             with opened(place):
                 pass
@@ -251,12 +224,10 @@ def test_a_planned_scene_of_local_cogs_is_mapped_over_http(ask, tmp_path):
     hrefs = [v for step in steps for file in step["files"] for v in file.values() if str(v).startswith("http")]
     assert len(hrefs) == 4 * 2 + 4 * 13 + 1
     left, top = rasterio.warp.transform("EPSG:4326", "EPSG:32633", [12.199], [47.903])
-    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(10, 0, round(left[0], -1), 0, -10, round(top[0], -1))}
+    corner = rasterio.Affine(10, 0, round(left[0], -1), 0, -10, round(top[0], -1))
     for path in (tmp_path / href.removeprefix(base) for href in hrefs):
-        path.parent.mkdir(parents=True, exist_ok=True)
         value = next((value for end, value in VALUES.items() if path.name.endswith(end)), 1200)
-        with rasterio.open(path, "w", driver="COG", width=60, height=60, count=1, dtype="float32", **place) as out:
-            out.write(np.full((1, 60, 60), value, "float32"))
+        save(path, np.full((60, 60), value, "float32"), transform=corner, driver="COG")
     assert len(read_scene(tmp_path / "scene.yaml").acquisitions) == 9
     record = run(tmp_path / "scene.yaml", tmp_path / "map")
     files.communicate(timeout=10)

@@ -9,7 +9,7 @@ from rasterio.transform import array_bounds, from_bounds
 from rasterio.warp import reproject, transform_bounds
 from sklearn.metrics import confusion_matrix
 
-from conftest import CHIPS
+from conftest import CHIPS, save
 from floodrepro import recipe as recipes
 from floodrepro.data.chips import Chips
 from floodrepro.data.splits import read_events
@@ -31,19 +31,11 @@ def events(chips: Path) -> dict[str, str]:
     return read_events(chips / "split" / "impactmesh_flood_test.txt")
 
 
-def write(path: Path, values: np.ndarray, like: dict, **changes: object) -> Path:
-    profile = {k: like[k] for k in ("crs", "transform")} | {"driver": "GTiff", "count": 1, "dtype": values.dtype}
-    profile |= {"height": values.shape[0], "width": values.shape[1]} | changes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", **profile) as target:
-        target.write(values, 1)
-    return path
-
-
 def rolled(chips: Path, chip: str) -> tuple[np.ndarray, dict]:
-    """A mapper's mask: the truth moved by two pixels, unlabelled as rest."""
+    """A mapper's mask and its place: the truth moved by two pixels, unlabelled as rest."""
     with rasterio.open(chips / "data" / "MASK" / f"{chip}_annotation_flood.tif") as source:
-        return np.roll(np.maximum(source.read(1), 0), 2, axis=1).astype(np.uint8), source.profile
+        place = {"crs": source.crs, "transform": source.transform}
+        return np.roll(np.maximum(source.read(1), 0), 2, axis=1).astype(np.uint8), place
 
 
 def expected(chips: Path, events: dict[str, str]) -> np.ndarray:
@@ -57,7 +49,7 @@ def expected(chips: Path, events: dict[str, str]) -> np.ndarray:
 def folder(chips: Path, events: dict[str, str], tmp_path: Path) -> Path:
     for chip in events:
         values, like = rolled(chips, chip)
-        write(tmp_path / "masks" / f"{chip}_pred.tif", values, like)
+        save(tmp_path / "masks" / f"{chip}_pred.tif", values, **like)
     return tmp_path / "masks"
 
 
@@ -83,7 +75,7 @@ def test_one_large_raster_in_another_crs_gives_the_same_table(recipe, chips, eve
         for values, like in parts:
             here = {"src_transform": like["transform"], "src_crs": crs, "init_dest_nodata": False, "dst_nodata": 255}
             reproject(values, large, **here, dst_transform=place["transform"], dst_crs=place["crs"])
-        rasters.append(write(tmp_path / "large" / f"{event}.tif", large, place, nodata=255, compress="deflate"))
+        rasters.append(save(tmp_path / "large" / f"{event}.tif", large, **place, nodata=255, compress="deflate"))
     near = tabulate_masks(recipe, rasters, events, name="large")
     exact = tabulate_masks(recipe, [folder], events, name="folder")
     assert near.unseen.sum() == 0
@@ -94,7 +86,7 @@ def test_no_data_is_not_counted_and_its_share_is_told(recipe, chips, events, fol
     chip = next(iter(events))
     values, like = rolled(chips, chip)
     values[:, : SIZE // 2] = 255
-    write(folder / f"{chip}_pred.tif", values, like, nodata=255)
+    save(folder / f"{chip}_pred.tif", values, **like, nodata=255)
     table = tabulate_masks(recipe, [folder], events, name="GFM")
     assert 0 < table.unseen[0] <= SIZE**2 // 2
     assert table.unseen[1:].sum() == 0
@@ -106,7 +98,7 @@ def test_no_data_is_not_counted_and_its_share_is_told(recipe, chips, events, fol
 def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, events, folder):
     for chip in events:
         values, like = rolled(chips, chip)
-        write(folder / f"{chip}_pred.tif", np.where(values == 1, 5, 7).astype(np.uint8), like)
+        save(folder / f"{chip}_pred.tif", np.where(values == 1, 5, 7).astype(np.uint8), **like)
     with pytest.raises(DataError, match=r"holds 5|holds 7"):
         tabulate_masks(recipe, [folder], events, name="GFM")
     table = tabulate_masks(recipe, [folder], events, name="GFM", values="5=flood, 7=rest")
@@ -121,7 +113,7 @@ def test_values_are_mapped_by_name_and_unknown_ones_are_refused(recipe, chips, e
 def test_probabilities_keep_their_histogram(recipe, chips, events, tmp_path, scale, kind):
     for chip in events:
         values, like = rolled(chips, chip)
-        write(tmp_path / "p" / f"{chip}_prob.tif", (scale * np.where(values == 1, 0.75, 0.25)).astype(kind), like)
+        save(tmp_path / "p" / f"{chip}_prob.tif", (scale * np.where(values == 1, 0.75, 0.25)).astype(kind), **like)
     table = tabulate_masks(recipe, [tmp_path / "p"], events, name="U-Net", scale=scale)
     filled = np.flatnonzero(table.histogram.sum(axis=(0, 1)))
     assert filled.tolist() == [int(0.25 * BINS), int(0.75 * BINS)]
@@ -139,12 +131,12 @@ def test_masks_that_cannot_be_used_are_named(recipe, chips, events, tmp_path):
     far = like | {"transform": rasterio.Affine(10, 0, 200000, 0, -10, 1000000)}
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged.tif").write_bytes(b"II*\0 no raster")
-    (tmp_path / "cut.tif").write_bytes(write(tmp_path / "whole.tif", values, like).read_bytes()[:-99])
+    (tmp_path / "cut.tif").write_bytes(save(tmp_path / "whole.tif", values, **like).read_bytes()[:-99])
     for name in ("other", "third"):
-        write(tmp_path / "two" / f"{next(iter(events))}_{name}.tif", values, like)
+        save(tmp_path / "two" / f"{next(iter(events))}_{name}.tif", values, **like)
     for masks, says in (
         (tmp_path / "empty", "there are no masks here"),
-        (write(tmp_path / "far.tif", values, far), "no mask covers any of the 3 chips"),
+        (save(tmp_path / "far.tif", values, **far), "no mask covers any of the 3 chips"),
         (tmp_path / "two", f"two masks are named after {next(iter(events))}"),
         (tmp_path / "damaged.tif", "a mask cannot be read"),
         (tmp_path / "cut.tif", "a mask cannot be read"),

@@ -32,7 +32,7 @@ def wheel(built: Path) -> Path:
     return built / "site"
 
 
-def test_wheel_has_recipes_constraints_types_and_licence(wheel):
+def test_wheel_has_recipes_constraints_types_and_licence_and_the_sdist_all_that_is_tracked(built, wheel):
     names = {path.relative_to(wheel).as_posix() for path in wheel.rglob("*")}
     assert {"floodrepro/py.typed", "floodrepro/constraints.txt"} <= names
     for recipe in (ROOT / "configs").glob("*.yaml"):
@@ -42,6 +42,11 @@ def test_wheel_has_recipes_constraints_types_and_licence(wheel):
     assert "Operating System :: POSIX :: Linux" in metadata.get_all("Classifier")
     assert "](docs/" not in metadata.get_payload()  # a link that leads nowhere on an index
     assert "](https://" in metadata.get_payload()
+    [file] = built.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert {name for name in tracked if (ROOT / name).is_file()} - names <= {".gitignore"}
 
 
 def test_wheel_without_dependencies_says_which_are_missing(wheel):
@@ -51,14 +56,6 @@ def test_wheel_without_dependencies_says_which_are_missing(wheel):
     what, fix = done.stderr.splitlines()
     assert (done.returncode, "dependencies are not all installed: " in what, "torch, " in what) == (1, True, True)
     assert fix == f"  to do: uv pip install --python {sys.executable} floodrepro"
-
-
-def test_sdist_is_whole(built):
-    [file] = built.glob("*.tar.gz")
-    with tarfile.open(file) as archive:
-        names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    assert {name for name in tracked if (ROOT / name).is_file()} - names <= {".gitignore"}
 
 
 def test_all_that_names_the_version_names_the_same():

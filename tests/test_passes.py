@@ -143,8 +143,7 @@ def test_predicted_masks_are_named_after_chips_and_lie_on_their_grids(predicted,
 def test_a_models_predictions_as_masks_make_the_table_of_its_test(cli, trained, tested, predicted, tmp_path):
     """predict, then test --masks: the same counts as test --ckpt, so both ways are compared like with like."""
     model, arguments = table_of(tested), ("--config", trained.recipe, "--output", tmp_path, "--format", "json")
-    outcome = cli("test", "--masks", predicted[1], "--name", "again", *arguments)
-    masks = table_of(outcome)
+    masks = table_of(cli("test", "--masks", predicted[1], "--name", "again", *arguments))
     assert refuse_to_compare(masks, model) is None
     assert np.abs(masks.counts - model.counts).sum() <= 4
     probable = table_of(cli("test", "--masks", predicted[1], "--name", "prob", "--probability", *arguments))

@@ -38,8 +38,7 @@ def test_recipe_of_v1_trains_on_its_data_and_tests_on_its_splits(cli, tmp_path: 
     for split, table in tables.items():
         name = split if split == "test" else f"test_{split}"
         assert {f"{name.replace('_', '/', 1)}/IoU_{k}" for k in range(3)} <= set(metrics)
-        listed = read_events(chips / "split" / f"impactmesh_flood_{name}.txt")
-        assert set(table.events) == set(listed.values())
+        assert set(table.events) == set(read_events(chips / "split" / f"impactmesh_flood_{name}.txt").values())
 
 
 def test_a_new_protocol_is_one_entry_and_one_recipe(cli, tmp_path: Path, monkeypatch):

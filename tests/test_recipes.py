@@ -75,7 +75,9 @@ def test_every_shipped_recipe_is_known_here_parses_and_trains_on_one_device():
         assert recipe["model"]["init_args"]["model_args"]["num_classes"] == len(protocol_of(recipe).class_names)
 
 
-def test_base_recipe_is_the_published_one():
+def test_base_recipe_is_the_published_one_and_statistics_written_out_are_impactmesh_0_1_2s_own():
+    from impactmesh.impactmesh_datamodule import datasets_stats
+
     recipe, published = recipes.read_yaml(recipes.find(BASE)), yaml.safe_load(PUBLISHED)
     assert recipes.differences(recipe, recipes.fold([recipe, published])) == {}
     assert recipe["optimizer"] == published["optimizer"]
@@ -84,11 +86,6 @@ def test_base_recipe_is_the_published_one():
     assert (callbacks["EarlyStopping"]["monitor"], callbacks["EarlyStopping"]["patience"]) == ("val/loss", 10)
     assert callbacks["ModelCheckpoint"]["monitor"] == "val/loss"
     assert callbacks["ModelCheckpoint"]["save_weights_only"]
-
-
-def test_statistics_written_out_are_impactmesh_0_1_2s_own():
-    from impactmesh.impactmesh_datamodule import datasets_stats
-
     for name in set(NAMES) - set(V1.values()):
         data = recipes.read_yaml(recipes.find(name))["data"]["init_args"]
         assert all(data[key] == datasets_stats["flood"][key] for key in ("means", "stds"))

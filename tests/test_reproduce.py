@@ -14,8 +14,7 @@ from conftest import Outcome
 
 
 def commands(cli, *argv: object) -> dict[str, list[str]]:
-    outcome = cli("reproduce", *argv, "--dry-run", "--format", "json").ok()
-    return json.loads(outcome.out)["commands"]
+    return json.loads(cli("reproduce", *argv, "--dry-run", "--format", "json").ok().out)["commands"]
 
 
 def test_default_is_the_protocol_that_can_be_run_today(cli):
@@ -40,8 +39,7 @@ def test_every_command_of_the_list_is_one_that_its_parser_takes(cli, monkeypatch
     monkeypatch.setattr("floodrepro.cli.main.existing_file", Path)
     for argv in ((), ("--demo",), ("--seeds", "1,2", "--protocol", "v0", "--reference", "a.ckpt")):
         for command in commands(cli, *argv).values():
-            unknown = cli(*command, "--no-such-flag")
-            assert "unknown argument '--no-such-flag'" in unknown.err, command
+            assert "unknown argument '--no-such-flag'" in cli(*command, "--no-such-flag").err, command
 
 
 @pytest.fixture(scope="module")
