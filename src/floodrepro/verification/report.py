@@ -149,7 +149,8 @@ def run_facts(run: Mapping[str, Any], other: Mapping[str, Any] | None = None) ->
     protocol, split = PROTOCOLS.get(run.get("protocol") or ""), run.get("split") or "test"
     # A flag's value follows it. The folders of absolute paths are not told.
     given = dict(itertools.pairwise(part for word in run.get("command") or [] for part in word.split("=", 1)))
-    root, judged = shlex.quote(given.get("--data-root", "ImpactMesh-Flood")), f" --split {shlex.quote(split)}"
+    folder = given.get("--data-root") or (protocol.folder if protocol else "DIR")
+    root, judged = shlex.quote(folder), f" --split {shlex.quote(split)}"
     name = "" if split == "map" else run.get("name")  # docs/verification.md has the commands of maps
     home = shlex.quote(f"{given.get('--runs-root', 'runs')}/{name}")
     source = f"floodrepro data fetch --revision {data['commit']}" if data.get("commit") else data.get("generated")
