@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from floodrepro import recipe as recipes
-from floodrepro.errors import CheckpointError
+from floodrepro.errors import CheckpointError, UsageError
 from floodrepro.publishing.export import export
+from floodrepro.run_folder import config_beside
 from floodrepro.training.checkpoint import check_finite, load_weights, read_checkpoint
 
 LAYOUTS = {  # where a file keeps its state dict, and how names begin there: Lightning's, IBM's, DDP's, compiled, timm's
@@ -170,6 +171,17 @@ def test_code_of_a_download_runs_only_where_it_is_asked_for(cli, tmp_path: Path,
     outcome = cli(*argv)
     assert (outcome.code, "custom_modules_path" in outcome.err, fix in outcome.report[-1]) == (1, True, True)
     assert not (tmp_path / "ran").exists()
+
+
+def test_config_beside_is_the_twin_or_the_only_recipe(tmp_path: Path):
+    (tmp_path / "scene.yaml").write_text("DEM: {files: dem.tif}")
+    with pytest.raises(UsageError, match="0 configs lie beside"):
+        config_beside(tmp_path / "a.ckpt")
+    (tmp_path / "mine.yaml").write_text("model: {}")
+    assert config_beside(tmp_path / "a.ckpt") == tmp_path / "mine.yaml"
+    (tmp_path / "mine.yaml").write_text("[")
+    (tmp_path / "a.yaml").write_text("model: {}")
+    assert config_beside(tmp_path / "a.ckpt") == tmp_path / "a.yaml"
 
 
 def test_module_of_the_working_folder_is_not_imported(tmp_path: Path):

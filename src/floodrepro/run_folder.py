@@ -80,8 +80,9 @@ def config_beside(checkpoint: Path) -> Path:
     Raises `UsageError` where it is not one, and `CheckpointError` where it would run code: a download must not unasked.
     """
     run, twin = RunFolder.of_checkpoint(checkpoint), checkpoint.with_suffix(".yaml")
-    others = [path for path in sorted(checkpoint.parent.glob("*.y*ml")) if "model" in recipes.read_yaml(path)]
-    found = [run.recipe] if run else [twin] if twin.is_file() else others  # a scene.yaml is no recipe
+    found = [run.recipe] if run else [twin] if twin.is_file() else []
+    if not found:  # a scene.yaml is no recipe
+        found = [path for path in checkpoint.parent.glob("*.y*ml") if "model" in recipes.read_yaml(path)]
     if len(found) != 1:
         raise UsageError(f"{len(found)} configs lie beside the checkpoint", where=checkpoint, fix="--config YAML")
     refuse_code(found[0], f"--config {found[0]}")

@@ -125,8 +125,8 @@ def _stats(args: argparse.Namespace) -> None:
         if not bands:
             raise LookupError(args.split)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        fix = f"floodrepro data audit --root {args.root} --protocol NAME"
-        raise UsageError(f"there is no audit of chips of {args.split}", where=path, fix=fix) from error
+        fix = f"floodrepro data audit --root {args.root} --protocol NAME, of all chips"
+        raise UsageError(f"there is no audit of all chips of {args.split}", where=path, fix=fix) from error
     layer = {"data": {"init_args": values}}
     write_atomically(args.output, yaml.safe_dump(layer, sort_keys=False, default_flow_style=None, width=200))
     console.emit(layer, f"{args.output}: use it as floodrepro fit --config RECIPE --config {args.output}", args.format)

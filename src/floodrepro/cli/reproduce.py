@@ -49,8 +49,8 @@ def _reproduce(parser: main.Parser) -> int:
     stages, run_dir, seeds = _stages_of(args)
     trained = list[Path]()
     inputs = {}  # of a stage: the weights that those before it have trained
-    for name, _, outputs in stages:
-        inputs[name] = list(trained)
+    for name, command, outputs in stages:  # a test uses those that it names, what comes later uses all
+        inputs[name] = [one for one in trained if str(one) in command or not name.startswith(("test", "reference"))]
         trained += outputs if name.startswith("fit") else []
     wanted = STAGES[STAGES.index(args.first or STAGES[0]) : STAGES.index(args.last or STAGES[-1]) + 1]
     stages = [stage for stage in stages if stage[0].partition("-")[0] in wanted]

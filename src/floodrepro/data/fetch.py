@@ -108,8 +108,8 @@ def fetch(
                 raise DataError(what, where=f"{repo}@{commit}", fix="check --repo and --revision")
             chips = {name: [chip for chip in ids if chip in here] for name, ids in chips.items()}
             (root / "split").mkdir(exist_ok=True)
-            for name, file in [item for item in files_of.items() if chips[item[0]]]:
-                write_atomically(root / "split" / file.name, "".join(f"{chip}\n" for chip in chips[name]))
+            for name in filter(chips.get, chips):
+                write_atomically(root / "split" / files_of[name].name, "".join(f"{chip}\n" for chip in chips[name]))
     except (OSError, tarfile.TarError) as error:  # an answer of the hub is an OSError as well
         fix = "run the same command again; check --repo, the network, HF_ENDPOINT, HF_TOKEN and the disk"
         raise DataError(f"the fetch stopped: {error}", where=f"{repo}@{revision}", fix=fix) from error

@@ -118,7 +118,7 @@ def check_data(recipe: Mapping[str, Any], splits: Sequence[str]) -> DataState:
     recipe with another data module than floodrepro's is not looked at.
 
     Raises:
-        UsageError: The recipe names no such split.
+        UsageError: The recipe names no such split, or its model has another number of classes than its protocol.
         DataError: Chips, a split file or a chip's part are missing, a chip is in two splits, or, where the recipe is
             `strict`, an event is.
     """

@@ -206,7 +206,7 @@ def tabulate_checkpoint(
         the trainer left batches out).
 
     Raises:
-        UsageError, DataError, CheckpointError: The recipe has no such split; as `run_pass`.
+        UsageError, DataError, CheckpointError: The recipe has no such split; as `run_pass`; the file was replaced.
     """
     recipe, kind = cli.recipe, split if split in ("train", "val") else "test"
     splits = choose_split(recipe, split)

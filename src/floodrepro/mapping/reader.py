@@ -219,7 +219,8 @@ def water_of(path: Path, grid: Grid, value: int | None = None) -> Water:
     """A function that finds water that someone else has mapped in a window of a grid, (H, W).
 
     It gives 1 for water (*value*, or all but 0), 0 for none, `IGNORE_INDEX` where a raster has no data or is negative.
-    Raises `DataError` where a raster without a *value* does not say what 255 is.
+    Raises `DataError` where a raster cannot be read or, without a *value*, does not say what 255 is, and `UsageError`
+    for polygons that cannot be read or are given a *value*.
     """
     is_vector = path.suffix.lower() in (".geojson", ".json", ".gpkg", ".shp", ".fgb")
     if is_vector and value is not None:
@@ -232,8 +233,8 @@ def water_of(path: Path, grid: Grid, value: int | None = None) -> Water:
             return np.asarray(geometry_mask(polygons, size, place, invert=True).astype(np.int8))
         with scenes.opened(str(path)) as raster:
             values = read_window(raster, [1], grid, window, (), "nearest")[0]
-            if value is None and raster.nodata is None and (values == 255).any():
-                fix = "gdal_edit.py -a_nodata 255 says that it is no data; else give water another value"
+            if value is None and raster.nodata is None and raster.dtypes[0] == "uint8" and (values == 255).any():
+                fix = "gdal_edit.py -a_nodata 255 says no data; --truth-value 255 flood; or give it another value"
                 raise DataError("255 may be water or no data, and the file does not say so", where=path, fix=fix)
         return np.where(values >= 0, values > 0 if value is None else values == value, IGNORE_INDEX)  # NaN is not >= 0
 
@@ -277,8 +278,8 @@ def _dates(scene: Scene, max_gap: float) -> Iterator[str]:
     used = [(a, [bands[name] for bands, _ in a.sources for name in BANDS[a.sensor]]) for a in timed]
     for (a, some), (b, others) in itertools.combinations(used, 2):
         files = [{(os.path.realpath(place), number) for place, number in entries} for entries in (some, others)]
-        if same := files[0] & files[1]:
-            yield f"{a.name} and {b.name} are the same file: {min(same)[0]}"
+        if files[0] & files[1]:
+            yield f"{a.name} and {b.name} are the same file: {min(some)[0]}"
     for a, entries in used:  # products are named after the time of sensing; 180 degrees from Greenwich days differ
         stamps = _PRODUCT.findall(" ".join(Path(place).name for place, _ in entries))
         if stamps and all(abs(scenes.parse_time(stamp, a.name) - a.time).days for stamp in stamps):

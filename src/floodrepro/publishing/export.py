@@ -69,9 +69,8 @@ def export(checkpoint_path: Path, recipe: Recipe, output: Path, name: str) -> Ex
     text = _HEADER.format(checkpoint=checkpoint_path.name, sha256=fingerprint) + recipes.to_yaml(_portable(recipe))
     there = read_exported(weights) if weights.exists() else None
     if (there and there.metadata != metadata) or (config.exists() and config.read_text(encoding="utf-8") != text):
-        raise UsageError(
-            "another export is here already and is not overwritten", where=weights, fix="move it away, or --output DIR"
-        )
+        fix = "move it away, or --output DIR"
+        raise UsageError("another export is here already and is not overwritten", where=weights, fix=fix)
     if there:  # made by the same command, which was interrupted later on
         return there
     output.mkdir(parents=True, exist_ok=True)

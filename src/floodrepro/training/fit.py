@@ -196,7 +196,7 @@ def _choose_state(
         what = "there is no full state here that a run can resume from"
         fix = "give checkpoints/last.ckpt of a run, or start from the weights alone: --weights FILE"
         raise errors.CheckpointError(what, where=state, fix=fix) from error
-    found = recipes.differences(before, now)
+    found = recipes.differences(common | before, now)  # a state of before 0.2.0 does not say what chose the best epoch
     changes = [f"{key.removeprefix('recipe.')}: {old!r} became {new!r}" for key, (old, new) in found.items()]
     fixed = [line for line in changes if line.startswith(("model.", "optimizer.", "lr_scheduler."))]
     if changes and (fixed or not allow_changes):
@@ -270,7 +270,7 @@ def _record_failure(run: RunFolder, failure: BaseException) -> None:
 def _of_all(trainer: Any, name: str) -> dict[str, str]:
     """Chips that the data modules of all processes have named, and why."""
     everyone = [dict(getattr(trainer.datamodule, name, {}))] * trainer.world_size
-    if trainer.world_size > 1:
+    if torch.distributed.is_initialized():  # with ddp_fork, those that trained have ended by now
         torch.distributed.all_gather_object(everyone, everyone[0])
     return {chip: why for chips in everyone for chip, why in chips.items()}
 
