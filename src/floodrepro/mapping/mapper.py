@@ -342,8 +342,8 @@ def _write_quicklook(layers: DatasetReader, path: Path, titles: tuple[str, str, 
 def compare_map(folder: Path, truth: Path, value: int | None) -> ChipTable:
     """The counts of a map against a truth as `water_of` has it: class 1 is the map's positive class, 0 all others.
 
-    Raises `RunFolderError` where there is no map, and `DataError` where a file cannot be read, or of the truth's flood or
-    dry land nothing was seen.
+    Raises `RunFolderError` where there is no map; `DataError` where a file cannot be read, or nothing of the truth's
+    flood or of its dry land was seen.
     """
     if not (folder / _RECORD).is_file():
         raise RunFolderError("there is no map here", where=folder, fix="give the --output of a floodrepro map")
