@@ -101,6 +101,9 @@ def test_validate_gives_the_loss_of_the_best_epoch_and_the_scores_of_a_test_of_i
     outcome = cli("test", "--ckpt", trained.best, *arguments)
     assert table_of(outcome).metadata["split"] == "val"
     assert json.loads(outcome.out)["metrics"]["test/mIoU"] == pytest.approx(found["val/mIoU"], abs=1e-6)
+    (tmp_path / "best.ckpt").write_bytes(b"another model's")
+    refused = cli("test", "--ckpt", tmp_path / "best.ckpt", "--config", trained.recipe, *arguments)
+    assert (refused.code, "other weights" in refused.err) == (2, True), refused.err
     assert set(trained.path.rglob("*")) == before
 
 

@@ -1,6 +1,7 @@
 """The commands that take a recipe: fit makes a checkpoint; validate, test and predict use one."""
 
 import argparse
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from floodrepro import console, recipe as recipes
 from floodrepro.cli import main
-from floodrepro.errors import UsageError
+from floodrepro.errors import TableError, UsageError
 from floodrepro.recipe import Recipe
-from floodrepro.run_folder import config_beside
+from floodrepro.run_folder import config_beside, sha256_of
 from floodrepro.system.doctor import check_before_fit
 
 if TYPE_CHECKING:
@@ -136,8 +137,15 @@ def _test(parser: main.Parser) -> None:
     cli = parse(*read_recipe(args)[:2])
     from floodrepro.evaluation import chip_table, metrics
     from floodrepro.evaluation.masks import tabulate_masks
-    from floodrepro.evaluation.passes import choose_split, tabulate_checkpoint
+    from floodrepro.evaluation.passes import choose_split, table_path, tabulate_checkpoint
 
+    if args.ckpt and args.output:
+        with contextlib.suppress(TableError):  # there is none, or a damaged one
+            path = table_path(args.ckpt, args.split, args.output)
+            if chip_table.read_table(path).weights != sha256_of(args.ckpt):
+                raise UsageError(
+                    "a table of other weights is here and is not overwritten", where=path, fix="--output DIR"
+                )
     if args.ckpt:
         result = tabulate_checkpoint(cli, args.ckpt, split=args.split, folder=args.output, baselines=args.baselines)
     else:
